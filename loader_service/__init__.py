@@ -1,0 +1,1 @@
+"""A distributed image-loading service: every sample exactly once, whatever dies."""

@@ -1,0 +1,1 @@
+"""The wire: messages, sockets, shared-memory slots and keys. Knows no images."""

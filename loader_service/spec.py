@@ -1,0 +1,157 @@
+"""The value types that every part shares: what a view, a slice and a sample's draws are, and how large they are.
+
+Nothing here does anything: these are frozen values with canonical bytes, so that two machines mean the same by them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+RECORD_SIDE_PX: Final = 256
+"""A record is RECORD_SIDE_PX x RECORD_SIDE_PX x 3 (AlexNet paper, section 2)."""
+
+CROP_SIDE_PX: Final = 224
+"""What the network sees of a record (section 4.1)."""
+
+JITTER_SIGMA: Final = 0.1
+"""Standard deviation of the colour jitter's alpha (section 4.1)."""
+
+MAX_SLICE: Final = 4096
+"""Most positions that one request may ask for; a bound for what arrives from a socket."""
+
+Split = Literal["train", "val"]
+Kind = Literal["train", "center", "ten-crop", "whole"]
+Order = Literal["shuffled", "sequential"]
+Dtype = Literal["uint8", "float32"]
+
+DRAWS: Final = np.dtype(
+    [("y", "<i2"), ("x", "<i2"), ("flip", "?"), ("shift", "<i2", (3,))],
+    align=True,
+)
+"""What chance decided for one sample: the crop's first row and column in the record, whether it was mirrored,
+and the colour shift of each channel (R, G, B) in grey levels. 12 bytes."""
+
+
+class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which augmentation policy makes a sample. A value: equal views give equal bytes.
+
+    Fields:
+        kind: ``train`` (random crop, flip, colour jitter), ``center`` (the centre crop), ``ten-crop`` (four corners
+            and the centre, then their mirror images), ``whole`` (the record as it is).
+        crop: side of the crop, in pixels; 224 in the paper. Without meaning for ``whole``.
+        flip: whether half of the samples are mirrored (``train`` only).
+        jitter: standard deviation of alpha in the colour jitter; 0 switches it off (``train`` only).
+        basis: nine numbers, row by row: ``basis[c][k]`` is what one unit of alpha_k adds to channel c, in grey levels.
+            Empty means the dataset's own (eigenvector times eigenvalue, paper section 4.1), which a client fills in
+            before the view leaves it.
+        order: ``shuffled`` anew for each epoch, or ``sequential``, the records' own order.
+    """
+
+    kind: Kind = "train"
+    crop: int = CROP_SIDE_PX
+    flip: bool = True
+    jitter: float = JITTER_SIGMA
+    basis: tuple[float, ...] = ()
+    order: Order = "shuffled"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.crop <= RECORD_SIDE_PX:
+            raise ValueError(f"a view's crop is 1 to {RECORD_SIDE_PX} pixels, not {self.crop}")
+        if not (math.isfinite(self.jitter) and 0 <= self.jitter <= 100):
+            raise ValueError(f"a view's jitter is a standard deviation from 0 to 100, not {self.jitter}")
+        if len(self.basis) not in (0, 9) or not all(math.isfinite(b) and abs(b) <= 1e4 for b in self.basis):
+            raise ValueError("a view's jitter basis is nine finite numbers of at most 10,000 grey levels, or empty")
+        if self.kind != "train" and (self.flip or self.jitter or self.basis):
+            raise ValueError(f"a view of kind {self.kind} has no flip and no jitter")
+
+    @classmethod
+    def named(cls, name: str) -> View:
+        """The view that a name stands for: ``train``, ``center``, ``ten-crop`` or ``whole``."""
+        try:
+            return VIEWS[name]
+        except KeyError:
+            raise ValueError(f"there is no view named {name!r}; there are {', '.join(VIEWS)}") from None
+
+    @property
+    def samples_per_record(self) -> int:
+        """How many pictures this view makes of one record: 10 for ``ten-crop``, else 1."""
+        return 10 if self.kind == "ten-crop" else 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample's pixels: (crop, crop, 3), (10, crop, crop, 3) or (256, 256, 3)."""
+        if self.kind == "whole":
+            return (RECORD_SIDE_PX, RECORD_SIDE_PX, 3)
+        side = (self.crop, self.crop, 3)
+        return (10, *side) if self.kind == "ten-crop" else side
+
+    @property
+    def draws_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's draws: () or, for ``ten-crop``, (10,)."""
+        return (10,) if self.kind == "ten-crop" else ()
+
+    def canonical(self) -> bytes:
+        """The bytes that stand for this view in identities and saved states."""
+        return msgspec.msgpack.encode(self)
+
+
+VIEWS: Final[dict[str, View]] = {
+    "train": View(),
+    "center": View(kind="center", flip=False, jitter=0.0, order="sequential"),
+    "ten-crop": View(kind="ten-crop", flip=False, jitter=0.0, order="sequential"),
+    "whole": View(kind="whole", crop=RECORD_SIDE_PX, flip=False, jitter=0.0, order="sequential"),
+}
+
+
+class SliceId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which samples: with the dataset, everything that decides a slice's bytes.
+
+    ``start`` and ``count`` are positions in the order of ``epoch`` under ``seed``.
+    """
+
+    view: View
+    seed: int
+    epoch: int
+    start: int
+    count: int
+
+
+class SampleLayout(msgspec.Struct, frozen=True):
+    """How many bytes one sample takes in a slot, for one view and dtype."""
+
+    view: View
+    dtype: Dtype
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one sample's pixels."""
+        return math.prod(self.view.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def draws_bytes(self) -> int:
+        """Bytes of one sample's draws."""
+        return self.view.samples_per_record * DRAWS.itemsize
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample altogether: pixels, an int64 label, draws."""
+        return self.image_bytes + 8 + self.draws_bytes
+
+
+class Slice(msgspec.Struct):
+    """The arrays that a slice of n samples is written into, wherever they lie.
+
+    Fields:
+        images: (n, *view.shape) uint8, or float32 with the mean's window subtracted.
+        labels: (n,) int64.
+        draws: (n, *view.draws_shape) DRAWS.
+    """
+
+    images: npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    draws: npt.NDArray[np.void]

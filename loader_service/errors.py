@@ -56,7 +56,9 @@ class DatasetNotFound(DatasetError):
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        super().__init__(f"there is no dataset at {path}: make one with `make preprocess` or `python -m tools.preprocess SRC OUT`.")
+        super().__init__(
+            f"there is no dataset at {path}: make one with `make preprocess` or `python -m tools.preprocess SRC OUT`."
+        )
 
 
 class DatasetUnfinished(DatasetError):
@@ -139,7 +141,9 @@ class SharedMemoryError(LoaderServiceError):
 
     exit_code = 5
 
-    def __init__(self, what: str, need_bytes: int | None = None, have_bytes: int | None = None, remedy: str = "") -> None:
+    def __init__(
+        self, what: str, need_bytes: int | None = None, have_bytes: int | None = None, remedy: str = ""
+    ) -> None:
         self.what, self.need_bytes, self.have_bytes, self.remedy = what, need_bytes, have_bytes, remedy
         sizes = ""
         if need_bytes is not None and have_bytes is not None:

@@ -1,0 +1,45 @@
+# Every verb first makes sure that .venv holds what it needs; that takes minutes once, and no time after.
+
+PYTHON  =
+EXTRAS  = trainer,dev
+SRC     =
+OUT     = data
+SEED    = 0
+ARGS    =
+run     = .venv/bin/python
+
+.DEFAULT_GOAL = help
+.PHONY: help setup demo preprocess test style types cover clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## only the set-up of .venv; [PYTHON=python3.12] [EXTRAS=trainer,dev]
+	@python=$$(PYTHON="$(PYTHON)" sh tools/find-python.sh) && "$$python" tools/environment.py --extras "$(EXTRAS)"
+
+demo: setup ## the whole path on sample photographs: preprocess, serve, train, evaluate; [SEED=0]
+	@$(run) -m tools.demo --seed "$(SEED)"
+
+preprocess: setup ## images on disk -> data/train.lmdb and data/val.lmdb; [SRC=DIR] [OUT=data]
+ifeq ($(SRC),)
+	$(run) -m tools.sample_images build/sample-images
+endif
+	$(run) -m tools.preprocess "$(or $(SRC),build/sample-images)" "$(OUT)"
+
+test: setup ## the tests; [ARGS="-k ledger"]
+	@$(run) -m pytest $(ARGS)
+
+style: setup ## the linter and the formatter's check
+	@$(run) -m ruff check .
+	@$(run) -m ruff format --check .
+
+types: setup ## the type checker, strict
+	@$(run) -m mypy
+
+cover: setup ## the tests, and which lines they do not reach
+	@$(run) -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+clean: ## remove what make has made: .venv, build/ and caches; data/ and runs/ stay
+	rm -rf .venv build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+	@echo "data/ and runs/ are yours: they stay."

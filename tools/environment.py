@@ -1,0 +1,275 @@
+"""Make ``.venv`` ready for every verb of the Makefile: once, pinned, with Pillow-SIMD built for this processor.
+
+Rules of this file:
+
+- It runs under the user's Python before anything is installed, so it imports the standard library alone.
+- It is run before every verb, so it must see within a tenth of a second that there is nothing to do. What `.venv` was
+  made from (the digest of pyproject.toml and constraints.txt, the Python, the folder, the extras) stands in
+  ``.venv/ready.json``, which is written last: a set-up that was interrupted is done again.
+- Pillow-SIMD and stock Pillow both install a package named PIL, whichever comes last wins, and they resize to different
+  bytes. So stock Pillow is looked for every time, and taken out again on machines that have Pillow-SIMD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+READY = VENV / "ready.json"
+LOG = ROOT / "build" / "setup.log"
+LOG_LINES_SHOWN = 30
+
+PINS = ("--constraint", "constraints.txt", "--build-constraint", "constraints.txt")
+
+INSTALL_COMMANDS = {
+    "apt-get": "Debian, Ubuntu:  sudo apt-get install",
+    "dnf": "Fedora:          sudo dnf install",
+    "pacman": "Arch:            sudo pacman -S",
+    "apk": "Alpine:          sudo apk add",
+}
+"""How each package manager installs, by the name of its program."""
+
+PREREQUISITES = {
+    "a C compiler": ("", {"apt-get": "gcc libc6-dev", "dnf": "gcc", "pacman": "gcc", "apk": "gcc musl-dev"}),
+    "Python's headers": (
+        "Python.h",
+        {"apt-get": "python3-dev", "dnf": "python3-devel", "pacman": "python", "apk": "python3-dev"},
+    ),
+    "libjpeg's headers": (
+        "jpeglib.h",
+        {"apt-get": "libjpeg-dev", "dnf": "libjpeg-turbo-devel", "pacman": "libjpeg-turbo", "apk": "libjpeg-turbo-dev"},
+    ),
+    "zlib's headers": (
+        "zlib.h",
+        {"apt-get": "zlib1g-dev", "dnf": "zlib-devel", "pacman": "zlib", "apk": "zlib-dev"},
+    ),
+}
+"""What building Pillow-SIMD takes: the header that proves it is there, and the packages that bring it."""
+
+
+def say(line: str) -> None:
+    """Print one line of progress, at once."""
+    sys.stdout.write(f"set-up: {line}\n")
+    sys.stdout.flush()
+
+
+def fail(sentence: str) -> NoReturn:
+    """End with one sentence for a person and exit code 1."""
+    sys.stderr.write(f"set-up: {sentence}\n")
+    raise SystemExit(1)
+
+
+def wants_simd(machine: str) -> bool:
+    """Whether a machine of this architecture has Pillow-SIMD; pyproject.toml draws the same line."""
+    return machine == "x86_64"
+
+
+def compiler(environ: Mapping[str, str]) -> str:
+    """The C compiler's command: ``$CC``, else the first of cc, gcc and clang on PATH; cc where there is none."""
+    return environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "cc")
+
+
+def compiler_for_simd(cc: str, cpuinfo: str) -> str:
+    """The compiler's command with AVX2 switched on where ``/proc/cpuinfo`` lists it; else SSE4, Pillow-SIMD's default."""
+    has_avx2 = any(line.startswith("flags") and "avx2" in line.split() for line in cpuinfo.splitlines())
+    return f"{cc} -mavx2" if has_avx2 else cc
+
+
+def compiles(cc: str, header: str) -> bool:
+    """Whether the compiler runs and finds ``header`` (and the C library's own headers)."""
+    source = "#include <stdio.h>\n" + (f"#include <{header}>\n" if header else "")
+    command = [*shlex.split(cc), "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-x", "c", "-"]
+    try:
+        return subprocess.run(command, input=source.encode(), capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def missing_prerequisites(cc: str) -> list[str]:
+    """Which of PREREQUISITES this machine lacks. Without a compiler no header can be looked for."""
+    if not compiles(cc, ""):
+        return ["a C compiler"]
+    return [name for name, (header, _) in PREREQUISITES.items() if not compiles(cc, header)]
+
+
+def remedy(missing: list[str], managers: list[str]) -> str:
+    """The sentence and the commands that bring what is missing, for these package managers."""
+    lines = [f"Pillow-SIMD is compiled here, and this machine lacks {', '.join(missing)}. Install, then try again:"]
+    for manager in managers:
+        packages = " ".join(PREREQUISITES[name][1][manager] for name in missing)
+        lines.append(f"    {INSTALL_COMMANDS[manager]} {packages}")
+    return "\n".join(lines)
+
+
+def recipe(extras: str) -> dict[str, str]:
+    """What ``.venv`` is made from; while this is what READY says, there is nothing to do."""
+    sources = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    return {
+        "sources": hashlib.sha256(sources).hexdigest(),
+        "python": platform.python_version(),
+        "root": str(ROOT),
+        "extras": extras,
+    }
+
+
+def made_from() -> dict[str, str]:
+    """What READY says; empty when there is no ``.venv``, or one that was never finished."""
+    try:
+        read = json.loads(READY.read_text())
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def made_here() -> bool:
+    """Whether ``.venv`` was made in this folder, by this Python: an environment can change neither."""
+    try:
+        lines = (VENV / "pyvenv.cfg").read_text().splitlines()
+    except OSError:
+        return False
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
+    same = facts.get("version") == platform.python_version() and facts.get("command", "").endswith(f" {VENV}")
+    return same and (VENV / "bin" / "python").exists()
+
+
+def installed(name: str, version: str = "[0-9]*") -> bool:
+    """Whether a distribution is in ``.venv``; ``name`` as its dist-info folder spells it."""
+    return any(VENV.glob(f"lib/python3.*/site-packages/{name}-{version}.dist-info"))
+
+
+def pinned(name: str) -> str:
+    """The version that constraints.txt pins."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return next(version for pin, _, version in (line.partition("==") for line in lines) if pin == name)
+
+
+def pip(*arguments: str, environ: Mapping[str, str] | None = None) -> None:
+    """Run ``.venv``'s pip; its output goes to LOG and, line over line, to a terminal. Its failure ends this program."""
+    command = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", *arguments]
+    width = shutil.get_terminal_size().columns - 1
+    live = sys.stdout.isatty()
+    with (
+        LOG.open("a", encoding="utf-8") as log,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.write(line)
+            if live:
+                sys.stdout.write(f"\r\033[K{line.strip()[:width]}")
+                sys.stdout.flush()
+    if live:
+        sys.stdout.write("\r\033[K")
+    if process.returncode:
+        tail = LOG.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+        fail("\n".join(["pip failed; the end of its log:", *tail, f"The whole log is {LOG.relative_to(ROOT)}."]))
+
+
+def install_simd() -> None:
+    """Compile and install Pillow-SIMD, in place of whatever PIL is there.
+
+    pip's cache does not know with which flags a wheel was compiled, so it is not asked.
+    """
+    cc = compiler(os.environ)
+    missing = missing_prerequisites(cc)
+    if missing:
+        managers = [name for name in INSTALL_COMMANDS if shutil.which(name)] or list(INSTALL_COMMANDS)
+        fail(remedy(missing, managers))
+    simd_cc = compiler_for_simd(cc, Path("/proc/cpuinfo").read_text())
+    say(f"compiling Pillow-SIMD with `{simd_cc}` (about a minute)")
+    if installed("pillow"):
+        pip("uninstall", "--yes", "pillow")
+    pip(
+        *("install", "--no-cache-dir", "--force-reinstall", "--no-deps", *PINS, "pillow-simd"),
+        environ={**os.environ, "CC": simd_cc},
+    )
+
+
+def make_environment(extras: str) -> None:
+    """Create ``.venv``, or bring it up to date."""
+    if not made_here():
+        say(f"making .venv with Python {platform.python_version()}")
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
+    if not installed("pip", pinned("pip")):
+        pip("install", "--constraint", "constraints.txt", "pip")  # an older pip knows no --build-constraint
+    if wants_simd(platform.machine()) and not installed("pillow_simd", pinned("pillow-simd")):
+        install_simd()
+    say(f"installing this project, editable, with its extras {extras} (a few minutes the first time)")
+    pip("install", *PINS, "--editable", f".[{extras}]")
+
+
+def repair_pillow() -> None:
+    """Put Pillow-SIMD back where some other installation has brought stock Pillow over it."""
+    if wants_simd(platform.machine()) and installed("pillow"):
+        say("stock Pillow has been installed over Pillow-SIMD in .venv: taking it out again")
+        install_simd()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Hold the set-up's lock: two verbs started at once must not install into one ``.venv``."""
+    with LOG.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another set-up is at work here; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def run(extras: str) -> None:
+    """Do what is to be done, and nothing when everything is there."""
+    LOG.parent.mkdir(exist_ok=True)
+    with alone():
+        if made_from() != recipe(extras):
+            started_s = time.monotonic()
+            LOG.write_text("")
+            READY.unlink(missing_ok=True)
+            make_environment(extras)
+            repair_pillow()
+            READY.write_text(json.dumps(recipe(extras), indent=2) + "\n")
+            say(f"ready after {time.monotonic() - started_s:.0f} s")
+        else:
+            repair_pillow()
+
+
+def main() -> None:
+    """The command line; see the Makefile."""
+    parser = argparse.ArgumentParser(description="Make .venv ready for the Makefile's verbs.")
+    parser.add_argument("--extras", default="trainer,dev", help="pyproject.toml's extras to install")
+    try:
+        run(parser.parse_args().extras)
+    except subprocess.CalledProcessError as error:
+        fail(f"`{shlex.join(map(str, error.cmd))}` failed.")
+    except OSError as error:
+        fail(f"{error.filename or ROOT} cannot be used: {error.strerror}.")
+    except KeyboardInterrupt:
+        fail("stopped; the next verb goes on from here.")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ Nothing here does anything: these are frozen values with canonical bytes, so tha
 from __future__ import annotations
 
 import math
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 import numpy as np
@@ -20,6 +20,9 @@ CROP_SIDE_PX: Final = 224
 
 JITTER_SIGMA: Final = 0.1
 """Standard deviation of the colour jitter's alpha (section 4.1)."""
+
+MEAN_BYTES: Final = RECORD_SIDE_PX * RECORD_SIDE_PX * 3 * 4
+"""Bytes of the mean image, float32."""
 
 MAX_SLICE: Final = 4096
 """Most positions that one request may ask for; a bound for what arrives from a socket."""
@@ -108,6 +111,10 @@ VIEWS: Final[dict[str, View]] = {
 }
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Position = Annotated[int, msgspec.Meta(ge=0, le=2**60)]
+
+
 class SliceId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which samples: with the dataset, everything that decides a slice's bytes.
 
@@ -115,10 +122,10 @@ class SliceId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     view: View
-    seed: int
-    epoch: int
-    start: int
-    count: int
+    seed: Count
+    epoch: Count
+    start: Position
+    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_SLICE)]
 
 
 class SampleLayout(msgspec.Struct, frozen=True):
@@ -155,3 +162,27 @@ class Slice(msgspec.Struct):
     images: npt.NDArray[np.uint8] | npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
     draws: npt.NDArray[np.void]
+
+
+class DatasetFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a node tells of one split it serves; with a slice's identity, all that decides the bytes.
+
+    Fields:
+        count: number of records.
+        class_names: by label.
+        mean_image: (256, 256, 3) little-endian float32, 0..255, as bytes.
+        channel_means: three means, 0..255.
+        eigenvalues: three, of the covariance of RGB in 0..1, the largest first.
+        eigenvectors: nine numbers, (3, 3) row by row; column k belongs to eigenvalue k.
+        fingerprint: identity of the records and statistics.
+        golden: hash of sixteen fixed samples, as this node makes them.
+    """
+
+    count: Annotated[int, msgspec.Meta(ge=1, le=2**48)]
+    class_names: tuple[str, ...]
+    mean_image: Annotated[bytes, msgspec.Meta(min_length=MEAN_BYTES, max_length=MEAN_BYTES)]
+    channel_means: Annotated[tuple[float, ...], msgspec.Meta(min_length=3, max_length=3)]
+    eigenvalues: Annotated[tuple[float, ...], msgspec.Meta(min_length=3, max_length=3)]
+    eigenvectors: Annotated[tuple[float, ...], msgspec.Meta(min_length=9, max_length=9)]
+    fingerprint: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
+    golden: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]

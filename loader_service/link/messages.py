@@ -1,0 +1,214 @@
+"""The grammar of the wire: every message that a client and a node exchange.
+
+A message is one frame of MessagePack, a map with its type under ``t``. A :class:`Filled` that answers a request without
+a place is followed by two frames: the slice's pixels, and its labels and draws one after the other. Everything is
+bounded and checked on arrival; nothing is ever executed or unpickled.
+
+========== =================== ==================================================================
+from       message             meaning
+========== =================== ==================================================================
+client     Hello               who I am; answer with what you serve
+node       Welcome             instance, workers, and the facts of every split
+client     Attach              open my segment of shared memory and prove it by its nonce
+node       Attached            I can write there; or why I cannot
+client     Request             make this slice, and put it there or send it
+node       Filled              it is done
+node       Failed              it cannot be done: this record is bad
+node       Stranger            I do not know you (any more): say Hello
+either     Ping, Pong          a sign of life
+client     Bye                 I am leaving; forget my requests
+client     StatusQuery         how are you
+node       Status              like this
+========== =================== ==================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from loader_service.errors import MessageError
+from loader_service.spec import DatasetFacts, Dtype, SliceId, Split
+
+PROTOCOL: Final = 1
+MAX_CLIENT_MESSAGE_BYTES: Final = 16_384
+"""Largest message a node takes from a client; libzmq cuts the connection of who sends more."""
+
+Name = Annotated[str, Meta(max_length=255)]
+Text = Annotated[str, Meta(max_length=4096)]
+Instance = Annotated[str, Meta(min_length=32, max_length=32)]
+Counter = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+SegmentName = Annotated[str, Meta(pattern=r"^loader-service-[0-9a-f]{32}$")]
+Nonce = Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+class _Message(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=True):
+    """Base of all messages: a map with the type's name under ``t``."""
+
+
+class Hello(_Message, frozen=True, tag="hello"):
+    """A client introduces itself. ``client`` is for people to read: host and process."""
+
+    protocol: int
+    client: Name
+
+
+class Welcome(_Message, frozen=True, tag="welcome"):
+    """A node's answer to Hello. ``slot_bytes`` bounds a slice that is sent in frames."""
+
+    protocol: int
+    instance: Instance
+    workers: Annotated[int, Meta(ge=1, le=65_536)]
+    slot_bytes: Counter
+    splits: dict[Split, DatasetFacts]
+
+
+class Attach(_Message, frozen=True, tag="attach"):
+    """Asks the node to open the client's shared memory."""
+
+    segment: SegmentName
+
+
+class Attached(_Message, frozen=True, tag="attached"):
+    """The nonce read in the segment, or an empty one and the reason why it cannot be opened."""
+
+    segment: SegmentName
+    nonce: Annotated[bytes, Meta(max_length=16)]
+    reason: Text = ""
+
+
+class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where in the client's segment a slice goes: byte offsets from its start, and the part that guards it."""
+
+    part: Annotated[int, Meta(ge=0, le=2**20)]
+    generation: Counter
+    images: Counter
+    labels: Counter
+    draws: Counter
+
+
+class Request(_Message, frozen=True, tag="request"):
+    """A credit and an order in one: the client has room for this slice.
+
+    Without a place the slice comes back in frames. ``instance`` is the node's that was asked; any other drops it.
+    """
+
+    instance: Instance
+    id: Counter
+    split: Split
+    what: SliceId
+    dtype: Dtype
+    place: Place | None = None
+
+
+class Filled(_Message, frozen=True, tag="filled"):
+    """The slice of request ``id`` is complete; two frames follow if it had no place."""
+
+    id: Counter
+
+
+class Failed(_Message, frozen=True, tag="failed"):
+    """The slice of request ``id`` cannot be made here: ``record`` is bad, because; -1 if no record is to blame."""
+
+    id: Counter
+    record: Annotated[int, Meta(ge=-1, le=2**48)]
+    reason: Text
+
+
+class Stranger(_Message, frozen=True, tag="stranger"):
+    """The node does not know this client: it was restarted, or has not heard from it for long."""
+
+
+class Ping(_Message, frozen=True, tag="ping"):
+    """A sign of life that asks for one."""
+
+
+class Pong(_Message, frozen=True, tag="pong"):
+    """A sign of life."""
+
+
+class Bye(_Message, frozen=True, tag="bye"):
+    """The client leaves."""
+
+
+class StatusQuery(_Message, frozen=True, tag="status?"):
+    """Asks for a node's status; needs no Hello."""
+
+
+class WorkerStatus(msgspec.Struct, frozen=True):
+    """One worker: its process, what it does, the slices and samples it has made, seconds it worked."""
+
+    pid: int
+    state: str
+    slices: int
+    samples: int
+    busy_s: float
+
+
+class ClientStatus(msgspec.Struct, frozen=True):
+    """One client: its name, how it is reached (shm or tcp), queue length, slices and samples delivered."""
+
+    name: str
+    transport: str
+    queued: int
+    slices: int
+    samples: int
+
+
+class Status(_Message, frozen=True, tag="status"):
+    """What a node tells of itself."""
+
+    protocol: int
+    instance: Instance
+    version: Name
+    address: Name
+    uptime_s: float
+    memory_ceiling_bytes: int
+    splits: dict[str, str]
+    workers: tuple[WorkerStatus, ...]
+    clients: tuple[ClientStatus, ...]
+    leases: int
+    reassigned: int
+    restarts: int
+    refused: int
+
+
+FromClient = Hello | Attach | Request | Ping | Pong | Bye | StatusQuery
+FromNode = Welcome | Attached | Filled | Failed | Stranger | Ping | Pong | Status
+
+_encoder = msgspec.msgpack.Encoder()
+_from_client = msgspec.msgpack.Decoder(FromClient)
+_from_node = msgspec.msgpack.Decoder(FromNode)
+
+
+def encode(message: FromClient | FromNode) -> bytes:
+    """A message as one frame."""
+    return _encoder.encode(message)
+
+
+def decode_from_client(frame: bytes | memoryview) -> FromClient:
+    """What a client sent.
+
+    Raises:
+        MessageError: it is none of a client's messages, or out of bounds.
+    """
+    try:
+        message: FromClient = _from_client.decode(frame)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise MessageError(str(error)) from error
+    return message
+
+
+def decode_from_node(frame: bytes | memoryview) -> FromNode:
+    """What a node sent.
+
+    Raises:
+        MessageError: it is none of a node's messages, or out of bounds.
+    """
+    try:
+        message: FromNode = _from_node.decode(frame)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise MessageError(str(error)) from error
+    return message

@@ -1,6 +1,6 @@
 # Every verb first makes sure that .venv holds what it needs; that takes minutes once, and no time after.
 
-PYTHON  =
+PYTHON ?=
 EXTRAS  = trainer,dev
 SRC     =
 OUT     = data

@@ -46,7 +46,7 @@ INSTALL_COMMANDS = {
 """How each package manager installs, by the name of its program."""
 
 PREREQUISITES = {
-    "a C compiler": ("", {"apt-get": "gcc libc6-dev", "dnf": "gcc", "pacman": "gcc", "apk": "gcc musl-dev"}),
+    "a working C compiler": ("", {"apt-get": "gcc libc6-dev", "dnf": "gcc", "pacman": "gcc", "apk": "gcc musl-dev"}),
     "Python's headers": (
         "Python.h",
         {"apt-get": "python3-dev", "dnf": "python3-devel", "pacman": "python", "apk": "python3-dev"},
@@ -104,7 +104,7 @@ def compiles(cc: str, header: str) -> bool:
 def missing_prerequisites(cc: str) -> list[str]:
     """Which of PREREQUISITES this machine lacks. Without a compiler no header can be looked for."""
     if not compiles(cc, ""):
-        return ["a C compiler"]
+        return ["a working C compiler"]
     return [name for name, (header, _) in PREREQUISITES.items() if not compiles(cc, header)]
 
 

@@ -75,10 +75,14 @@ class Writer:
         self._count = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
-        self._env = _open_for_writing(self._partial)
-        self._records, self._sources, _ = (self._env.open_db(name) for name in DATABASES)
-        self._txn = self._env.begin(write=True)
         self._finished = False
+        try:
+            self._env = _open_for_writing(self._partial)
+            self._records, self._sources, _ = (self._env.open_db(name) for name in DATABASES)
+            self._txn = self._env.begin(write=True)
+        except lmdb.Error as error:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            raise DatasetInvalid(self.path, f"LMDB cannot create it ({error})") from error
 
     def __enter__(self) -> Writer:
         return self

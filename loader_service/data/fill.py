@@ -47,7 +47,8 @@ def fill(out: Slice, records: Records, what: SliceId, at: npt.NDArray[np.int64] 
         ValueError: the slice is not within the epoch.
     """
     numbers = slice_numbers(len(records), what)
-    out.draws[...] = draws = draw(what.view, what.seed, what.epoch, what.start, what.count)
+    draws = draw(what.view, what.seed, what.epoch, what.start, what.count)
+    out.draws.view(np.uint8)[...] = draws.view(np.uint8)  # as bytes: NumPy's own copy would leave the padding as it was
     mean = records.statistics.mean_image if out.images.dtype == np.float32 else None
     with records.values() as values:
         for i, number in enumerate(numbers.tolist()):

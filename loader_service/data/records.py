@@ -163,7 +163,10 @@ def decode(payload: bytes | memoryview, codec: int) -> Pixels:
             raise ValueError(f"a raw payload has {RAW_BYTES} bytes, this one {len(payload)}")
         return np.frombuffer(payload, np.uint8).reshape(SHAPE)
     if codec == CODECS["jpeg"]:
-        pixels: Pixels = simplejpeg.decode_jpeg(payload, colorspace="RGB")
+        try:
+            pixels: Pixels = simplejpeg.decode_jpeg(payload, colorspace="RGB")
+        except ValueError as error:
+            raise ValueError(f"its JPEG cannot be decoded ({error})") from error
         if pixels.shape != SHAPE:
             raise ValueError(f"the JPEG decodes to {pixels.shape}, not {SHAPE}")
         return pixels

@@ -3,7 +3,8 @@
 All randomness is words of Philox 4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), read
 by counter, never by state. For (seed, epoch) the key is ``(seed, epoch)`` itself, never a sum of the two. The counter is
 ``(4 * position, 0, stream, 0)``: the first word advances by itself, a block has four words, so each position owns
-WORDS_PER_POSITION = 16 words of each stream.
+WORDS_PER_POSITION = 16 words of each stream. (NumPy steps the counter before it makes a block: position p owns the blocks
+with first counter words 4 p + 1 to 4 p + 4.)
 
 ====== =============== ===================================================
 stream what for        layout

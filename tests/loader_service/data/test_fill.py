@@ -1,0 +1,220 @@
+"""A slice's bytes: a pure function of dataset, view, seed, epoch, start and count."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loader_service.data.augment import complete_view
+from loader_service.data.draws import draw
+from loader_service.data.fill import empty_slice, fill, golden, slice_numbers
+from loader_service.data.records import KEY, RAW_BYTES, Records
+from loader_service.errors import RecordError
+from loader_service.spec import VIEWS, Dtype, SampleLayout, Slice, SliceId, View
+
+Picture = Callable[[int], npt.NDArray[np.uint8]]
+
+
+@pytest.fixture(scope="module")
+def records(dataset_dir: Path) -> Iterator[Records]:
+    with Records(dataset_dir / "train.lmdb") as opened:
+        yield opened
+
+
+def made(records: Records, view: View, start: int, count: int, dtype: Dtype = "uint8", **key: int) -> Slice:
+    """A slice in arrays of its own."""
+    what = SliceId(complete_view(view, records.statistics), key.get("seed", 2012), key.get("epoch", 60), start, count)
+    out = empty_slice(SampleLayout(what.view, dtype), count)
+    fill(out, records, what)
+    return out
+
+
+def digest(out: Slice) -> str:
+    """The hash of all bytes of a slice."""
+    return hashlib.sha256(b"".join(a.tobytes() for a in (out.images, out.labels, out.draws))).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("view", "dtype", "expected"),
+    [
+        (View(), "uint8", "95b392e9a47f4cc6c14c863c088a85e67867cafb19036f5c079f411f5728b49d"),
+        (View(), "float32", "442c79727f430f287997a6e9e7cf951ed40158a3eb14ab7f6018f5b084bfd8c3"),
+        (
+            View(crop=100, flip=False, jitter=1.5),
+            "uint8",
+            "07159829856cf6df9f91883bea6370f0eb3dedb868110d568fe04fbac5909c7d",
+        ),
+        (VIEWS["center"], "uint8", "558ef0f9c00b1c69080511aa9c84b554f2bf1e30b8300b6227aa9e81478c1403"),
+        (VIEWS["ten-crop"], "uint8", "7073c9ab00eaeb9eee3c91a805aaf852dd7b1d614ae182836e816e507959911a"),
+        (VIEWS["whole"], "float32", "13ecb33d17f1772f230ba74f66891a0fb2535fbfdd298a3639552673e1502eee"),
+    ],
+)
+def test_golden_slices(records: Records, view: View, dtype: Dtype, expected: str) -> None:
+    """The bytes of these slices are the same on every machine and for ever."""
+    assert digest(made(records, view, 7, 9, dtype)) == expected
+
+
+def test_the_golden_samples_of_a_dataset(records: Records) -> None:
+    """The hash in a manifest is that of the samples made now, and never changes."""
+    assert golden(records) == records.manifest.golden == "8314fa572ad7a0456b746df0aa3232b4"
+
+
+@settings(max_examples=25)
+@given(
+    start=st.integers(0, 300),
+    data=st.data(),
+    seed=st.integers(0, 2**64 - 1),
+    dtype=st.sampled_from(["uint8", "float32"]),
+)
+def test_two_cuts_of_the_same_positions_agree(
+    records: Records, start: int, data: st.DataObject, seed: int, dtype: Dtype
+) -> None:
+    """However positions are cut into slices, each sample's bytes are the same."""
+    count = data.draw(st.integers(0, min(12, 300 - start)))
+    cut = data.draw(st.integers(0, count))
+    whole = made(records, View(), start, count, dtype, seed=seed)
+    first = made(records, View(), start, cut, dtype, seed=seed)
+    second = made(records, View(), start + cut, count - cut, dtype, seed=seed)
+    for name in ("images", "labels", "draws"):
+        assert getattr(first, name).tobytes() + getattr(second, name).tobytes() == getattr(whole, name).tobytes()
+
+
+def test_an_epoch_has_every_record_once(records: Records) -> None:
+    """The labels of an epoch are those of all records, in the order that the order says."""
+    numbers = slice_numbers(300, SliceId(View(), 1, 2, 0, 300))
+    assert sorted(numbers.tolist()) == list(range(300))
+    assert made(records, View(), 0, 300, seed=1, epoch=2).labels.tolist() == (numbers % 3).tolist()
+
+
+def test_seed_and_epoch_are_not_added(records: Records) -> None:
+    """Seed 0 in epoch 1 and seed 1 in epoch 0 give different samples."""
+    assert digest(made(records, View(), 0, 4, seed=0, epoch=1)) != digest(made(records, View(), 0, 4, seed=1, epoch=0))
+
+
+def test_a_training_sample_is_its_draws_applied_to_its_record(records: Records, picture: Picture) -> None:
+    """The pixels are those of the record at the position, cut, mirrored and shifted as the draws say."""
+    out = made(records, View(), 20, 6)
+    numbers = slice_numbers(300, SliceId(View(), 2012, 60, 20, 6))
+    for i, number in enumerate(numbers.tolist()):
+        y, x, flip, shift = out.draws[i].tolist()
+        window = picture(number)[y : y + 224, x : x + 224].astype(int)
+        assert np.array_equal(out.images[i], np.clip((window[:, ::-1] if flip else window) + shift, 0, 255))
+
+
+def test_the_centre_crop(records: Records, picture: Picture) -> None:
+    """The centre view gives the middle of each record, in the records' own order."""
+    out = made(records, VIEWS["center"], 5, 3)
+    for i in range(3):
+        assert np.array_equal(out.images[i], picture(5 + i)[16:240, 16:240])
+
+
+def test_the_ten_crops(records: Records, picture: Picture) -> None:
+    """A ten-crop sample is four corners and the centre, then their mirror images."""
+    image, pixels = made(records, VIEWS["ten-crop"], 8, 1).images[0], picture(8)
+    corners = [pixels[:224, :224], pixels[:224, 32:], pixels[32:, :224], pixels[32:, 32:], pixels[16:240, 16:240]]
+    for i, crop in enumerate(corners):
+        assert np.array_equal(image[i], crop)
+        assert np.array_equal(image[5 + i], crop[:, ::-1])
+
+
+def test_the_whole_record(records: Records, picture: Picture) -> None:
+    """The whole view gives the record as it is."""
+    assert np.array_equal(made(records, VIEWS["whole"], 11, 1).images[0], picture(11))
+
+
+@pytest.mark.parametrize("view", [View(), *(VIEWS[name] for name in ("center", "ten-crop", "whole"))])
+def test_float32_is_uint8_minus_the_means_window(records: Records, view: View) -> None:
+    """A float32 sample is its uint8 twin minus the mean's window, mirrored with the image."""
+    bytes_, floats = made(records, view, 3, 4), made(records, view, 3, 4, "float32")
+    side, mean = view.shape[-2], records.statistics.mean_image
+    assert bytes_.draws.tobytes() == floats.draws.tobytes()
+    twins = zip(bytes_.images.reshape(-1, side, side, 3), floats.images.reshape(-1, side, side, 3), strict=True)
+    for drawn, (pixels, centred) in zip(floats.draws.ravel(), twins, strict=True):
+        y, x = int(drawn["y"]), int(drawn["x"])
+        window = mean[y : y + side, x : x + side]
+        assert np.array_equal(centred, pixels.astype(np.float32) - (window[:, ::-1] if drawn["flip"] else window))
+
+
+def test_jpeg_records_give_the_decoded_pixels(tmp_path: Path, make_dataset: Callable[..., object]) -> None:
+    """A jpeg record's sample is cut from the pixels that the record decodes to, whatever the slice."""
+    make_dataset(tmp_path / "d", 4, "jpeg")
+    with Records(tmp_path / "d") as records:
+        out = made(records, VIEWS["center"], 0, 4)
+        for i in range(4):
+            label, pixels = records.pixels(i)
+            assert out.labels[i] == label
+            assert np.array_equal(out.images[i], pixels[16:240, 16:240])
+
+
+def test_every_byte_of_the_draws_is_decided(records: Records) -> None:
+    """Padding between the draws' fields is written too: a slot that was used before gives the same bytes."""
+    what = SliceId(complete_view(View(), records.statistics), 1, 1, 0, 5)
+    out = empty_slice(SampleLayout(what.view, "uint8"), 5)
+    out.draws.view(np.uint8)[...] = 0xFF
+    fill(out, records, what)
+    assert out.draws.tobytes() == draw(what.view, 1, 1, 0, 5).tobytes()
+
+
+@pytest.mark.parametrize("view", [View(order="sequential"), View()])
+def test_a_slice_beyond_the_epoch_is_refused(records: Records, view: View) -> None:
+    """Positions that the epoch does not have are an error."""
+    with pytest.raises(ValueError, match=r"positions 299 to 301 are not within an epoch of 300"):
+        made(records, view, 299, 2)
+
+
+def damage(path: Path, number: int, change: Callable[[bytes], bytes | None]) -> None:
+    """Change one record's value behind the manifest's back; None deletes it and puts another in its place."""
+    with lmdb.open(str(path), max_dbs=3, map_size=2**30) as env, env.begin(write=True) as txn:
+        database = env.open_db(b"records", txn=txn)
+        value = change(txn.get(KEY.pack(number), db=database))
+        if value is None:
+            txn.delete(KEY.pack(number), db=database)
+            txn.put(KEY.pack(2**40), b"x" * 100, db=database)
+        else:
+            txn.put(KEY.pack(number), value, db=database)
+    (path / "lock.mdb").unlink()
+
+
+@pytest.mark.parametrize(
+    ("codec", "change", "reason"),
+    [
+        ("raw", lambda v: v[:-1], f"a raw payload has {RAW_BYTES} bytes, this one {RAW_BYTES - 1}"),
+        ("raw", lambda v: v + b"x", f"a raw payload has {RAW_BYTES} bytes, this one {RAW_BYTES + 1}"),
+        ("raw", lambda v: v[:5], "it has 5 bytes, fewer than its header"),
+        ("raw", lambda v: v[:4] + b"\x09" + v[5:], "codec number 9 is unknown"),
+        ("raw", lambda v: None, "there is no such record"),
+        ("jpeg", lambda v: v[:2000], "its JPEG cannot be decoded .*Premature end"),
+        ("jpeg", lambda v: v[:16] + b"no jpeg at all", "its JPEG cannot be decoded"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_a_bad_record_is_named(
+    tmp_path: Path, make_dataset: Callable[..., object], codec: str, change: Callable, reason: str, dtype: Dtype
+) -> None:
+    """A record that cannot be read gives its number and the reason, and ``at`` holds its number."""
+    make_dataset(tmp_path / "d", 5, codec)
+    damage(tmp_path / "d", 3, change)
+    with Records(tmp_path / "d") as records:
+        out = empty_slice(SampleLayout(VIEWS["center"], dtype), 5)
+        at = np.full(1, -1, np.int64)
+        with pytest.raises(RecordError, match=reason) as caught:
+            fill(out, records, SliceId(VIEWS["center"], 0, 0, 0, 5), at)
+        assert caught.value.record == 3
+        assert at[0] == 3
+        assert f"record 3 of {records.path}" in str(caught.value)
+
+
+def test_at_is_the_record_being_worked_on(records: Records) -> None:
+    """After a slice ``at`` holds the last record of it."""
+    what = SliceId(complete_view(View(), records.statistics), 1, 1, 0, 5)
+    at = np.full(1, -1, np.int64)
+    fill(empty_slice(SampleLayout(what.view, "uint8"), 5), records, what, at)
+    assert at[0] == slice_numbers(300, what)[-1]

@@ -29,7 +29,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -136,15 +136,18 @@ class Segment:
         return generation
 
     @contextmanager
-    def writing(self, part: int, generation: int) -> Iterator[bool]:
-        """Writer: hold a part; gives False, and then nothing may be written, if the lease was given up."""
+    def writing(self, part: int, generation: int) -> Iterator[Literal["ours", "busy", "given up"]]:
+        """Writer: hold a part. It may be written only if this gives ``ours``.
+
+        ``busy``: another holds the part at this moment. ``given up``: it has another generation, the lease is void.
+        """
         if not 0 <= part < self.parts:
             raise SharedMemoryError(f"the segment has no part {part}")
         if not _lock(self._descriptor, fcntl.F_WRLCK, self._lock_at(part)):
-            yield False
+            yield "busy"
             return
         try:
-            yield int(self._generations[part]) == generation
+            yield "ours" if int(self._generations[part]) == generation else "given up"
         finally:
             _lock(self._descriptor, fcntl.F_UNLCK, self._lock_at(part))
 

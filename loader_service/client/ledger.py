@@ -1,0 +1,307 @@
+"""The client's account: which slices are asked for, of whom, since when; which have come; what is delivered.
+
+Rules of this file: no sockets, clocks, threads or shared memory. Events come in as method calls, actions come out of
+:meth:`Ledger.advance`. The one thing it must know from outside at once, whether a slot's part is free of late writers,
+it asks through ``arm`` (see ``link.slots``).
+
+A batch lives in a slot and is made of parts, one slice each. A part's life:
+
+    wanted --ask--> asked --filled, by the very request that is current--> done
+       ^              |
+       +--------------+  its node is lost, or says that it could not
+
+Each ask has a number of its own, never used again; an answer to any other number than the part's current one is a
+duplicate and refused. Batches are delivered in the schedule's order and each once, since a part is done once.
+A slot whose part cannot be armed is condemned until it can: the batch moves to a spare slot.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from loader_service.client.plan import Plan, Schedule
+
+Arm = Callable[[int, int], int | None]
+"""(slot, part) -> the part's new generation, or None while a late writer holds it."""
+
+ASKS_PER_WORKER: Final = 3
+"""Slices asked of a node at a time, per worker: one in work, one waiting at the worker, one at the front."""
+
+MAX_EXCUSES: Final = 20
+"""How often a part may be refused for no record's fault before the run is called broken."""
+
+
+@dataclass(frozen=True)
+class EpochAccount:
+    """What became of one epoch, in positions of this rank.
+
+    Fields:
+        epoch: which.
+        expected: positions that this loader had to deliver, from where it (or the state it resumed from) began.
+        delivered: positions delivered so far, each once.
+        duplicates_refused: answers that came for a slice which had been given up or was already there.
+        reassigned: slices asked for again, because their node was lost or could not make them.
+        substituted: positions whose record was bad and whose pixels are another's.
+    """
+
+    epoch: int
+    expected: int
+    delivered: int = 0
+    duplicates_refused: int = 0
+    reassigned: int = 0
+    substituted: int = 0
+
+
+@dataclass(eq=False)
+class Part:
+    """One slice of a batch."""
+
+    first: int  # position
+    count: int
+    offset: int  # sample within the batch
+    index: int  # part within the slot
+    state: str = "wanted"  # wanted | asked | done
+    ask: int = -1
+    excuses: int = 0
+
+
+@dataclass(eq=False)
+class Batch:
+    """One batch in the making."""
+
+    plan: Plan
+    slot: int
+    parts: list[Part]
+
+
+@dataclass(eq=False)
+class Node:
+    """A node that may be asked: how many slices at once, and which are under way."""
+
+    capacity: int
+    asks: dict[int, tuple[Batch, Part]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Send a node a request for a part; its slot's part has been armed with ``generation``."""
+
+    node: str
+    number: int
+    batch: Batch
+    part: Part
+    generation: int
+
+
+@dataclass(frozen=True)
+class Deliver:
+    """Hand a complete batch to the caller; its slot comes back by :meth:`Ledger.slot_returned`."""
+
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Everything is delivered."""
+
+
+Action = Ask | Deliver | Finish
+
+
+class Ledger:
+    """The account of one run of a loader.
+
+    Args:
+        schedule: which batches there are.
+        epoch, position: where to begin.
+        slots: how many slots there are, spares included; numbered from 0.
+        open_batches: how many of them may hold batches in the making or waiting for the caller.
+        slice_samples: most positions per slice.
+        arm: see above.
+    """
+
+    def __init__(
+        self, schedule: Schedule, epoch: int, position: int, *, slots: list[int], slice_samples: int, arm: Arm
+    ) -> None:
+        self._schedule, self._arm = schedule, arm
+        self._slice_samples = slice_samples
+        self._plans: Iterator[Plan] = schedule.batches(epoch, position)
+        self._began = (epoch, position)
+        self._exhausted = self._finished = False
+        self._free = deque(slots)
+        self._condemned: list[tuple[int, int]] = []  # slot, and how many parts it had
+        self._batches: deque[Batch] = deque()  # in the order of delivery
+        self._nodes: dict[str, Node] = {}
+        self._numbers = 0
+        self._accounts: dict[int, EpochAccount] = {}
+
+    # Events
+
+    def node_up(self, node: str, workers: int) -> None:
+        """A node can be asked."""
+        self._nodes.setdefault(node, Node(workers * ASKS_PER_WORKER))
+
+    def node_down(self, node: str) -> None:
+        """A node is lost: what it was asked for is wanted again."""
+        lost = self._nodes.pop(node, None)
+        if lost:
+            for batch, part in lost.asks.values():
+                self._want_again(batch, part)
+
+    def is_current(self, node: str, number: int) -> tuple[Batch, Part] | None:
+        """The part that an ask is for, if it is still waited for; where frames are to be copied to."""
+        known = self._nodes.get(node)
+        return known.asks.get(number) if known else None
+
+    def filled(self, node: str, number: int) -> bool:
+        """A node says that a slice is complete; False if it was a duplicate."""
+        found = self.is_current(node, number)
+        if found is None:
+            self._count_duplicate()
+            return False
+        del self._nodes[node].asks[number]
+        found[1].state = "done"
+        return True
+
+    def excused(self, node: str, number: int) -> bool:
+        """A node could not make a slice, through no record's fault; False if nobody waits for it.
+
+        The part is wanted again. True also says that it may be tried again; see :attr:`Part.excuses`.
+        """
+        found = self.is_current(node, number)
+        if found is None:
+            return False
+        del self._nodes[node].asks[number]
+        found[1].excuses += 1
+        self._want_again(*found)
+        return True
+
+    def slot_returned(self, slot: int) -> None:
+        """The caller has let go of a slot."""
+        self._free.append(slot)
+
+    # Actions
+
+    def advance(self) -> list[Action]:
+        """Everything that can be done now: retry condemned slots, open batches, ask for parts, deliver."""
+        self._pardon()
+        self._open()
+        actions: list[Action] = [*self._asks(), *self._deliveries()]
+        if self._exhausted and not self._batches and not self._finished:
+            self._finished = True
+            actions.append(Finish())
+        return actions
+
+    @property
+    def accounts(self) -> list[EpochAccount]:
+        """The account of each epoch that was begun, in order."""
+        return [self._accounts[epoch] for epoch in sorted(self._accounts)]
+
+    @property
+    def waiting(self) -> int:
+        """How many slices are asked for and have not come."""
+        return sum(len(node.asks) for node in self._nodes.values())
+
+    @property
+    def open(self) -> int:
+        """How many batches are in the making."""
+        return len(self._batches)
+
+    # Inside
+
+    def _open(self) -> None:
+        while self._free and not self._exhausted:
+            plan = next(self._plans, None)
+            if plan is None:
+                self._exhausted = True
+                return
+            self._account(plan.epoch)
+            self._batches.append(Batch(plan, self._free.popleft(), self._cut(plan)))
+
+    def _cut(self, plan: Plan) -> list[Part]:
+        """A batch in slices of nearly equal size."""
+        pieces = -(-plan.count // self._slice_samples)
+        edges = [plan.count * i // pieces for i in range(pieces + 1)] if pieces else []
+        return [
+            Part(plan.first + low, high - low, low, index)
+            for index, (low, high) in enumerate(zip(edges, edges[1:], strict=False))
+        ]
+
+    def _asks(self) -> Iterator[Ask]:
+        for batch in self._batches:
+            for part in batch.parts:
+                if part.state != "wanted":
+                    continue
+                name = self._least_loaded()
+                if name is None:
+                    return
+                generation = self._arm(batch.slot, part.index)
+                if generation is None:
+                    self._condemn(batch)
+                    break
+                self._numbers += 1
+                part.state, part.ask = "asked", self._numbers
+                self._nodes[name].asks[part.ask] = (batch, part)
+                yield Ask(name, part.ask, batch, part, generation)
+
+    def _least_loaded(self) -> str | None:
+        """The node with the smallest share of its capacity in use, if any has room."""
+        roomy = [(len(n.asks) / n.capacity, name) for name, n in self._nodes.items() if len(n.asks) < n.capacity]
+        return min(roomy)[1] if roomy else None
+
+    def _deliveries(self) -> Iterator[Deliver]:
+        while self._batches and all(part.state == "done" for part in self._batches[0].parts):
+            batch = self._batches.popleft()
+            self._change(batch.plan.epoch, delivered=batch.plan.count)
+            yield Deliver(batch)
+
+    def _want_again(self, batch: Batch, part: Part) -> None:
+        part.state = "wanted"
+        self._change(batch.plan.epoch, reassigned=1)
+
+    def _condemn(self, batch: Batch) -> None:
+        """Move a batch to another slot, since a late writer holds a part of its own; all its parts are made anew."""
+        self._condemned.append((batch.slot, len(batch.parts)))
+        for node in self._nodes.values():
+            for number in [n for n, (b, _) in node.asks.items() if b is batch]:
+                del node.asks[number]
+        for part in batch.parts:
+            part.state = "wanted"
+        if self._free:
+            batch.slot = self._free.popleft()
+        else:  # no spare: the youngest batch gives up its slot and is opened again later
+            batch.slot = self._yield_slot(batch)
+
+    def _yield_slot(self, batch: Batch) -> int:
+        raise NotImplementedError
+
+    def _pardon(self) -> None:
+        """Take condemned slots back whose late writers are gone."""
+        still = []
+        for slot, parts in self._condemned:
+            if all(self._arm(slot, index) is not None for index in range(parts)):
+                self._free.append(slot)
+            else:
+                still.append((slot, parts))
+        self._condemned = still
+
+    def _account(self, epoch: int) -> None:
+        if epoch not in self._accounts:
+            start = self._began[1] if epoch == self._began[0] else 0
+            self._accounts[epoch] = EpochAccount(epoch, self._schedule.expected(start))
+
+    def _count_duplicate(self) -> None:
+        if self._accounts:
+            self._change(max(self._accounts), duplicates_refused=1)
+
+    def _change(self, epoch: int, **more: int) -> None:
+        old = self._accounts[epoch]
+        self._accounts[epoch] = EpochAccount(
+            epoch, old.expected, **{name: getattr(old, name) + more.get(name, 0) for name in _COUNTS}
+        )
+
+
+_COUNTS: Final = ("delivered", "duplicates_refused", "reassigned", "substituted")

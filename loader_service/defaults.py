@@ -1,0 +1,42 @@
+"""Every default of the service, in one place, with its reason."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+DATA: Final = "data"
+"""Where preprocessing writes and nodes read: train.lmdb and val.lmdb under it."""
+
+ADDRESS: Final = "tcp://127.0.0.1:5555"
+"""Where a node listens and a client looks: this machine alone, so that nothing is open to strangers by default."""
+
+WORKERS: Final = os.cpu_count() or 1
+"""A worker keeps a core busy; more of them only switch."""
+
+BATCH_SIZE: Final = 128
+"""The paper's (section 5)."""
+
+PREFETCH: Final = 4
+"""Batches that a client has room for beside the one in the caller's hands: two in the making, one ready, one to spare."""
+
+SLICE_SAMPLES: Final = 32
+"""Positions per request: a millisecond of a worker's time, large against a message's 0.1 ms, and four per batch."""
+
+SEND_SLOT_BYTES: Final = 16 * 2**20
+"""A node's slot for a slice that goes in frames: 32 float32 samples of 224 x 224 fit, or two ten-crop ones."""
+
+SEND_SLOTS_PER_WORKER: Final = 3
+"""One being written, one waiting to leave, one on its way."""
+
+PING_AFTER_S: Final = 1.0
+"""Silence after which either side of a connection asks for a sign of life."""
+
+NODE_SILENT_S: Final = 10.0
+"""Silence after which a client gives a node up and asks others for what it had asked of it."""
+
+CLIENT_SILENT_S: Final = 30.0
+"""Silence after which a node forgets a client; longer than the client's patience, so that the client acts first."""
+
+STALL_S: Final = 10.0
+"""A worker that has been at one record for so long is stopped or hung: it is killed and replaced."""

@@ -1,0 +1,152 @@
+"""The only maker of ZeroMQ sockets, so that no socket lacks what every socket needs.
+
+High-water marks are off: what may be in flight is bounded by credits, not by queues. Heartbeats are libzmq's own, sent
+by its I/O thread whatever Python does. Nothing lingers at the end.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from loader_service.errors import AddressError
+from loader_service.link.messages import MAX_CLIENT_MESSAGE_BYTES
+
+HEARTBEAT_INTERVAL_MS: Final = 1_000
+HEARTBEAT_TIMEOUT_MS: Final = 5_000
+RECONNECT_MS: Final = 50
+RECONNECT_MAX_MS: Final = 2_000
+BYE_LINGER_MS: Final = 200
+"""How long a closing client's goodbye may take to leave."""
+
+_SCHEMES: Final = ("tcp", "ipc")
+_WATCHED: Final = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+
+
+def check_address(address: str) -> None:
+    """Refuse what is no tcp:// or ipc:// address before libzmq does it with fewer words.
+
+    Raises:
+        AddressError: naming what is wrong with it.
+    """
+    scheme, separator, rest = address.partition("://")
+    if not separator or scheme not in _SCHEMES or not rest:
+        raise AddressError(address, "it must look like tcp://HOST:PORT or ipc://PATH")
+    if scheme == "ipc":
+        return
+    try:
+        parts = urlsplit(address)
+        port = parts.port
+    except ValueError as error:
+        raise AddressError(address, str(error)) from error
+    if not parts.hostname or (port is None and not address.endswith(":*")):
+        raise AddressError(address, "it must look like tcp://HOST:PORT")
+
+
+def is_local(address: str) -> bool:
+    """Whether only this machine can reach an address: ipc, or tcp on the loopback network."""
+    if address.startswith("ipc://"):
+        return True
+    host = urlsplit(address).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def bind_node(context: zmq.Context[Any], address: str) -> tuple[zmq.Socket[bytes], str]:
+    """A node's ROUTER, bound; and the address it really has (tcp://127.0.0.1:* gets a port).
+
+    Raises:
+        AddressError: the address is malformed, taken or not ours.
+    """
+    check_address(address)
+    router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+    _prepare(router)
+    router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to who is gone is an error, not silence
+    router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a client that reconnects keeps its identity
+    router.setsockopt(zmq.MAXMSGSIZE, MAX_CLIENT_MESSAGE_BYTES)
+    try:
+        router.bind(address)
+    except zmq.ZMQError as error:
+        router.close()
+        raise AddressError(address, f"it cannot be bound ({error.strerror})") from error
+    return router, router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def connect_client(context: zmq.Context[Any], address: str, identity: bytes) -> zmq.Socket[bytes]:
+    """A client's DEALER, connecting; libzmq goes on trying for as long as the socket lives.
+
+    Args:
+        context: the client's.
+        address: of the node.
+        identity: 16 random bytes; the same over reconnections, and not to be guessed by others.
+
+    Raises:
+        AddressError: the address is malformed or its name cannot be resolved.
+    """
+    check_address(address)
+    dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+    _prepare(dealer)
+    dealer.setsockopt(zmq.ROUTING_ID, identity)
+    dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a node that is not there
+    dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+    try:
+        dealer.connect(address)
+    except zmq.ZMQError as error:
+        dealer.close()
+        raise AddressError(address, f"it cannot be connected to ({error.strerror})") from error
+    return dealer
+
+
+class Monitor:
+    """Tells when a client's socket has a working connection and when it has lost it."""
+
+    def __init__(self, dealer: zmq.Socket[bytes]) -> None:
+        self._dealer = dealer
+        self.socket = dealer.get_monitor_socket(_WATCHED)
+
+    def events(self) -> list[bool]:
+        """What has happened since the last call, in order: True for connected, False for lost."""
+        happened = []
+        while self.socket.poll(0):
+            event = recv_monitor_message(self.socket)["event"]
+            happened.append(event == zmq.Event.HANDSHAKE_SUCCEEDED)
+        return happened
+
+    def close(self) -> None:
+        """Stop watching; before the watched socket is closed."""
+        self._dealer.disable_monitor()
+
+
+def try_send(socket: zmq.Socket[bytes], frames: list[Any], on_gone: Callable[[], None] | None = None) -> bool:
+    """Send without waiting and, for large frames, without copying; False if the peer is not there."""
+    try:
+        socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
+    except zmq.Again:
+        return False
+    except zmq.ZMQError as error:
+        if error.errno != zmq.EHOSTUNREACH:
+            raise
+        if on_gone:
+            on_gone()
+        return False
+    return True
+
+
+def _prepare(socket: zmq.Socket[bytes]) -> None:
+    for option, value in (
+        (zmq.LINGER, 0),
+        (zmq.SNDHWM, 0),
+        (zmq.RCVHWM, 0),
+        (zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS),
+        (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
+        (zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS),
+    ):
+        socket.setsockopt(option, value)

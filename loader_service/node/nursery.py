@@ -1,0 +1,130 @@
+"""The nursery: a small process, forked before any thread or socket exists, that forks the workers.
+
+Forking from a process that has everything imported starts a worker in milliseconds and shares the libraries' memory.
+The front cannot do it itself, since libzmq's threads do not survive a fork. The nursery reaps the workers and tells
+the front of each death; when the front is gone, however that happened, it kills the workers and ends.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+from loader_service.node.lease import MAX_PACKET_BYTES, Died, Fork, Forked, decode_fork, decode_nursery, encode
+from loader_service.node.worker import die_with_parent
+
+WorkerMain = Callable[[int, socket.socket], None]
+"""What a forked worker runs: its index, and its end of the socket pair with the front."""
+
+_OWN_DESCRIPTORS: Final = 1
+
+
+class Nursery:
+    """The front's handle on its nursery.
+
+    Must be made while the process has one thread. ``worker_main`` runs in each worker.
+    """
+
+    def __init__(self, worker_main: WorkerMain) -> None:
+        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        front = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self.link.close()
+            _run_and_exit(lambda: _tend(theirs, worker_main, front))
+        theirs.close()
+
+    def fork_worker(self, index: int) -> socket.socket:
+        """Ask for worker ``index``; returns the front's end of its socket pair."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        socket.send_fds(self.link, [encode(Fork(index))], [theirs.fileno()])
+        theirs.close()
+        ours.setblocking(False)
+        return ours
+
+    def receive(self) -> Forked | Died | None:
+        """The next message, when :attr:`link` is readable; None if the nursery is gone."""
+        packet = self.link.recv(MAX_PACKET_BYTES)
+        return decode_nursery(packet) if packet else None
+
+    def close(self) -> None:
+        """End the nursery and all workers, and wait until they are gone."""
+        self.link.close()
+        os.waitpid(self.pid, 0)
+
+
+def _tend(link: socket.socket, worker_main: WorkerMain, front: int) -> None:
+    """The nursery's loop: fork on demand, report deaths, end with the front."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with_parent(front)
+    children: dict[int, tuple[int, int]] = {}  # by pidfd: index, pid
+    poller = select.poll()
+    poller.register(link, select.POLLIN)
+    while True:
+        for descriptor, _ in poller.poll():
+            if descriptor in children:
+                poller.unregister(descriptor)
+                link.send(encode(_bury(descriptor, *children.pop(descriptor))))
+                continue
+            packet, descriptors, _, _ = socket.recv_fds(link, MAX_PACKET_BYTES, _OWN_DESCRIPTORS)
+            if not packet:
+                _end(children)
+                return
+            index = decode_fork(packet).index
+            pid = _fork_worker(index, socket.socket(fileno=descriptors[0]), worker_main, [link.fileno(), *children])
+            pidfd = os.pidfd_open(pid)
+            children[pidfd] = (index, pid)
+            poller.register(pidfd, select.POLLIN)
+            link.send(encode(Forked(index, pid)))
+
+
+def _fork_worker(index: int, link: socket.socket, worker_main: WorkerMain, foreign: list[int]) -> int:
+    nursery = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for descriptor in foreign:
+            os.close(descriptor)
+
+        def run() -> None:
+            die_with_parent(nursery)
+            worker_main(index, link)
+
+        _run_and_exit(run)
+    link.close()
+    return pid
+
+
+def _bury(pidfd: int, index: int, pid: int) -> Died:
+    os.close(pidfd)
+    _, status = os.waitpid(pid, 0)
+    return Died(index, pid, os.waitstatus_to_exitcode(status))
+
+
+def _end(children: dict[int, tuple[int, int]]) -> None:
+    for pidfd in children:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    for pidfd, (index, pid) in children.items():
+        _bury(pidfd, index, pid)
+
+
+def _run_and_exit(main: Callable[[], None]) -> NoReturn:
+    """Run a forked process's main and leave by os._exit: the parent's clean-up is not the child's to do."""
+    code = 1
+    try:
+        main()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,49 @@
+"""Putting a node together: the datasets are surveyed, the nursery is forked, and then the front runs."""
+
+from __future__ import annotations
+
+import mmap
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from loader_service import defaults
+from loader_service.node.front import Front, Settings
+from loader_service.node.nursery import Nursery
+from loader_service.node.worker import NO_RECORD, Worker, survey
+from loader_service.spec import DatasetFacts, Split
+
+OnReady = Callable[[Front, dict[Split, DatasetFacts]], None]
+
+
+def run_node(data: Path, *, workers: int, bind: str, version: str, on_ready: OnReady) -> None:
+    """Run a node until it is told to stop. The calling process must have one thread.
+
+    Args:
+        data: directory of train.lmdb and val.lmdb; one of them may be missing.
+        workers: how many worker processes.
+        bind: address to listen at.
+        version: of the package.
+        on_ready: called when the node can serve, with the front and what it serves.
+
+    Raises:
+        LoaderServiceError: it cannot start or go on; see the sentence.
+    """
+    facts = survey(data)
+    shared = mmap.mmap(-1, workers * 8)  # anonymous and shared: the workers inherit it through both forks
+    at = np.frombuffer(shared, np.int64)
+    at[:] = NO_RECORD
+
+    def worker_main(index: int, link: socket.socket) -> None:
+        Worker(link, data, at[index : index + 1]).run()
+
+    nursery = Nursery(worker_main)
+    try:
+        settings = Settings(bind, workers, send_slots=defaults.SEND_SLOTS_PER_WORKER * workers + 1)
+        front = Front(settings, facts, nursery, at, version)
+    except BaseException:
+        nursery.close()
+        raise
+    front.run(lambda ready: on_ready(ready, facts))

@@ -1,0 +1,149 @@
+"""A worker process: it knows one thing, to fill these bytes with this slice.
+
+It is forked by the nursery, opens the datasets by itself, and then reads leases from its end of a socket pair until the
+other end is gone. Before each record it publishes the record's number in memory shared with the front, so that even a
+death by SIGKILL names its record.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from loader_service.data.fill import fill, golden
+from loader_service.data.records import Records
+from loader_service.errors import DatasetInvalid, DatasetNotFound, RecordError, SharedMemoryError
+from loader_service.link.slots import Segment
+from loader_service.node.lease import MAX_PACKET_BYTES, Bad, Done, Lease, Ready, decode_lease, encode
+from loader_service.spec import DRAWS, DatasetFacts, SampleLayout, Slice, Split
+
+SPLITS: Final[tuple[Split, ...]] = ("train", "val")
+NO_RECORD: Final = -1
+
+_MAX_SEGMENTS: Final = 64
+"""Clients' segments kept mapped; the one that was used longest ago goes first."""
+
+STALE: Final = {
+    "busy": "a late writer holds the part",
+    "given up": "the part's generation is no longer the lease's",
+}
+"""Why a place was not written; the client asks anew if it still wants the slice."""
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def survey(data: Path) -> dict[Split, DatasetFacts]:
+    """What the splits under ``data`` are, with the golden hash that this installation makes of each.
+
+    Raises:
+        DatasetNotFound: there is no split at all.
+        DatasetInvalid, DatasetUnfinished: a split cannot be served.
+    """
+    facts: dict[Split, DatasetFacts] = {}
+    for split in SPLITS:
+        path = data / f"{split}.lmdb"
+        if not path.exists():
+            continue
+        with Records(path) as records:
+            manifest = records.manifest
+            made = golden(records)
+            if made != manifest.golden:
+                raise DatasetInvalid(
+                    path,
+                    f"its golden samples come out as {made} here, the manifest says {manifest.golden}: the records "
+                    "are damaged, or this machine's libraries decode them to other bytes",
+                )
+            facts[split] = DatasetFacts(
+                count=manifest.count,
+                class_names=manifest.class_names,
+                mean_image=manifest.mean_image,
+                channel_means=manifest.channel_means,
+                eigenvalues=manifest.eigenvalues,
+                eigenvectors=manifest.eigenvectors,
+                fingerprint=manifest.fingerprint,
+                golden=made,
+            )
+    if not facts:
+        raise DatasetNotFound(data / "train.lmdb")
+    return facts
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that happens."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel was told
+        os._exit(1)
+
+
+class Worker:
+    """The worker's loop.
+
+    Args:
+        link: its end of the socket pair with the front.
+        data: the directory of the splits.
+        at: (1,) int64 in memory shared with the front: the record being worked on, or NO_RECORD.
+    """
+
+    def __init__(self, link: socket.socket, data: Path, at: npt.NDArray[np.int64]) -> None:
+        self._link, self._at = link, at
+        self._records: dict[str, Records] = {
+            split: Records(data / f"{split}.lmdb") for split in SPLITS if (data / f"{split}.lmdb").exists()
+        }
+        self._segments: OrderedDict[str, Segment] = OrderedDict()
+
+    def run(self) -> None:
+        """Serve until the front is gone."""
+        self._link.send(encode(Ready()))
+        while packet := self._link.recv(MAX_PACKET_BYTES):
+            lease = decode_lease(packet)
+            self._link.send(encode(self._serve(lease)))
+
+    def _serve(self, lease: Lease) -> Done | Bad:
+        start = time.perf_counter()
+        try:
+            state = self._write(lease)
+        except RecordError as error:
+            return Bad(lease.id, error.record, str(error))
+        except (SharedMemoryError, ValueError, KeyError) as error:
+            return Bad(lease.id, NO_RECORD, str(error))
+        finally:
+            self._at[0] = NO_RECORD
+        return (
+            Done(lease.id, time.perf_counter() - start) if state == "ours" else Bad(lease.id, NO_RECORD, STALE[state])
+        )
+
+    def _write(self, lease: Lease) -> str:
+        segment = self._segment(lease.segment)
+        with segment.writing(lease.place.part, lease.place.generation) as state:
+            if state == "ours":
+                fill(_slice(segment, lease), self._records[lease.split], lease.what, self._at)
+        return state
+
+    def _segment(self, name: str) -> Segment:
+        segment = self._segments.pop(name, None)
+        if segment is None:
+            segment = Segment.attach(name)
+            while len(self._segments) >= _MAX_SEGMENTS:
+                self._segments.popitem(last=False)[1].close()
+        self._segments[name] = segment
+        return segment
+
+
+def _slice(segment: Segment, lease: Lease) -> Slice:
+    """The arrays of a lease's place; the segment checks that they lie within its data."""
+    layout, place, n = SampleLayout(lease.what.view, lease.dtype), lease.place, lease.what.count
+    view = layout.view
+    return Slice(
+        images=segment.array(place.images, (n, *view.shape), lease.dtype),
+        labels=segment.array(place.labels, (n,), np.int64),
+        draws=segment.array(place.draws, (n, *view.draws_shape), DRAWS),
+    )

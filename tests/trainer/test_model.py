@@ -1,0 +1,219 @@
+"""The network's golden numbers, its two towers, and its start."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from trainer.chance import DropoutKey
+from trainer.errors import ConfigError
+from trainer.model import AlexNet, Sizes
+from trainer.optimizer import PaperSGD
+
+PER_LAYER = {
+    "conv1": 34_944,
+    "conv2": 307_456,
+    "conv3": 885_120,
+    "conv4": 663_936,
+    "conv5": 442_624,
+    "fc6": 37_752_832,
+    "fc7": 16_781_312,
+    "fc8": 4_097_000,
+}
+MULTIPLY_ADDS = 724_406_816
+
+
+@pytest.fixture(scope="module")
+def paper() -> AlexNet:
+    return AlexNet().eval()
+
+
+def parameters_of(model: AlexNet, layer: str) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if layer in name.split("."))
+
+
+def images(batch: int, seed: int = 0) -> torch.Tensor:
+    pixels = np.random.default_rng(seed).normal(0, 60, (batch, 3, 224, 224)).astype(np.float32)
+    return torch.from_numpy(pixels)
+
+
+def test_parameters_of_the_paper(paper: AlexNet) -> None:
+    """60,965,224 parameters, layer by layer; 62,378,344 would mean that the towers were forgotten."""
+    assert {layer: parameters_of(paper, layer) for layer in PER_LAYER} == PER_LAYER
+    assert sum(p.numel() for p in paper.parameters()) == 60_965_224
+
+
+def test_parameters_of_one_tower() -> None:
+    """The paper's smaller net has half the kernels, but conv5 and the fully connected layers whole."""
+    assert sum(p.numel() for p in AlexNet(towers=1).parameters()) == 59_798_312
+
+
+def test_map_sizes_and_multiply_adds(paper: AlexNet) -> None:
+    """Every layer's maps, both towers counted, and the arithmetic of one forward pass."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    work = 0
+
+    def note(name: str, layer: torch.nn.Module, output: torch.Tensor) -> None:
+        nonlocal work
+        before = shapes.get(name, (0,))
+        shapes[name] = (before[0] + output.shape[1], *output.shape[2:])
+        work += layer.weight.numel() * math.prod(output.shape[2:])
+
+    hooks = [
+        layer.register_forward_hook(lambda layer, _, output, name=name: note(name.split(".")[-1], layer, output))
+        for name, layer in paper.named_modules()
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))
+    ]
+    with torch.inference_mode():
+        paper(images(1))
+    for hook in hooks:
+        hook.remove()
+    assert shapes == {
+        "conv1": (96, 55, 55),
+        "conv2": (256, 27, 27),
+        "conv3": (384, 13, 13),
+        "conv4": (384, 13, 13),
+        "conv5": (256, 13, 13),
+        "fc6": (4096,),
+        "fc7": (4096,),
+        "fc8": (1000,),
+    }
+    assert work == MULTIPLY_ADDS
+
+
+def test_conv1_sees_zeros_only_at_the_right_and_bottom() -> None:
+    """The first place of conv1 reads the image's first 11 rows and columns: no zeros at the left and top."""
+    tower = AlexNet(2, width=0.05).each_tower[0]
+    picture = images(1)
+    seen = []
+    tower.conv1.register_forward_hook(lambda layer, inputs, output: seen.append((inputs[0], output)))
+    with torch.inference_mode():
+        tower.lower(picture)
+        padded, maps = seen[0]
+        first = (tower.conv1.weight * picture[:, :, :11, :11]).sum((1, 2, 3)) + tower.conv1.bias
+    assert padded.shape[2:] == (227, 227)
+    assert not padded[:, :, 224:].any()
+    assert not padded[:, :, :, 224:].any()
+    torch.testing.assert_close(maps[0, :, 0, 0], first, rtol=1e-4, atol=1e-4)
+
+
+def test_towers_meet_only_where_the_paper_says() -> None:
+    """Before the first exchange, tower 0 knows nothing of tower 1: its maps do not change with tower 1's weights."""
+    one, other = AlexNet(3, width=0.05).eval(), AlexNet(3, width=0.05).eval()
+    with torch.no_grad():
+        other.each_tower[1].conv1.weight.mul_(2)
+        picture = images(2)
+        assert torch.equal(one.each_tower[0].lower(picture), other.each_tower[0].lower(picture))
+        assert not torch.equal(one(picture), other(picture))
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+@pytest.mark.parametrize("preset", ["paper", "original"])
+def test_every_parameter_gets_a_gradient(towers: int, preset: str) -> None:
+    """No layer is cut off, in either preset, with one tower or two."""
+    model = AlexNet(5, width=0.1, preset=preset, towers=towers)
+    functional.cross_entropy(model(images(4), DropoutKey(0, 0)), torch.arange(4)).backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+
+
+def losses(devices: tuple[str, ...], steps: int) -> list[float]:
+    model = AlexNet(5, width=0.1, devices=devices, seed=3)
+    optimizer = PaperSGD(model, model.preset, 0.01)
+    labels = torch.arange(8) % 5
+    out = []
+    for step in range(steps):
+        loss = functional.cross_entropy(model(images(8, seed=step), DropoutKey(3, step)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        out.append(loss.item())
+    return out
+
+
+def test_one_device_and_two_give_the_same_losses() -> None:
+    """Both towers on one device, and one on each of two (the CPU twice): equal step by step, dropout included."""
+    assert losses(("cpu",), 5) == losses(("cpu", "cpu"), 5)
+
+
+def test_images_may_be_given_per_device() -> None:
+    """A batch that is already on each device gives what one tensor gives."""
+    model, picture = AlexNet(3, width=0.05, devices=("cpu", "cpu")).eval(), images(2)
+    with torch.inference_mode():
+        assert torch.equal(model(picture), model([picture, picture]))
+
+
+def test_dropout_is_keyed_by_step_in_training() -> None:
+    """The same key gives the same logits, another step others; in use there is no chance at all."""
+    model, picture = AlexNet(3, width=0.05), images(2)
+    with torch.inference_mode():
+        assert torch.equal(model(picture, DropoutKey(0, 1)), model(picture, DropoutKey(0, 1)))
+        assert not torch.equal(model(picture, DropoutKey(0, 1)), model(picture, DropoutKey(0, 2)))
+        model.eval()
+        assert torch.equal(model(picture, DropoutKey(0, 1)), model(picture, DropoutKey(0, 2)))
+
+
+def test_initial_weights_and_biases(paper: AlexNet) -> None:
+    """Standard deviation .01 everywhere; biases of conv2, 4, 5, fc6 and fc7 at 1, the others, fc8's too, at 0."""
+    for name, parameter in paper.named_parameters():
+        layer = name.split(".")[-2]
+        if name.endswith("bias"):
+            expected = 1.0 if layer in {"conv2", "conv4", "conv5", "fc6", "fc7"} else 0.0
+            assert (parameter == expected).all(), name
+        else:
+            error = 5 * 0.01 / math.sqrt(2 * parameter.numel())
+            assert abs(parameter.std().item() - 0.01) < error, name
+
+
+def test_original_starts_the_middle_wider() -> None:
+    """The authors' code draws conv3 to conv5 with .03."""
+    tower = AlexNet(10, width=0.5, preset="original", towers=1).each_tower[0]
+    widening = math.sqrt(2)  # of a net of half the width
+    for layer in (tower.conv3, tower.conv4, tower.conv5):
+        assert layer.weight.std().item() == pytest.approx(0.03 * widening, rel=0.03)
+    assert tower.fc7.weight.std().item() == pytest.approx(0.01 * widening, rel=0.03)
+
+
+def test_narrow_nets_start_with_wider_weights() -> None:
+    """Each std grows by sqrt(full fan-in / fan-in); conv1's inputs are the image's, so its does not."""
+    tower = AlexNet(10, width=0.25).each_tower[0]
+    assert tower.conv1.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert tower.conv3.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert tower.fc6.weight.std().item() == pytest.approx(0.02, rel=0.03)
+
+
+def test_weights_hang_on_the_seed_and_not_on_devices() -> None:
+    """Equal seeds give equal weights however the towers are placed; other seeds, and other towers, give others."""
+    one, same = AlexNet(3, width=0.05, seed=1), AlexNet(3, width=0.05, seed=1, devices=("cpu", "cpu"))
+    other = AlexNet(3, width=0.05, seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(one.fc8.weight, other.fc8.weight)
+    assert not torch.equal(one.each_tower[0].conv1.weight, one.each_tower[1].conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"width": 0.0}, "--width=0.0 cannot work: expected a number above 0, at most 4."),
+        ({"towers": 3}, "--towers=3 cannot work: expected 1 or 2."),
+        ({"preset": "caffe"}, "--preset=caffe cannot work: expected one of paper, original."),
+        (
+            {"towers": 1, "devices": ("cpu", "cpu")},
+            "--devices=cpu,cpu cannot work: expected one device, or one for each of 1 towers.",
+        ),
+    ],
+)
+def test_impossible_networks_are_refused(options: dict[str, object], sentence: str) -> None:
+    """An argument that cannot work is named, with what would."""
+    with pytest.raises(ConfigError) as caught:
+        AlexNet(2, **options)
+    assert str(caught.value) == sentence
+
+
+def test_the_narrowest_layers_have_one_kernel() -> None:
+    """No width makes a layer vanish."""
+    assert Sizes.of(2, 0.001).kernels == (1, 1, 1, 1, 1)

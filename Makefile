@@ -40,6 +40,6 @@ cover: setup ## the tests, and which lines they do not reach
 	@$(run) -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 clean: ## remove what make has made: .venv, build/ and caches; data/ and runs/ stay
-	rm -rf .venv build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info loader_service/data/*.so .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 	@echo "data/ and runs/ are yours: they stay."

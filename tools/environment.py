@@ -4,7 +4,7 @@ Rules of this file:
 
 - It runs under the user's Python before anything is installed, so it imports the standard library alone.
 - It is run before every verb, so it must see within a tenth of a second that there is nothing to do. What `.venv` was
-  made from (the digest of pyproject.toml and constraints.txt, the Python, the folder, the extras) stands in
+  made from (the digest of pyproject.toml, constraints.txt and C sources, the Python, the folder, the extras) stands in
   ``.venv/ready.json``, which is written last: a set-up that was interrupted is done again.
 - Pillow-SIMD and stock Pillow both install a package named PIL, whichever comes last wins, and they resize to different
   bytes. So stock Pillow is looked for every time, and taken out again on machines that have Pillow-SIMD.
@@ -117,11 +117,16 @@ def remedy(missing: list[str], managers: list[str]) -> str:
     return "\n".join(lines)
 
 
+def compiled_sources() -> list[Path]:
+    """The C files that the installation compiles."""
+    return sorted(path for path in (ROOT / "loader_service").rglob("*") if path.suffix in (".c", ".h"))
+
+
 def recipe(extras: str) -> dict[str, str]:
     """What ``.venv`` is made from; while this is what READY says, there is nothing to do."""
-    sources = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    paths = [ROOT / "pyproject.toml", ROOT / "constraints.txt", *sorted(ROOT.glob("setup.py")), *compiled_sources()]
     return {
-        "sources": hashlib.sha256(sources).hexdigest(),
+        "sources": hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest(),
         "python": platform.python_version(),
         "root": str(ROOT),
         "extras": extras,

@@ -1,1 +1,37 @@
-"""A distributed image-loading service: every sample exactly once, whatever dies."""
+"""A distributed image-loading service: every sample exactly once, whatever dies.
+
+>>> from loader_service import Loader
+>>> with Loader("tcp://127.0.0.1:5555", batch_size=128) as loader:  # doctest: +SKIP
+...     for batch in loader:
+...         train(batch.images, batch.labels)
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from loader_service import errors
+from loader_service.client.ledger import EpochAccount
+from loader_service.client.loader import Batch, Dataset, Loader
+from loader_service.client.query import describe, status
+from loader_service.local import LocalNode
+from loader_service.spec import DRAWS, View
+
+try:
+    __version__ = version("loader-service")
+except PackageNotFoundError:  # run from a checkout that was never installed
+    __version__ = "0"
+
+__all__ = [
+    "DRAWS",
+    "Batch",
+    "Dataset",
+    "EpochAccount",
+    "Loader",
+    "LocalNode",
+    "View",
+    "__version__",
+    "describe",
+    "errors",
+    "status",
+]

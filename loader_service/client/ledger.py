@@ -12,7 +12,8 @@ A batch lives in a slot and is made of parts, one slice each. A part's life:
 
 Each ask has a number of its own, never used again; an answer to any other number than the part's current one is a
 duplicate and refused. Batches are delivered in the schedule's order and each once, since a part is done once.
-A slot whose part cannot be armed is condemned until it can: the batch moves to a spare slot.
+A slot whose part cannot be armed is condemned until it can: the batch moves to a free slot, else to that of a younger
+batch that has nothing under way, else it waits for one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 from loader_service.client.plan import Plan, Schedule
@@ -29,6 +31,8 @@ Arm = Callable[[int, int], int | None]
 
 ASKS_PER_WORKER: Final = 3
 """Slices asked of a node at a time, per worker: one in work, one waiting at the worker, one at the front."""
+
+NO_SLOT: Final = -1
 
 MAX_EXCUSES: Final = 20
 """How often a part may be refused for no record's fault before the run is called broken."""
@@ -41,7 +45,7 @@ class EpochAccount:
     Fields:
         epoch: which.
         expected: positions that this loader had to deliver, from where it (or the state it resumed from) began.
-        delivered: positions delivered so far, each once.
+        delivered: positions returned to the caller so far, each once.
         duplicates_refused: answers that came for a slice which had been given up or was already there.
         reassigned: slices asked for again, because their node was lost or could not make them.
         substituted: positions whose record was bad and whose pixels are another's.
@@ -73,8 +77,18 @@ class Batch:
     """One batch in the making."""
 
     plan: Plan
-    slot: int
+    slot: int  # NO_SLOT while it waits for another one
     parts: list[Part]
+
+    @property
+    def done(self) -> bool:
+        """Whether every part has come."""
+        return all(part.state == "done" for part in self.parts)
+
+    @property
+    def asked(self) -> bool:
+        """Whether a part is under way."""
+        return any(part.state == "asked" for part in self.parts)
 
 
 @dataclass(eq=False)
@@ -117,16 +131,24 @@ class Ledger:
     Args:
         schedule: which batches there are.
         epoch, position: where to begin.
-        slots: how many slots there are, spares included; numbered from 0.
-        open_batches: how many of them may hold batches in the making or waiting for the caller.
+        slots: the slots that are free.
         slice_samples: most positions per slice.
         arm: see above.
+        numbers: gives each ask its number; shared by all ledgers of a client, so that no number is used twice.
     """
 
     def __init__(
-        self, schedule: Schedule, epoch: int, position: int, *, slots: list[int], slice_samples: int, arm: Arm
+        self,
+        schedule: Schedule,
+        epoch: int,
+        position: int,
+        *,
+        slots: list[int],
+        slice_samples: int,
+        arm: Arm,
+        numbers: Iterator[int],
     ) -> None:
-        self._schedule, self._arm = schedule, arm
+        self._schedule, self._arm, self._numbers = schedule, arm, numbers
         self._slice_samples = slice_samples
         self._plans: Iterator[Plan] = schedule.batches(epoch, position)
         self._began = (epoch, position)
@@ -135,7 +157,6 @@ class Ledger:
         self._condemned: list[tuple[int, int]] = []  # slot, and how many parts it had
         self._batches: deque[Batch] = deque()  # in the order of delivery
         self._nodes: dict[str, Node] = {}
-        self._numbers = 0
         self._accounts: dict[int, EpochAccount] = {}
 
     # Events
@@ -188,6 +209,7 @@ class Ledger:
     def advance(self) -> list[Action]:
         """Everything that can be done now: retry condemned slots, open batches, ask for parts, deliver."""
         self._pardon()
+        self._place()
         self._open()
         actions: list[Action] = [*self._asks(), *self._deliveries()]
         if self._exhausted and not self._batches and not self._finished:
@@ -197,7 +219,7 @@ class Ledger:
 
     @property
     def accounts(self) -> list[EpochAccount]:
-        """The account of each epoch that was begun, in order."""
+        """The account of each epoch that was begun, in order; ``delivered`` is the caller's to count."""
         return [self._accounts[epoch] for epoch in sorted(self._accounts)]
 
     @property
@@ -225,15 +247,12 @@ class Ledger:
         """A batch in slices of nearly equal size."""
         pieces = -(-plan.count // self._slice_samples)
         edges = [plan.count * i // pieces for i in range(pieces + 1)] if pieces else []
-        return [
-            Part(plan.first + low, high - low, low, index)
-            for index, (low, high) in enumerate(zip(edges, edges[1:], strict=False))
-        ]
+        return [Part(plan.first + low, high - low, low, index) for index, (low, high) in enumerate(pairwise(edges))]
 
     def _asks(self) -> Iterator[Ask]:
         for batch in self._batches:
             for part in batch.parts:
-                if part.state != "wanted":
+                if part.state != "wanted" or batch.slot == NO_SLOT:
                     continue
                 name = self._least_loaded()
                 if name is None:
@@ -242,8 +261,7 @@ class Ledger:
                 if generation is None:
                     self._condemn(batch)
                     break
-                self._numbers += 1
-                part.state, part.ask = "asked", self._numbers
+                part.state, part.ask = "asked", next(self._numbers)
                 self._nodes[name].asks[part.ask] = (batch, part)
                 yield Ask(name, part.ask, batch, part, generation)
 
@@ -253,30 +271,40 @@ class Ledger:
         return min(roomy)[1] if roomy else None
 
     def _deliveries(self) -> Iterator[Deliver]:
-        while self._batches and all(part.state == "done" for part in self._batches[0].parts):
-            batch = self._batches.popleft()
-            self._change(batch.plan.epoch, delivered=batch.plan.count)
-            yield Deliver(batch)
+        while self._batches and self._batches[0].done:
+            yield Deliver(self._batches.popleft())
 
     def _want_again(self, batch: Batch, part: Part) -> None:
         part.state = "wanted"
         self._change(batch.plan.epoch, reassigned=1)
 
     def _condemn(self, batch: Batch) -> None:
-        """Move a batch to another slot, since a late writer holds a part of its own; all its parts are made anew."""
+        """Take a batch out of its slot, since a late writer holds a part of it; all its parts are made anew."""
         self._condemned.append((batch.slot, len(batch.parts)))
         for node in self._nodes.values():
             for number in [n for n, (b, _) in node.asks.items() if b is batch]:
                 del node.asks[number]
+        self._evict(batch)
+
+    def _evict(self, batch: Batch) -> None:
+        batch.slot = NO_SLOT
         for part in batch.parts:
             part.state = "wanted"
-        if self._free:
-            batch.slot = self._free.popleft()
-        else:  # no spare: the youngest batch gives up its slot and is opened again later
-            batch.slot = self._yield_slot(batch)
 
-    def _yield_slot(self, batch: Batch) -> int:
-        raise NotImplementedError
+    def _place(self) -> None:
+        """Find slots for batches that lost theirs, the next to be delivered first."""
+        for index, batch in enumerate(self._batches):
+            if batch.slot != NO_SLOT:
+                continue
+            if self._free:
+                batch.slot = self._free.popleft()
+                continue
+            younger = list(self._batches)[index + 1 :]
+            victim = next((b for b in reversed(younger) if b.slot != NO_SLOT and not b.asked), None)
+            if victim is None:
+                return
+            batch.slot = victim.slot
+            self._evict(victim)
 
     def _pardon(self) -> None:
         """Take condemned slots back whose late writers are gone."""
@@ -297,11 +325,11 @@ class Ledger:
         if self._accounts:
             self._change(max(self._accounts), duplicates_refused=1)
 
-    def _change(self, epoch: int, **more: int) -> None:
+    def _change(self, epoch: int, duplicates_refused: int = 0, reassigned: int = 0) -> None:
         old = self._accounts[epoch]
         self._accounts[epoch] = EpochAccount(
-            epoch, old.expected, **{name: getattr(old, name) + more.get(name, 0) for name in _COUNTS}
+            epoch,
+            old.expected,
+            duplicates_refused=old.duplicates_refused + duplicates_refused,
+            reassigned=old.reassigned + reassigned,
         )
-
-
-_COUNTS: Final = ("delivered", "duplicates_refused", "reassigned", "substituted")

@@ -1,6 +1,6 @@
 """Pixels of a record to pixels of a sample: crop, flip, colour shift, mean subtraction.
 
-This is the plain NumPy form, which defines what the bytes are.
+The plain NumPy form, here, defines what the bytes are; the compiled ones (see ``kernel``) make the same.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.data.records import Pixels, Statistics
-from loader_service.spec import View
+from loader_service.data import kernel
+from loader_service.data.draws import MAX_SHIFT
+from loader_service.data.records import CODECS, HEADER, RAW_BYTES, SHAPE, Pixels, Statistics
+from loader_service.spec import RECORD_SIDE_PX, View
 
 
 def complete_view(view: View, statistics: Statistics) -> View:
@@ -23,6 +25,68 @@ def complete_view(view: View, statistics: Statistics) -> View:
         return view
     basis = 255.0 * statistics.eigenvectors * statistics.eigenvalues
     return msgspec.structs.replace(view, basis=tuple(basis.ravel().tolist()))
+
+
+def augment_records(
+    images: npt.NDArray[np.uint8] | npt.NDArray[np.float32],
+    values: list[memoryview],
+    draws: npt.NDArray[np.void],
+    labels: npt.NDArray[np.int64],
+    numbers: npt.NDArray[np.int64],
+    at: npt.NDArray[np.int64] | None = None,
+    mean: npt.NDArray[np.float32] | None = None,
+    *,
+    form: str | None = None,
+) -> int:
+    """Write the samples and labels of raw records, until one is not a raw record. All arrays are C-contiguous.
+
+    Args:
+        images: (n, side, side, 3) or (n, samples, side, side, 3); uint8, or float32 where ``mean`` is given.
+        values: the n records as they are stored, header and payload.
+        draws: (n,) or (n, samples) DRAWS that fit the crop; memory that nobody else writes.
+        labels: (n,) int64, written.
+        numbers: (n,) int64, the records' numbers.
+        at: (1,) int64; holds the number of the record being read, before its first byte is.
+        mean: (2, 256, 256, 3) float32, the mean image and its mirror image (see :attr:`Records.mean_pair`).
+        form: of :data:`kernel.FORMS`; the chosen one if None.
+
+    Returns:
+        How many records were made; fewer than n if the next one is not a raw record.
+
+    Raises:
+        ValueError: an array has another size, or a draw lies outside of the record; nothing was written.
+    """
+    form = form or kernel.chosen()
+    if form != "numpy":
+        assert kernel.compiled is not None
+        return kernel.compiled.augment(form, images, values, draws, labels, numbers, at, mean)
+    check_draws(draws, images.shape[-2])
+    for i, value in enumerate(values):
+        if at is not None:
+            at[0] = numbers[i]
+        if len(value) != HEADER.size + RAW_BYTES or value[4] != CODECS["raw"]:
+            return i
+        labels[i] = HEADER.unpack_from(value)[0]
+        pixels = np.frombuffer(value, np.uint8, RAW_BYTES, HEADER.size).reshape(SHAPE)
+        targets = images[i] if images.ndim == 5 else images[i : i + 1]
+        for target, drawn in zip(targets, np.atleast_1d(draws[i]), strict=True):
+            if mean is None:
+                augment(target, pixels, drawn)
+            else:
+                sample = np.empty(target.shape, np.uint8)
+                augment(sample, pixels, drawn)
+                centre(target, sample, mean[0], drawn)
+    return len(values)
+
+
+def check_draws(draws: npt.NDArray[np.void], side: int) -> None:
+    """Refuse draws that do not fit a crop of ``side`` pixels; ValueError names the first."""
+    last = RECORD_SIDE_PX - side
+    y, x, shift = draws["y"], draws["x"], draws["shift"]
+    wrong = (y < 0) | (y > last) | (x < 0) | (x > last) | ((shift < -MAX_SHIFT) | (shift > MAX_SHIFT)).any(axis=-1)
+    if wrong.any():
+        i = int(np.flatnonzero(wrong)[0])
+        raise ValueError(f"draw {i} ({draws.ravel()[i]}) does not fit a crop of {side} in {RECORD_SIDE_PX}")
 
 
 def augment(out: Pixels, pixels: Pixels, draw: npt.NDArray[np.void] | np.void) -> None:

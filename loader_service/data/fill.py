@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from loader_service.data.augment import augment, centre, complete_view
+from loader_service.data.augment import augment_records, complete_view
 from loader_service.data.draws import draw
 from loader_service.data.order import records_at
-from loader_service.data.records import Records, Values
+from loader_service.data.records import Records, Values, raw_value
+from loader_service.errors import RecordError
 from loader_service.spec import DRAWS, SampleLayout, Slice, SliceId, View
 
 GOLDEN_SAMPLES = 16
@@ -49,33 +50,35 @@ def fill(out: Slice, records: Records, what: SliceId, at: npt.NDArray[np.int64] 
     numbers = slice_numbers(len(records), what)
     draws = draw(what.view, what.seed, what.epoch, what.start, what.count)
     out.draws.view(np.uint8)[...] = draws.view(np.uint8)  # as bytes: NumPy's own copy would leave the padding as it was
-    mean = records.statistics.mean_image if out.images.dtype == np.float32 else None
+    mean = records.mean_pair if out.images.dtype == np.float32 else None
     with records.values() as values:
-        for i, number in enumerate(numbers.tolist()):
-            if at is not None:
-                at[0] = number
-            out.labels[i] = _fill_record(out.images[i], values, number, draws[i], mean)
-
-
-def _fill_record(
-    out: npt.NDArray[np.uint8] | npt.NDArray[np.float32],
-    values: Values,
-    number: int,
-    draws: npt.NDArray[np.void] | np.void,
-    mean: npt.NDArray[np.float32] | None,
-) -> int:
-    """Write all samples of one record (one, or ten for ten-crop) and return its label."""
-    label, codec, _, payload = values.read(number)
-    pixels = values.decode(number, payload, codec)
-    targets = out if out.ndim == 4 else out[None]
-    for target, drawn in zip(targets, np.atleast_1d(draws), strict=True):
-        if mean is None:
-            augment(target, pixels, drawn)
+        if records.manifest.codec == "raw":
+            made = augment_records(out.images, values.stored(numbers), draws, out.labels, numbers, at, mean)
+            if made < what.count:
+                raise values.refusal(int(numbers[made]))
         else:
-            sample = np.empty(target.shape, np.uint8)
-            augment(sample, pixels, drawn)
-            centre(target, sample, mean, drawn)
-    return label
+            _fill_jpeg(out, values, draws, numbers, at, mean)
+    if (strange := np.flatnonzero(out.labels >= len(records.manifest.class_names))).size:
+        i = strange[0]
+        raise RecordError(records.path, int(numbers[i]), f"its label {out.labels[i]} is beyond the last class")
+
+
+def _fill_jpeg(
+    out: Slice,
+    values: Values,
+    draws: npt.NDArray[np.void],
+    numbers: npt.NDArray[np.int64],
+    at: npt.NDArray[np.int64] | None,
+    mean: npt.NDArray[np.float32] | None,
+) -> None:
+    """Decode record by record to a raw one, which is cut while it lies in the cache."""
+    value = raw_value()
+    for i, number in enumerate(numbers.tolist()):
+        if at is not None:
+            at[0] = number
+        values.unpack(number, value)
+        one = slice(i, i + 1)
+        augment_records(out.images[one], [value.data], draws[one], out.labels[one], numbers[one], at, mean)
 
 
 def empty_slice(layout: SampleLayout, count: int) -> Slice:

@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from loader_service.data import kernel
 from loader_service.data.draws import STREAM_ORDER, raw_words
 
 TABLE_MAX: Final = 65_536
@@ -24,7 +25,9 @@ ROUNDS: Final = 8
 _Words = npt.NDArray[np.uint64]
 
 
-def records_at(count: int, seed: int, epoch: int, start: int, n: int) -> npt.NDArray[np.int64]:
+def records_at(
+    count: int, seed: int, epoch: int, start: int, n: int, *, form: str | None = None
+) -> npt.NDArray[np.int64]:
     """The record numbers at positions start .. start + n - 1 of a shuffled epoch.
 
     Args:
@@ -33,6 +36,7 @@ def records_at(count: int, seed: int, epoch: int, start: int, n: int) -> npt.NDA
         epoch: 0 .. 2**64 - 1.
         start: first position; start + n must not exceed count.
         n: how many.
+        form: of :data:`kernel.FORMS`; the chosen one if None.
 
     Returns:
         (n,) int64.
@@ -42,6 +46,11 @@ def records_at(count: int, seed: int, epoch: int, start: int, n: int) -> npt.NDA
     if count <= TABLE_MAX:
         return _table(count, seed, epoch)[start : start + n]
     keys = raw_words(seed, epoch, STREAM_ORDER, 0, ROUNDS)
+    if (form or kernel.chosen()) != "numpy":
+        assert kernel.compiled is not None
+        records = np.empty(n, np.int64)
+        kernel.compiled.walk(records, start, count, keys)
+        return records
     positions = np.arange(start, start + n, dtype=np.uint64)
     return _walk(positions, count, keys).astype(np.int64)
 

@@ -20,9 +20,10 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, cast
 
 import lmdb
 import msgspec
@@ -152,8 +153,13 @@ def encode(pixels: Pixels, codec: Codec, parameters: dict[str, int | str] | None
     )
 
 
-def decode(payload: bytes | memoryview, codec: int) -> Pixels:
+def decode(payload: bytes | memoryview, codec: int, into: npt.NDArray[np.uint8] | None = None) -> Pixels:
     """The pixels of a payload: (256, 256, 3) uint8, RGB; of ``raw`` a view, not a copy.
+
+    Args:
+        payload: a record's, as it is stored.
+        codec: of :data:`CODECS`.
+        into: (196608,) uint8, where a ``jpeg`` is decoded to; a new array if None.
 
     Raises:
         ValueError: the payload is not what the codec says.
@@ -164,7 +170,9 @@ def decode(payload: bytes | memoryview, codec: int) -> Pixels:
         return np.frombuffer(payload, np.uint8).reshape(SHAPE)
     if codec == CODECS["jpeg"]:
         try:
-            pixels: Pixels = simplejpeg.decode_jpeg(payload, colorspace="RGB")
+            # Into a buffer of this size even where none is given: a JPEG that says it is huge is then refused.
+            buffer = np.empty(RAW_BYTES, np.uint8) if into is None else into
+            pixels: Pixels = simplejpeg.decode_jpeg(payload, colorspace="RGB", buffer=buffer)
         except ValueError as error:
             raise ValueError(f"its JPEG cannot be decoded ({error})") from error
         if pixels.shape != SHAPE:
@@ -213,6 +221,12 @@ class Records:
     def close(self) -> None:
         """Close the environment; views of its pages must be gone."""
         self._env.close()
+
+    @cached_property
+    def mean_pair(self) -> npt.NDArray[np.float32]:
+        """The mean image and its mirror image: (2, 256, 256, 3) float32; a mirrored sample's window is of the second."""
+        mean = self.statistics.mean_image
+        return np.ascontiguousarray(np.stack((mean, mean[:, ::-1])))
 
     @contextmanager
     def values(self) -> Iterator[Values]:
@@ -263,26 +277,74 @@ class Values:
     def __init__(self, path: Path, txn: Any) -> None:
         self._path, self._get = path, txn.get
 
+    def stored(self, numbers: npt.NDArray[np.int64]) -> list[memoryview]:
+        """The values of many records, header and payload, as views of LMDB's pages; their bytes are not read yet.
+
+        Raises:
+            RecordError: there is no such record.
+        """
+        get, pack = self._get, KEY.pack
+        values: list[memoryview | None] = [get(pack(number)) for number in numbers.tolist()]
+        if None in values:
+            raise RecordError(self._path, int(numbers[values.index(None)]), "there is no such record")
+        return cast("list[memoryview]", values)
+
     def read(self, number: int) -> tuple[int, int, int, memoryview]:
         """Label, codec number, checksum and payload of one record; the payload is a view of LMDB's pages.
 
         Raises:
             RecordError: there is no such record, or it is too short for a header.
         """
-        value: memoryview | None = self._get(KEY.pack(number))
-        if value is None:
-            raise RecordError(self._path, number, "there is no such record")
+        (value,) = self.stored(np.array([number]))
         if len(value) <= HEADER.size:
             raise RecordError(self._path, number, f"it has {len(value)} bytes, fewer than its header")
         label, codec, checksum = HEADER.unpack_from(value)
         return label, codec, checksum, value[HEADER.size :]
 
-    def decode(self, number: int, payload: memoryview, codec: int) -> Pixels:
+    def decode(self, number: int, payload: memoryview, codec: int, into: npt.NDArray[np.uint8] | None = None) -> Pixels:
         """:func:`decode`, with the record named when it fails."""
         try:
-            return decode(payload, codec)
+            return decode(payload, codec, into)
         except ValueError as error:
             raise RecordError(self._path, number, str(error)) from error
+
+    def unpack(self, number: int, into: npt.NDArray[np.uint8]) -> None:
+        """Make the raw record that a jpeg record stands for.
+
+        Args:
+            number: the record's.
+            into: (16 + 196608,) uint8, written with header and pixels; see :func:`raw_value`.
+
+        Raises:
+            RecordError: it cannot be decoded, or is not jpeg.
+        """
+        label, codec, checksum, payload = self.read(number)
+        if codec != CODECS["jpeg"]:
+            raise self.foreign(number, codec, "jpeg")
+        HEADER.pack_into(into.data, 0, label, CODECS["raw"], checksum)
+        self.decode(number, payload, codec, into[HEADER.size :])
+
+    def refusal(self, number: int) -> RecordError:
+        """Why a record is not a raw one."""
+        _, codec, _, payload = self.read(number)
+        if codec == CODECS["raw"]:
+            self.decode(number, payload, codec)
+        return self.foreign(number, codec, "raw")
+
+    def foreign(self, number: int, codec: int, needed: Codec) -> RecordError:
+        """The error of a record whose codec is not its dataset's."""
+        return RecordError(self._path, number, f"its codec number is {codec}, where the manifest says {needed}")
+
+
+def raw_value() -> npt.NDArray[np.uint8]:
+    """Memory for one raw record, header and payload: (16 + 196608,) uint8.
+
+    Its payload lies 16 bytes beyond a multiple of 32 on purpose: to a buffer that is aligned to 32 bytes libjpeg-turbo
+    writes past the caches, which is 8 % slower for pixels that are read at once.
+    """
+    memory = np.empty(HEADER.size + RAW_BYTES + 32, np.uint8)
+    start = -memory.ctypes.data % 32
+    return memory[start : start + HEADER.size + RAW_BYTES]
 
 
 def fingerprint(manifest: Manifest, headers_digest: bytes) -> str:

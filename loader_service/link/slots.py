@@ -57,7 +57,8 @@ class Segment:
     def __init__(self, descriptor: int, name: str, size: int) -> None:
         self._descriptor, self.name, self.size = descriptor, name, size
         self._map = mmap.mmap(descriptor, size)
-        _, self.nonce, self.parts, _, self.data_offset = HEADER.unpack_from(self._map)
+        header: tuple[bytes, bytes, int, int, int] = HEADER.unpack_from(self._map)
+        _, self.nonce, self.parts, _, self.data_offset = header
         self._generations = np.frombuffer(self._map, "<u8", self.parts, PAGE_BYTES)
         self._bytes = np.frombuffer(self._map, np.uint8)
 

@@ -123,6 +123,7 @@ class Monitor:
     def close(self) -> None:
         """Stop watching; before the watched socket is closed."""
         self._dealer.disable_monitor()
+        self.socket.close(linger=0)
 
 
 def try_send(socket: zmq.Socket[bytes], frames: list[Any], on_gone: Callable[[], None] | None = None) -> bool:

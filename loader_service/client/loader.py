@@ -1,0 +1,363 @@
+"""The public class: an iterable of batches. Where the arrays of a batch are put together."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import queue
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Final, Literal, NamedTuple, get_args
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from loader_service import defaults
+from loader_service.client.ledger import Deliver, EpochAccount, Finish, Ledger
+from loader_service.client.plan import Plan, Schedule
+from loader_service.client.room import Room
+from loader_service.client.session import Delivery, Session
+from loader_service.data.augment import complete_view
+from loader_service.data.fill import slice_numbers
+from loader_service.data.records import SHAPE, Statistics
+from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld, StateError
+from loader_service.spec import DatasetFacts, Dtype, SampleLayout, SliceId, Split, View
+
+log = logging.getLogger("loader_service.client")
+
+STATE_FORMAT: Final = 1
+SPARE_SLOTS: Final = 2
+"""Beside the prefetched batches: one for the batch in the caller's hands, one in case a late writer blocks a slot."""
+
+Transport = Literal["auto", "shm", "tcp"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What is known of the dataset once a node has answered.
+
+    Fields:
+        count: number of records.
+        class_names: by label.
+        mean: (256, 256, 3) float32, the training split's mean image, 0..255.
+        channel_means: (3,) float64, 0..255.
+        eigenvalues: (3,) float64, of the covariance of RGB in 0..1, the largest first.
+        eigenvectors: (3, 3) float64, column k belongs to eigenvalue k.
+        fingerprint: identity of records and statistics.
+    """
+
+    count: int
+    class_names: tuple[str, ...]
+    mean: npt.NDArray[np.float32]
+    channel_means: npt.NDArray[np.float64]
+    eigenvalues: npt.NDArray[np.float64]
+    eigenvectors: npt.NDArray[np.float64]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, facts: DatasetFacts) -> Dataset:
+        """The facts of a node's Welcome as arrays."""
+        return cls(
+            count=facts.count,
+            class_names=facts.class_names,
+            mean=np.frombuffer(facts.mean_image, "<f4").reshape(SHAPE),
+            channel_means=np.array(facts.channel_means),
+            eigenvalues=np.array(facts.eigenvalues),
+            eigenvectors=np.array(facts.eigenvectors).reshape(3, 3),
+            fingerprint=facts.fingerprint,
+        )
+
+
+class Batch(NamedTuple):
+    """What a training loop receives. The arrays are views of a slot, which is used again once all of them are gone.
+
+    Fields:
+        images: (B, 224, 224, 3) uint8 RGB, or float32 minus the mean; ten-crop (B, 10, 224, 224, 3); whole (B, 256, 256, 3).
+        labels: (B,) int64, the class.
+        ids: (B,) int64, the record number that the position stands for.
+        sources: (B,) int64, the record whose pixels these are; differs only where a bad record was replaced.
+        draws: (B,) or (B, 10) struct: y, x, flip, shift (int16[3]).
+        epoch: which epoch.
+        start: the position of the first sample in it.
+    """
+
+    images: npt.NDArray[Any]
+    labels: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int64]
+    sources: npt.NDArray[np.int64]
+    draws: npt.NDArray[np.void]
+    epoch: int
+    start: int
+
+
+class Loader:
+    """Batches of augmented images from one node or many, in an order that depends on nothing but the seed.
+
+    One ``iter()`` runs all the epochs that remain; a loop that was left goes on with the next one. Close it, or use it
+    as a context manager.
+
+    Args:
+        address: of a node, or several with commas between.
+        split: ``train`` or ``val``.
+        view: a name (``train``, ``center``, ``ten-crop``, ``whole``) or a :class:`View`.
+        batch_size: samples per batch and rank.
+        seed: decides the order and all augmentation; 0 .. 2**63 - 1.
+        epochs: how many.
+        dtype: ``uint8`` pixels, or ``float32`` with the mean's window subtracted.
+        rank, world_size: this replica's part of each global batch.
+        transport: ``shm`` or ``tcp`` to force one; ``auto`` shares memory where it can.
+        drop_last: leave out an epoch's last batch if it is not full.
+        prefetch: batches made ahead.
+        timeout_s: how long to wait for a node or a batch before it is an error; None waits for ever, and says so.
+        on_bad_sample: ``fail`` stops with the record named.
+
+    Raises:
+        OptionError: an argument cannot work.
+        NoNodeError: no node answered in time.
+        NodeRefused: a node would give other bytes.
+        SharedMemoryError: there is no room for the slots.
+    """
+
+    def __init__(
+        self,
+        address: str = defaults.ADDRESS,
+        *,
+        split: Split = "train",
+        view: str | View = "train",
+        batch_size: int = defaults.BATCH_SIZE,
+        seed: int = 0,
+        epochs: int = 1,
+        dtype: Dtype = "uint8",
+        rank: int = 0,
+        world_size: int = 1,
+        transport: Transport = "auto",
+        drop_last: bool = False,
+        prefetch: int = defaults.PREFETCH,
+        timeout_s: float | None = None,
+        on_bad_sample: Literal["fail"] = "fail",
+    ) -> None:
+        chosen = _check_view(view)
+        _check_choice("split", split, get_args(Split))
+        _check_choice("dtype", dtype, get_args(Dtype))
+        _check_choice("transport", transport, get_args(Transport))
+        _check_choice("on_bad_sample", on_bad_sample, ("fail",))
+        _check_range("batch_size", batch_size, 1, 2**16)
+        _check_range("seed", seed, 0, 2**63 - 1)
+        _check_range("epochs", epochs, 0, 2**31)
+        _check_range("prefetch", prefetch, 1, 1024)
+        _check_range("world_size", world_size, 1, 2**16)
+        _check_range("rank", rank, 0, world_size - 1)
+        addresses = tuple(part.strip() for part in address.split(",") if part.strip())
+        if not addresses:
+            raise OptionError("address", address, "one or more addresses such as tcp://127.0.0.1:5555")
+        self._seed, self._transport, self._timeout_s = seed, transport, timeout_s
+        self._session = Session(addresses, split)
+        self._close: weakref.finalize[..., Loader] = weakref.finalize(self, self._session.close)
+        try:
+            self._facts = self._session.wait_for_facts(timeout_s)
+            self.dataset = Dataset.of(self._facts)
+            self._view = complete_view(chosen, _statistics(self.dataset))
+            self._schedule = Schedule(self._facts.count, batch_size, rank, world_size, epochs, drop_last)
+            self._room = self._make_room(SampleLayout(self._view, dtype), seed, batch_size, prefetch + SPARE_SLOTS)
+        except BaseException:
+            self.close()
+            raise
+        self._close.detach()
+        self._close = weakref.finalize(self, _close, self._session, self._room)
+        self._next = (0, 0)  # epoch and global position of the first batch not yet returned
+        self._deliveries: queue.SimpleQueue[Delivery] | None = None
+        self._held: set[int] = set()
+        self._delivered: dict[int, int] = {}
+        self.waited_s = 0.0
+
+    # Iteration
+
+    def __len__(self) -> int:
+        """Batches in one epoch."""
+        return self._schedule.batches_left(0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._deliveries is None:
+            self._deliveries = self._begin()
+        start = time.perf_counter()
+        delivery = self._wait(self._deliveries)
+        self.waited_s += time.perf_counter() - start
+        match delivery:
+            case Deliver(batch):
+                plan = batch.plan
+                self._next = (plan.epoch, plan.next) if plan.next < self.dataset.count else (plan.epoch + 1, 0)
+                self._delivered[plan.epoch] = self._delivered.get(plan.epoch, 0) + plan.count
+                return self._assemble(plan, batch.slot)
+            case Finish():
+                self._deliveries.put(delivery)  # asked once more, the answer stays the same
+                raise StopIteration
+            case error:
+                self._deliveries.put(error)
+                raise error
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader is: the first position that ``next()`` has not returned. Plain values only."""
+        epoch, position = self._next
+        return {
+            "format": STATE_FORMAT,
+            "epoch": epoch,
+            "position": position,
+            "seed": self._seed,
+            "view": msgspec.to_builtins(self._view),
+            "fingerprint": self._facts.fingerprint,
+            "golden": self._facts.golden,
+            "exclusions": [],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state; any batch size, world size, transport or set of nodes will do.
+
+        Raises:
+            StateError: it was saved for another dataset, view or seed, or by another version.
+        """
+        here = self.state_dict()
+        for what in ("format", "fingerprint", "golden", "seed", "view", "exclusions"):
+            saved = state.get(what)
+            if msgspec.to_builtins(saved) != here[what]:
+                raise StateError(what, saved, here[what])
+        epoch, position = state.get("epoch"), state.get("position")
+        if not (
+            isinstance(epoch, int) and isinstance(position, int) and epoch >= 0 and 0 <= position <= self.dataset.count
+        ):
+            raise StateError("position", f"epoch {epoch}, position {position}", f"an epoch of {self.dataset.count}")
+        self._next = (epoch, position)
+        self._delivered = {}
+        self._deliveries = None
+
+    @property
+    def ledger(self) -> list[EpochAccount]:
+        """The account of each epoch begun so far; see :class:`EpochAccount`."""
+        ledger = self._session.ledger
+        accounts = ledger.accounts if ledger else []
+        return [replace(account, delivered=self._delivered.get(account.epoch, 0)) for account in accounts]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Most memory that this loader's batches ever take: all its slots."""
+        return self._room.memory_bytes
+
+    # Closing
+
+    def close(self) -> None:
+        """Leave the nodes and give the shared memory back; batches that are out stay valid."""
+        self._close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # Inside
+
+    def _make_room(self, layout: SampleLayout, seed: int, batch_size: int, slots: int) -> Room:
+        fitting = self._session.slot_bytes // (layout.sample_bytes + 64)
+        if fitting < 1:
+            raise OptionError(
+                "view", layout.view.kind, f"samples that fit a send slot of {self._session.slot_bytes} bytes"
+            )
+        slice_samples = min(defaults.SLICE_SAMPLES, fitting, batch_size)
+
+        def room(named: bool) -> Room:
+            return Room(layout, seed, batch_size, slots=slots, slice_samples=slice_samples, named=named)
+
+        if self._transport == "tcp":
+            return room(named=False)
+        try:
+            return room(named=True)
+        except SharedMemoryError as error:
+            if self._transport == "shm":
+                raise
+            log.warning("%s Slices will come in frames instead.", error)
+            return room(named=False)
+
+    def _begin(self) -> queue.SimpleQueue[Delivery]:
+        epoch, position = self._next
+
+        def new_ledger(slots: list[int], numbers: Iterator[int]) -> Ledger:
+            return Ledger(
+                self._schedule,
+                epoch,
+                position,
+                slots=slots,
+                slice_samples=self._room.slice_samples,
+                arm=self._room.arm,
+                numbers=numbers,
+            )
+
+        return self._session.begin(self._room, self._transport, new_ledger)
+
+    def _wait(self, deliveries: queue.SimpleQueue[Delivery]) -> Delivery:
+        try:
+            return deliveries.get_nowait()
+        except queue.Empty:
+            pass
+        if len(self._held) == self._room.slots:
+            gc.collect()  # arrays in reference cycles are not really held
+            if len(self._held) == self._room.slots:
+                raise SlotsHeld(self._room.slots)
+        try:
+            return deliveries.get(timeout=self._timeout_s)
+        except queue.Empty:
+            raise NoNodeError(self._session.addresses, self._timeout_s or 0.0, "no batch came") from None
+
+    def _assemble(self, plan: Plan, slot: int) -> Batch:
+        self._held.add(slot)
+        held, session = self._held, self._session
+
+        def release(slot: int) -> None:
+            held.discard(slot)
+            session.slot_returned(slot)
+
+        images, labels, draws = self._room.arrays(slot, plan.count, release)
+        what = SliceId(self._view, self._seed, plan.epoch, plan.first, max(1, plan.count))
+        ids = slice_numbers(self.dataset.count, what) if plan.count else np.empty(0, np.int64)
+        return Batch(images, labels, ids, ids, draws, plan.epoch, plan.first)
+
+
+def _close(session: Session, room: Room) -> None:
+    session.close()
+    room.close()
+
+
+def _statistics(dataset: Dataset) -> Statistics:
+    return Statistics(
+        mean_image=dataset.mean,
+        channel_means=dataset.channel_means,
+        covariance=np.full((3, 3), np.nan),  # a client is not told, and needs only its eigenvectors
+        eigenvalues=dataset.eigenvalues,
+        eigenvectors=dataset.eigenvectors,
+    )
+
+
+def _check_view(view: str | View) -> View:
+    if isinstance(view, View):
+        return view
+    try:
+        return View.named(view)
+    except ValueError as error:
+        raise OptionError("view", view, "a View, or the name of one: train, center, ten-crop, whole") from error
+
+
+def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OptionError(option, value, " or ".join(choices))
+
+
+def _check_range(option: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise OptionError(option, value, f"a whole number from {low} to {high}")

@@ -1,0 +1,344 @@
+"""The loop around the ledger: a thread that talks to the nodes while the caller's thread trains.
+
+It sleeps in poll and wakes for messages, for slots that came back and for the clock; it never touches pixels except to
+copy frames from other machines into their slot. The caller's thread takes finished batches from a queue.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import queue
+import secrets
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import numpy as np
+import zmq
+
+from loader_service import defaults
+from loader_service.client.ledger import MAX_EXCUSES, Ask, Batch, Deliver, Finish, Ledger, Part
+from loader_service.client.peer import Peer
+from loader_service.client.room import Room
+from loader_service.errors import (
+    LoaderServiceError,
+    MessageError,
+    NodeFailed,
+    NodeRefused,
+    NoNodeError,
+    RecordError,
+    SharedMemoryError,
+)
+from loader_service.link import messages
+from loader_service.link.waker import Waker
+from loader_service.spec import DatasetFacts, Split
+
+log = logging.getLogger("loader_service.client")
+
+TICK_MS: Final = 250
+FIRST_COMPLAINT_S: Final = 2.0
+"""How long no node may be there before the client says that it waits; then at twice the interval each time."""
+
+Delivery = Deliver | Finish | LoaderServiceError
+NewLedger = Callable[[list[int], Iterator[int]], Ledger]
+"""Makes a run's ledger from the slots that are free and the numbers for its asks."""
+
+
+class Session:
+    """One client's connections, and the run in progress.
+
+    Args:
+        addresses: of the nodes.
+        split: what they must serve.
+    """
+
+    def __init__(self, addresses: tuple[str, ...], split: Split) -> None:
+        self.addresses, self.split = addresses, split
+        self.facts: DatasetFacts | None = None
+        self.slot_bytes = 0
+        self._welcomed = threading.Event()
+        self._error: LoaderServiceError | None = None
+        self._waker = Waker()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._numbers = itertools.count(1)
+        self._ledger: Ledger | None = None
+        self._room: Room | None = None
+        self._out: set[int] = set()  # slots of batches on their way to the caller or in the caller's hands
+        self._transport = "auto"
+        self._deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._stopping = False
+        self._alone_since = time.monotonic()
+        self._complain_after_s = FIRST_COMPLAINT_S
+        self._context: zmq.Context[Any] = zmq.Context()
+        identity = f"{socket.gethostname()}:{os.getpid()}"[:255]
+        try:
+            self._peers = [Peer(self._context, a, secrets.token_bytes(16), identity) for a in addresses]
+        except LoaderServiceError:
+            self._context.destroy(linger=0)
+            self._waker.close()
+            raise
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._run, name="loader-service", daemon=True)
+        self._thread.start()
+
+    # Called by the caller's thread
+
+    def wait_for_facts(self, timeout_s: float | None) -> DatasetFacts:
+        """What the first node serves.
+
+        Raises:
+            NoNodeError: none answered in time.
+            NodeRefused: one answered, but it serves something else.
+        """
+        if not self._welcomed.wait(timeout_s):
+            raise NoNodeError(self.addresses, timeout_s or 0.0)
+        if self._error:
+            raise self._error
+        assert self.facts is not None
+        return self.facts
+
+    def begin(self, room: Room, transport: str, new_ledger: NewLedger) -> queue.SimpleQueue[Delivery]:
+        """Start a run, or start anew, with slots in ``room``; returns the queue that its batches will come from."""
+        deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+
+        def command() -> None:
+            self._forget_undelivered()
+            self._deliveries, self._transport = deliveries, transport
+            free = [slot for slot in range(room.slots) if slot not in self._out]
+            self._room, self._ledger = room, new_ledger(free, self._numbers)
+            for peer in self._peers:
+                self._employ(peer)
+
+        self._command(command)
+        return deliveries
+
+    def slot_returned(self, slot: int) -> None:
+        """A slot's arrays are gone. Safe to call from anywhere, at any time."""
+        self._command(lambda: self._take_back(slot))
+
+    def close(self) -> None:
+        """Say goodbye and end the thread."""
+        if self._pid != os.getpid():  # a fork's copy: the thread is not here
+            return
+        self._stopping = True
+        self._waker.wake()
+        self._thread.join()
+        self._waker.close()
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The run's ledger; only its accounts may be read from outside."""
+        return self._ledger
+
+    def _take_back(self, slot: int) -> None:
+        self._out.discard(slot)
+        if self._ledger:
+            self._ledger.slot_returned(slot)
+
+    def _forget_undelivered(self) -> None:
+        """A run ends before its time: batches that nobody took give their slots back."""
+        while not self._deliveries.empty():
+            delivery = self._deliveries.get_nowait()
+            if isinstance(delivery, Deliver):
+                self._out.discard(delivery.batch.slot)
+
+    def _command(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        self._waker.wake()
+
+    # The thread
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._waker.fileno(), zmq.POLLIN)
+        for peer in self._peers:
+            poller.register(peer.socket, zmq.POLLIN)
+            poller.register(peer.monitor.socket, zmq.POLLIN)
+        try:
+            while not self._stopping:
+                poller.poll(TICK_MS)
+                self._waker.clear()
+                while self._commands:
+                    self._commands.popleft()()
+                for peer in self._peers:
+                    self._hear(peer)
+                self._tick(time.monotonic())
+                self._advance()
+        except LoaderServiceError as error:
+            self._fail(error)
+        except Exception as error:
+            log.exception("the client's loop broke")
+            self._fail(NodeFailed(f"the client's loop broke: {error!r}"))
+        finally:
+            for peer in self._peers:
+                peer.close()
+            self._context.term()
+
+    def _fail(self, error: LoaderServiceError) -> None:
+        self._error = error
+        self._ledger = None
+        self._deliveries.put(error)
+        self._welcomed.set()
+
+    def _hear(self, peer: Peer) -> None:
+        for connected in peer.monitor.events():
+            if connected:
+                peer.greet(time.monotonic())
+            else:
+                self._lose(peer, "its connection was cut")
+        while (frames := peer.receive()) is not None:
+            peer.heard_at = time.monotonic()
+            try:
+                self._take(peer, messages.decode_from_node(frames[0].buffer), frames[1:])
+            except MessageError as error:
+                log.warning("node %s: %s", peer.address, error)
+                self._lose(peer, "it does not speak this protocol")
+                return
+
+    def _take(self, peer: Peer, message: messages.FromNode, frames: list[zmq.Frame]) -> None:
+        match message:
+            case messages.Welcome():
+                self._welcome(peer, message)
+            case messages.Attached():
+                self._attached(peer, message)
+            case messages.Filled():
+                self._filled(peer, message.id, frames)
+            case messages.Failed():
+                self._failed(peer, message)
+            case messages.Stranger():
+                self._lose(peer, "it was restarted")
+                peer.greet(time.monotonic())
+            case messages.Ping():
+                peer.send(messages.Pong())
+
+    def _welcome(self, peer: Peer, welcome: messages.Welcome) -> None:
+        if welcome.protocol != messages.PROTOCOL:
+            raise NodeRefused(peer.address, "protocol version", messages.PROTOCOL, welcome.protocol)
+        facts = welcome.splits.get(self.split)
+        if facts is None:
+            raise NodeRefused(peer.address, "list of splits", self.split, ", ".join(welcome.splits) or "empty")
+        first = self.facts or facts
+        for what in ("fingerprint", "golden"):
+            need, have = getattr(first, what), getattr(facts, what)
+            if need != have:
+                raise NodeRefused(peer.address, f"dataset's {what}", need, have)
+        if self.facts is None:
+            self.slot_bytes = welcome.slot_bytes
+        elif welcome.slot_bytes < self.slot_bytes:
+            raise NodeRefused(peer.address, "send slot", f"{self.slot_bytes} bytes", f"{welcome.slot_bytes} bytes")
+        if self._ledger:  # it may be known already, from before a reconnection
+            self._ledger.node_down(peer.address)
+        peer.welcomed(welcome)
+        self.facts = first
+        self._welcomed.set()
+        self._employ(peer)
+
+    def _employ(self, peer: Peer) -> None:
+        """Have a node work for the run, through shared memory if it can."""
+        if peer.state not in ("welcomed", "working") or self._room is None:
+            return
+        if self._transport == "tcp" or not self._room.segment.name:
+            self._put_to_work(peer, shared=False)
+        elif peer.state == "working":
+            self._put_to_work(peer, shared=peer.shared)
+        else:
+            peer.send(messages.Attach(self._room.segment.name))
+
+    def _attached(self, peer: Peer, answer: messages.Attached) -> None:
+        if self._room is None or answer.segment != self._room.segment.name or peer.state != "welcomed":
+            return
+        shared = answer.nonce == self._room.segment.nonce
+        if not shared and self._transport == "shm":
+            reason = answer.reason or "it opened another segment of that name"
+            raise SharedMemoryError(
+                f"the node at {peer.address} cannot share memory with this client ({reason})",
+                remedy="run both on one machine, as one user, with one /dev/shm; or let transport be auto",
+            )
+        if not shared:
+            log.info(
+                "node %s cannot share memory with this client, so slices come in frames: %s",
+                peer.address,
+                answer.reason,
+            )
+        self._put_to_work(peer, shared=shared)
+
+    def _put_to_work(self, peer: Peer, *, shared: bool) -> None:
+        peer.state, peer.shared = "working", shared
+        if self._ledger:
+            self._ledger.node_up(peer.address, peer.workers)
+
+    def _lose(self, peer: Peer, why: str) -> None:
+        if peer.state == "working":
+            log.warning("node %s is lost: %s", peer.address, why)
+        peer.state = "connecting"
+        if self._ledger:
+            self._ledger.node_down(peer.address)
+
+    def _filled(self, peer: Peer, number: int, frames: list[zmq.Frame]) -> None:
+        if self._ledger is None or self._room is None:
+            return
+        found = self._ledger.is_current(peer.address, number)
+        if found and bool(frames) == peer.shared:
+            raise MessageError("a slice came another way than it was asked for")
+        if found and frames:
+            self._copy(*found, frames)
+        self._ledger.filled(peer.address, number)
+
+    def _copy(self, batch: Batch, part: Part, frames: list[zmq.Frame]) -> None:
+        """Frames to slot: the one copy that a slice from another machine takes."""
+        assert self._room is not None
+        images, labels, draws = self._room.part(batch.slot, part.offset, part.count)
+        if len(frames) != 2 or len(frames[0]) != images.nbytes or len(frames[1]) != labels.nbytes + draws.nbytes:
+            raise MessageError(f"a slice's frames have {[len(f) for f in frames]} bytes, which is not its size")
+        np.copyto(images, np.frombuffer(frames[0].buffer, np.uint8))
+        tail = np.frombuffer(frames[1].buffer, np.uint8)
+        np.copyto(labels, tail[: labels.nbytes])
+        np.copyto(draws, tail[labels.nbytes :])
+
+    def _failed(self, peer: Peer, failed: messages.Failed) -> None:
+        found = self._ledger.is_current(peer.address, failed.id) if self._ledger else None
+        if self._ledger is None or found is None:
+            return
+        if failed.record >= 0:
+            raise RecordError(f"{self.split} at {peer.address}", failed.record, failed.reason)
+        self._ledger.excused(peer.address, failed.id)
+        if found[1].excuses > MAX_EXCUSES:
+            raise NodeFailed(f"the one at {peer.address} could not make a slice {MAX_EXCUSES} times: {failed.reason}")
+
+    def _tick(self, now: float) -> None:
+        for peer in self._peers:
+            if peer.tick(now):
+                self._lose(peer, f"it has been silent for {defaults.NODE_SILENT_S:.0f} s")
+        if any(peer.state == "working" for peer in self._peers) or (self._ledger is None and self.facts):
+            self._alone_since, self._complain_after_s = now, FIRST_COMPLAINT_S
+        elif now - self._alone_since >= self._complain_after_s:
+            log.warning("waiting for a node at %s (%.0f s so far)", ", ".join(self.addresses), now - self._alone_since)
+            self._complain_after_s *= 2
+
+    def _advance(self) -> None:
+        if self._ledger is None:
+            return
+        for action in self._ledger.advance():
+            match action:
+                case Ask():
+                    self._ask(action)
+                case Deliver(batch):
+                    self._out.add(batch.slot)
+                    self._deliveries.put(action)
+                case Finish():
+                    self._deliveries.put(action)
+
+    def _ask(self, ask: Ask) -> None:
+        assert self._room is not None
+        assert self._ledger is not None
+        peer = next(p for p in self._peers if p.address == ask.node)
+        place = self._room.place(ask) if peer.shared else None
+        what = self._room.slice_id(ask.batch.plan.epoch, ask.part.first, ask.part.count)
+        request = messages.Request(peer.instance, ask.number, self.split, what, self._room.layout.dtype, place)
+        if not peer.send(request):
+            self._lose(peer, "its connection was cut")

@@ -1,0 +1,345 @@
+/* The compiled kernel: raw records to samples, and positions to record numbers, a slice at a call.
+ *
+ * What the bytes are is defined by the NumPy forms in augment.py and order.py, which tests compare with these bit for
+ * bit. Nothing that is passed in is believed: buffers' sizes and draws are checked before the first byte is written,
+ * records as they are reached. Work is done without the GIL. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "_rows.h"
+
+enum {
+    SIDE = 256,              /* a record is SIDE x SIDE pixels of 3 bytes */
+    RECORD_ROW = 3 * SIDE,   /* bytes */
+    HEADER_BYTES = 16,       /* little endian: u32 label, u8 codec, 3 bytes of padding, u64 checksum */
+    CODEC_RAW = 0,
+    VALUE_BYTES = HEADER_BYTES + SIDE * RECORD_ROW,
+    AHEAD_ROWS = 4,          /* fetched ahead: measured, 2 to 8 are alike; it nearly doubles the rate of plain copying */
+    CACHE_LINE = 64,         /* bytes */
+};
+
+/* spec.DRAWS */
+typedef struct {
+    int16_t y, x;
+    uint8_t flip, padding;
+    int16_t shift[3];
+} Draw;
+_Static_assert(sizeof(Draw) == 12, "spec.DRAWS has items of 12 bytes");
+
+/* Where a sample comes from and goes to. */
+typedef struct {
+    const uint8_t *from;     /* the crop's first pixel in its record */
+    const uint8_t *next;     /* the next sample's: only fetched ahead, never believed to be there */
+    void *out;               /* side x side x 3 uint8, or float */
+    const float *mean;       /* the mean's window in the same orientation, rows of RECORD_ROW floats; NULL for uint8 */
+    ptrdiff_t side;
+    int mirrored;
+    Shift shift;
+} Sample;
+
+typedef void Row(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mirrored, const Shift *shift);
+
+/* ---- one sample ---- */
+
+ALWAYS_INLINE void fetch_row(const Sample *s, ptrdiff_t r)
+{
+    const uint8_t *row = r < s->side ? s->from + r * RECORD_ROW : s->next + (r - s->side) * RECORD_ROW;
+    for (ptrdiff_t i = 0; i < 3 * s->side; i += CACHE_LINE)
+        __builtin_prefetch(row + i);
+}
+
+ALWAYS_INLINE void make_sample(Row *row, const Sample *s)
+{
+    const ptrdiff_t n = 3 * s->side;
+    uint8_t pixels[RECORD_ROW];
+    for (ptrdiff_t r = 0; r < s->side; r++) {
+        fetch_row(s, r + AHEAD_ROWS);
+        const uint8_t *in = s->from + r * RECORD_ROW;
+        if (s->mean == NULL) {
+            row((uint8_t *)s->out + r * n, in, n, s->mirrored, &s->shift);
+            continue;
+        }
+        row(pixels, in, n, s->mirrored, &s->shift);
+        float *out = (float *)s->out + r * n;
+        const float *mean = s->mean + r * RECORD_ROW;
+        for (ptrdiff_t i = 0; i < n; i++)
+            out[i] = (float)pixels[i] - mean[i];
+    }
+}
+
+/* ---- the forms, the best first ---- */
+
+static void sample_c(const Sample *s) { make_sample(row_c, s); }
+static int always(void) { return 1; }
+
+#if defined(__x86_64__)
+TARGET_AVX2 static void sample_avx2(const Sample *s) { make_sample(row_avx2, s); }
+static int has_avx2(void) { return __builtin_cpu_supports("avx2"); }
+
+TARGET_AVX512 static void sample_avx512(const Sample *s) { make_sample(row_avx512, s); }
+static int has_avx512(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi");
+}
+#elif defined(__aarch64__)
+static void sample_neon(const Sample *s) { make_sample(row_neon, s); }
+#endif
+
+typedef struct {
+    const char *name;
+    int (*runs_here)(void);
+    void (*sample)(const Sample *);
+} Form;
+
+static const Form FORMS[] = {
+#if defined(__x86_64__)
+    {"avx512", has_avx512, sample_avx512},
+    {"avx2", has_avx2, sample_avx2},
+#elif defined(__aarch64__)
+    {"neon", always, sample_neon},
+#endif
+    {"c", always, sample_c},
+};
+enum { N_FORMS = sizeof FORMS / sizeof *FORMS };
+
+/* ---- a slice ---- */
+
+typedef struct {
+    const Form *form;
+    Py_buffer images, draws, labels, numbers, at, mean; /* at and mean: obj is NULL where not given */
+    Py_buffer *values;
+    Py_ssize_t n, held;      /* records; how many of their values are held */
+    Py_ssize_t samples;      /* per record */
+    ptrdiff_t side;
+} Slice;
+
+static const uint8_t *crop_of(const Slice *s, Py_ssize_t sample)
+{
+    const Draw *draw = (const Draw *)s->draws.buf + sample;
+    return (const uint8_t *)s->values[sample / s->samples].buf + HEADER_BYTES + draw->y * RECORD_ROW + 3 * draw->x;
+}
+
+static void make_record(const Slice *s, Py_ssize_t record)
+{
+    const ptrdiff_t image_items = 3 * s->side * s->side;
+    for (Py_ssize_t i = record * s->samples; i < (record + 1) * s->samples; i++) {
+        const Draw *draw = (const Draw *)s->draws.buf + i;
+        Sample sample = {
+            .from = crop_of(s, i),
+            .next = crop_of(s, i + 1 < s->n * s->samples ? i + 1 : i),
+            .out = (char *)s->images.buf + i * image_items * s->images.itemsize,
+            .side = s->side,
+            .mirrored = draw->flip != 0,
+        };
+        if (s->mean.obj != NULL) { /* the mean image, then its mirror image: the window is mirrored by its place */
+            ptrdiff_t x = draw->flip ? SIDE - s->side - draw->x : draw->x;
+            sample.mean = (const float *)s->mean.buf + (draw->flip ? SIDE * RECORD_ROW : 0) + draw->y * RECORD_ROW + 3 * x;
+        }
+        spread(&sample.shift, draw->shift);
+        s->form->sample(&sample);
+    }
+}
+
+/* Make records until one is not raw; returns how many were made. */
+static Py_ssize_t make_slice(const Slice *s)
+{
+    for (Py_ssize_t i = 0; i < s->n; i++) {
+        if (s->at.obj != NULL) {
+            /* Before its first byte is read: a page that cannot be read kills the process here. */
+            *(volatile int64_t *)s->at.buf = ((const int64_t *)s->numbers.buf)[i];
+            __atomic_signal_fence(__ATOMIC_SEQ_CST);
+        }
+        const uint8_t *value = s->values[i].buf;
+        if (s->values[i].len != VALUE_BYTES || value[4] != CODEC_RAW)
+            return i;
+        ((int64_t *)s->labels.buf)[i] =
+            (int64_t)value[0] | (int64_t)value[1] << 8 | (int64_t)value[2] << 16 | (int64_t)value[3] << 24;
+        make_record(s, i);
+    }
+    return s->n;
+}
+
+/* ---- what Python passes in ---- */
+
+static int get_array(PyObject *object, Py_buffer *view, const char *name, Py_ssize_t itemsize, Py_ssize_t items, int flags)
+{
+    if (PyObject_GetBuffer(object, view, PyBUF_ND | flags) < 0)
+        return -1;
+    if (view->itemsize != itemsize || (items >= 0 && view->len != items * itemsize)) {
+        PyErr_Format(PyExc_ValueError, "%s has %zd bytes in items of %zd; needed are %zd items of %zd", name, view->len,
+                     view->itemsize, items, itemsize);
+        return -1;
+    }
+    return 0;
+}
+
+static int check_draws(const Slice *s)
+{
+    const Draw *draws = s->draws.buf;
+    for (Py_ssize_t i = 0; i < s->n * s->samples; i++) {
+        const Draw *d = draws + i;
+        int inside = d->y >= 0 && d->x >= 0 && d->y + s->side <= SIDE && d->x + s->side <= SIDE;
+        int shifts = 1;
+        for (int c = 0; c < 3; c++)
+            shifts &= d->shift[c] >= -255 && d->shift[c] <= 255;
+        if (!inside || !shifts) {
+            PyErr_Format(PyExc_ValueError, "draw %zd (y %d, x %d, shift %d %d %d) does not fit a crop of %zd in %d", i, d->y,
+                         d->x, d->shift[0], d->shift[1], d->shift[2], (Py_ssize_t)s->side, SIDE);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static int get_values(Slice *s, PyObject *values)
+{
+    s->values = PyMem_Calloc((size_t)s->n + 1, sizeof *s->values);
+    if (s->values == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (; s->held < s->n; s->held++)
+        if (PyObject_GetBuffer(PySequence_Fast_GET_ITEM(values, s->held), &s->values[s->held], PyBUF_SIMPLE) < 0)
+            return -1;
+    return 0;
+}
+
+static int get_images(Slice *s, PyObject *images, int floats)
+{
+    if (get_array(images, &s->images, "images", floats ? 4 : 1, -1, PyBUF_WRITABLE) < 0)
+        return -1;
+    const Py_ssize_t *shape = s->images.shape + s->images.ndim - 3;
+    if ((s->images.ndim != 4 && s->images.ndim != 5) || shape[0] != shape[1] || shape[2] != 3 || shape[0] < 1 ||
+        shape[0] > SIDE || s->images.shape[0] != s->n) {
+        PyErr_Format(PyExc_ValueError, "images must be (%zd, side, side, 3) or (%zd, samples, side, side, 3)", s->n, s->n);
+        return -1;
+    }
+    s->side = shape[0];
+    s->samples = s->images.ndim == 5 ? s->images.shape[1] : 1;
+    return 0;
+}
+
+static void release(Slice *s)
+{
+    Py_buffer *views[] = {&s->images, &s->draws, &s->labels, &s->numbers, &s->at, &s->mean};
+    for (size_t i = 0; i < sizeof views / sizeof *views; i++)
+        PyBuffer_Release(views[i]);
+    while (s->held > 0)
+        PyBuffer_Release(&s->values[--s->held]);
+    PyMem_Free(s->values);
+}
+
+PyDoc_STRVAR(augment_doc, "augment(form, images, values, draws, labels, numbers, at, mean): see augment.augment_records.");
+
+static PyObject *augment(PyObject *module, PyObject *args)
+{
+    (void)module;
+    const char *name;
+    PyObject *images, *values, *draws, *labels, *numbers, *at, *mean;
+    if (!PyArg_ParseTuple(args, "sOO!OOOOO", &name, &images, &PyList_Type, &values, &draws, &labels, &numbers, &at, &mean))
+        return NULL;
+    Slice s = {.n = PyList_GET_SIZE(values)};
+    for (int i = 0; i < N_FORMS; i++)
+        if (strcmp(FORMS[i].name, name) == 0 && FORMS[i].runs_here())
+            s.form = &FORMS[i];
+    Py_ssize_t made = -1;
+    if (s.form == NULL)
+        PyErr_Format(PyExc_ValueError, "this machine cannot run the form %s", name);
+    else if (get_images(&s, images, mean != Py_None) == 0 &&
+             get_array(draws, &s.draws, "draws", sizeof(Draw), s.n * s.samples, 0) == 0 &&
+             get_array(labels, &s.labels, "labels", 8, s.n, PyBUF_WRITABLE) == 0 &&
+             get_array(numbers, &s.numbers, "numbers", 8, s.n, 0) == 0 &&
+             (at == Py_None || get_array(at, &s.at, "at", 8, 1, PyBUF_WRITABLE) == 0) &&
+             (mean == Py_None || get_array(mean, &s.mean, "mean", 4, 2 * SIDE * RECORD_ROW, 0) == 0) &&
+             get_values(&s, values) == 0 && check_draws(&s) == 0) {
+        Py_BEGIN_ALLOW_THREADS
+        made = make_slice(&s);
+        Py_END_ALLOW_THREADS
+    }
+    release(&s);
+    return made < 0 ? NULL : PyLong_FromSsize_t(made);
+}
+
+/* ---- the order ---- */
+
+static uint64_t mix(uint64_t half, uint64_t key)
+{
+    uint64_t z = half + key;
+    z = (z ^ z >> 30) * UINT64_C(0xBF58476D1CE4E5B9);
+    z = (z ^ z >> 27) * UINT64_C(0x94D049BB133111EB);
+    return z >> 32;
+}
+
+PyDoc_STRVAR(walk_doc, "walk(out, start, count, keys): see order.records_at.");
+
+static PyObject *walk(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *out_object, *keys_object;
+    unsigned long long start, count;
+    if (!PyArg_ParseTuple(args, "OKKO", &out_object, &start, &count, &keys_object))
+        return NULL;
+    Py_buffer out = {0}, keys = {0};
+    int ready = get_array(out_object, &out, "out", 8, -1, PyBUF_WRITABLE) == 0 &&
+                get_array(keys_object, &keys, "keys", 8, -1, 0) == 0;
+    const uint64_t n = ready ? (uint64_t)out.len / 8 : 0, rounds = ready ? (uint64_t)keys.len / 8 : 0;
+    if (ready && (count < 2 || count > UINT64_C(1) << 62 || start > count || n > count - start)) {
+        PyErr_Format(PyExc_ValueError, "positions from %llu are not within an epoch of %llu", start, count);
+        ready = 0;
+    }
+    if (ready) {
+        const int bits = 64 - __builtin_clzll(count - 1), high_bits = bits / 2, low_bits = bits - high_bits;
+        const uint64_t low_mask = (UINT64_C(1) << low_bits) - 1, high_mask = (UINT64_C(1) << high_bits) - 1;
+        const uint64_t *key = keys.buf;
+        for (uint64_t i = 0; i < n; i++) {
+            uint64_t value = start + i;
+            do { /* a bijection of [0, 2 ** bits), again until the value falls below count: two times at most, on average */
+                uint64_t low = value & low_mask, high = value >> low_bits;
+                for (uint64_t r = 0; r < rounds; r++)
+                    if (r % 2 == 0)
+                        high ^= mix(low, key[r]) & high_mask;
+                    else
+                        low ^= mix(high, key[r]) & low_mask;
+                value = high << low_bits | low;
+            } while (value >= count);
+            ((uint64_t *)out.buf)[i] = value;
+        }
+    }
+    PyBuffer_Release(&out);
+    PyBuffer_Release(&keys);
+    if (!ready)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* ---- the module ---- */
+
+static PyObject *forms(PyObject *module, PyObject *args)
+{
+    (void)module, (void)args;
+    PyObject *names = PyList_New(0);
+    for (int i = 0; names != NULL && i < N_FORMS; i++) {
+        PyObject *name = FORMS[i].runs_here() ? PyUnicode_FromString(FORMS[i].name) : Py_NewRef(Py_None);
+        if (name == NULL || (name != Py_None && PyList_Append(names, name) < 0))
+            Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+static PyMethodDef METHODS[] = {
+    {"augment", augment, METH_VARARGS, augment_doc},
+    {"walk", walk, METH_VARARGS, walk_doc},
+    {"forms", forms, METH_NOARGS, "forms(): the names of the forms that this machine can run, the best first."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_kernel", "See kernel.py.", 0, METHODS, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__kernel(void) { return PyModule_Create(&MODULE); }

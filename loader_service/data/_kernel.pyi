@@ -1,0 +1,18 @@
+"""The compiled forms; see _kernel.c. Arrays are C-contiguous, and checked for size before they are written."""
+
+from typing import Any
+
+import numpy.typing as npt
+
+def forms() -> list[str]: ...
+def augment(
+    form: str,
+    images: npt.NDArray[Any],
+    values: list[memoryview],
+    draws: npt.NDArray[Any],
+    labels: npt.NDArray[Any],
+    numbers: npt.NDArray[Any],
+    at: npt.NDArray[Any] | None,
+    mean: npt.NDArray[Any] | None,
+) -> int: ...
+def walk(out: npt.NDArray[Any], start: int, count: int, keys: npt.NDArray[Any]) -> None: ...

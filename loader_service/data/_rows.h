@@ -1,0 +1,138 @@
+/* One row of a sample, in the forms that CPUs can run: crop, mirror and colour shift in one pass.
+ *
+ * A row function reads the n bytes (n / 3 pixels) at `in` and writes n bytes to `out`:
+ *
+ *     out[3 i + c] = clip(in[3 j + c] + shift[c], 0, 255)      j = i, or n / 3 - 1 - i where mirrored
+ *
+ * It reads and writes exactly these bytes: a neighbouring sample may belong to another process. The vector forms step
+ * by whole pixels, so that one pattern of shifts and one shuffle serve every step, and mirroring costs what copying
+ * does. The last step overlaps the one before it, and writes the same bytes there.
+ */
+
+#ifndef LOADER_SERVICE_ROWS_H
+#define LOADER_SERVICE_ROWS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+/* A colour shift as two saturating steps, of which one is 0 in each channel; repeated, for vectors of pixels. */
+typedef struct {
+    uint8_t up[64], down[64];
+} Shift;
+
+ALWAYS_INLINE void spread(Shift *shift, const int16_t channels[3])
+{
+    for (int i = 0; i < 64; i++) {
+        int by = channels[i % 3];
+        shift->up[i] = (uint8_t)(by > 0 ? by : 0);
+        shift->down[i] = (uint8_t)(by < 0 ? -by : 0);
+    }
+}
+
+ALWAYS_INLINE void row_c(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mirrored, const Shift *shift)
+{
+    ptrdiff_t step = mirrored ? -3 : 3;
+    if (mirrored)
+        in += n - 3;
+    for (; n > 0; n -= 3, in += step, out += 3)
+        for (int c = 0; c < 3; c++) {
+            int v = in[c] + shift->up[c] - shift->down[c];
+            out[c] = (uint8_t)(v < 0 ? 0 : v > 255 ? 255 : v);
+        }
+}
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define TARGET_AVX2 __attribute__((target("avx2")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vbmi")))
+
+/* Ten pixels a step, five in each half of a vector: shuffles do not cross halves. The halves' loads overlap by two
+ * bytes, at 0 and 14, so that no byte outside of the 30 is read: half 0 ends, and half 14 begins, with a byte too many. */
+TARGET_AVX2 static inline void row_avx2(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mirrored, const Shift *shift)
+{
+    enum { STEP = 30 };
+    if (n < STEP) {
+        row_c(out, in, n, mirrored, shift);
+        return;
+    }
+    const __m256i keep = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, -1,
+                                          1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, -1);
+    const __m256i reverse = _mm256_setr_epi8(13, 14, 15, 10, 11, 12, 7, 8, 9, 4, 5, 6, 1, 2, 3, -1,
+                                             12, 13, 14, 9, 10, 11, 6, 7, 8, 3, 4, 5, 0, 1, 2, -1);
+    const __m256i order = mirrored ? reverse : keep;
+    const __m128i up = _mm_loadu_si128((const __m128i *)shift->up);
+    const __m128i down = _mm_loadu_si128((const __m128i *)shift->down);
+    const __m256i ups = _mm256_broadcastsi128_si256(up), downs = _mm256_broadcastsi128_si256(down);
+    const ptrdiff_t first = mirrored ? 14 : 0, second = 14 - first;
+    for (ptrdiff_t done = 0; done < n; done += STEP) {
+        if (done > n - STEP)
+            done = n - STEP;
+        const uint8_t *from = mirrored ? in + n - STEP - done : in + done;
+        __m256i v = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(from + first)));
+        v = _mm256_inserti128_si256(v, _mm_loadu_si128((const __m128i *)(from + second)), 1);
+        v = _mm256_shuffle_epi8(v, order);
+        v = _mm256_subs_epu8(_mm256_adds_epu8(v, ups), downs);
+        __m128i high = _mm256_extracti128_si256(v, 1);
+        /* 16, 8 and 8 bytes for 15 and 15: each store puts the last byte of the one before it right. */
+        _mm_storeu_si128((__m128i *)(out + done), _mm256_castsi256_si128(v));
+        _mm_storel_epi64((__m128i *)(out + done + 15), high);
+        _mm_storel_epi64((__m128i *)(out + done + 22), _mm_srli_si128(high, 7));
+    }
+}
+
+/* Twenty-one pixels a step: one byte permutation across the whole vector. */
+TARGET_AVX512 static inline void row_avx512(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mirrored,
+                                            const Shift *shift)
+{
+    enum { STEP = 63 };
+    if (n < STEP) {
+        row_c(out, in, n, mirrored, shift);
+        return;
+    }
+    uint8_t places[64];
+    for (int i = 0; i < 64; i++)
+        places[i] = (uint8_t)(mirrored ? 60 - i / 3 * 3 + i % 3 : i);
+    const __mmask64 whole = UINT64_MAX >> (64 - STEP);
+    const __m512i order = _mm512_loadu_si512(places);
+    const __m512i up = _mm512_loadu_si512(shift->up), down = _mm512_loadu_si512(shift->down);
+    for (ptrdiff_t done = 0; done < n; done += STEP) {
+        if (done > n - STEP)
+            done = n - STEP;
+        const uint8_t *from = mirrored ? in + n - STEP - done : in + done;
+        __m512i v = _mm512_permutexvar_epi8(order, _mm512_maskz_loadu_epi8(whole, from));
+        v = _mm512_subs_epu8(_mm512_adds_epu8(v, up), down);
+        _mm512_mask_storeu_epi8(out + done, whole, v);
+    }
+}
+
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+
+/* Sixteen pixels a step, one vector per channel. */
+static inline void row_neon(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mirrored, const Shift *shift)
+{
+    enum { STEP = 48 };
+    if (n < STEP) {
+        row_c(out, in, n, mirrored, shift);
+        return;
+    }
+    for (ptrdiff_t done = 0; done < n; done += STEP) {
+        if (done > n - STEP)
+            done = n - STEP;
+        uint8x16x3_t v = vld3q_u8(mirrored ? in + n - STEP - done : in + done);
+        for (int c = 0; c < 3; c++) {
+            if (mirrored) {
+                v.val[c] = vrev64q_u8(v.val[c]);
+                v.val[c] = vextq_u8(v.val[c], v.val[c], 8);
+            }
+            v.val[c] = vqsubq_u8(vqaddq_u8(v.val[c], vdupq_n_u8(shift->up[c])), vdupq_n_u8(shift->down[c]));
+        }
+        vst3q_u8(out + done, v);
+    }
+}
+#endif
+
+#endif

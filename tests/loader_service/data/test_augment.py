@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -9,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader_service.data.augment import augment, centre, complete_view
-from loader_service.data.records import SHAPE, Statistics
+from loader_service.data import kernel
+from loader_service.data.augment import augment, augment_records, centre, complete_view
+from loader_service.data.records import HEADER, RAW_BYTES, SHAPE, Statistics
 from loader_service.spec import DRAWS, VIEWS, View
 
+COMPILED = [form for form in kernel.FORMS if form != "numpy"]
 PIXELS = np.random.Generator(np.random.Philox(1)).integers(0, 256, SHAPE, np.uint8)
 
 shifts = st.integers(-255, 255) | st.sampled_from([0, -255, 255])
@@ -56,6 +61,143 @@ def test_centring_subtracts_the_window_that_was_cut(case: tuple[int, npt.NDArray
     if drawn["flip"]:
         columns = columns[::-1]
     assert np.array_equal(out, sample.astype(np.float32) - mean[y : y + side, list(columns)])
+
+
+def raw(label: int, roll: int = 0, codec: int = 0) -> memoryview:
+    """A record as it is stored."""
+    return memoryview(HEADER.pack(label, codec, 0) + np.roll(PIXELS, roll, axis=0).tobytes())
+
+
+class Case:
+    """Arguments of augment_records, with guard bytes around the images."""
+
+    GUARD_BYTES = 128
+
+    def __init__(self, drawn: npt.NDArray[np.void], side: int, floats: bool) -> None:
+        n, itemsize = len(drawn), 4 if floats else 1
+        self.memory = np.full(drawn.size * side * side * 3 * itemsize + 2 * self.GUARD_BYTES, 0xA5, np.uint8)
+        inner = self.memory[self.GUARD_BYTES : -self.GUARD_BYTES].view(np.float32 if floats else np.uint8)
+        self.images = inner.reshape(*drawn.shape, side, side, 3)
+        self.values = [raw(label=3 * i + 2**31, roll=i) for i in range(n)]
+        self.draws, self.labels, self.numbers = drawn, np.zeros(n, np.int64), np.arange(100, 100 + n)
+        self.at = np.full(1, -1, np.int64)
+        mean = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE) / 1024
+        self.mean = np.ascontiguousarray(np.stack((mean, mean[:, ::-1]))) if floats else None
+
+    def run(self, form: str) -> int:
+        return augment_records(
+            self.images, self.values, self.draws, self.labels, self.numbers, self.at, self.mean, form=form
+        )
+
+
+@st.composite
+def slices(draw: st.DrawFn) -> tuple[npt.NDArray[np.void], int, bool]:
+    """DRAWS of (n,) or (n, samples), a crop's side, and whether floats are wanted."""
+    side = draw(st.integers(1, 100) | st.sampled_from([224, 256]))
+    places = st.integers(0, 256 - side) | st.sampled_from([0, 256 - side])
+    shape = draw(st.sampled_from([(1,), (3,), (2, 2)]))
+    n = int(np.prod(shape))
+    sample = st.tuples(places, places, st.booleans(), st.tuples(shifts, shifts, shifts))
+    values = draw(st.lists(sample, min_size=n, max_size=n))
+    return np.array(values, DRAWS).reshape(shape), side, draw(st.booleans())
+
+
+@pytest.mark.parametrize("form", COMPILED)
+@given(slices())
+def test_every_form_makes_the_same_bytes(form: str, case: tuple[npt.NDArray[np.void], int, bool]) -> None:
+    """Each compiled form writes, bit for bit, what the NumPy form writes, and not a byte beside it."""
+    ours, theirs = Case(*case), Case(*case)
+    assert ours.run(form) == theirs.run("numpy") == len(ours.values)
+    assert ours.memory.tobytes() == theirs.memory.tobytes()
+    assert ours.labels.tolist() == theirs.labels.tolist() == [3 * i + 2**31 for i in range(len(ours.values))]
+    assert ours.at.tolist() == theirs.at.tolist()
+
+
+DRAW = np.array([(0, 32, False, (1, 2, 3)), (32, 0, True, (-1, -2, -3)), (5, 6, False, (0, 0, 0))], DRAWS)
+
+
+@pytest.mark.parametrize("form", kernel.FORMS)
+@pytest.mark.parametrize("flaw", [raw(0, codec=1), raw(0)[:-1], memoryview(b"short"), memoryview(b"")])
+def test_a_record_that_is_not_raw_ends_the_slice(form: str, flaw: memoryview) -> None:
+    """What comes before it is made, ``at`` holds its number, and the count names it."""
+    whole, cut = Case(DRAW, 224, floats=False), Case(DRAW, 224, floats=False)
+    whole.run(form)
+    cut.values[1] = flaw
+    assert cut.run(form) == 1
+    assert cut.at[0] == 101
+    assert np.array_equal(cut.images[0], whole.images[0])
+    assert (cut.images[1:] == 0xA5).all()
+
+
+@pytest.mark.parametrize("form", kernel.FORMS)
+@pytest.mark.parametrize(
+    ("field", "value"), [("y", 33), ("x", 33), ("y", -1), ("x", -32768), ("shift", 256), ("shift", -32768)]
+)
+def test_a_draw_outside_the_record_is_refused(form: str, field: str, value: int) -> None:
+    """Draws that would read or shift beyond what there is are refused before anything is written."""
+    case = Case(DRAW.copy(), 224, floats=False)
+    case.draws[field][1] = value
+    with pytest.raises(ValueError, match=r"draw 1 .* does not fit a crop of 224 in 256"):
+        case.run(form)
+    assert (case.memory == 0xA5).all()
+
+
+@pytest.mark.parametrize("form", COMPILED)
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("images", np.zeros((2, 224, 224, 3), np.uint8)),
+        ("images", np.zeros((3, 224, 223, 3), np.uint8)),
+        ("images", np.zeros((3, 224, 224, 4), np.uint8)),
+        ("images", np.zeros((3, 257, 257, 3), np.uint8)),
+        ("images", np.zeros((3, 224, 224, 3), np.float32)),
+        ("images", np.zeros((3, 224, 224, 6), np.uint8)[..., ::2]),
+        ("images", np.broadcast_to(np.uint8(0), (3, 224, 224, 3))),
+        ("images", np.zeros(3, np.uint8)),
+        ("draws", DRAW[:2]),
+        ("draws", np.zeros((3, 6), np.int16)),
+        ("labels", np.zeros(3, np.int32)),
+        ("labels", np.zeros(2, np.int64)),
+        ("numbers", np.zeros(4, np.int64)),
+        ("at", np.zeros(2, np.int64)),
+        ("mean", np.zeros((2, 256, 256, 3), np.float32)),
+        ("values", [b"text", "text", b"text"]),
+    ],
+)
+def test_an_array_of_another_size_is_refused(form: str, name: str, wrong: object) -> None:
+    """The compiled forms believe no buffer: size, items, layout and access are checked before anything is written."""
+    case = Case(DRAW, 224, floats=False)
+    setattr(case, name, wrong)
+    with pytest.raises((ValueError, TypeError)):
+        case.run(form)
+    assert (case.memory == 0xA5).all()
+
+
+def test_a_form_that_is_not_there_is_refused() -> None:
+    """A name that is no form of this machine is an error in the extension too."""
+    if kernel.compiled is None:
+        pytest.skip("the extension was built without a compiler")
+    with pytest.raises(ValueError, match="cannot run the form mmx"):
+        Case(DRAW, 224, floats=False).run("mmx")
+
+
+@pytest.mark.parametrize("form", COMPILED)
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("side", [1, 9, 10, 20, 21, 224, 256])
+def test_nothing_is_read_beyond_a_record(form: str, flip: bool, side: int) -> None:
+    """A crop at the end of a record that ends where readable memory ends does not fault."""
+    page, no_access = mmap.PAGESIZE, 0
+    pages = -(-(HEADER.size + RAW_BYTES) // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(place + pages * page), page, no_access) == 0
+    end = pages * page
+    memory[end - HEADER.size - RAW_BYTES : end] = raw(7)
+    case = Case(np.array([(256 - side, 256 - side, flip, (0, 0, 0))], DRAWS), side, floats=False)
+    case.values = [memoryview(memory)[end - HEADER.size - RAW_BYTES : end]]
+    assert case.run(form) == 1
+    window = PIXELS[256 - side :, 256 - side :]
+    assert np.array_equal(case.images[0], window[:, ::-1] if flip else window)
 
 
 def test_a_completed_view_has_eigenvectors_times_eigenvalues(statistics: Statistics) -> None:

@@ -170,16 +170,12 @@ def test_a_slice_beyond_the_epoch_is_refused(records: Records, view: View) -> No
         made(records, view, 299, 2)
 
 
-def damage(path: Path, number: int, change: Callable[[bytes], bytes | None]) -> None:
-    """Change one record's value behind the manifest's back; None deletes it and puts another in its place."""
+def damage(path: Path, number: int, change: Callable[[bytes], bytes], new_number: int | None = None) -> None:
+    """Change one record's value, or number, behind the manifest's back."""
     with lmdb.open(str(path), max_dbs=3, map_size=2**30) as env, env.begin(write=True) as txn:
         database = env.open_db(b"records", txn=txn)
-        value = change(txn.get(KEY.pack(number), db=database))
-        if value is None:
-            txn.delete(KEY.pack(number), db=database)
-            txn.put(KEY.pack(2**40), b"x" * 100, db=database)
-        else:
-            txn.put(KEY.pack(number), value, db=database)
+        value = txn.pop(KEY.pack(number), db=database)
+        txn.put(KEY.pack(number if new_number is None else new_number), change(value), db=database)
     (path / "lock.mdb").unlink()
 
 
@@ -189,8 +185,10 @@ def damage(path: Path, number: int, change: Callable[[bytes], bytes | None]) -> 
         ("raw", lambda v: v[:-1], f"a raw payload has {RAW_BYTES} bytes, this one {RAW_BYTES - 1}"),
         ("raw", lambda v: v + b"x", f"a raw payload has {RAW_BYTES} bytes, this one {RAW_BYTES + 1}"),
         ("raw", lambda v: v[:5], "it has 5 bytes, fewer than its header"),
-        ("raw", lambda v: v[:4] + b"\x09" + v[5:], "codec number 9 is unknown"),
-        ("raw", lambda v: None, "there is no such record"),
+        ("raw", lambda v: v[:4] + b"\x09" + v[5:], "its codec number is 9, where the manifest says raw"),
+        ("raw", lambda v: v[:4] + b"\x01" + v[5:], "its codec number is 1, where the manifest says raw"),
+        ("raw", lambda v: b"\x03" + v[1:], "its label 3 is beyond the last class"),
+        ("jpeg", lambda v: v[:4] + b"\x00" + v[5:], "its codec number is 0, where the manifest says jpeg"),
         ("jpeg", lambda v: v[:2000], "its JPEG cannot be decoded .*Premature end"),
         ("jpeg", lambda v: v[:16] + b"no jpeg at all", "its JPEG cannot be decoded"),
     ],
@@ -199,17 +197,24 @@ def damage(path: Path, number: int, change: Callable[[bytes], bytes | None]) -> 
 def test_a_bad_record_is_named(
     tmp_path: Path, make_dataset: Callable[..., object], codec: str, change: Callable, reason: str, dtype: Dtype
 ) -> None:
-    """A record that cannot be read gives its number and the reason, and ``at`` holds its number."""
+    """A record that cannot be read gives its number and the reason."""
     make_dataset(tmp_path / "d", 5, codec)
     damage(tmp_path / "d", 3, change)
     with Records(tmp_path / "d") as records:
-        out = empty_slice(SampleLayout(VIEWS["center"], dtype), 5)
-        at = np.full(1, -1, np.int64)
-        with pytest.raises(RecordError, match=reason) as caught:
-            fill(out, records, SliceId(VIEWS["center"], 0, 0, 0, 5), at)
+        with pytest.raises(RecordError, match=f"record 3 of {records.path} cannot be used: .*{reason}") as caught:
+            made(records, VIEWS["center"], 0, 5, dtype)
         assert caught.value.record == 3
-        assert at[0] == 3
-        assert f"record 3 of {records.path}" in str(caught.value)
+
+
+def test_a_missing_record_is_named(tmp_path: Path, make_dataset: Callable[..., object]) -> None:
+    """A record that is not there under its number gives that number."""
+    make_dataset(tmp_path / "d", 5)
+    damage(tmp_path / "d", 3, bytes, new_number=2**40)
+    with (
+        Records(tmp_path / "d") as records,
+        pytest.raises(RecordError, match=r"record 3 of .* there is no such record"),
+    ):
+        made(records, VIEWS["center"], 0, 5)
 
 
 def test_at_is_the_record_being_worked_on(records: Records) -> None:

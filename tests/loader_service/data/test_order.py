@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loader_service.data import kernel
 from loader_service.data.order import TABLE_MAX, records_at
 
 words = st.integers(0, 2**64 - 1)
@@ -73,6 +74,16 @@ def test_every_record_is_as_likely_at_every_position_of_a_table() -> None:
     for epoch in range(epochs):
         cells[np.arange(count), records_at(count, 1, epoch, 0, count)] += 1
     assert abs(chi_square(cells)) < 4
+
+
+@pytest.mark.parametrize("form", kernel.FORMS)
+@given(count=st.integers(TABLE_MAX + 1, 2**48), seed=words, epoch=words, data=st.data())
+def test_every_form_walks_alike(form: str, count: int, seed: int, epoch: int, data: st.DataObject) -> None:
+    """The compiled walk gives the numbers of the NumPy one."""
+    start = data.draw(st.integers(0, count - 1))
+    n = min(50, count - start)
+    expected = records_at(count, seed, epoch, start, n, form="numpy")
+    assert np.array_equal(records_at(count, seed, epoch, start, n, form=form), expected)
 
 
 @pytest.mark.parametrize("start", [0, 50_000, 99_999 - 4])

@@ -1,0 +1,64 @@
+"""Which form runs: the best of this machine, the one that was named, or NumPy where nothing was compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import loader_service.data
+from loader_service.data import kernel
+from loader_service.errors import OptionError
+
+
+@pytest.fixture(autouse=True)
+def _choose_anew() -> Iterator[None]:
+    kernel.chosen.cache_clear()
+    yield
+    kernel.chosen.cache_clear()
+
+
+def test_the_best_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a word from the environment the first form runs."""
+    monkeypatch.delenv(kernel.VARIABLE, raising=False)
+    assert kernel.chosen() == kernel.FORMS[0]
+
+
+@pytest.mark.parametrize("form", kernel.FORMS)
+def test_the_environment_names_a_form(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Any form that this machine can run can be asked for."""
+    monkeypatch.setenv(kernel.VARIABLE, form)
+    assert kernel.chosen() == form
+
+
+def test_an_unknown_form_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A form that is not there names the variable, the value and what would do."""
+    monkeypatch.setenv(kernel.VARIABLE, "abacus")
+    with pytest.raises(OptionError, match=r"LOADER_SERVICE_KERNEL='abacus' cannot work: expected one of .*numpy"):
+        kernel.chosen()
+
+
+def test_numpy_serves_where_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extension the module still imports, and NumPy is its only form."""
+    monkeypatch.delattr(loader_service.data, "_kernel", raising=False)
+    monkeypatch.setitem(sys.modules, "loader_service.data._kernel", None)
+    monkeypatch.delenv(kernel.VARIABLE, raising=False)
+    spec = importlib.util.spec_from_file_location("kernel_without_extension", kernel.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    bare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bare)
+    assert bare.compiled is None
+    assert bare.FORMS == ("numpy",)
+    assert bare.chosen() == "numpy"
+
+
+@pytest.mark.skipif(kernel.compiled is None, reason="the extension was built without a compiler")
+def test_the_forms_are_those_of_the_machine() -> None:
+    """Plain C runs everywhere; each processor family adds its own, better forms in front."""
+    assert kernel.FORMS[-2:] == ("c", "numpy")
+    own = {"x86_64": {"avx512", "avx2"}, "aarch64": {"neon"}}.get(platform.machine(), set())
+    assert set(kernel.FORMS[:-2]) <= own

@@ -134,7 +134,7 @@ def test_transparency_is_laid_on_white() -> None:
     image.putalpha(0)
     assert (load_picture(file_of(image)) == 255).all()
     assert (load_picture(file_of(Image.new("LA", (300, 300), (0, 0)))) == 255).all()
-    palette = quarters(mode="P")
+    palette = quarters().quantize(16)
     pixels = load_picture(file_of(palette, transparency=palette.getpixel((0, 0))))
     assert (corners_of(pixels)[0] == 255).all()
     assert (corners_of(pixels)[1:] < 250).all()

@@ -1,0 +1,41 @@
+"""What the tools' command lines have in common: how they end.
+
+A deliberate error is shown as its sentence and ends with its exit code; Ctrl-C ends with 130 and SIGTERM with 143, both
+after every ``with`` block has been left, so that nothing stays behind.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any, Final, NoReturn
+
+import click
+
+from loader_service.errors import LoaderServiceError
+
+CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class ToolFailed(LoaderServiceError):
+    """A tool cannot do its work for a reason outside of the data; the message is a whole sentence."""
+
+
+class Command(click.Command):
+    """A command that ends as the module says."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; deliberate errors and signals become exit codes."""
+        signal.signal(signal.SIGTERM, _leave)
+        try:
+            return super().invoke(ctx)
+        except LoaderServiceError as error:
+            click.echo(f"{ctx.info_name}: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo(f"\n{ctx.info_name}: stopped.", err=True)
+            ctx.exit(128 + signal.SIGINT)
+
+
+def _leave(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)

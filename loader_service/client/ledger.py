@@ -249,21 +249,28 @@ class Ledger:
         edges = [plan.count * i // pieces for i in range(pieces + 1)] if pieces else []
         return [Part(plan.first + low, high - low, low, index) for index, (low, high) in enumerate(pairwise(edges))]
 
-    def _asks(self) -> Iterator[Ask]:
+    def _asks(self) -> list[Ask]:
+        asks: list[Ask] = []
         for batch in self._batches:
+            if batch.slot == NO_SLOT:
+                continue
+            mine = []
             for part in batch.parts:
-                if part.state != "wanted" or batch.slot == NO_SLOT:
+                if part.state != "wanted":
                     continue
                 name = self._least_loaded()
                 if name is None:
-                    return
+                    return asks + mine
                 generation = self._arm(batch.slot, part.index)
-                if generation is None:
+                if generation is None:  # what was just to be asked of this slot is not asked at all
                     self._condemn(batch)
+                    mine.clear()
                     break
                 part.state, part.ask = "asked", next(self._numbers)
                 self._nodes[name].asks[part.ask] = (batch, part)
-                yield Ask(name, part.ask, batch, part, generation)
+                mine.append(Ask(name, part.ask, batch, part, generation))
+            asks += mine
+        return asks
 
     def _least_loaded(self) -> str | None:
         """The node with the smallest share of its capacity in use, if any has room."""

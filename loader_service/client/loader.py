@@ -212,7 +212,7 @@ class Loader:
             "epoch": epoch,
             "position": position,
             "seed": self._seed,
-            "view": msgspec.to_builtins(self._view),
+            "view": _plain(self._view),
             "fingerprint": self._facts.fingerprint,
             "golden": self._facts.golden,
             "exclusions": [],
@@ -227,7 +227,7 @@ class Loader:
         here = self.state_dict()
         for what in ("format", "fingerprint", "golden", "seed", "view", "exclusions"):
             saved = state.get(what)
-            if msgspec.to_builtins(saved) != here[what]:
+            if _plain(saved) != here[what]:
                 raise StateError(what, saved, here[what])
         epoch, position = state.get("epoch"), state.get("position")
         if not (
@@ -342,6 +342,11 @@ def _statistics(dataset: Dataset) -> Statistics:
         eigenvalues=dataset.eigenvalues,
         eigenvectors=dataset.eigenvectors,
     )
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back: lists, not tuples."""
+    return msgspec.json.decode(msgspec.json.encode(value))
 
 
 def _check_view(view: str | View) -> View:

@@ -115,6 +115,8 @@ class Session:
                 self._employ(peer)
 
         self._command(command)
+        if self._error:
+            deliveries.put(self._error)
         return deliveries
 
     def slot_returned(self, slot: int) -> None:
@@ -181,6 +183,8 @@ class Session:
 
     def _fail(self, error: LoaderServiceError) -> None:
         self._error = error
+        while self._commands:  # a run that was begun just now has a queue that waits for this
+            self._commands.popleft()()
         self._ledger = None
         self._deliveries.put(error)
         self._welcomed.set()

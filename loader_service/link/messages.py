@@ -40,7 +40,7 @@ Name = Annotated[str, Meta(max_length=255)]
 Text = Annotated[str, Meta(max_length=4096)]
 Instance = Annotated[str, Meta(min_length=32, max_length=32)]
 Counter = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-SegmentName = Annotated[str, Meta(pattern=r"^loader-service-[0-9a-f]{32}$")]
+SegmentName = Annotated[str, Meta(pattern=r"^loader-service-[0-9a-f]{32}\Z")]
 Nonce = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 

@@ -7,6 +7,7 @@ by its I/O thread whatever Python does. Nothing lingers at the end.
 from __future__ import annotations
 
 import ipaddress
+import socket as socketlib
 from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -40,11 +41,11 @@ def check_address(address: str) -> None:
     if scheme == "ipc":
         return
     try:
-        parts = urlsplit(address)
+        parts = urlsplit(address.removesuffix("*") + "0" if address.endswith(":*") else address)
         port = parts.port
     except ValueError as error:
         raise AddressError(address, str(error)) from error
-    if not parts.hostname or (port is None and not address.endswith(":*")):
+    if not parts.hostname or port is None:
         raise AddressError(address, "it must look like tcp://HOST:PORT")
 
 
@@ -66,6 +67,8 @@ def bind_node(context: zmq.Context[Any], address: str) -> tuple[zmq.Socket[bytes
         AddressError: the address is malformed, taken or not ours.
     """
     check_address(address)
+    if address.startswith("ipc://"):
+        _refuse_if_taken(address)
     router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     _prepare(router)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to who is gone is an error, not silence
@@ -139,6 +142,16 @@ def try_send(socket: zmq.Socket[bytes], frames: list[Any], on_gone: Callable[[],
             on_gone()
         return False
     return True
+
+
+def _refuse_if_taken(address: str) -> None:
+    """Whether somebody listens at an ipc address: libzmq would take the name over without a word."""
+    with socketlib.socket(socketlib.AF_UNIX) as probe:
+        try:
+            probe.connect(address.removeprefix("ipc://"))
+        except OSError:
+            return  # nobody, or the socket of somebody who is gone
+    raise AddressError(address, "it cannot be bound (Address already in use)")
 
 
 def _prepare(socket: zmq.Socket[bytes]) -> None:

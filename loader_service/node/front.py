@@ -246,6 +246,8 @@ class Front:
                 packet = link.recv(MAX_PACKET_BYTES)
             except BlockingIOError:
                 return
+            except ConnectionResetError:  # it died with a lease unread; what it had said before can still be read
+                continue
             if not packet:  # the nursery will tell how it died
                 self._unlink(index)
                 return

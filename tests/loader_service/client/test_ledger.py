@@ -1,0 +1,209 @@
+"""The ledger under everything that can happen, without a socket or a clock."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from loader_service.client.ledger import ASKS_PER_WORKER, Ask, Deliver, Finish, Ledger
+from loader_service.client.plan import Schedule
+
+
+class World:
+    """Slots whose parts can be blocked, and nodes that answer when told to."""
+
+    def __init__(
+        self, records: int, *, batch: int = 10, slots: int = 4, slice_samples: int = 3, epochs: int = 1
+    ) -> None:
+        self.generations: dict[tuple[int, int], int] = {}
+        self.blocked: set[tuple[int, int]] = set()
+        self.ledger = Ledger(
+            Schedule(records, batch, 0, 1, epochs, False),
+            0,
+            0,
+            slots=list(range(slots)),
+            slice_samples=slice_samples,
+            arm=self.arm,
+            numbers=itertools.count(1),
+        )
+        self.asked: list[Ask] = []
+        self.held: list[int] = []
+        self.delivered: list[tuple[int, int]] = []
+        self.finished = False
+
+    def arm(self, slot: int, part: int) -> int | None:
+        if (slot, part) in self.blocked:
+            return None
+        self.generations[slot, part] = self.generations.get((slot, part), 0) + 1
+        return self.generations[slot, part]
+
+    def advance(self) -> None:
+        for action in self.ledger.advance():
+            match action:
+                case Ask():
+                    assert self.generations[action.batch.slot, action.part.index] == action.generation
+                    self.asked.append(action)
+                case Deliver(batch):
+                    assert batch.slot not in self.held, "a slot in the caller's hands was used again"
+                    self.held.append(batch.slot)
+                    plan = batch.plan
+                    self.delivered += [(plan.epoch, i) for i in range(plan.first, plan.first + plan.count)]
+                case Finish():
+                    assert not self.finished
+                    self.finished = True
+
+    def answer(self, index: int = 0) -> bool:
+        ask = self.asked.pop(index)
+        return self.ledger.filled(ask.node, ask.number)
+
+    def let_go(self) -> None:
+        while self.held:
+            self.ledger.slot_returned(self.held.pop())
+
+
+def test_batches_come_in_order_and_once_however_answers_come() -> None:
+    """Answers in any order give batches in the schedule's."""
+    world, rng = World(57, epochs=2), random.Random(1)
+    world.ledger.node_up("a", 2)
+    while not world.finished:
+        world.advance()
+        if world.asked:
+            assert world.answer(rng.randrange(len(world.asked)))
+        world.let_go()
+    assert world.delivered == [(e, i) for e in range(2) for i in range(57)]
+    assert [(a.expected, a.duplicates_refused, a.reassigned) for a in world.ledger.accounts] == [(57, 0, 0)] * 2
+
+
+def test_nothing_is_asked_without_a_slot_or_a_node() -> None:
+    """A request is a credit: no node, no request; no free slot, no request; never more than a node can digest."""
+    world = World(200)
+    world.advance()
+    assert world.asked == []
+    world.ledger.node_up("a", 1)
+    world.advance()
+    assert len(world.asked) == ASKS_PER_WORKER
+    while world.asked:
+        world.answer()
+        world.advance()
+    assert len(world.delivered) == 40  # four slots of ten, all in the caller's hands
+    world.let_go()
+    world.advance()
+    assert world.asked
+
+
+def test_a_lost_nodes_slices_are_asked_of_another() -> None:
+    """What a node had not answered goes elsewhere under new numbers; its late answers are duplicates."""
+    world = World(20)
+    world.ledger.node_up("a", 4)
+    world.advance()
+    old = list(world.asked)
+    world.asked.clear()
+    world.ledger.node_up("b", 4)
+    world.ledger.node_down("a")
+    world.advance()
+    assert {ask.node for ask in world.asked} == {"b"}
+    assert not {ask.number for ask in old} & {ask.number for ask in world.asked}
+    assert {(a.part.first, a.part.count) for a in world.asked} == {(a.part.first, a.part.count) for a in old}
+    assert not any(world.ledger.filled(ask.node, ask.number) for ask in old)
+    assert world.ledger.accounts[0].reassigned == len(old)
+    assert world.ledger.accounts[0].duplicates_refused == len(old)
+
+
+def test_an_answer_counts_once() -> None:
+    """The second answer to one request is refused and counted."""
+    world = World(10)
+    world.ledger.node_up("a", 4)
+    world.advance()
+    first = world.asked[0]
+    assert world.ledger.filled(first.node, first.number)
+    assert not world.ledger.filled(first.node, first.number)
+    assert not world.ledger.filled("somebody else", first.number)
+    assert world.ledger.accounts[0].duplicates_refused == 2
+
+
+def test_a_blocked_slot_is_left_and_taken_back_later() -> None:
+    """A batch whose part a late writer holds moves to another slot, and the slot serves again when it is free."""
+    world = World(40, slots=2)
+    world.ledger.node_up("a", 9)
+    world.blocked.add((0, 1))
+    world.advance()
+    assert {ask.batch.slot for ask in world.asked if ask.batch.plan.start == 0 and ask.batch.slot != 0} <= {1}
+    while len(world.delivered) < 20:
+        if world.asked:
+            world.answer()
+        world.advance()
+        world.let_go()
+    assert world.delivered[:20] == [(0, i) for i in range(20)]
+    world.blocked.clear()
+    used = set()
+    while not world.finished:
+        world.advance()
+        used |= {ask.batch.slot for ask in world.asked}
+        if world.asked:
+            world.answer()
+        world.let_go()
+    assert world.delivered == [(0, i) for i in range(40)]
+    assert used == {0, 1}
+
+
+def test_when_all_slots_are_blocked_it_waits_and_loses_nothing() -> None:
+    """No slot can be armed: nothing is delivered; later everything is."""
+    world = World(30, slots=3)
+    world.ledger.node_up("a", 9)
+    world.blocked = {(slot, part) for slot in range(3) for part in range(4)}
+    for _ in range(5):
+        world.advance()
+    assert world.asked == []
+    assert world.delivered == []
+    world.blocked.clear()
+    while not world.finished:
+        world.advance()
+        if world.asked:
+            world.answer()
+        world.let_go()
+    assert world.delivered == [(0, i) for i in range(30)]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_exactly_once_under_random_faults(seed: int) -> None:
+    """Nodes come and go, answers are late, doubled or excuses, parts are blocked: still each position once, in order."""
+    rng = random.Random(seed)
+    world = World(rng.randrange(1, 150), batch=rng.randrange(1, 20), slots=rng.randrange(2, 6), slice_samples=rng.randrange(1, 8), epochs=2)  # fmt: skip
+    records = world.ledger._schedule.records
+    answered: list[Ask] = []
+    alive: set[str] = set()
+    for step in itertools.count():
+        calm = step > 3000  # faults end, so that the run can
+        world.advance()
+        if world.finished:
+            break
+        event = rng.random()
+        if event < 0.05 or (calm and not alive):
+            name = rng.choice("abc")
+            alive.add(name)
+            world.ledger.node_up(name, rng.randrange(1, 4))
+        elif event < 0.08 and alive and not calm:
+            name = alive.pop()
+            world.ledger.node_down(name)
+            if rng.random() < 0.5:  # half of the lost answers come after all, when nobody waits for them
+                answered += [ask for ask in world.asked if ask.node == name]
+            world.asked = [ask for ask in world.asked if ask.node != name]
+        elif event < 0.12 and not calm:
+            world.blocked.add((rng.randrange(6), rng.randrange(4)))
+        elif event < 0.2 or calm:
+            world.blocked.clear()
+        elif event < 0.25 and answered:
+            duplicate = rng.choice(answered)
+            world.ledger.filled(duplicate.node, duplicate.number)
+        elif event < 0.28 and world.asked:
+            ask = world.asked.pop(rng.randrange(len(world.asked)))
+            world.ledger.excused(ask.node, ask.number)
+        if world.asked and rng.random() < 0.8:
+            ask = world.asked.pop(rng.randrange(len(world.asked)))
+            answered.append(ask)
+            world.ledger.filled(ask.node, ask.number)
+        if rng.random() < 0.5:
+            world.let_go()
+    assert world.delivered == [(e, i) for e in range(2) for i in range(records)]

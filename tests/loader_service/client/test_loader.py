@@ -1,0 +1,328 @@
+"""The public Loader against a real node: the same bytes every way, each sample once, states, ranks, errors."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loader_service import DRAWS, Batch, Loader, LocalNode, View, describe, errors
+from loader_service.data.augment import complete_view
+from loader_service.data.fill import empty_slice, fill
+from loader_service.data.records import Records, Statistics
+from loader_service.link.slots import DIRECTORY
+from loader_service.spec import SampleLayout, SliceId
+
+RECORDS = 300
+
+
+def _load(address: str, **options: Any) -> Loader:
+    return Loader(address, **{"timeout_s": 20, "batch_size": 64} | options)
+
+
+def _content(batch: Batch) -> bytes:
+    digest = hashlib.sha256()
+    for array in (batch.images, batch.labels, batch.ids, batch.sources, batch.draws):
+        digest.update(array.tobytes())
+    return digest.digest()
+
+
+def _run(address: str, **options: Any) -> list[bytes]:
+    with _load(address, **options) as loader:
+        return [_content(batch) for batch in loader]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+@pytest.mark.parametrize("view", ["train", "center", "ten-crop", "whole"])
+def test_shared_memory_and_frames_give_the_pure_functions_bytes(
+    node_address: str, dataset_dir: Path, view: str, dtype: Any
+) -> None:
+    """Both transports deliver exactly what ``fill`` writes in this process, for every view and dtype."""
+    with Records(dataset_dir / "val.lmdb") as records:
+        complete = complete_view(View.named(view), records.statistics)
+        direct = empty_slice(SampleLayout(complete, dtype), len(records))
+        fill(direct, records, SliceId(complete, 5, 0, 0, len(records)))
+    for transport in ("shm", "tcp"):
+        with _load(
+            node_address, split="val", view=view, dtype=dtype, seed=5, transport=transport, batch_size=25
+        ) as loader:
+            batches = [(b.images.copy(), b.labels.copy(), b.draws.copy()) for b in loader]
+        images, labels, draws = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+        np.testing.assert_array_equal(images, direct.images)
+        np.testing.assert_array_equal(labels, direct.labels)
+        np.testing.assert_array_equal(draws, direct.draws)
+        assert (images.dtype, draws.dtype) == (np.dtype(dtype), DRAWS)
+
+
+def test_any_number_of_workers_gives_the_same_epoch(dataset_dir: Path) -> None:
+    """1 worker, 3 workers, shared memory, TCP: equal batches, and every id exactly once per epoch."""
+    runs = []
+    for workers in (1, 3):
+        with LocalNode(dataset_dir, workers) as node:
+            for transport in ("shm", "tcp"):
+                runs.append(_run(node.address, epochs=2, transport=transport))
+                with _load(node.address, epochs=2, transport=transport) as loader:
+                    ids = np.concatenate([batch.ids for batch in loader]).reshape(2, RECORDS)
+                assert [sorted(epoch.tolist()) for epoch in ids] == [list(range(RECORDS))] * 2
+                assert ids[0].tolist() != ids[1].tolist()
+    assert all(run == runs[0] for run in runs)
+    assert len(runs[0]) == 10
+
+
+def test_a_batch_is_what_its_docstring_says(node_address: str) -> None:
+    """Shapes, dtypes, lengths and the place in the epoch; the last batch is short."""
+    with _load(node_address, batch_size=128) as loader:
+        assert len(loader) == 3
+        batches = [
+            (b.images.shape, b.images.dtype, b.labels.dtype, b.ids.dtype, b.draws.shape, b.epoch, b.start)
+            for b in loader
+        ]
+    assert [shape for shape, *_ in batches] == [(128, 224, 224, 3), (128, 224, 224, 3), (44, 224, 224, 3)]
+    assert all(rest[:3] == [np.uint8, np.int64, np.int64] for _, *rest in batches)
+    assert [rest[3:] for _, *rest in batches] == [[(128,), 0, 0], [(128,), 0, 128], [(44,), 0, 256]]
+
+
+def test_labels_belong_to_the_ids(node_address: str) -> None:
+    """The label that travels with a sample is its record's, and the source is the id."""
+    with _load(node_address) as loader:
+        for batch in loader:
+            assert batch.labels.tolist() == (batch.ids % 3).tolist()
+            assert batch.sources.tolist() == batch.ids.tolist()
+
+
+def test_the_dataset_is_described(node_address: str, statistics: Statistics) -> None:
+    """``loader.dataset`` and ``describe`` tell the manifest's facts."""
+    with _load(node_address) as loader:
+        for dataset in (loader.dataset, describe(node_address)):
+            assert (dataset.count, dataset.class_names) == (RECORDS, ("ant", "bee", "cat"))
+            np.testing.assert_array_equal(dataset.mean, statistics.mean_image)
+            np.testing.assert_array_equal(dataset.eigenvalues, statistics.eigenvalues)
+            np.testing.assert_array_equal(dataset.eigenvectors, statistics.eigenvectors)
+    assert describe(node_address, "val").count == 60
+
+
+def test_ranks_together_have_one_ranks_order(node_address: str) -> None:
+    """Three ranks' parts of each global batch, side by side, are the batches of one rank with thrice the size."""
+    with _load(node_address, batch_size=96, epochs=2) as loader:
+        whole = [(b.ids.copy(), _content(b)) for b in loader]
+    loaders = [_load(node_address, batch_size=32, epochs=2, rank=r, world_size=3) for r in range(3)]
+    steps = [[(b.ids.copy(), b.images.copy()) for b in loader] for loader in loaders]
+    for loader in loaders:
+        loader.close()
+    assert [len(s) for s in steps] == [len(whole)] * 3
+    for step, (ids, _) in enumerate(whole):
+        assert np.concatenate([s[step][0] for s in steps]).tolist() == ids.tolist()
+
+
+def test_more_ranks_than_samples_still_step_equally_often(node_address: str) -> None:
+    """In an epoch's last batch some ranks may get nothing, as an empty batch."""
+    sizes = []
+    for rank in range(4):
+        with _load(node_address, split="val", view="center", batch_size=19, rank=rank, world_size=3 + 1) as loader:
+            sizes.append([len(batch.labels) for batch in loader])
+    assert {len(s) for s in sizes} == {1}
+    assert sum(sum(s) for s in sizes) == 60
+    with _load(node_address, split="val", view="center", batch_size=59) as one:
+        assert [len(b.labels) for b in one] == [59, 1]
+    with _load(node_address, split="val", view="center", batch_size=59, rank=0, world_size=2) as first:
+        assert [len(b.labels) for b in first] == [30]
+
+
+def test_drop_last(node_address: str) -> None:
+    """The remainder is left out, and the ledger expects no more than that."""
+    with _load(node_address, drop_last=True, epochs=2) as loader:
+        assert [len(b.labels) for b in loader] == [64] * 8
+        assert len(loader) == 4
+        assert [(a.expected, a.delivered) for a in loader.ledger] == [(256, 256)] * 2
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 5, 7, 10])
+def test_a_state_resumes_at_the_next_batch(node_address: str, stop: int) -> None:
+    """Saved after any number of batches, as JSON, and loaded by a new loader: the rest is the undisturbed rest."""
+    undisturbed = _run(node_address, epochs=2)
+    with _load(node_address, epochs=2) as loader:
+        head = [_content(next(loader)) for _ in range(stop)]
+        state = json.loads(json.dumps(loader.state_dict()))
+    with _load(node_address, epochs=2) as loader:
+        loader.load_state_dict(state)
+        tail = [_content(batch) for batch in loader]
+    assert head + tail == undisturbed
+
+
+def test_a_state_resumes_with_another_world(node_address: str) -> None:
+    """Stopped with one rank and batches of 64, resumed with two ranks and batches of 10: no sample lost or repeated."""
+    with _load(node_address) as loader:
+        head = [next(loader).ids.copy() for _ in range(2)]
+        state = loader.state_dict()
+    ranks = []
+    for rank in range(2):
+        with _load(node_address, batch_size=10, rank=rank, world_size=2) as loader:
+            loader.load_state_dict(state)
+            ranks.append([b.ids.copy() for b in loader])
+    tail = [ids for step in zip(*ranks, strict=True) for ids in step]
+    with _load(node_address) as loader:
+        order = np.concatenate([b.ids for b in loader])
+    assert np.concatenate(head + tail).tolist() == order.tolist()
+
+
+def test_a_loader_can_be_set_back_while_it_runs(node_address: str) -> None:
+    """load_state_dict in the middle of a run, with batches under way and in hand, restarts there exactly."""
+    undisturbed = _run(node_address, epochs=2)
+    with _load(node_address, epochs=2) as loader:
+        start = loader.state_dict()
+        kept = [next(loader) for _ in range(3)]
+        for _ in range(3):
+            loader.load_state_dict(start)
+            assert _content(next(loader)) == undisturbed[0]
+        loader.load_state_dict(start)
+        assert [_content(batch) for batch in loader] == undisturbed
+        assert [_content(batch) for batch in kept] == undisturbed[:3]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [({"seed": 1}, "seed"), ({"view": View(jitter=0.2)}, "view"), ({"split": "val"}, "fingerprint")],
+    ids=str,
+)
+def test_a_state_of_another_run_is_refused(node_address: str, change: dict[str, Any], what: str) -> None:
+    """Another seed, view or dataset would give other samples: the sentence names what differs."""
+    with _load(node_address) as loader:
+        state = loader.state_dict()
+    with _load(node_address, **change) as loader, pytest.raises(errors.StateError, match=what):
+        loader.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "change", [{"position": -1}, {"position": 301}, {"epoch": "0"}, {"format": 2}, {"view": None}], ids=str
+)
+def test_a_damaged_state_is_refused(node_address: str, change: dict[str, Any]) -> None:
+    """Nothing in a saved state is believed unchecked."""
+    with _load(node_address) as loader, pytest.raises(errors.StateError):
+        loader.load_state_dict(loader.state_dict() | change)
+
+
+def test_iterating_on_goes_on(node_address: str) -> None:
+    """A loop that was left goes on with the next batch, and a finished loader stays finished."""
+    undisturbed = _run(node_address, epochs=2)
+    with _load(node_address, epochs=2) as loader:
+        got = []
+        for batch in loader:
+            got.append(_content(batch))
+            if len(got) == 3:
+                break
+        got += [_content(batch) for batch in loader]
+        assert list(loader) == []
+    assert got == undisturbed
+
+
+def test_holding_every_slot_is_an_error_that_says_so(node_address: str) -> None:
+    """Arrays that are kept keep their slots; letting one go lets the loader go on, and copies are free."""
+    with _load(node_address, batch_size=10, prefetch=2) as loader:
+        held = [next(loader) for _ in range(4)]
+        with pytest.raises(errors.SlotsHeld, match=r"all 4 slots.*copy\(\)"):
+            next(loader)
+        held.pop()
+        gc.collect()
+        assert next(loader).start == 40
+
+
+def test_held_batches_do_not_change(node_address: str) -> None:
+    """While their arrays live, later batches are written elsewhere."""
+    undisturbed = _run(node_address, epochs=2)
+    with _load(node_address, epochs=2, prefetch=3) as loader:
+        first, third = next(loader), [next(loader), next(loader)][1]
+        rest = [_content(batch) for batch in loader]
+        assert [_content(first), undisturbed[1], _content(third), *rest] == undisturbed
+
+
+def test_closing_leaves_nothing_in_shared_memory(node_address: str) -> None:
+    """The segment is gone after close, also when a batch is still held and after an error."""
+    before = set(DIRECTORY.glob("loader-service-*"))
+    with _load(node_address) as loader:
+        held = next(loader)
+        assert len(set(DIRECTORY.glob("loader-service-*")) - before) == 1
+    assert set(DIRECTORY.glob("loader-service-*")) <= before
+    assert held.images.any()
+    loader = _load(node_address)
+    next(loader)
+    del loader, held
+    gc.collect()
+    assert set(DIRECTORY.glob("loader-service-*")) <= before
+
+
+def test_without_a_node_it_waits_only_as_long_as_it_was_told() -> None:
+    """timeout_s makes a missing node an error that says how to start one."""
+    start = time.monotonic()
+    with pytest.raises(errors.NoNodeError, match="loader-service start"):
+        Loader("tcp://127.0.0.1:9", timeout_s=0.3)
+    assert time.monotonic() - start < 5
+
+
+def test_a_client_outlives_its_node(dataset_dir: Path, start_node: Callable[..., Any], tmp_path: Path) -> None:
+    """The node is killed in the middle of an epoch and another starts in its place: the same batches, each once."""
+    bind = f"ipc://{tmp_path}/node"
+    node = start_node(workers=2, bind=bind)
+    undisturbed = _run(bind, epochs=3)
+    with _load(bind, epochs=3, batch_size=64) as loader:
+        got = [_content(next(loader)) for _ in range(2)]
+        node.process.kill()
+        node.process.wait()
+        start_node(workers=1, bind=bind)
+        got += [_content(batch) for batch in loader]
+        accounts = loader.ledger
+    assert got == undisturbed
+    assert [(a.delivered, a.expected) for a in accounts] == [(RECORDS, RECORDS)] * 3
+    assert sum(a.reassigned for a in accounts) > 0
+
+
+def test_two_nodes_share_the_work(dataset_dir: Path, start_node: Callable[..., Any]) -> None:
+    """With two addresses both nodes work; one of them killed for good changes nothing but the pace."""
+    first, second = start_node(workers=1), start_node(workers=1)
+    undisturbed = _run(first.address, epochs=3)
+    with _load(f"{first.address}, {second.address}", epochs=3) as loader:
+        got = [_content(next(loader)) for _ in range(4)]
+        second.process.kill()
+        got += [_content(batch) for batch in loader]
+    assert got == undisturbed
+
+
+def test_a_node_with_another_dataset_is_refused(
+    start_node: Callable[..., Any], make_dataset: Any, tmp_path: Path
+) -> None:
+    """Two nodes that would give different bytes do not work for one client; the sentence names what differs."""
+    make_dataset(tmp_path / "train.lmdb", 20)
+    first, other = start_node(), start_node(data=tmp_path)
+    with pytest.raises(errors.NodeRefused, match="fingerprint is .*, this client needs"), _load(f"{first.address},{other.address}") as loader:  # fmt: skip
+        list(loader)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"split": "test"}, {"view": "none"}, {"batch_size": 0}, {"batch_size": 1.5}, {"seed": -1}, {"epochs": -1},
+        {"dtype": "int8"}, {"rank": 1}, {"world_size": 0}, {"transport": "udp"}, {"prefetch": 0}, {"address": ""},
+        {"on_bad_sample": "ignore"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_cannot_work_are_named(node_address: str, options: dict[str, Any]) -> None:
+    """The sentence names the option, its value and what was expected."""
+    (name,) = options
+    with pytest.raises(errors.OptionError, match=f"^{name}="):
+        Loader(**{"address": node_address, "timeout_s": 20} | options)
+
+
+def test_a_split_that_is_not_served_is_refused(
+    start_node: Callable[..., Any], make_dataset: Any, tmp_path: Path
+) -> None:
+    """A node without a validation split says which splits it has."""
+    make_dataset(tmp_path / "train.lmdb", 20)
+    with pytest.raises(errors.NodeRefused, match="list of splits is train"):
+        _load(start_node(data=tmp_path).address, split="val")

@@ -1,0 +1,119 @@
+"""The wire's grammar: what goes in comes out, and nothing else is believed."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loader_service.errors import MessageError
+from loader_service.link import messages
+from loader_service.link.messages import Place, Request
+from loader_service.spec import MEAN_BYTES, DatasetFacts, SliceId, View
+
+INSTANCE = "0" * 32
+SEGMENT = "loader-service-" + "a" * 32
+REQUEST = Request(INSTANCE, 7, "train", SliceId(View(basis=(1.0,) * 9), 3, 2, 1, 32), "uint8", Place(1, 2, 3, 4, 5))
+FACTS = DatasetFacts(
+    count=5,
+    class_names=("a",),
+    mean_image=bytes(MEAN_BYTES),
+    channel_means=(1.0,) * 3,
+    eigenvalues=(1.0,) * 3,
+    eigenvectors=(1.0,) * 9,
+    fingerprint="0" * 32,
+    golden="1" * 32,
+)
+FROM_CLIENT: list[messages.FromClient] = [
+    messages.Hello(1, "me"),
+    messages.Attach(SEGMENT),
+    REQUEST,
+    messages.Ping(),
+    messages.Pong(),
+    messages.Bye(),
+    messages.StatusQuery(),
+]
+FROM_NODE: list[messages.FromNode] = [
+    messages.Welcome(1, INSTANCE, 2, 1 << 24, {"train": FACTS}),
+    messages.Attached(SEGMENT, b"n" * 16),
+    messages.Filled(7),
+    messages.Failed(7, -1, "because"),
+    messages.Stranger(),
+    messages.Ping(),
+    messages.Pong(),
+]
+
+
+@pytest.mark.parametrize("message", FROM_CLIENT, ids=lambda m: type(m).__name__)
+def test_clients_messages_arrive_as_they_were_sent(message: messages.FromClient) -> None:
+    """Every message of a client survives the wire."""
+    assert messages.decode_from_client(messages.encode(message)) == message
+
+
+@pytest.mark.parametrize("message", FROM_NODE, ids=lambda m: type(m).__name__)
+def test_nodes_messages_arrive_as_they_were_sent(message: messages.FromNode) -> None:
+    """Every message of a node survives the wire."""
+    assert messages.decode_from_node(messages.encode(message)) == message
+
+
+def test_a_nodes_message_is_not_a_clients() -> None:
+    """Each side takes only what the other may say."""
+    with pytest.raises(MessageError):
+        messages.decode_from_client(messages.encode(messages.Filled(1)))
+    with pytest.raises(MessageError):
+        messages.decode_from_node(messages.encode(messages.Bye()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": -1},
+        {"split": "test"},
+        {"dtype": "float64"},
+        {"instance": "short"},
+        {"what": {"view": {}, "seed": -1, "epoch": 0, "start": 0, "count": 1}},
+        {"what": {"view": {}, "seed": 0, "epoch": 0, "start": 0, "count": 0}},
+        {"what": {"view": {}, "seed": 0, "epoch": 0, "start": 0, "count": 1 << 20}},
+        {"what": {"view": {"crop": 0}, "seed": 0, "epoch": 0, "start": 0, "count": 1}},
+        {"what": {"view": {"crop": 257}, "seed": 0, "epoch": 0, "start": 0, "count": 1}},
+        {"what": {"view": {"jitter": float("nan")}, "seed": 0, "epoch": 0, "start": 0, "count": 1}},
+        {"what": {"view": {"basis": [1.0] * 8}, "seed": 0, "epoch": 0, "start": 0, "count": 1}},
+        {"place": {"part": -1, "generation": 0, "images": 0, "labels": 0, "draws": 0}},
+        {"extra": 1},
+    ],
+    ids=str,
+)
+def test_requests_out_of_bounds_are_refused(change: dict[str, object]) -> None:
+    """No field of a request is believed beyond its bounds."""
+    fields = msgspec.to_builtins(REQUEST) | change
+    with pytest.raises(MessageError):
+        messages.decode_from_client(msgspec.msgpack.encode(fields))
+
+
+def test_segment_names_cannot_lead_elsewhere() -> None:
+    """A path in place of a segment's name is refused by the grammar itself."""
+    for name in ("/etc/passwd", SEGMENT + "/../x", SEGMENT + "\n", SEGMENT.upper()):
+        with pytest.raises(MessageError):
+            messages.decode_from_client(msgspec.msgpack.encode({"t": "attach", "segment": name}))
+
+
+@given(st.binary(max_size=200))
+def test_rubbish_is_an_error_and_nothing_else(data: bytes) -> None:
+    """Any bytes give a message or a MessageError."""
+    for decode in (messages.decode_from_client, messages.decode_from_node):
+        try:
+            decode(data)
+        except MessageError as error:
+            assert str(error).startswith("a message that is not of this protocol")
+
+
+@given(st.integers(0, 400), st.integers(0, 255))
+def test_a_damaged_request_is_an_error_or_a_request(at: int, byte: int) -> None:
+    """One byte changed anywhere in a real request is caught or harmless, and never another exception."""
+    frame = bytearray(messages.encode(REQUEST))
+    frame[at % len(frame)] = byte
+    try:
+        messages.decode_from_client(frame)
+    except MessageError as error:
+        assert error.reason

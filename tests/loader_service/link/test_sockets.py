@@ -1,0 +1,50 @@
+"""Addresses: what can be used, and what the sentence says when it cannot."""
+
+from __future__ import annotations
+
+import pytest
+import zmq
+
+from loader_service.errors import AddressError
+from loader_service.link import sockets
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://127.0.0.1:5555", "tcp://*:5555", "tcp://[::1]:5555", "ipc:///tmp/x", "tcp://host:*"]
+)
+def test_good_addresses_pass(address: str) -> None:
+    """Every form that the documentation shows is accepted."""
+    sockets.check_address(address)
+
+
+@pytest.mark.parametrize(
+    "address", ["", "5555", "tcp://", "tcp://host", "tcp://host:port", "tcp://host:99999", "udp://h:1", "ipc://"]
+)
+def test_bad_addresses_are_named(address: str) -> None:
+    """The sentence names the address that cannot be used."""
+    with pytest.raises(AddressError, match="cannot be used") as caught:
+        sockets.check_address(address)
+    assert caught.value.address == address
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [("ipc:///tmp/x", True), ("tcp://127.0.0.1:1", True), ("tcp://127.9.9.9:1", True), ("tcp://[::1]:1", True),
+     ("tcp://localhost:1", True), ("tcp://*:1", False), ("tcp://0.0.0.0:1", False), ("tcp://10.0.0.1:1", False),
+     ("tcp://node:1", False)],
+)  # fmt: skip
+def test_only_loopback_is_local(address: str, local: bool) -> None:
+    """What other machines can reach is not taken for local."""
+    assert sockets.is_local(address) is local
+
+
+def test_a_port_that_is_taken_is_said_so() -> None:
+    """Binding where another listens gives the address and the reason."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    first, address = sockets.bind_node(context, "tcp://127.0.0.1:*")
+    try:
+        with pytest.raises(AddressError, match="Address already in use"):
+            sockets.bind_node(context, address)
+    finally:
+        first.close()
+        context.term()

@@ -1,0 +1,146 @@
+"""A node's life and death, with real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from loader_service import Loader, LocalNode, errors, status
+from loader_service.link.slots import DIRECTORY
+
+StartNode = Callable[..., Any]
+Eventually = Callable[[Callable[[], bool], str], None]
+
+
+def _epoch(address: str, **options: Any) -> list[bytes]:
+    with Loader(address, batch_size=64, timeout_s=20, **options) as loader:
+        return [batch.images.tobytes() + batch.labels.tobytes() for batch in loader]
+
+
+def test_it_says_where_it_listens_what_it_serves_and_what_it_takes(start_node: StartNode) -> None:
+    """One line, with the address, the splits, the workers and the memory ceiling."""
+    node = start_node(workers=2)
+    assert node.announcement == (
+        f"listening on {node.address}: train (300 records, 3 classes), val (60 records, 3 classes); "
+        "2 workers; at most 112 MiB of shared memory\n"
+    )
+    answer = status(node.address)
+    assert answer.memory_ceiling_bytes == 112 * 2**20
+    assert [worker.pid for worker in answer.workers] == sorted(p.pid for p in node.workers())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_it_ends_cleanly_in_the_middle_of_work(start_node: StartNode, number: signal.Signals, transport: str) -> None:
+    """SIGTERM or Ctrl-C ends it within two seconds, with no process and no segment left, while a client is being served."""
+    node = start_node(workers=2)
+    family = node.family
+    before = set(DIRECTORY.glob("loader-service-*"))
+    with Loader(node.address, epochs=1000, timeout_s=20, transport=transport) as loader:
+        next(loader)
+        start = time.monotonic()
+        code, said = node.stop(number)
+        assert time.monotonic() - start < 2
+    assert code == 0, said
+    assert "Traceback" not in said
+    assert not any(process.is_running() for process in family)
+    assert set(DIRECTORY.glob("loader-service-*")) <= before
+
+
+def test_ctrl_c_in_the_terminal_reaches_all_and_is_still_clean(start_node: StartNode) -> None:
+    """SIGINT to the whole process group, as a terminal sends it, ends in silence."""
+    node = start_node(workers=2)
+    family = node.family
+    os.killpg(node.process.pid, signal.SIGINT)
+    code, said = node.stop(signal.SIGINT) if node.process.poll() is None else node.stop()
+    assert (code, said) == (0, "")
+    assert not any(process.is_running() for process in family)
+
+
+def test_workers_die_with_a_killed_front(start_node: StartNode, eventually: Eventually) -> None:
+    """SIGKILL of the front, which can clean up nothing itself, leaves no process; its segment goes at the next start."""
+    before = set(DIRECTORY.glob("loader-service-*"))
+    node = start_node(workers=3)
+    family = node.family
+    assert len(family) == 5  # front, nursery, three workers
+    with Loader(node.address, timeout_s=20, transport="tcp") as loader:
+        next(loader)
+    (segment,) = set(DIRECTORY.glob("loader-service-*")) - before
+    node.stop(signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+    start_node(workers=1)
+    eventually(lambda: not segment.exists(), "the dead node's segment is removed")
+
+
+def test_a_killed_worker_is_replaced_and_its_slices_are_made_again(
+    start_node: StartNode, eventually: Eventually
+) -> None:
+    """SIGKILL of every worker in the middle of an epoch: the same batches come, and the status tells of it."""
+    node = start_node(workers=2)
+    undisturbed = _epoch(node.address, epochs=4)
+    old = {process.pid for process in node.workers()}
+    with Loader(node.address, batch_size=64, epochs=4, timeout_s=20) as loader:
+        got = []
+        for batch in loader:
+            got.append(batch.images.tobytes() + batch.labels.tobytes())
+            if len(got) in (3, 9):
+                for process in node.workers():
+                    process.kill()
+    assert got == undisturbed
+    assert all((a.delivered, a.expected) == (300, 300) for a in loader.ledger)
+    eventually(lambda: len(node.workers()) == 2, "two workers run again")
+    assert not old & {process.pid for process in node.workers()}
+    assert status(node.address).restarts >= 2
+
+
+def test_it_survives_a_stopped_worker(
+    dataset_dir: Path, start_node: StartNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker under SIGSTOP is killed after a while and its slices are made by others."""
+    node = start_node(workers=2)
+    undisturbed = _epoch(node.address, epochs=2)
+    with Loader(node.address, batch_size=64, epochs=2, timeout_s=40) as loader:
+        got = [b.images.tobytes() + b.labels.tobytes() for b in [next(loader)]]
+        stopped = node.workers()[0]
+        stopped.suspend()
+        got += [b.images.tobytes() + b.labels.tobytes() for b in loader]
+    assert got == undisturbed
+
+
+def test_it_will_not_start_on_what_it_cannot_serve(tmp_path: Path) -> None:
+    """No dataset: the sentence says how to make one, and the exit code is the dataset's."""
+    with pytest.raises(errors.NodeFailed, match="there is no dataset at .*make preprocess"):
+        LocalNode(tmp_path)
+
+
+def test_rubbish_does_not_stop_it(start_node: StartNode) -> None:
+    """A stranger's bytes are counted and forgotten, and the node serves on."""
+    import zmq
+
+    node = start_node(workers=1)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    try:
+        dealer.connect(node.address)
+        for frames in (
+            [b""],
+            [b"rubbish"],
+            [b"\x81\xa1t\xa5hello"],
+            [b"a", b"b", b"c"],
+            [b"x" * 10_000],
+            [os.urandom(99)],
+        ):
+            dealer.send_multipart(frames)
+        assert len(_epoch(node.address)) == 5
+    finally:
+        dealer.close(linger=0)
+        context.term()
+    assert status(node.address).refused == 6

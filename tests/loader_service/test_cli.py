@@ -1,0 +1,57 @@
+"""The command line: what it prints and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "loader_service", *arguments], capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+def test_status_as_json(node_address: str) -> None:
+    """The JSON has what scripts rely on."""
+    answer = json.loads(_run("status", node_address, "--json").stdout)
+    assert {"instance", "workers", "clients", "reassigned", "restarts", "leases", "splits"} <= set(answer)
+    assert [{"pid", "state"} <= set(worker) for worker in answer["workers"]] == [True, True]
+
+
+def test_status_for_people(node_address: str) -> None:
+    """The table names the node and its workers."""
+    done = _run("status", node_address)
+    assert done.returncode == 0
+    assert "worker" in done.stdout
+    assert "idle" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("status", "tcp://127.0.0.1:9", "--timeout", "0.2"), 4, "no node answered within 0.2 s at tcp://127.0.0.1:9"),
+        (("status", "nonsense"), 4, "the address nonsense cannot be used"),
+        (("start", "--data", "/nowhere"), 3, "there is no dataset at /nowhere"),
+        (("start", "--workers", "0"), 2, "Invalid value for '--workers'"),
+        (("strat",), 2, "No such command"),
+    ],
+    ids=str,
+)
+def test_errors_are_a_sentence_and_an_exit_code(arguments: tuple[str, ...], code: int, sentence: str) -> None:
+    """No traceback for anything a user can do."""
+    done = _run(*arguments)
+    assert done.returncode == code
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken(node_address: str, dataset_dir: Path) -> None:
+    """A second node at one address says so and ends with the network's code."""
+    done = _run("start", "--data", str(dataset_dir), "--bind", node_address)
+    assert done.returncode == 4
+    assert "cannot be bound" in done.stderr

@@ -1,0 +1,121 @@
+"""The colour statistics of a dataset, from exact integer sums: the same however the work was split, on any machine.
+
+The mean image is the paper's (section 2: "subtracting the mean activity over the training set from each pixel"); the
+eigenvectors and eigenvalues of the RGB covariance are those of its colour jitter (section 4.1), of values in 0..1.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from loader_service.data.records import SHAPE, Statistics
+
+PIXELS: Final = SHAPE[0] * SHAPE[1]
+GREY_LEVELS: Final = 255
+
+Matrix = list[list[float]]
+
+
+def colour_products(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """The sum over all pixels of each product of two channels, exactly.
+
+    Args:
+        pixels: (256, 256, 3) uint8.
+
+    Returns:
+        (3, 3) int64, symmetric.
+    """
+    # float32 sums are exact up to 2**24, and 256 products of 255 * 255 stay below that: so row by row.
+    planes = np.ascontiguousarray(np.moveaxis(pixels, -1, 0), np.float32)
+    out = np.empty((3, 3), np.int64)
+    for i in range(3):
+        for j in range(i, 3):
+            rows = np.einsum("yx,yx->y", planes[i], planes[j])
+            out[i, j] = out[j, i] = rows.sum(dtype=np.float64)
+    return out
+
+
+class Sums:
+    """What the statistics are made of; sums of parts add up to the sums of the whole."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.image = np.zeros(SHAPE, np.uint64)
+        self.products = np.zeros((3, 3), np.int64)  # of 2**31 pictures at most
+
+    def add(self, count: int, image: npt.NDArray[np.unsignedinteger], products: npt.NDArray[np.int64]) -> None:
+        """Add a part: ``count`` pictures, the (256, 256, 3) sum of their pixels, and of their colour products."""
+        self.count += count
+        self.image += image
+        self.products += products
+
+    def statistics(self) -> Statistics:
+        """The statistics of all pictures that were added; at least one."""
+        n = self.count * PIXELS
+        sums = [int(s) for s in self.image.sum(axis=(0, 1))]
+        # Exact until the one rounding at the end, which no two machines do differently.
+        covariance = [
+            [
+                float(Fraction(int(self.products[i, j]) * n - sums[i] * sums[j], (n * GREY_LEVELS) ** 2))
+                for j in range(3)
+            ]
+            for i in range(3)
+        ]
+        values, vectors = eigen(covariance)
+        return Statistics(
+            mean_image=(self.image / self.count).astype(np.float32),
+            channel_means=np.array([s / n for s in sums]),
+            covariance=np.array(covariance),
+            eigenvalues=np.array(values),
+            eigenvectors=np.array(vectors),
+        )
+
+
+def eigen(matrix: Matrix) -> tuple[list[float], Matrix]:
+    """Eigenvalues, largest first, and eigenvectors of a symmetric positive semidefinite 3 x 3 matrix.
+
+    Column k of the vectors belongs to value k, and its component of largest magnitude is positive. Jacobi's method in
+    plain Python: additions, products, quotients and square roots round alike everywhere, LAPACK's results do not.
+    """
+    a = [row[:] for row in matrix]
+    v = [[float(i == j) for j in range(3)] for i in range(3)]
+    for _ in range(30):  # converges quadratically: six sweeps in practice
+        if all(a[p][q] == 0.0 for p, q in ((0, 1), (0, 2), (1, 2))):
+            break
+        for p, q in ((0, 1), (0, 2), (1, 2)):
+            _rotate(a, v, p, q)
+    order = sorted(range(3), key=lambda k: -a[k][k])
+    columns = [_signed([v[i][k] for i in range(3)]) for k in order]
+    return [max(0.0, a[k][k]) for k in order], [list(row) for row in zip(*columns, strict=True)]
+
+
+def _rotate(a: Matrix, v: Matrix, p: int, q: int) -> None:
+    """One Jacobi rotation, in place: makes a[p][q] zero and turns the vectors along."""
+    if a[p][q] == 0.0:
+        return
+    if abs(a[p][q]) < 1e-20 * math.sqrt(abs(a[p][p] * a[q][q])):
+        a[p][q] = a[q][p] = 0.0  # far below rounding
+        return
+    theta = (a[q][q] - a[p][p]) / (2 * a[p][q])
+    t = (1.0 if theta >= 0 else -1.0) / (abs(theta) + math.sqrt(theta * theta + 1))
+    c = 1 / math.sqrt(t * t + 1)
+    s = t * c
+    for row in a:
+        row[p], row[q] = c * row[p] - s * row[q], s * row[p] + c * row[q]
+    a[p], a[q] = (
+        [c * x - s * y for x, y in zip(a[p], a[q], strict=True)],
+        [s * x + c * y for x, y in zip(a[p], a[q], strict=True)],
+    )
+    a[p][q] = a[q][p] = 0.0
+    for row in v:
+        row[p], row[q] = c * row[p] - s * row[q], s * row[p] + c * row[q]
+
+
+def _signed(vector: list[float]) -> list[float]:
+    """The vector or its opposite: the one whose component of largest magnitude is positive."""
+    return vector if max(vector, key=abs) > 0 else [-x for x in vector]

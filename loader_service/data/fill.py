@@ -53,7 +53,7 @@ def fill(out: Slice, records: Records, what: SliceId, at: npt.NDArray[np.int64] 
     mean = records.mean_pair if out.images.dtype == np.float32 else None
     with records.values() as values:
         if records.manifest.codec == "raw":
-            made = augment_records(out.images, values.stored(numbers), draws, out.labels, numbers, at, mean)
+            made = augment_records(out.images, values.stored(numbers, at), draws, out.labels, numbers, at, mean)
             if made < what.count:
                 raise values.refusal(int(numbers[made]))
         else:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Final, Literal, cast
+from typing import Annotated, Any, Final, Literal
 
 import lmdb
 import msgspec
@@ -277,17 +277,27 @@ class Values:
     def __init__(self, path: Path, txn: Any) -> None:
         self._path, self._get = path, txn.get
 
-    def stored(self, numbers: npt.NDArray[np.int64]) -> list[memoryview]:
-        """The values of many records, header and payload, as views of LMDB's pages; their bytes are not read yet.
+    def stored(self, numbers: npt.NDArray[np.int64], at: npt.NDArray[np.int64] | None = None) -> list[memoryview]:
+        """The values of many records, header and payload, as views of LMDB's pages.
+
+        Args:
+            numbers: (n,) int64, the records'.
+            at: (1,) int64; holds the number that is being looked up: py-lmdb touches every page of a value it finds, so
+                this is where a disk that cannot read one kills the process.
 
         Raises:
             RecordError: there is no such record.
         """
         get, pack = self._get, KEY.pack
-        values: list[memoryview | None] = [get(pack(number)) for number in numbers.tolist()]
-        if None in values:
-            raise RecordError(self._path, int(numbers[values.index(None)]), "there is no such record")
-        return cast("list[memoryview]", values)
+        values: list[memoryview] = []
+        for number in numbers.tolist():
+            if at is not None:
+                at[0] = number
+            value = get(pack(number))
+            if value is None:
+                raise RecordError(self._path, number, "there is no such record")
+            values.append(value)
+        return values
 
     def read(self, number: int) -> tuple[int, int, int, memoryview]:
         """Label, codec number, checksum and payload of one record; the payload is a view of LMDB's pages.

@@ -207,14 +207,17 @@ def test_a_bad_record_is_named(
 
 
 def test_a_missing_record_is_named(tmp_path: Path, make_dataset: Callable[..., object]) -> None:
-    """A record that is not there under its number gives that number."""
+    """A record that is not there under its number gives that number, and ``at`` holds it."""
     make_dataset(tmp_path / "d", 5)
     damage(tmp_path / "d", 3, bytes, new_number=2**40)
+    view, at = VIEWS["center"], np.full(1, -1, np.int64)
+    out = empty_slice(SampleLayout(view, "uint8"), 5)
     with (
         Records(tmp_path / "d") as records,
         pytest.raises(RecordError, match=r"record 3 of .* there is no such record"),
     ):
-        made(records, VIEWS["center"], 0, 5)
+        fill(out, records, SliceId(view, 0, 0, 0, 5), at)
+    assert at[0] == 3
 
 
 def test_at_is_the_record_being_worked_on(records: Records) -> None:

@@ -20,8 +20,12 @@ enum {
     HEADER_BYTES = 16,       /* little endian: u32 label, u8 codec, 3 bytes of padding, u64 checksum */
     CODEC_RAW = 0,
     VALUE_BYTES = HEADER_BYTES + SIDE * RECORD_ROW,
-    AHEAD_ROWS = 4,          /* fetched ahead: measured, 2 to 8 are alike; it nearly doubles the rate of plain copying */
     CACHE_LINE = 64,         /* bytes */
+
+    /* How far ahead rows are fetched, which a crop needs: its rows are too short, and its pages too many, for the
+     * processor to see where it goes. Measured: source and destination gain 5 % each; 4 to 16 rows are alike. */
+    SOURCE_AHEAD = 8,
+    OUT_AHEAD = 4,
 };
 
 /* spec.DRAWS */
@@ -47,11 +51,16 @@ typedef void Row(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mirrored, con
 
 /* ---- one sample ---- */
 
-ALWAYS_INLINE void fetch_row(const Sample *s, ptrdiff_t r)
+/* The source goes on to the next sample; it waits in the second-level cache, the destination in the first. */
+ALWAYS_INLINE void fetch_ahead(const Sample *s, ptrdiff_t r, ptrdiff_t out_row)
 {
-    const uint8_t *row = r < s->side ? s->from + r * RECORD_ROW : s->next + (r - s->side) * RECORD_ROW;
+    const ptrdiff_t ahead = r + SOURCE_AHEAD;
+    const uint8_t *row = ahead < s->side ? s->from + ahead * RECORD_ROW : s->next + (ahead - s->side) * RECORD_ROW;
     for (ptrdiff_t i = 0; i < 3 * s->side; i += CACHE_LINE)
-        __builtin_prefetch(row + i);
+        __builtin_prefetch(row + i, 0, 2);
+    const char *out = (const char *)s->out + (r + OUT_AHEAD) * out_row;
+    for (ptrdiff_t i = 0; r + OUT_AHEAD < s->side && i < out_row; i += CACHE_LINE)
+        __builtin_prefetch(out + i, 1);
 }
 
 ALWAYS_INLINE void make_sample(Row *row, const Sample *s)
@@ -59,7 +68,7 @@ ALWAYS_INLINE void make_sample(Row *row, const Sample *s)
     const ptrdiff_t n = 3 * s->side;
     uint8_t pixels[RECORD_ROW];
     for (ptrdiff_t r = 0; r < s->side; r++) {
-        fetch_row(s, r + AHEAD_ROWS);
+        fetch_ahead(s, r, n * (s->mean == NULL ? 1 : (ptrdiff_t)sizeof(float)));
         const uint8_t *in = s->from + r * RECORD_ROW;
         if (s->mean == NULL) {
             row((uint8_t *)s->out + r * n, in, n, s->mirrored, &s->shift);

@@ -1,0 +1,1 @@
+"""Measurements of this project, and of the machine that it runs on."""

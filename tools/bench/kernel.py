@@ -1,0 +1,202 @@
+"""How fast one process, and two, make samples of raw records in memory: each form of the kernel beside a bare memcpy.
+
+    python -m tools.bench.kernel [--records 8192] [--rounds 9] [--seconds 0.25]
+
+The contestants take turns, round by round, over the same shuffled records into the same four batches of shared memory;
+a ratio is the median, over the rounds, of a contestant's rate divided by memcpy's in the same round.
+"""
+
+from __future__ import annotations
+
+import mmap
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Final
+
+import click
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from loader_service.data import kernel
+from loader_service.data.augment import augment_records, complete_view
+from loader_service.data.draws import draw
+from loader_service.data.fill import fill
+from loader_service.data.order import records_at
+from loader_service.data.records import RAW_BYTES, SHAPE, Records, Statistics
+from loader_service.data.writer import Writer
+from loader_service.spec import DRAWS, SampleLayout, Slice, SliceId, View
+from tools.bench.limit import copy_crops, first_pixels
+
+BATCH: Final = 128
+BATCHES: Final = 4
+SEED: Final = 1
+LIMIT: Final = "memcpy"
+FILL: Final = "fill: order, draws, look-up, kernel"
+
+
+def write_records(path: Path, count: int) -> None:
+    """A dataset of ``count`` raw records, no two alike."""
+    noise = np.random.Generator(np.random.Philox(SEED)).integers(0, 256, 2 * RAW_BYTES, np.uint8).data
+    mean = np.full(SHAPE, 128, np.float32)
+    facts = Statistics(mean, np.full(3, 128.0), np.eye(3) / 16, np.array([0.2281, 0.0212, 0.0060]), np.eye(3))
+    with Writer(path, codec="raw", class_names=("noise",)) as writer:
+        for number in range(count):
+            start = number * 7919 % RAW_BYTES
+            writer.put(0, noise[start : start + RAW_BYTES], str(number))
+        writer.finish(facts, made_by={"made by": "tools.bench.kernel"})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All that a contestant needs to know of a batch, looked up before the clock runs."""
+
+    what: SliceId
+    numbers: npt.NDArray[np.int64]
+    draws: npt.NDArray[np.void]
+    values: list[memoryview]
+    addresses: npt.NDArray[np.uint64]
+
+
+class Contestants:
+    """What competes, each by its name in :data:`NAMES`, over the same records into the same memory."""
+
+    def __init__(self, records: Records, stored: list[memoryview]) -> None:
+        self._records = records
+        view = complete_view(View(), records.statistics)
+        memory = mmap.mmap(-1, BATCHES * BATCH * SampleLayout(view, "uint8").image_bytes)  # shared, as a slot is
+        images = np.frombuffer(memory, np.uint8).reshape(BATCHES, BATCH, *view.shape)
+        images[...] = 0
+        self._images = cycle(images)
+        self._floats = cycle(np.full((BATCHES, BATCH, *view.shape), 0, np.float32))  # full: zeros would map no pages
+        self._labels, self._at = np.zeros(BATCH, np.int64), np.zeros(1, np.int64)
+        self.batches = cycle([self._batch(view, start, stored) for start in range(0, len(records) - BATCH + 1, BATCH)])
+
+    def _batch(self, view: View, start: int, stored: list[memoryview]) -> Batch:
+        numbers = records_at(len(stored), SEED, 0, start, BATCH)
+        draws = draw(view, SEED, 0, start, BATCH)
+        values = [stored[number] for number in numbers.tolist()]
+        return Batch(SliceId(view, SEED, 0, start, BATCH), numbers, draws, values, first_pixels(values, draws))
+
+    def run(self, name: str, batch: Batch) -> None:
+        """Make one batch."""
+        if name == LIMIT:
+            copy_crops(next(self._images), batch.addresses)
+        elif name == FILL:
+            fill(Slice(next(self._images), self._labels, np.empty(BATCH, DRAWS)), self._records, batch.what, self._at)
+        else:
+            form, _, dtype = name.partition(", ")
+            images, mean = (next(self._floats), self._records.mean_pair) if dtype else (next(self._images), None)
+            arguments = (batch.values, batch.draws, self._labels, batch.numbers, self._at, mean)
+            augment_records(images, *arguments, form=form)
+
+
+NAMES: Final = (LIMIT, FILL, *kernel.FORMS, f"{kernel.FORMS[0]}, float32")
+
+
+def serve(path: Path) -> None:
+    """Be one process of the measurement: read a name and seconds a line, run for so long, print images/s."""
+    with Records(path) as records, records.values() as values:
+        contestants = Contestants(records, values.stored(np.arange(len(records))))
+        for batch in (next(contestants.batches) for _ in range(len(records) // BATCH)):
+            contestants.run(LIMIT, batch)  # map every page before the clock runs
+        click.echo("ready")
+        for line in sys.stdin:
+            seconds, name = line.rstrip("\n").split(" ", 1)
+            made, start = 0, time.perf_counter()
+            while (passed := time.perf_counter() - start) < float(seconds):
+                contestants.run(name, next(contestants.batches))
+                made += BATCH
+            click.echo(made / passed)
+
+
+@contextmanager
+def processes(path: Path, n: int) -> Iterator[Callable[[str, float], float]]:
+    """Start ``n`` processes; gives ``rate(name, seconds)``, in images/s of all together."""
+    command = [sys.executable, "-m", "tools.bench.kernel", "--serve", str(path)]
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(n)]
+
+    def answers() -> list[str]:
+        lines = [child.stdout.readline().strip() if child.stdout else "" for child in started]
+        if not all(lines):
+            raise click.ClickException("a measuring process ended before it answered; its own message stands above")
+        return lines
+
+    def rate(name: str, seconds: float) -> float:
+        for child in started:
+            assert child.stdin is not None
+            child.stdin.write(f"{seconds} {name}\n")
+            child.stdin.flush()
+        return sum(float(line) for line in answers())
+
+    try:
+        answers()
+        yield rate
+    finally:
+        for child in started:
+            child.kill()
+            child.communicate()
+
+
+def measure(path: Path, n: int, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Images/s of each contestant in each round, of ``n`` processes together."""
+    rates: dict[str, list[float]] = {name: [] for name in NAMES}
+    with processes(path, n) as rate:
+        for _ in range(rounds):
+            for name in NAMES:
+                rates[name].append(rate(name, seconds))
+    return rates
+
+
+def table(n: int, rates: dict[str, list[float]]) -> Table:
+    """The figures of ``n`` processes: median rates, and the median, least and greatest ratio to memcpy."""
+    shown = Table("", "images/s", f"x {LIMIT}", "from", "to", title=f"{n} process{'es' if n > 1 else ''}")
+    for name, measured in rates.items():
+        ratios = [rate / limit for rate, limit in zip(measured, rates[LIMIT], strict=True)]
+        figures = (statistics.median(ratios), min(ratios), max(ratios))
+        shown.add_row(name, f"{statistics.median(measured):,.0f}", *(f"{figure:.2f}" for figure in figures))
+    return shown
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system knows it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+@click.command()
+@click.option("--records", default=8192, show_default=True, type=click.IntRange(BATCH), help="Records to make up.")
+@click.option("--rounds", default=9, show_default=True, type=click.IntRange(1), help="Turns of each contestant.")
+@click.option("--seconds", default=0.25, show_default=True, type=click.FloatRange(0.01), help="Length of a turn.")
+@click.option("--serve", "served", hidden=True, type=click.Path(path_type=Path))
+def main(records: int, rounds: int, seconds: float, served: Path | None) -> None:
+    """Measure the kernel beside a bare memcpy of the same crops."""
+    if served:
+        serve(served)
+        return
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="kernel-bench-") as directory:
+        path = Path(directory) / "records.lmdb"
+        with console.status(f"writing {records:,} records ({records * RAW_BYTES / 2**30:.1f} GiB)"):
+            write_records(path, records)
+        console.print(f"{cpu_name()}, Python {platform.python_version()}, NumPy {np.__version__}, {records:,} records")
+        for n in (1, 2):
+            with console.status(f"measuring with {n}"):
+                rates = measure(path, n, rounds, seconds)
+            console.print(table(n, rates))
+
+
+if __name__ == "__main__":
+    main()

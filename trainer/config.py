@@ -1,0 +1,89 @@
+"""The one place of every default of the trainer, and the configuration that a run folder and a checkpoint carry."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from trainer.chance import MAX_SEED
+from trainer.errors import ConfigError
+from trainer.preset import PresetName, preset_named
+
+DEFAULT_RUNS: Final = "runs"
+"""Where new run folders go."""
+
+MAX_BATCH: Final = 4096
+"""The most images in an update; a request to a node has the same bound."""
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where batches come from.
+
+    Fields:
+        loader: address of a running node; None asks ``data``.
+        data: folder of a private node. With neither, a node at the usual address serves, or else a private one on the
+            usual folder.
+        workers: worker processes of a private node.
+    """
+
+    loader: str | None = None
+    data: str | None = None
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.loader is not None and self.data is not None:
+            raise ConfigError("--data", self.data, "no --data beside --loader: a running node has its own")
+        if self.workers < 1:
+            raise ConfigError("--workers", self.workers, "at least 1")
+
+
+class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that decides what a run computes, and how it reports.
+
+    Fields:
+        preset, width, towers, seed: the network's, as in ``trainer.model.AlexNet``; the seed also decides the order of
+            the data and every augmentation and dropout mask.
+        epochs: passes over the training split; 90 in the paper.
+        batch_size: images per update; 128 in the paper.
+        lr: learning rate at the start; .01 in the paper.
+        patience: epochs without a better validation error before the learning rate drops.
+        devices: where the towers live; empty means what the machine has.
+        checkpoint_every: steps between checkpoints within an epoch; 0 leaves those at each epoch's end.
+        log_every: steps between log lines.
+        source: where batches come from.
+    """
+
+    preset: PresetName = "paper"
+    width: float = 1.0
+    towers: int = 2
+    seed: int = 0
+    epochs: int = 90
+    batch_size: int = 128
+    lr: float = 0.01
+    patience: int = 5
+    devices: tuple[str, ...] = ()
+    checkpoint_every: int = 1000
+    log_every: int = 20
+    source: Source = Source()
+
+    def __post_init__(self) -> None:
+        preset_named(self.preset)
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError("--seed", self.seed, f"0 to {MAX_SEED}")
+        if not 0 < self.lr < 1:
+            raise ConfigError("--lr", self.lr, "a number between 0 and 1")
+        if not 1 <= self.batch_size <= MAX_BATCH:
+            raise ConfigError("--batch-size", self.batch_size, f"1 to {MAX_BATCH}")
+        for option, value, least in (
+            ("--epochs", self.epochs, 1),
+            ("--patience", self.patience, 1),
+            ("--checkpoint-every", self.checkpoint_every, 0),
+            ("--log-every", self.log_every, 1),
+        ):
+            if value < least:
+                raise ConfigError(option, value, f"at least {least}")
+
+
+FIXED_FOR_A_RUN: Final = ("preset", "width", "towers", "seed", "lr", "patience")
+"""What a resumed run cannot change: the weights, or the meaning of the positions already seen, hang on it."""

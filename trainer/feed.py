@@ -1,0 +1,224 @@
+"""Where the trainer meets the loader service, and the only place where it does.
+
+Opens a node or starts a private one, turns a Loader's batches into tensors on the devices, and measures how long the
+trainer waited for them. Pixels stay uint8 until they are on the device; ``trainer.centre`` makes floats of them there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from loader_service import Loader, LocalNode, View, defaults, describe
+from loader_service.data.picture import load_picture
+from loader_service.errors import LoaderServiceError, NoNodeError
+from loader_service.spec import CROP_SIDE_PX, RECORD_SIDE_PX, Split
+from trainer.centre import Windows
+from trainer.config import Source
+from trainer.devices import Stager
+from trainer.preset import Preset
+
+__all__ = ["Account", "Batch", "Facts", "Feed", "LoaderServiceError", "load_image", "open_source", "training_view"]
+
+_PROBE_S: Final = 1.0
+"""How long a node at the usual address may take to answer before a private one is started."""
+
+_GREY_LEVELS: Final = 255
+
+
+class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What became of one epoch's samples, by the loader's ledger; counts of samples, but for ``reassigned`` (slices).
+
+    An epoch is whole when ``delivered == expected``: each sample exactly once.
+    """
+
+    epoch: int
+    expected: int
+    delivered: int
+    duplicates_refused: int
+    reassigned: int
+    substituted: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the trainer must know of a dataset.
+
+    Fields:
+        count: records in the split.
+        class_names: in the order of the labels.
+        fingerprint: of the split's logical records.
+        mean: (256, 256, 3) float32, the training split's mean image, R, G, B in 0 to 255.
+    """
+
+    count: int
+    class_names: tuple[str, ...]
+    fingerprint: str
+    mean: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step works on.
+
+    Fields:
+        images: for each device (B V, S, S, 3) uint8, R, G, B; V pictures of a record follow each other (ten crops, or 1).
+        windows: where each picture was cut.
+        labels: (B,) int64 on the first device.
+        ids: (B,) int64, the record number of each position, on the host.
+        epoch: which pass over the data.
+        views: V.
+    """
+
+    images: tuple[Tensor, ...]
+    windows: Windows
+    labels: Tensor
+    ids: npt.NDArray[np.int64]
+    epoch: int
+    views: int
+
+
+class Feed:
+    """The batches of a split, on the devices; a context manager and an iterator over all epochs that remain.
+
+    Args:
+        address: of a node.
+        split: ``train`` or ``val``.
+        view: which augmentation; a name or a value.
+        batch_size: records per batch; an epoch's last batch may be smaller.
+        devices: where the images go, one copy for each entry.
+        seed: of the order and the augmentation.
+        epochs: how many passes, counted from the first.
+        state: what ``state`` gave of an earlier feed, to go on from there.
+
+    A CPU batch's images are views of the loader's memory: use them before asking for many more.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        split: Split,
+        view: str | View,
+        batch_size: int,
+        devices: Sequence[torch.device],
+        seed: int = 0,
+        epochs: int = 1,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self._loader = Loader(address, split=split, view=view, batch_size=batch_size, seed=seed, epochs=epochs)
+        if state is not None:
+            self._loader.load_state_dict(state)
+        self._stager = Stager(devices)
+        self._first = devices[0]
+        self.waited_s = 0.0
+        """Seconds that the trainer has spent waiting for the loader."""
+
+    def __enter__(self) -> Feed:
+        self._loader.__enter__()
+        self._batches = iter(self._loader)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loader.__exit__(kind, error, trace)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        began_s = time.perf_counter()
+        try:
+            batch = next(self._batches)
+        finally:
+            self.waited_s += time.perf_counter() - began_s
+        draws = batch.draws.reshape(-1)
+        return Batch(
+            images=self._stager.put(batch.images.reshape(-1, *batch.images.shape[-3:])),
+            windows=Windows(draws["y"].astype(np.int64), draws["x"].astype(np.int64), draws["flip"].copy()),
+            labels=torch.from_numpy(batch.labels.copy()).to(self._first, non_blocking=True),
+            ids=batch.ids.copy(),
+            epoch=batch.epoch,
+            views=draws.size // max(1, len(batch.labels)),
+        )
+
+    @property
+    def facts(self) -> Facts:
+        """What the node said of the dataset."""
+        return _facts(self._loader.dataset)
+
+    def state(self) -> dict[str, Any]:
+        """The position of the first sample that has not been handed out, as plain values."""
+        state: dict[str, Any] = self._loader.state_dict()
+        return state
+
+    def accounts(self) -> list[Account]:
+        """The ledger of each epoch that this feed has begun."""
+        return [
+            Account(e.epoch, e.expected, e.delivered, e.duplicates_refused, e.reassigned, e.substituted)
+            for e in self._loader.ledger
+        ]
+
+
+@contextmanager
+def open_source(source: Source) -> Iterator[tuple[str, str]]:
+    """Find a running node or start a private one for as long as the context lasts.
+
+    Yields:
+        The node's address, and a sentence that says which node it is.
+    """
+    if source.loader is not None:
+        yield source.loader, f"Batches come from the node at {source.loader}."
+    elif source.data is None and _answers(defaults.ADDRESS):
+        yield defaults.ADDRESS, f"Batches come from the node that answers at {defaults.ADDRESS}."
+    else:
+        data = source.data or defaults.DATA
+        workers = f"{source.workers} worker{'s' if source.workers > 1 else ''}"
+        with LocalNode(data=data, workers=source.workers) as node:
+            yield node.address, f"Batches come from a private node on {data} with {workers}."
+
+
+def training_view(preset: Preset, address: str) -> View:
+    """The random crops, mirror images and colour jitter of the paper's section 4.1, as the preset reads it."""
+    if not preset.jitter_by_deviation:
+        return View()
+    facts = describe(address, split="train")
+    deviations = np.sqrt(np.asarray(facts.eigenvalues, np.float64))
+    basis = _GREY_LEVELS * np.asarray(facts.eigenvectors, np.float64) * deviations  # column k is axis k
+    return View(basis=tuple(basis.flatten().tolist()))
+
+
+def load_image(path: Path) -> tuple[Tensor, Windows]:
+    """The centre crop of any picture file, prepared as the dataset was: (1, 224, 224, 3) uint8, and its window."""
+    windows = Windows.centre(1, RECORD_SIDE_PX, CROP_SIDE_PX)
+    top, left = int(windows.y[0]), int(windows.x[0])
+    picture = load_picture(path)[top : top + CROP_SIDE_PX, left : left + CROP_SIDE_PX]
+    return torch.from_numpy(np.ascontiguousarray(picture))[None], windows
+
+
+def _answers(address: str) -> bool:
+    try:
+        describe(address, split="train", timeout_s=_PROBE_S)
+    except NoNodeError:
+        return False
+    return True
+
+
+def _facts(dataset: Any) -> Facts:
+    return Facts(
+        count=dataset.count,
+        class_names=tuple(dataset.class_names),
+        fingerprint=dataset.fingerprint,
+        mean=torch.from_numpy(np.array(dataset.mean, np.float32)),
+    )

@@ -1,0 +1,144 @@
+"""Errors on a split, as the paper reports them (section 6): top-1 and top-5, from one crop or ten, from one net or several.
+
+The softmax outputs are averaged, over the views of a picture (section 4.1) and over the networks (table 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from trainer import checkpoint
+from trainer.centre import Centre, Windows
+from trainer.devices import choose_device
+from trainer.errors import CheckpointError, ConfigError
+from trainer.feed import Batch, Facts, Feed
+from trainer.model import AlexNet
+from trainer.run_folder import find_checkpoint
+
+VIEWS_PER_RECORD: Final = {"center": 1, "ten-crop": 10}
+VIEWS: Final = tuple(VIEWS_PER_RECORD)
+"""How a picture is looked at: its centre crop, or four corners and the centre, and their mirror images."""
+
+TOP: Final = 5
+"""The benchmark's other error counts a picture as right if its class is among the five best guesses."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One network of those whose outputs are averaged, and how it wants its input centred."""
+
+    model: AlexNet
+    centre: Centre
+
+    def probabilities(self, images: Sequence[Tensor], windows: Windows, views: int) -> Tensor:
+        """Softmax outputs, averaged over the views of each record.
+
+        Args:
+            images: for each device (B V, S, S, 3) uint8.
+            windows: where the B V pictures were cut.
+            views: V.
+
+        Returns:
+            (B, classes) float32 on the first device.
+        """
+        logits = self.model(self.centre(images, windows))
+        probabilities = functional.softmax(logits.float(), dim=1)
+        return probabilities.view(-1, views, probabilities.shape[1]).mean(1)
+
+
+class Evaluation(msgspec.Struct, frozen=True):
+    """Results on a split; errors are shares of 1, ``loss`` the mean of -log(averaged probability)."""
+
+    images: int
+    loss: float
+    top1_error: float
+    top5_error: float
+
+
+def evaluate(members: Sequence[Member], batches: Iterable[Batch]) -> Evaluation:
+    """Run the networks over all batches and compare with the labels."""
+    for member in members:
+        member.model.eval()
+    sums = torch.zeros(3, dtype=torch.float64)
+    images = 0
+    with torch.inference_mode():
+        for batch in batches:
+            outputs = [member.probabilities(batch.images, batch.windows, batch.views) for member in members]
+            mean = torch.stack(outputs).mean(0)
+            sums += _sums(mean, batch.labels).cpu()
+            images += len(batch.labels)
+    loss, wrong1, wrong5 = (sums / max(1, images)).tolist()
+    return Evaluation(images, loss, wrong1, wrong5)
+
+
+def evaluate_runs(
+    paths: Sequence[Path], address: str, views: str, batch_size: int, devices: Sequence[str]
+) -> Evaluation:
+    """Errors on the validation split of several runs' networks, their outputs averaged.
+
+    Args:
+        paths: run folders or checkpoint files.
+        address: of the node that serves the split.
+        views: one of VIEWS.
+        batch_size: pictures per batch, each view counted.
+        devices: at most one; empty means what the machine has.
+
+    Raises:
+        ConfigError: networks that were trained on other classes than the split's.
+        TrainerError: otherwise, a checkpoint or device that cannot be used.
+        LoaderServiceError: the node cannot serve.
+    """
+    device = choose_device(devices)
+    loaded = [load_member(path, device) for path in paths]
+    records = max(1, batch_size // VIEWS_PER_RECORD[views])
+    with Feed(address, "val", views, records, (device,)) as feed:
+        for path, (_, facts) in zip(paths, loaded, strict=True):
+            if facts.class_names != feed.facts.class_names:
+                raise ConfigError("RUN", path, "a network of the same classes as the validation split's")
+        return evaluate([member for member, _ in loaded], feed)
+
+
+def load_member(path: Path, device: torch.device) -> tuple[Member, Facts]:
+    """The network of a run's newest checkpoint, or of a checkpoint file, ready for use on one device.
+
+    Returns:
+        The network, and the training split it knows.
+
+    Raises:
+        CheckpointError, RunFolderError: there is none, or it is damaged.
+    """
+    path = find_checkpoint(path)
+    saved = checkpoint.load(path)
+    config, facts = saved.plain.config, saved.facts
+    model = AlexNet(len(facts.class_names), config.width, config.preset, (device,), config.towers, config.seed)
+    restore(model, saved, path)
+    return Member(model.eval(), Centre(facts.mean, model.preset, (device,))), facts
+
+
+def restore(model: AlexNet, saved: checkpoint.Checkpoint, path: Path) -> None:
+    """Give ``model`` the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: they are another network's.
+    """
+    try:
+        model.load_state_dict(saved.model)
+    except RuntimeError as error:
+        raise CheckpointError(path, "its weights do not fit the network that it describes") from error
+
+
+def _sums(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """(3,) float64 over a batch: -log p of the label, and how often it is not the best, or not among the best TOP."""
+    of_label = probabilities.gather(1, labels[:, None])
+    best = probabilities.topk(min(TOP, probabilities.shape[1])).indices  # (B, TOP)
+    hits = best == labels[:, None]
+    loss = -of_label.clamp_min(torch.finfo(of_label.dtype).tiny).log().double().sum()
+    return torch.stack([loss, (~hits[:, 0]).double().sum(), (~hits.any(1)).double().sum()])

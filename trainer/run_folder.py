@@ -1,0 +1,146 @@
+"""A run's folder: what a run leaves behind, and where.
+
+::
+
+    RUN/
+      config.json            the configuration, versions and commit that the run was started with
+      log.jsonl              one JSON object per line: start, step, epoch, stop, end
+      summary.json           the results so far, rewritten after each epoch
+      checkpoints/           see ``trainer.checkpoint``
+      kernels.png            first-layer kernels, tower by tower
+      curves.svg             loss and error over time
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from trainer import checkpoint
+from trainer.config import RunConfig
+from trainer.errors import RunFolderError
+
+_GIT_TIMEOUT_S: Final = 5
+
+
+class RunFolder:
+    """Paths within a run's folder, and the writing of its small files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.log = path / "log.jsonl"
+        self.summary = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.kernels = path / "kernels.png"
+        self.curves = path / "curves.svg"
+
+    @classmethod
+    def create(cls, path: Path | None, parent: Path, config: RunConfig) -> RunFolder:
+        """Make a new folder: ``path``, which must not exist or be empty, or a new one named by the time under ``parent``.
+
+        Raises:
+            RunFolderError: there is something at ``path`` already, or it cannot be made.
+        """
+        try:
+            path = _make(path) if path is not None else _make_named(parent)
+        except OSError as error:
+            raise RunFolderError(path or parent, f"it cannot be made ({error.strerror})") from error
+        folder = cls(path)
+        about = {
+            "config": msgspec.to_builtins(config),
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
+            "python": platform.python_version(),
+            "commit": _commit(),
+        }
+        write_atomically(folder.config, msgspec.json.format(msgspec.json.encode(about)) + b"\n")
+        return folder
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """The folder of a run that was started before.
+
+        Raises:
+            RunFolderError: there is none.
+        """
+        folder = cls(path)
+        if not folder.config.is_file():
+            raise RunFolderError(path, "it has no config.json, so no run was started there")
+        return folder
+
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, None before the first."""
+        saved = checkpoint.saved(self.checkpoints)
+        return saved[-1] if saved else None
+
+    def append(self, record: msgspec.Struct | dict[str, Any]) -> None:
+        """Add a line to the log."""
+        with self.log.open("ab") as file:
+            file.write(msgspec.json.encode(record) + b"\n")
+
+    def write_summary(self, summary: msgspec.Struct) -> None:
+        """Replace the summary."""
+        write_atomically(self.summary, msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
+
+
+def newest_run(parent: Path) -> Path | None:
+    """The youngest run under ``parent`` that has a checkpoint, None if there is none."""
+    runs = [run for run in parent.glob("*/config.json") if RunFolder(run.parent).newest_checkpoint()]
+    return max(runs, key=lambda config: config.stat().st_mtime).parent if runs else None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a user means by ``path``: the file itself, or the newest of a run's folder.
+
+    Raises:
+        RunFolderError: a folder without one.
+    """
+    if not path.is_dir():
+        return path
+    newest = RunFolder(path).newest_checkpoint()
+    if newest is None:
+        raise RunFolderError(path, "it has no checkpoint yet")
+    return newest
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Put ``content`` at ``path`` in one step: a reader sees the old file or the new one, whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def _make(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    if any(path.iterdir()):
+        raise RunFolderError(path, "it is not empty; name another, or go on with that run by --resume auto")
+    return path
+
+
+def _make_named(parent: Path) -> Path:
+    """A new folder named by the time; two runs started within a second get names of their own."""
+    stamp = time.strftime("%Y-%m-%d-%H%M%S")
+    for name in itertools.chain([stamp], (f"{stamp}-{n}" for n in itertools.count(2))):
+        try:
+            (parent / name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return parent / name
+    raise AssertionError("itertools.count has no end")
+
+
+def _commit() -> str | None:
+    """The commit that this code is at, None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,176 @@
+"""The commands, from outside: what they make, and one sentence for what cannot work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from trainer import checkpoint
+from trainer.cli import main
+
+SMALL = ["--width", "0.05", "--epochs", "2", "--batch-size", "64", "--devices", "cpu", "--log-every", "2"]
+
+
+def trainer(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def assert_refused(result: Result, exit_code: int, sentence: str) -> None:
+    assert result.exit_code == exit_code, result.output
+    assert sentence in result.stderr
+    assert isinstance(result.exception, SystemExit)  # no traceback
+
+
+@pytest.fixture(scope="module")
+def run(node: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    result = trainer("run", "--loader", node, "--run", folder, *SMALL)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def summary(run: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return read
+
+
+def test_a_run_leaves_what_it_says(run: Path) -> None:
+    """Summary, log, checkpoint and pictures, at the paths that the summary names."""
+    made = summary(run)
+    assert made["finished"]
+    assert made["chance"] == pytest.approx(1 / 3)
+    assert 0 <= made["accuracy"] <= made["best_accuracy"] <= 1
+    assert made["images_per_s"] > 0
+    assert 0 <= made["waiting_share"] <= 1
+    assert all(Path(path).stat().st_size for path in [made["checkpoint"], made["log"], *made["figures"]])
+
+
+def test_every_sample_was_seen_exactly_once(run: Path) -> None:
+    """The ledger of each epoch: as many delivered as expected."""
+    ledger = summary(run)["ledger"]
+    assert [(account["epoch"], account["expected"], account["delivered"]) for account in ledger] == [
+        (0, 300, 300),
+        (1, 300, 300),
+    ]
+    assert {"duplicates_refused", "reassigned", "substituted"} <= ledger[0].keys()
+
+
+def test_the_log_tells_steps_and_epochs(run: Path) -> None:
+    """One JSON object per line, from start to end."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert rows[0]["event"] == "start"
+    assert rows[-1]["event"] == "end"
+    steps = [row for row in rows if row["event"] == "step"]
+    assert [row["step"] for row in steps] == [2, 4, 5, 6, 8, 10]
+    assert {"loss", "error", "lr", "images_per_s", "waiting"} <= steps[0].keys()
+    assert [row["epoch"] for row in rows if row["event"] == "epoch"] == [0, 1]
+
+
+def test_evaluate_agrees_with_the_last_validation(node: str, run: Path) -> None:
+    """Centre crop, JSON: the summary's accuracy from the newest checkpoint."""
+    result = trainer("evaluate", run, "--loader", node, "--batch-size", "32", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["images"] == 60
+    assert 1 - found["top1_error"] == pytest.approx(summary(run)["accuracy"])
+
+
+def test_evaluate_several_runs_with_ten_crops(node: str, run: Path) -> None:
+    """A run averaged with itself is that run; a checkpoint file will do as well as a folder."""
+    once = trainer("evaluate", run, "--loader", node, "--views", "ten-crop", "--json")
+    twice = trainer("evaluate", run, summary(run)["checkpoint"], "--loader", node, "--views", "ten-crop", "--json")
+    assert once.exit_code == twice.exit_code == 0, once.output + twice.output
+    assert json.loads(once.stdout) == pytest.approx(json.loads(twice.stdout))
+
+
+def test_evaluate_says_it_in_words(node: str, run: Path) -> None:
+    """One line."""
+    result = trainer("evaluate", run, "--loader", node)
+    assert result.stdout.startswith("60 images, center: top-1 error ")
+
+
+def test_predict(run: Path, tmp_path: Path) -> None:
+    """Any picture file; probabilities of the best classes, most probable first."""
+    Image.new("RGB", (300, 400), (200, 10, 10)).save(tmp_path / "red.png")
+    result = trainer("predict", run, tmp_path / "red.png", "--json")
+    assert result.exit_code == 0, result.output
+    prediction = json.loads(result.stdout)
+    probabilities = [guess["probability"] for guess in prediction["guesses"]]
+    assert {guess["name"] for guess in prediction["guesses"]} == {"ant", "bee", "cat"}
+    assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert "red.png" in trainer("predict", run, tmp_path / "red.png").stdout
+
+
+def test_a_run_folder_is_never_overwritten(node: str, run: Path) -> None:
+    """Another run into the same folder is refused, and says how to go on instead."""
+    before = summary(run)
+    assert_refused(trainer("run", "--loader", node, "--run", run, *SMALL), 3, "it is not empty; name another")
+    assert summary(run) == before
+
+
+def test_a_resumed_run_keeps_its_network(node: str, run: Path) -> None:
+    """What the weights hang on cannot change."""
+    result = trainer("run", "--loader", node, "--run", run, "--resume", "auto", "--width", "0.5")
+    assert_refused(result, 2, "--width=0.5 cannot work: expected 0.05, as in the run that goes on from")
+
+
+def test_a_finished_run_can_be_given_more_epochs(node: str, tmp_path: Path) -> None:
+    """--resume auto with a larger --epochs trains the rest; without, there is nothing to do."""
+    for epochs, expected in (("1", 5), ("1", 5), ("2", 10)):
+        options = ["--loader", node, "--run", tmp_path / "run", "--resume", "auto", *SMALL, "--epochs", epochs]
+        assert trainer("run", *options).exit_code == 0
+        assert summary(tmp_path / "run")["steps"] == expected
+
+
+def test_new_runs_go_under_runs(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --run, a folder named by the time; --resume auto finds it again."""
+    monkeypatch.chdir(tmp_path)
+    assert trainer("run", "--loader", node, *SMALL, "--epochs", "1").exit_code == 0
+    (made,) = Path("runs").iterdir()
+    assert trainer("run", "--loader", node, "--resume", "auto", "--epochs", "2").exit_code == 0
+    assert list(Path("runs").iterdir()) == [made]
+    assert summary(made)["epochs"] == 2
+
+
+def test_a_loss_that_is_no_number_stops_the_run(node: str, tmp_path: Path) -> None:
+    """It names the step, keeps only good checkpoints, and leaves with an exit code of its own."""
+    result = trainer("run", "--loader", node, "--run", tmp_path / "run", *SMALL, "--lr", "0.99", "--preset", "original")
+    assert_refused(result, 8, "the loss stopped being a number at step")
+    assert "try a smaller --lr" in result.stderr
+    for path in tmp_path.glob("run/checkpoints/step-*"):
+        assert all(weights.isfinite().all() for weights in checkpoint.load(path).model.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "sentence"),
+    [
+        (["run", "--data", "x", "--loader", "tcp://127.0.0.1:1"], 2, "no --data beside --loader"),
+        (["run", "--lr", "-1"], 2, "--lr=-1.0 cannot work"),
+        (["run", "--workers", "0"], 2, "--workers=0 cannot work: expected at least 1."),
+        (["evaluate", "nowhere", "--loader", "tcp://127.0.0.1:1"], 3, "nowhere cannot be used: there is no such file"),
+        (["predict", "nowhere", "some.png"], 3, "nowhere cannot be used: there is no such file"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(
+    arguments: list[str], exit_code: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an exit code, without a traceback, and without a run folder left behind."""
+    monkeypatch.chdir(tmp_path)
+    assert_refused(trainer(*arguments), exit_code, sentence)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The private node says why it cannot start."""
+    monkeypatch.chdir(tmp_path)
+    result = trainer("run", "--data", "nowhere", "--devices", "cpu")
+    assert result.exit_code != 0
+    assert "nowhere" in result.stderr
+    assert "Traceback" not in result.stderr

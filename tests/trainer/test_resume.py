@@ -1,0 +1,121 @@
+"""A run that was stopped in mid-epoch, or killed, and went on, ends exactly as one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoint
+from trainer.cli import main
+
+EPOCHS, STEPS_PER_EPOCH, RECORDS = 2, 10, 300
+OPTIONS = ["--width", "0.05", "--epochs", str(EPOCHS), "--batch-size", "32", "--seed", "5", "--devices", "cpu"]
+OPTIONS += ["--checkpoint-every", "4", "--log-every", "1"]
+
+# Ends itself by a real signal, after the step that is asked for has been logged.
+END_AT_STEP = """
+import os, signal, sys
+from trainer.cli import main
+from trainer.progress import StepRecord
+from trainer.run_folder import RunFolder
+
+last, number = int(sys.argv.pop()), int(sys.argv.pop())
+append = RunFolder.append
+
+def append_and_end(self, record):
+    append(self, record)
+    if isinstance(record, StepRecord) and record.step == last:
+        os.kill(os.getpid(), number)
+
+RunFolder.append = append_and_end
+main()
+"""
+
+
+def run_to_the_end(node: str, folder: Path, *more: str) -> Checkpoint:
+    result = CliRunner().invoke(main, ["run", "--loader", node, "--run", str(folder), *OPTIONS, *more])
+    assert result.exit_code == 0, result.output
+    return checkpoint.load(checkpoint.saved(folder / "checkpoints")[-1])
+
+
+def run_until(node: str, folder: Path, number: signal.Signals, step: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", END_AT_STEP, "run", "--loader", node, "--run", str(folder), *OPTIONS]
+    command += [str(int(number)), str(step)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: sums are split by threads
+    return subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=100, check=False)
+
+
+def steps_logged(folder: Path) -> list[int]:
+    return [row["step"] for row in log(folder) if row["event"] == "step"]
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(node: str, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The end of a run that was never stopped."""
+    return run_to_the_end(node, tmp_path_factory.mktemp("unbroken") / "run")
+
+
+def assert_same_end(one: Checkpoint, other: Checkpoint) -> None:
+    """Weights and momentum bit for bit; counters, schedule, position and history too."""
+    for tensors, others in ((one.model, other.model), (one.momentum, other.momentum)):
+        assert tensors.keys() == others.keys()
+        assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+    assert one.plain.progress.step == other.plain.progress.step == EPOCHS * STEPS_PER_EPOCH
+    assert one.plain.schedule == other.plain.schedule
+    assert one.plain.loader == other.plain.loader
+    assert one.plain.history == other.plain.history
+
+
+def assert_each_sample_once(end: Checkpoint) -> None:
+    accounts = [(account.epoch, account.expected, account.delivered) for account in end.plain.ledger]
+    assert accounts == [(epoch, RECORDS, RECORDS) for epoch in range(EPOCHS)]
+
+
+@pytest.mark.parametrize("step", [3, STEPS_PER_EPOCH, 13], ids=["first epoch", "before validation", "second epoch"])
+def test_stopped_by_sigterm(node: str, tmp_path: Path, unbroken: Checkpoint, step: int) -> None:
+    """It saves and exits with 0; then it sees exactly what was left, also if only the validation was left."""
+    stopped = run_until(node, tmp_path / "run", signal.SIGTERM, step)
+    assert stopped.returncode == 0, stopped.stderr
+    assert steps_logged(tmp_path / "run")[-1] == step
+    end = run_to_the_end(node, tmp_path / "run", "--resume", "auto")
+    assert steps_logged(tmp_path / "run") == list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
+    assert_each_sample_once(end)
+    assert_same_end(end, unbroken)
+
+
+def test_killed_after_a_checkpoint(node: str, tmp_path: Path, unbroken: Checkpoint) -> None:
+    """SIGKILL two steps after a checkpoint: those two are made again, and counted once."""
+    killed = run_until(node, tmp_path / "run", signal.SIGKILL, 6)
+    assert killed.returncode == -signal.SIGKILL
+    end = run_to_the_end(node, tmp_path / "run", "--resume", "auto")
+    assert steps_logged(tmp_path / "run") == [*range(1, 7), *range(5, EPOCHS * STEPS_PER_EPOCH + 1)]
+    assert_each_sample_once(end)
+    assert_same_end(end, unbroken)
+
+
+def test_killed_before_the_first_checkpoint(node: str, tmp_path: Path, unbroken: Checkpoint) -> None:
+    """There is nothing to go on from, so the same command starts over in the same folder."""
+    killed = run_until(node, tmp_path / "run", signal.SIGKILL, 2)
+    assert killed.returncode == -signal.SIGKILL
+    assert_same_end(run_to_the_end(node, tmp_path / "run", "--resume", "auto"), unbroken)
+
+
+def test_two_devices_go_on_from_one(node: str, tmp_path: Path, unbroken: Checkpoint) -> None:
+    """A checkpoint does not know where the towers lived."""
+    assert run_until(node, tmp_path / "run", signal.SIGTERM, 3).returncode == 0
+    end = run_to_the_end(node, tmp_path / "run", "--resume", "auto", "--devices", "cpu,cpu")
+    assert_same_end(end, unbroken)

@@ -254,7 +254,7 @@ class Ledger:
         for batch in self._batches:
             if batch.slot == NO_SLOT:
                 continue
-            mine = []
+            mine: list[Ask] = []
             for part in batch.parts:
                 if part.state != "wanted":
                     continue

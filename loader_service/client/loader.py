@@ -250,6 +250,11 @@ class Loader:
         """Most memory that this loader's batches ever take: all its slots."""
         return self._room.memory_bytes
 
+    @property
+    def memory(self) -> npt.NDArray[np.uint8]:
+        """All slots as one array, (memory_bytes of data,) uint8; for registering it as pinned memory, not for reading."""
+        return self._room.memory
+
     # Closing
 
     def close(self) -> None:
@@ -325,8 +330,8 @@ class Loader:
 
         images, labels, draws = self._room.arrays(slot, plan.count, release)
         what = SliceId(self._view, self._seed, plan.epoch, plan.first, max(1, plan.count))
-        ids = slice_numbers(self.dataset.count, what) if plan.count else np.empty(0, np.int64)
-        return Batch(images, labels, ids, ids, draws, plan.epoch, plan.first)
+        ids = slice_numbers(self.dataset.count, what).copy() if plan.count else np.empty(0, np.int64)
+        return Batch(images, labels, ids, ids.copy(), draws, plan.epoch, plan.first)
 
 
 def _close(session: Session, room: Room) -> None:

@@ -51,6 +51,12 @@ class Room:
         """What all slots take together: the loader's memory ceiling."""
         return self.segment.size
 
+    @property
+    def memory(self) -> Bytes:
+        """The slots' bytes as one array."""
+        segment = self.segment
+        return segment.array(segment.data_offset, (segment.size - segment.data_offset,), np.uint8)
+
     def arm(self, slot: int, part: int) -> int | None:
         """See :meth:`Segment.arm`."""
         return self.segment.arm(slot * self._parts + part)

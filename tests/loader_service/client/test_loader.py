@@ -299,7 +299,7 @@ def test_a_node_with_another_dataset_is_refused(
     """Two nodes that would give different bytes do not work for one client; the sentence names what differs."""
     make_dataset(tmp_path / "train.lmdb", 20)
     first, other = start_node(), start_node(data=tmp_path)
-    with pytest.raises(errors.NodeRefused, match="fingerprint is .*, this client needs"), _load(f"{first.address},{other.address}") as loader:  # fmt: skip
+    with pytest.raises(errors.NodeRefused, match=r"fingerprint is .*, this client needs"), _load(f"{first.address},{other.address}") as loader:  # fmt: skip
         list(loader)
 
 
@@ -324,5 +324,5 @@ def test_a_split_that_is_not_served_is_refused(
 ) -> None:
     """A node without a validation split says which splits it has."""
     make_dataset(tmp_path / "train.lmdb", 20)
-    with pytest.raises(errors.NodeRefused, match="list of splits is train"):
+    with pytest.raises(errors.NodeRefused, match=r"list of splits is train"):
         _load(start_node(data=tmp_path).address, split="val")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -98,14 +100,19 @@ def test_segment_names_cannot_lead_elsewhere() -> None:
             messages.decode_from_client(msgspec.msgpack.encode({"t": "attach", "segment": name}))
 
 
+def _outcome(decode: Callable[[bytes], object], data: bytes) -> object:
+    """The message, or the MessageError; any other exception is the test's failure."""
+    try:
+        return decode(data)
+    except MessageError as error:
+        return error
+
+
 @given(st.binary(max_size=200))
 def test_rubbish_is_an_error_and_nothing_else(data: bytes) -> None:
-    """Any bytes give a message or a MessageError."""
-    for decode in (messages.decode_from_client, messages.decode_from_node):
-        try:
-            decode(data)
-        except MessageError as error:
-            assert str(error).startswith("a message that is not of this protocol")
+    """Random bytes are never a message, and the error is always the protocol's own."""
+    assert isinstance(_outcome(messages.decode_from_client, data), MessageError)
+    assert isinstance(_outcome(messages.decode_from_node, data), MessageError)
 
 
 @given(st.integers(0, 400), st.integers(0, 255))
@@ -113,7 +120,4 @@ def test_a_damaged_request_is_an_error_or_a_request(at: int, byte: int) -> None:
     """One byte changed anywhere in a real request is caught or harmless, and never another exception."""
     frame = bytearray(messages.encode(REQUEST))
     frame[at % len(frame)] = byte
-    try:
-        messages.decode_from_client(frame)
-    except MessageError as error:
-        assert error.reason
+    assert isinstance(_outcome(messages.decode_from_client, bytes(frame)), MessageError | Request)

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import zmq
 
 from loader_service import Loader, LocalNode, errors, status
 from loader_service.link.slots import DIRECTORY
@@ -117,14 +118,12 @@ def test_it_survives_a_stopped_worker(
 
 def test_it_will_not_start_on_what_it_cannot_serve(tmp_path: Path) -> None:
     """No dataset: the sentence says how to make one, and the exit code is the dataset's."""
-    with pytest.raises(errors.NodeFailed, match="there is no dataset at .*make preprocess"):
+    with pytest.raises(errors.NodeFailed, match=r"there is no dataset at .*make preprocess"):
         LocalNode(tmp_path)
 
 
 def test_rubbish_does_not_stop_it(start_node: StartNode) -> None:
     """A stranger's bytes are counted and forgotten, and the node serves on."""
-    import zmq
-
     node = start_node(workers=1)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     dealer = context.socket(zmq.DEALER)

@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import click
 import msgspec
+
+from tools.command import CONTEXT, Command, ToolFailed
 
 T = TypeVar("T")
 
@@ -36,6 +36,9 @@ PORT = 5555
 WORKERS = 2
 STOP_S = 10.0
 """How long a process may take to end in peace: a node needs 2 s, a trainer also writes a checkpoint."""
+
+GRACE_S = 2.0
+"""How long a command that has had Ctrl-C from the terminal is left alone before it is told by the demo."""
 
 TRAINING = ("--width", "0.25", "--batch-size", "32", "--epochs", "8")
 """A quarter of the kernels, small batches and a few epochs: what two cores learn in about two minutes."""
@@ -72,7 +75,7 @@ class Evaluation(msgspec.Struct):
     top5_error: float
 
 
-class DemoFailed(Exception):
+class DemoFailed(ToolFailed):
     """A step did not do what it must; the message is a sentence for a person."""
 
 
@@ -95,7 +98,7 @@ def start(command: Sequence[str], **pipes: Any) -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(command, cwd=ROOT, env=environ, text=True, **pipes)
     except OSError as error:
-        raise DemoFailed(f"`{command[0]}` cannot be started: {error.strerror}") from error
+        raise DemoFailed(f"`{command[0]}` cannot be started: {error.strerror}.") from error
 
 
 def stop(process: subprocess.Popen[str]) -> None:
@@ -113,11 +116,16 @@ def finish(process: subprocess.Popen[str]) -> str:
     """Wait until a command has done its work; return what it printed where that was piped."""
     try:
         printed, _ = process.communicate()
+    except KeyboardInterrupt:
+        # The terminal's Ctrl-C went to the command as well; a second signal now would cut its orderly end short.
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+        raise
     finally:
         stop(process)
     if process.returncode:
         assert isinstance(process.args, list)
-        raise DemoFailed(f"`{shlex.join(process.args)}` ended with exit code {process.returncode}")
+        raise DemoFailed(f"`{shlex.join(process.args)}` ended with exit code {process.returncode}.")
     return printed or ""
 
 
@@ -131,7 +139,7 @@ def read(printed: str | bytes, kind: type[T], where: str) -> T:
     try:
         return msgspec.json.decode(printed, type=kind)
     except msgspec.MsgspecError as error:
-        raise DemoFailed(f"{where} is not what the demo expects: {error}") from error
+        raise DemoFailed(f"{where} is not what the demo expects: {error}.") from error
 
 
 def free_address() -> str:
@@ -156,7 +164,7 @@ def node(data: Path, address: str) -> Iterator[None]:
         line = process.stdout.readline()
         if not line:
             finish(process)
-            raise DemoFailed("the node ended before it was ready")
+            raise DemoFailed("the node ended before it was ready.")
         say(line.rstrip())
         # Whatever else it prints is passed on, so that its pipe never fills.
         threading.Thread(target=sys.stdout.writelines, args=(process.stdout,), daemon=True).start()
@@ -171,14 +179,23 @@ def new_run() -> Path:
     return DEMO / f"run-{max(numbers, default=0) + 1}"
 
 
+def read_summary(path: Path) -> Summary:
+    """What a run says of itself."""
+    try:
+        content = (ROOT / path).read_bytes()
+    except OSError as error:
+        raise DemoFailed(f"the training left no {path} that can be read: {error.strerror}.") from error
+    return read(content, Summary, str(path))
+
+
 def check(summary: Summary) -> None:
     """Refuse a run that was not finished, or in which a sample was missed or seen twice."""
     if not summary.finished:
-        raise DemoFailed("the training was stopped before its last epoch")
+        raise DemoFailed("the training was stopped before its last epoch.")
     for account in summary.ledger:
         if account.delivered != account.expected:
             raise DemoFailed(
-                f"epoch {account.epoch} delivered {account.delivered} of {account.expected} samples: the ledger is broken"
+                f"epoch {account.epoch} delivered {account.delivered} of {account.expected} samples: the ledger is broken."
             )
 
 
@@ -221,31 +238,16 @@ def demo(seed: int) -> None:
         command = ["trainer", "evaluate", str(folder), "--loader", address, "--views", "ten-crop", "--json"]
         printed = finish(start(command, stdout=subprocess.PIPE))
     evaluation = read(printed, Evaluation, "what `trainer evaluate --json` printed")
-    path = folder / "summary.json"
-    summary = read((ROOT / path).read_bytes(), Summary, str(path))
+    summary = read_summary(folder / "summary.json")
     check(summary)
     report(summary, evaluation, time.monotonic() - started_s)
 
 
-def end_on_sigterm(_number: int, _frame: FrameType | None) -> NoReturn:
-    """Leave as after Ctrl-C, so that every process started here is ended too."""
-    raise SystemExit(128 + signal.SIGTERM)
-
-
-@click.command()
+@click.command(cls=Command, context_settings=CONTEXT)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the training run.")
 def main(seed: int) -> None:
     """Show the whole path on sample photographs: preprocess, serve, train, evaluate."""
-    signal.signal(signal.SIGTERM, end_on_sigterm)
-    try:
-        demo(seed)
-    except DemoFailed as error:
-        sys.exit(f"demo: {error}.")
-    except OSError as error:
-        sys.exit(f"demo: {error.filename} cannot be used: {error.strerror}.")
-    except KeyboardInterrupt:
-        say("\ndemo: stopped.")
-        sys.exit(128 + signal.SIGINT)
+    demo(seed)
 
 
 if __name__ == "__main__":

@@ -110,9 +110,9 @@ def test_a_command_that_is_not_there_is_one_sentence() -> None:
 def test_stopping_the_demo_stops_its_steps(number: signal.Signals) -> None:
     """A signal to the demo alone ends it and the process that it is waiting for."""
     program = (
-        "import signal; from tools import demo;"
-        "signal.signal(signal.SIGTERM, demo.end_on_sigterm);"
-        "demo.run('python', '-c', 'import time; print(\"at work\", flush=True); time.sleep(60)')"
+        "import click; from tools import command, demo;"
+        "step = 'import time; print(\"at work\", flush=True); time.sleep(60)';"
+        "click.command(cls=command.Command)(lambda: demo.run('python', '-c', step))()"
     )
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -121,6 +121,6 @@ def test_stopping_the_demo_stops_its_steps(number: signal.Signals) -> None:
         children = psutil.Process(process.pid).children()
         process.send_signal(number)
         process.communicate(timeout=30)
-    assert process.returncode != 0
+    assert process.returncode == 128 + number
     assert len(children) == 1
     assert not children[0].is_running()

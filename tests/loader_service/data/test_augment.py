@@ -117,7 +117,9 @@ DRAW = np.array([(0, 32, False, (1, 2, 3)), (32, 0, True, (-1, -2, -3)), (5, 6, 
 
 
 @pytest.mark.parametrize("form", kernel.FORMS)
-@pytest.mark.parametrize("flaw", [raw(0, codec=1), raw(0)[:-1], memoryview(b"short"), memoryview(b"")])
+@pytest.mark.parametrize(
+    "flaw", [raw(0, codec=1), raw(0)[:-1], memoryview(bytes(raw(0)) + b"x"), memoryview(b"short"), memoryview(b"")]
+)
 def test_a_record_that_is_not_raw_ends_the_slice(form: str, flaw: memoryview) -> None:
     """What comes before it is made, ``at`` holds its number, and the count names it."""
     whole, cut = Case(DRAW, 224, floats=False), Case(DRAW, 224, floats=False)
@@ -131,7 +133,8 @@ def test_a_record_that_is_not_raw_ends_the_slice(form: str, flaw: memoryview) ->
 
 @pytest.mark.parametrize("form", kernel.FORMS)
 @pytest.mark.parametrize(
-    ("field", "value"), [("y", 33), ("x", 33), ("y", -1), ("x", -32768), ("shift", 256), ("shift", -32768)]
+    ("field", "value"),
+    [("y", 33), ("x", 33), ("y", -1), ("x", -32768), ("shift", 256), ("shift", -256), ("shift", -32768)],
 )
 def test_a_draw_outside_the_record_is_refused(form: str, field: str, value: int) -> None:
     """Draws that would read or shift beyond what there is are refused before anything is written."""

@@ -63,6 +63,13 @@ class Progress:
         elif time.monotonic() - self._shown_s >= LINE_EVERY_S:
             self._line()
 
+    def say(self, text: str) -> None:
+        """Show a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            click.echo(text, err=True)
+
     def _rate(self) -> str:
         per_s = (self._done - self._done_before) / max(time.monotonic() - self._started_s, 1e-3)
         return f"{per_s:,.0f} {self._unit}/s{f', {self._bad:,} bad' if self._bad else ''}"

@@ -1,0 +1,173 @@
+"""The command ``python -m tools.preprocess SRC OUT``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import msgspec
+
+from loader_service import defaults
+from loader_service.data.picture import LIBRARY, RECIPE
+from loader_service.data.records import DEFAULT_PARAMETERS, Codec, Manifest
+from loader_service.errors import DatasetInvalid, OptionError
+from tools.command import CONTEXT, Command, ToolFailed
+from tools.preprocess.build import Task, build, existing, locked
+from tools.preprocess.plan import check_room, choose_codec, identity, shuffled, split_off
+from tools.preprocess.pool import Pool
+from tools.preprocess.sources import Listing, find_splits, list_folder
+
+VALIDATION_SHARE = 0.1
+"""Of each class, where there is no validation folder and no share is named."""
+
+_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+
+
+class Options(msgspec.Struct, frozen=True):
+    """What the command line asks for, beside SRC and OUT."""
+
+    val: Path | None
+    val_fraction: float | None
+    codec: Literal["raw", "jpeg", "auto"]
+    quality: int
+    workers: int
+    seed: int
+    max_bad: float
+    file_timeout: float
+    replace: bool
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.argument("src", type=_FOLDER)
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--val", type=_FOLDER, help="Image folder of the validation split.")
+@click.option(
+    "--val-fraction",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of each class to take for validation; 0 for none. "
+    f"[default: {VALIDATION_SHARE}, where SRC has no validation folder]",
+)
+@click.option(
+    "--codec",
+    type=click.Choice(["raw", "jpeg", "auto"]),
+    default="auto",
+    show_default=True,
+    help="Of the records; auto takes raw if all of them fit into half of the memory.",
+)
+@click.option(
+    "--quality",
+    type=click.IntRange(1, 100),
+    default=DEFAULT_PARAMETERS["jpeg"]["quality"],
+    show_default=True,
+    help="Of jpeg records.",
+)
+@click.option(
+    "--workers", type=click.IntRange(1, 1024), default=defaults.WORKERS, show_default="one per CPU", help="Processes."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    default=0,
+    show_default=True,
+    help="Of the order and of --val-fraction.",
+)
+@click.option(
+    "--max-bad",
+    type=click.FloatRange(0, 1),
+    default=0.1,
+    show_default=True,
+    help="Share of bad files at which to give up.",
+)
+@click.option(
+    "--file-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds that one file may take.",
+)
+@click.option("--replace", is_flag=True, help="Replace a dataset in OUT that was made from something else.")
+def main(src: Path, out: Path, **options: Any) -> None:
+    """Make OUT/train.lmdb and OUT/val.lmdb of the pictures in SRC.
+
+    SRC is an image folder (CLASS/name.jpg), or holds one as train/ and one as val/, valid/, validation/ or test/.
+    """
+    preprocess(src, out, Options(**options))
+
+
+def preprocess(source: Path, out: Path, options: Options) -> None:
+    """Make both environments, unless they are there already."""
+    train, val = listings(source, out, options)
+    count = len(train.items) + (len(val.items) if val else 0)
+    codec = choose_codec(options.codec, count)
+    with locked(out):
+        room = check_room(out, count, codec)
+        click.echo(
+            f"{len(train.items):,} files of {len(train.class_names):,} classes for training, "
+            f"{count - len(train.items):,} for validation; {codec} records, about {room / 1e9:.2g} GB.",
+            err=True,
+        )
+        made = make(train, out / "train.lmdb", codec, options)
+        if val is not None:
+            make(val, out / "val.lmdb", codec, options, made)
+
+
+def listings(source: Path, out: Path, options: Options) -> tuple[Listing, Listing | None]:
+    """What training and validation are made of.
+
+    Raises:
+        OptionError: the options contradict each other or the folders.
+        DatasetInvalid: a folder holds no classes, or validation has classes of its own.
+    """
+    if options.val is not None and options.val_fraction is not None:
+        raise OptionError(
+            "--val-fraction", options.val_fraction, "no --val beside it, which names the validation split"
+        )
+    train_root, val_root = find_splits(source)
+    val_root = options.val or (val_root if options.val_fraction is None else None)
+    for root in (train_root, val_root):
+        if root is not None and out.resolve().is_relative_to(root.resolve()):
+            raise OptionError("OUT", str(out), f"a folder that is not inside of {root}, where the pictures are")
+    train = list_folder(train_root)
+    if val_root is not None:
+        return train, list_folder(val_root, train.class_names)
+    share = VALIDATION_SHARE if options.val_fraction is None else options.val_fraction
+    if share == 0:
+        return train, None
+    train, val = split_off(train, share, options.seed)
+    if not val.items:
+        raise DatasetInvalid(train_root, "no class has two pictures, so none can be taken for validation")
+    return train, val
+
+
+def make(listing: Listing, path: Path, codec: Codec, options: Options, train: Manifest | None = None) -> Manifest:
+    """Make one environment unless it is there; ``train`` is the manifest whose statistics it takes over."""
+    parameters = dict(DEFAULT_PARAMETERS[codec])
+    if codec == "jpeg":
+        parameters["quality"] = options.quality
+    wanted = identity(listing, codec, parameters, options.seed, train.fingerprint if train else "")
+    found = existing(path)
+    if found is not None and found.made_by.get("input") == wanted:
+        click.echo(f"{path}: {found.count:,} records are there already, fingerprint {found.fingerprint}")
+        return found
+    if path.exists() and not options.replace:
+        raise ToolFailed(f"{path} is there and was made from something else: name another folder, or say --replace.")
+    task = Task(
+        path=path,
+        items=shuffled(listing.items, options.seed),
+        class_names=listing.class_names,
+        codec=codec,
+        parameters=parameters,
+        made_by={"input": wanted, "library": LIBRARY, "recipe": RECIPE, "seed": str(options.seed)},
+        statistics=train.statistics if train else None,
+        max_bad=options.max_bad,
+    )
+    with Pool(min(options.workers, len(listing.items)), codec, parameters, options.file_timeout) as pool:
+        manifest = build(task, pool)
+    bad = f", {len(manifest.rejected):,} files rejected" if manifest.rejected else ""
+    click.echo(f"{path}: {manifest.count:,} {codec} records{bad}, fingerprint {manifest.fingerprint}")
+    return manifest
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m tools.preprocess")

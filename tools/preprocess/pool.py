@@ -1,0 +1,251 @@
+"""The pool: worker processes that turn items into payloads, replaced when they die, with results in the items' order.
+
+Rules of this file:
+
+- Work goes out in chunks, a free area at a time, the lowest chunk first; results are handed on in order, and an area goes
+  out again when its result has been handed on. So memory is bounded by the number of workers, and the chunk that all
+  others wait for is always being worked on.
+- A worker that dies has its chunk done again by its replacement. The item that it was at is suspected: one death may be
+  anybody's (the machine was out of memory), at the second the item is refused by name.
+- Leaving the block kills the workers. They hold nothing that matters.
+"""
+
+from __future__ import annotations
+
+import heapq
+import mmap
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from types import TracebackType
+from typing import Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from loader_service.data.records import SHAPE, Codec
+from tools.command import ToolFailed
+from tools.preprocess import wire
+from tools.preprocess.sources import Item
+
+DEATHS: Final = 2
+"""So many workers that die at an item are proof against it."""
+
+SEND_BUFFER_BYTES: Final = 2**20
+"""A job with 32 long paths must fit."""
+
+
+class Result(msgspec.Struct, frozen=True):
+    """One chunk, done.
+
+    Fields:
+        items: as they were given.
+        payloads: for each item a view of the worker's memory, valid until the next result is asked for, or why not.
+        count: how many have a payload.
+        image: (256, 256, 3) uint32, the sum of their pixels; valid as the payloads are.
+        products: (3, 3) int64, the sum of their colour products.
+    """
+
+    items: Sequence[Item]
+    payloads: list[memoryview | str]
+    count: int
+    image: npt.NDArray[np.uint32]
+    products: npt.NDArray[np.int64]
+
+
+class _Worker:
+    """One process, its socket, its memory, and which of its areas hold what. The memory outlives the process."""
+
+    def __init__(self, setup: wire.Setup) -> None:
+        self._setup = setup
+        self._file = os.memfd_create("chunks")
+        os.ftruncate(self._file, wire.AREAS * wire.AREA_BYTES)
+        self.memory = mmap.mmap(self._file, wire.AREAS * wire.AREA_BYTES)
+        self.free = list(range(wire.AREAS))
+        self.jobs: dict[int, wire.Job] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Start the process, or its replacement."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        self.at: int | None = None
+        self.connection = ours
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tools.preprocess.worker", str(theirs.fileno()), str(self._file)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), self._file),
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                process_group=0,  # so that Ctrl-C is the pool's alone to answer
+            )
+        self.send(self._setup)
+
+    def send(self, message: wire.ToWorker) -> None:
+        """Send; a worker that has just died is found dead by its end of file."""
+        try:
+            self.connection.sendall(wire.encode(message))
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+    def end(self) -> int:
+        """Make sure that the process is gone, and return its exit code."""
+        self.connection.close()
+        self.process.kill()
+        return self.process.wait()
+
+    def close(self) -> None:
+        """End the process and give its memory back as soon as nothing looks at it any more."""
+        self.end()
+        os.close(self._file)
+
+
+class Pool:
+    """Worker processes, started when the block is entered.
+
+    Args:
+        workers: how many.
+        codec: of the payloads.
+        parameters: the codec's.
+        limit_s: how long one picture may take.
+    """
+
+    def __init__(self, workers: int, codec: Codec, parameters: dict[str, int | str], limit_s: float) -> None:
+        self._count, self._setup = workers, wire.Setup(codec, parameters, limit_s)
+        self._workers: list[_Worker] = []
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Pool:
+        with ExitStack() as stack:  # ends those that have started if a later one cannot
+            self._selector = stack.enter_context(selectors.DefaultSelector())
+            for _ in range(self._count):
+                worker = _Worker(self._setup)
+                stack.enter_context(closing(worker))
+                self._selector.register(worker.connection, selectors.EVENT_READ, worker)
+                self._workers.append(worker)
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._exit.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that work now."""
+        return [worker.process.pid for worker in self._workers]
+
+    def run(self, items: Sequence[Item]) -> Iterator[Result]:
+        """The results of all items, chunk by chunk, in their order.
+
+        Raises:
+            ToolFailed: workers die before they have begun anything.
+        """
+        run = _Run(self._workers, self._selector, items)
+        for number in range(len(run.chunks)):
+            run.assign()
+            while number not in run.done:
+                run.wait()
+            worker, done, job = run.done.pop(number)
+            yield _result(worker, done, job)
+            worker.free.append(job.area)
+
+
+class _Run:
+    """What is going on in one call of :meth:`Pool.run`."""
+
+    def __init__(self, workers: Sequence[_Worker], selector: selectors.BaseSelector, items: Sequence[Item]) -> None:
+        self._workers, self._selector = workers, selector
+        self.chunks = [items[i : i + wire.CHUNK_ITEMS] for i in range(0, len(items), wire.CHUNK_ITEMS)]
+        self.waiting = list(range(len(self.chunks)))  # sorted, so it is a heap
+        self.done: dict[int, tuple[_Worker, wire.Done, wire.Job]] = {}
+        self.refused: dict[int, dict[int, str]] = {}
+        self.deaths: Counter[tuple[int, int]] = Counter()
+        self.deaths_at_start = 0
+
+    def assign(self) -> None:
+        """Give waiting chunks to free areas, first one to every worker, then a second."""
+        for worker in sorted(self._workers, key=lambda worker: len(worker.jobs)):
+            self._give(worker)
+        for worker in self._workers:
+            self._give(worker)
+
+    def _give(self, worker: _Worker) -> None:
+        if self.waiting and worker.free:
+            number = heapq.heappop(self.waiting)
+            job = wire.Job(number, worker.free.pop(), list(self.chunks[number]), self.refused.get(number, {}))
+            worker.jobs[number] = job
+            worker.send(job)
+
+    def wait(self) -> None:
+        """Wait until something happens, and take note of it."""
+        for key, _ in self._selector.select():
+            worker: _Worker = key.data
+            try:
+                message = worker.connection.recv(wire.MESSAGE_BYTES)
+            except ConnectionResetError:
+                continue  # it died with a job unread; what it said before can still be received, then comes the end
+            if message:
+                self._note(worker, wire.decode_from_worker(message))
+            else:
+                self._replace(worker)
+
+    def _note(self, worker: _Worker, message: wire.FromWorker) -> None:
+        if isinstance(message, wire.At):
+            worker.at = message.index
+        else:
+            worker.at = None
+            self.deaths_at_start = 0
+            self.done[message.number] = (worker, message, worker.jobs.pop(message.number))
+            self._give(worker)
+
+    def _replace(self, worker: _Worker) -> None:
+        """Blame a death, start the process anew, and let its jobs be done again."""
+        at, number = worker.at, next(iter(worker.jobs), None)
+        self._selector.unregister(worker.connection)
+        code = worker.end()
+        if at is None or number is None:
+            self.deaths_at_start += 1
+            if self.deaths_at_start > DEATHS * len(self._workers):
+                raise ToolFailed(
+                    f"worker processes end before they have begun (exit code {code}): see what they say above."
+                )
+        else:
+            self.deaths[number, at] += 1
+            if self.deaths[number, at] >= DEATHS:
+                self.refused.setdefault(number, {})[at] = _cause(code)
+        for job in worker.jobs.values():
+            heapq.heappush(self.waiting, job.number)
+            worker.free.append(job.area)
+        worker.jobs.clear()
+        worker.start()
+        self._selector.register(worker.connection, selectors.EVENT_READ, worker)
+        self.assign()
+
+
+def _result(worker: _Worker, done: wire.Done, job: wire.Job) -> Result:
+    """A chunk's result as views of its worker's memory."""
+    start = job.area * wire.AREA_BYTES
+    view = memoryview(worker.memory)
+    payloads = [
+        outcome if isinstance(outcome, str) else view[start + outcome[0] : start + outcome[0] + outcome[1]]
+        for outcome in done.outcomes
+    ]
+    image = np.frombuffer(worker.memory, np.uint32, int(np.prod(SHAPE)), start + wire.SUM_OFFSET).reshape(SHAPE)
+    count = sum(not isinstance(payload, str) for payload in payloads)
+    return Result(job.items, payloads, count, image, np.array(done.products, np.int64).reshape(3, 3))
+
+
+def _cause(code: int) -> str:
+    """Why a worker died, as the reason against the item that it was at."""
+    if code == -signal.SIGALRM:
+        return "it took too long to decode"
+    if code < 0:
+        return f"it ended the process that decoded it ({signal.Signals(-code).name})"
+    return f"it ended the process that decoded it (exit code {code})"

@@ -1,0 +1,86 @@
+"""A worker process: picture files in, payloads and sums out; started by the pool as ``-m tools.preprocess.worker``.
+
+Rules of this file:
+
+- One process, one thread, no signals handled: whatever a hostile file does to a decoder, it does it here, and the pool
+  sees an end of file.
+- Before each picture an alarm is set whose signal kills the process, so that no picture can hang it, and none can keep it
+  alive after its pool has died.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from loader_service.data.picture import load_picture, read_content
+from loader_service.data.records import CODECS, SHAPE, decode, encode
+from loader_service.errors import PictureError
+from tools.preprocess import wire
+from tools.preprocess.sources import Item
+from tools.statistics import colour_products
+
+
+def main(connection: socket.socket, memory: mmap.mmap) -> None:
+    """Do jobs until the pool closes its end."""
+    setup = wire.decode_to_worker(connection.recv(wire.MESSAGE_BYTES))
+    assert isinstance(setup, wire.Setup)
+    while message := connection.recv(wire.MESSAGE_BYTES):
+        job = wire.decode_to_worker(message)
+        assert isinstance(job, wire.Job)
+        connection.sendall(wire.encode(work(connection, memory, setup, job)))
+
+
+def work(connection: socket.socket, memory: mmap.mmap, setup: wire.Setup, job: wire.Job) -> wire.Done:
+    """Make one chunk's payloads and sums in the job's area."""
+    start = job.area * wire.AREA_BYTES
+    total = np.frombuffer(memory, np.uint32, SHAPE[0] * SHAPE[1] * SHAPE[2], start + wire.SUM_OFFSET).reshape(SHAPE)
+    total[...] = 0
+    products = np.zeros((3, 3), np.int64)
+    outcomes: list[tuple[int, int] | str] = []
+    offset = 0
+    for index, item in enumerate(job.items):
+        if reason := job.refused.get(index):
+            outcomes.append(reason)
+            continue
+        connection.sendall(wire.encode(wire.At(index)))
+        signal.setitimer(signal.ITIMER_REAL, setup.limit_s)
+        try:
+            payload, pixels = make(item, setup)
+        except PictureError as error:
+            outcomes.append(error.reason)
+            continue
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        memory[start + offset : start + offset + len(payload)] = payload
+        outcomes.append((offset, len(payload)))
+        offset += len(payload)
+        np.add(total, pixels, out=total)
+        products += colour_products(pixels)
+    return wire.Done(job.number, outcomes, products.ravel().tolist())
+
+
+def make(item: Item, setup: wire.Setup) -> tuple[bytes | memoryview, npt.NDArray[np.uint8]]:
+    """The payload of one item, and the pixels that a reader will decode from it."""
+    content = read_content(Path(os.fsdecode(item.path)), item.source, item.offset, item.size)
+    pixels = load_picture(content, source=item.source)
+    if setup.codec == "raw":
+        return pixels.data.cast("B"), pixels
+    payload = encode(pixels, setup.codec, setup.parameters)
+    return payload, decode(payload, CODECS[setup.codec])
+
+
+if __name__ == "__main__":
+    with (
+        socket.socket(fileno=int(sys.argv[1])) as end,
+        suppress(BrokenPipeError, ConnectionResetError),
+    ):  # the pool died
+        main(end, mmap.mmap(int(sys.argv[2]), wire.AREAS * wire.AREA_BYTES))

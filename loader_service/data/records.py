@@ -288,16 +288,18 @@ class Values:
         Raises:
             RecordError: there is no such record.
         """
-        get, pack = self._get, KEY.pack
         values: list[memoryview] = []
         for number in numbers.tolist():
             if at is not None:
                 at[0] = number
-            value = get(pack(number))
-            if value is None:
-                raise RecordError(self._path, number, "there is no such record")
-            values.append(value)
+            values.append(self._find(number))
         return values
+
+    def _find(self, number: int) -> memoryview:
+        value: memoryview | None = self._get(KEY.pack(number))
+        if value is None:
+            raise RecordError(self._path, number, "there is no such record")
+        return value
 
     def read(self, number: int) -> tuple[int, int, int, memoryview]:
         """Label, codec number, checksum and payload of one record; the payload is a view of LMDB's pages.
@@ -305,7 +307,7 @@ class Values:
         Raises:
             RecordError: there is no such record, or it is too short for a header.
         """
-        (value,) = self.stored(np.array([number]))
+        value = self._find(number)
         if len(value) <= HEADER.size:
             raise RecordError(self._path, number, f"it has {len(value)} bytes, fewer than its header")
         label, codec, checksum = HEADER.unpack_from(value)

@@ -334,8 +334,10 @@ static PyObject *forms(PyObject *module, PyObject *args)
     (void)module, (void)args;
     PyObject *names = PyList_New(0);
     for (int i = 0; names != NULL && i < N_FORMS; i++) {
-        PyObject *name = FORMS[i].runs_here() ? PyUnicode_FromString(FORMS[i].name) : Py_NewRef(Py_None);
-        if (name == NULL || (name != Py_None && PyList_Append(names, name) < 0))
+        if (!FORMS[i].runs_here())
+            continue;
+        PyObject *name = PyUnicode_FromString(FORMS[i].name);
+        if (name == NULL || PyList_Append(names, name) < 0)
             Py_CLEAR(names);
         Py_XDECREF(name);
     }

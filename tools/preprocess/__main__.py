@@ -158,7 +158,13 @@ def make(listing: Listing, path: Path, codec: Codec, options: Options, train: Ma
         class_names=listing.class_names,
         codec=codec,
         parameters=parameters,
-        made_by={"input": wanted, "library": LIBRARY, "recipe": RECIPE, "seed": str(options.seed)},
+        made_by={
+            "input": wanted,
+            "library": LIBRARY,
+            "recipe": RECIPE,
+            "seed": str(options.seed),
+            "statistics": f"of {train.fingerprint}" if train else "own",
+        },
         statistics=train.statistics if train else None,
         max_bad=options.max_bad,
     )

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from trainer.config import RunConfig
+from trainer.dataset import Facts
 from trainer.errors import CheckpointError
-from trainer.feed import Account, Facts
+from trainer.ledger import Account
 from trainer.progress import EpochRecord, Progress
 from trainer.schedule import Plateau
 

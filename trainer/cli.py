@@ -81,17 +81,18 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **opti
     console = Console()
     with _one_sentence(), StopRequest() as stop, ExitStack() as stack:
         config = RunConfig(**_nested(options))
-        folder, saved = _open_folder(path, config, resume is not None)
+        folder, saved = _open_folder(path, resume is not None)
         if saved:
             config = _resumed_config(context, saved, options)
-        console.print(f"Results go to {folder.path}.", highlight=False, soft_wrap=True)
+        folder.describe(config)
+        _say(console, f"Results go to {folder.path}.")
         try:
             with stop.interruptible():
                 address, which = stack.enter_context(open_source(config.source))
-            console.print(which, highlight=False, soft_wrap=True)
+            _say(console, which)
             summary = train(config, folder, address, console, stop, saved)
         except Stopped:
-            console.print("Stopped before training began.")
+            _say(console, "Stopped before training began.")
         else:
             _tell(console, folder, summary)
 
@@ -150,16 +151,16 @@ def _nested(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in _PLACES} | {"source": Source(**places)}
 
 
-def _open_folder(path: Path | None, config: RunConfig, resume: bool) -> tuple[RunFolder, Resume | None]:
+def _open_folder(path: Path | None, resume: bool) -> tuple[RunFolder, Resume | None]:
     """The folder to work in, and the checkpoint to go on from where that is asked for and there is one."""
     parent = Path(DEFAULT_RUNS)
     if resume and path is None:
         path = newest_run(parent)
-    if resume and path is not None and RunFolder(path).config.is_file():
+    if resume and path is not None and RunFolder(path).has_run:
         folder = RunFolder(path)
         newest = folder.newest_checkpoint()
         return folder, Resume(newest, checkpoint.load(newest)) if newest else None
-    return RunFolder.create(path, parent, config), None
+    return RunFolder.create(path, parent), None
 
 
 def _resumed_config(context: click.Context, saved: Resume, options: dict[str, Any]) -> RunConfig:
@@ -185,18 +186,21 @@ def _resumed_config(context: click.Context, saved: Resume, options: dict[str, An
 
 def _tell(console: Console, folder: RunFolder, summary: Summary) -> None:
     """Say in a few lines what came out."""
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True)
-
     if summary.accuracy is not None:
-        say(
+        _say(
+            console,
             f"Validation accuracy {summary.accuracy:.1%}, chance {summary.chance:.1%}; "
-            f"{summary.images_per_s:,.0f} images/s, waiting for data {summary.waiting_share:.1%} of the time."
+            f"{summary.images_per_s:,.0f} images/s, waiting for data {summary.waiting_share:.1%} of the time.",
         )
-    for account in summary.ledger[: summary.epochs]:
-        say(f"Epoch {account.epoch + 1}: {account.delivered} of {account.expected} samples, each exactly once.")
-    say(f"Made: {', '.join([summary.checkpoint, summary.log, *summary.figures, str(folder.summary)])}")
+    expected = sum(account.expected for account in summary.ledger)
+    delivered = sum(account.delivered for account in summary.ledger)
+    exactly = ", each exactly once" if summary.is_exact else ""
+    _say(console, f"Samples: {delivered:,} of {expected:,} in {len(summary.ledger)} epochs{exactly}.")
+    _say(console, f"Made: {', '.join([summary.checkpoint, summary.log, *summary.figures, str(folder.summary)])}")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from torch.nn import functional
 
 from trainer import checkpoint
 from trainer.centre import Centre, Windows
+from trainer.dataset import Facts
 from trainer.devices import choose_device
 from trainer.errors import CheckpointError, ConfigError
-from trainer.feed import Batch, Facts, Feed
+from trainer.feed import Batch, Feed
 from trainer.model import AlexNet
 from trainer.run_folder import find_checkpoint
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -26,46 +25,17 @@ from loader_service.errors import LoaderServiceError, NoNodeError
 from loader_service.spec import CROP_SIDE_PX, RECORD_SIDE_PX, Split
 from trainer.centre import Windows
 from trainer.config import Source
+from trainer.dataset import Facts
 from trainer.devices import Stager
+from trainer.ledger import Account
 from trainer.preset import Preset
 
-__all__ = ["Account", "Batch", "Facts", "Feed", "LoaderServiceError", "load_image", "open_source", "training_view"]
+__all__ = ["Batch", "Feed", "LoaderServiceError", "load_image", "open_source", "training_view"]
 
 _PROBE_S: Final = 1.0
 """How long a node at the usual address may take to answer before a private one is started."""
 
 _GREY_LEVELS: Final = 255
-
-
-class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What became of one epoch's samples, by the loader's ledger; counts of samples, but for ``reassigned`` (slices).
-
-    An epoch is whole when ``delivered == expected``: each sample exactly once.
-    """
-
-    epoch: int
-    expected: int
-    delivered: int
-    duplicates_refused: int
-    reassigned: int
-    substituted: int
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the trainer must know of a dataset.
-
-    Fields:
-        count: records in the split.
-        class_names: in the order of the labels.
-        fingerprint: of the split's logical records.
-        mean: (256, 256, 3) float32, the training split's mean image, R, G, B in 0 to 255.
-    """
-
-    count: int
-    class_names: tuple[str, ...]
-    fingerprint: str
-    mean: Tensor
 
 
 @dataclass(frozen=True)

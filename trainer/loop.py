@@ -31,7 +31,8 @@ from trainer.config import RunConfig
 from trainer.devices import choose_devices
 from trainer.errors import ConfigError, TrainingDiverged
 from trainer.evaluate import Evaluation, Member, evaluate, restore
-from trainer.feed import Account, Batch, Feed, LoaderServiceError, training_view
+from trainer.feed import Batch, Feed, LoaderServiceError, training_view
+from trainer.ledger import Account, merge_accounts
 from trainer.model import AlexNet
 from trainer.optimizer import PaperSGD
 from trainer.preset import preset_named
@@ -311,29 +312,6 @@ class _Window:
             images_per_s=tally.images / trained_s,
             waiting=(progress.waited_s - before.waited_s) / trained_s,
         )
-
-
-def merge_accounts(earlier: list[Account], later: list[Account]) -> list[Account]:
-    """The accounts of a run that was left and resumed.
-
-    An epoch in both was left in its middle: the earlier part expected all of it, the later what was left.
-    """
-    merged = {account.epoch: account for account in earlier}
-    for account in later:
-        first = merged.get(account.epoch)
-        merged[account.epoch] = (
-            account
-            if first is None
-            else Account(
-                epoch=first.epoch,
-                expected=first.expected,
-                delivered=first.delivered + account.delivered,
-                duplicates_refused=first.duplicates_refused + account.duplicates_refused,
-                reassigned=first.reassigned + account.reassigned,
-                substituted=first.substituted + account.substituted,
-            )
-        )
-    return [merged[epoch] for epoch in sorted(merged)]
 
 
 def not_finite(model: AlexNet) -> str | None:

@@ -165,7 +165,7 @@ class AlexNet(nn.Module):
                 "--devices", ",".join(map(str, devices)), f"one device, or one for each of {towers} towers"
             )
         self._everyone = range(towers)
-        self._exchange = choose_exchange(self.devices)
+        self.exchange = choose_exchange(self.devices)
         with torch.device("meta"):  # torch's own initialisation would be thrown away
             self.towers = nn.ModuleList(Tower(self.sizes, self.preset, index) for index in self._everyone)
             self.fc8 = nn.Linear(self.sizes.fan_ins()["fc8"], num_classes)
@@ -192,7 +192,7 @@ class AlexNet(nn.Module):
             (B, num_classes) float32 on the first device.
         """
         given = [images.to(device) for device in self.devices] if isinstance(images, Tensor) else images
-        towers, everyone, exchange = self.each_tower, self._everyone, self._exchange
+        towers, everyone, exchange = self.each_tower, self._everyone, self.exchange
         parts = [tower.lower(x) for tower, x in zip(towers, self._each(given), strict=True)]
         parts = [tower.upper(x) for tower, x in zip(towers, exchange(parts, everyone), strict=True)]
         parts = [tower.hidden6(x, dropout) for tower, x in zip(towers, exchange(parts, everyone), strict=True)]

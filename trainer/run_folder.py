@@ -3,7 +3,7 @@
 ::
 
     RUN/
-      config.json            the configuration, versions and commit that the run was started with
+      config.json            configuration, versions and commit, as of the last start
       log.jsonl              one JSON object per line: start, step, epoch, stop, end
       summary.json           the results so far, rewritten after each epoch
       checkpoints/           see ``trainer.checkpoint``
@@ -43,37 +43,31 @@ class RunFolder:
         self.curves = path / "curves.svg"
 
     @classmethod
-    def create(cls, path: Path | None, parent: Path, config: RunConfig) -> RunFolder:
+    def create(cls, path: Path | None, parent: Path) -> RunFolder:
         """Make a new folder: ``path``, which must not exist or be empty, or a new one named by the time under ``parent``.
 
         Raises:
             RunFolderError: there is something at ``path`` already, or it cannot be made.
         """
         try:
-            path = _make(path) if path is not None else _make_named(parent)
+            return cls(_make(path) if path is not None else _make_named(parent))
         except OSError as error:
             raise RunFolderError(path or parent, f"it cannot be made ({error.strerror})") from error
-        folder = cls(path)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a run was started here before."""
+        return self.config.is_file()
+
+    def describe(self, config: RunConfig) -> None:
+        """Write down how the run is made from now on: its configuration, and the code that runs it."""
         about = {
             "config": msgspec.to_builtins(config),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
             "python": platform.python_version(),
             "commit": _commit(),
         }
-        write_atomically(folder.config, msgspec.json.format(msgspec.json.encode(about)) + b"\n")
-        return folder
-
-    @classmethod
-    def existing(cls, path: Path) -> RunFolder:
-        """The folder of a run that was started before.
-
-        Raises:
-            RunFolderError: there is none.
-        """
-        folder = cls(path)
-        if not folder.config.is_file():
-            raise RunFolderError(path, "it has no config.json, so no run was started there")
-        return folder
+        _write_json(self.config, about)
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, None before the first."""
@@ -87,7 +81,7 @@ class RunFolder:
 
     def write_summary(self, summary: msgspec.Struct) -> None:
         """Replace the summary."""
-        write_atomically(self.summary, msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
+        _write_json(self.summary, summary)
 
 
 def newest_run(parent: Path) -> Path | None:
@@ -115,6 +109,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
     part.replace(path)
+
+
+def _write_json(path: Path, content: object) -> None:
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(content)) + b"\n")
 
 
 def _make(path: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from trainer.feed import Account
+from trainer.ledger import Account
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -38,6 +38,5 @@ class Summary(msgspec.Struct, frozen=True):
 
     @property
     def is_exact(self) -> bool:
-        """Whether every sample of every epoch that is over was seen exactly once."""
-        over = self.ledger[: self.epochs]
-        return len(over) == self.epochs and all(account.delivered == account.expected for account in over)
+        """Whether the run is over and every sample of every epoch was seen exactly once."""
+        return self.finished and all(account.delivered == account.expected for account in self.ledger)

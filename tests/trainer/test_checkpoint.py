@@ -17,7 +17,7 @@ from trainer import checkpoint
 from trainer.checkpoint import BEST, KEPT, Checkpoint, Plain, load, save, saved
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
-from trainer.feed import Account
+from trainer.ledger import Account
 from trainer.progress import EpochRecord, Progress, Tally
 from trainer.schedule import Plateau
 

@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 
 from trainer import figures
-from trainer.config import RunConfig
 from trainer.model import AlexNet
 from trainer.progress import EpochRecord, StepRecord
 from trainer.run_folder import RunFolder
@@ -57,14 +56,13 @@ def test_a_log_with_a_torn_line_and_steps_made_again(tmp_path: Path) -> None:
 
 def test_draw_writes_both(tmp_path: Path) -> None:
     """Into the run's folder, readable."""
-    folder = RunFolder.create(tmp_path / "run", tmp_path, RunConfig())
+    folder = RunFolder.create(tmp_path / "run", tmp_path)
     folder.append(step(1, 2.0))
     kernels, curves = figures.draw(folder, AlexNet(2, width=0.05))
     with Image.open(kernels) as picture:
         assert picture.mode == "RGB"
     assert ElementTree.parse(curves).getroot().tag.endswith("svg")
     assert sorted(path.name for path in folder.path.iterdir()) == [
-        "config.json",
         "curves.svg",
         "kernels.png",
         "log.jsonl",

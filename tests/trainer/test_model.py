@@ -217,3 +217,32 @@ def test_impossible_networks_are_refused(options: dict[str, object], sentence: s
 def test_the_narrowest_layers_have_one_kernel() -> None:
     """No width makes a layer vanish."""
     assert Sizes.of(2, 0.001).kernels == (1, 1, 1, 1, 1)
+
+
+def photographs(count: int) -> torch.Tensor:
+    """Noise with a photograph's spectrum (amplitude falls as 1 / frequency) and contrast (std 60), 0-255 minus mean."""
+    chance = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(224)[:, None], np.fft.rfftfreq(224)[None, :])
+    frequency[0, 0] = 1 / 224
+    grey = np.fft.irfft2(np.fft.rfft2(chance.normal(size=(count, 1, 224, 224))) / frequency)
+    colour = np.fft.irfft2(np.fft.rfft2(chance.normal(size=(count, 3, 224, 224))) / frequency)
+    mixed = grey / grey.std() + 0.3 * colour / colour.std()
+    return torch.from_numpy((60 * mixed / mixed.std()).astype(np.float32))
+
+
+@pytest.mark.parametrize(("preset", "spread"), [("paper", 0.011), ("original", 0.16)])
+def test_logit_spread_at_the_start(preset: str, spread: float) -> None:
+    """How much each logit differs between photographs, dropout left out: too little, and nothing is ever learnt."""
+    model = AlexNet(50, preset=preset).eval()
+    with torch.inference_mode():
+        pictures = photographs(16)
+        wholes = model.exchange([tower.lower(pictures) for tower in model.each_tower], (0, 1))
+        parts = [tower.upper(whole) for tower, whole in zip(model.each_tower, wholes, strict=True)]
+        for layer in ("fc6", "fc7"):
+            wholes = model.exchange(parts, (0, 1))
+            parts = [
+                functional.relu(getattr(tower, layer)(whole))
+                for tower, whole in zip(model.each_tower, wholes, strict=True)
+            ]
+        logits = model.fc8(*model.exchange(parts, (0,)))
+    assert logits.std(0).mean().item() == pytest.approx(spread, rel=0.3)

@@ -1,0 +1,44 @@
+"""What became of each epoch's samples, over all the pieces that a run was made in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+
+class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One epoch, by the loader's ledger; counts of samples, but for ``reassigned`` (slices).
+
+    An epoch is whole when ``delivered == expected``: each sample exactly once.
+    """
+
+    epoch: int
+    expected: int
+    delivered: int
+    duplicates_refused: int
+    reassigned: int
+    substituted: int
+
+
+def merge_accounts(earlier: Sequence[Account], later: Sequence[Account]) -> list[Account]:
+    """The accounts of a run that was left and resumed.
+
+    An epoch in both was left in its middle: the earlier part expected all of it, the later what was left.
+    """
+    merged = {account.epoch: account for account in earlier}
+    for account in later:
+        first = merged.get(account.epoch)
+        merged[account.epoch] = account if first is None else _together(first, account)
+    return [merged[epoch] for epoch in sorted(merged)]
+
+
+def _together(first: Account, rest: Account) -> Account:
+    return Account(
+        epoch=first.epoch,
+        expected=first.expected,
+        delivered=first.delivered + rest.delivered,
+        duplicates_refused=first.duplicates_refused + rest.duplicates_refused,
+        reassigned=first.reassigned + rest.reassigned,
+        substituted=first.substituted + rest.substituted,
+    )

@@ -31,12 +31,14 @@ from tools.statistics import colour_products
 
 def main(connection: socket.socket, memory: mmap.mmap) -> None:
     """Do jobs until the pool closes its end."""
-    setup = wire.decode_to_worker(connection.recv(wire.MESSAGE_BYTES))
-    assert isinstance(setup, wire.Setup)
-    while message := connection.recv(wire.MESSAGE_BYTES):
-        job = wire.decode_to_worker(message)
-        assert isinstance(job, wire.Job)
-        connection.sendall(wire.encode(work(connection, memory, setup, job)))
+    setup = None
+    while packet := connection.recv(wire.MESSAGE_BYTES):
+        message = wire.decode_to_worker(packet)
+        if isinstance(message, wire.Setup):
+            setup = message
+        else:
+            assert setup is not None, "the pool sends it first"
+            connection.sendall(wire.encode(work(connection, memory, setup, message)))
 
 
 def work(connection: socket.socket, memory: mmap.mmap, setup: wire.Setup, job: wire.Job) -> wire.Done:

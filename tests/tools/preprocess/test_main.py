@@ -1,0 +1,246 @@
+"""The command: image folders in, environments out, whatever goes wrong on the way."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from click.testing import Result
+
+from loader_service.data.picture import load_picture
+from loader_service.data.records import Records, encode
+from tools.verify import verify
+
+Preprocess = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def fingerprints(album: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Of what an undisturbed run with one worker makes of the album."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    subprocess.run(command(album, out), check=True, capture_output=True)
+    return fingerprints_of(out)
+
+
+def fingerprints_of(out: Path) -> tuple[str, str]:
+    """Of both environments."""
+    return verify(out / "train.lmdb"), verify(out / "val.lmdb")
+
+
+def command(source: Path, out: Path, workers: int = 1) -> list[str]:
+    """The command line, for a process of its own."""
+    return [sys.executable, "-m", "tools.preprocess", str(source), str(out), "--workers", str(workers)]
+
+
+def test_every_picture_becomes_a_record(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """Each picture is there once with its label and pixels, and the order mixes the classes."""
+    assert preprocess(album, tmp_path, "--codec", "raw").exit_code == 0
+    with Records(tmp_path / "train.lmdb") as records:
+        sources = [records.source(number) for number in range(len(records))]
+        labels = []
+        for number, source in enumerate(sources):
+            label, pixels = records.pixels(number)
+            labels.append(label)
+            assert records.manifest.class_names[label] == source.split("/")[0]
+            assert np.array_equal(pixels, load_picture(album / "train" / source))
+    assert sorted(sources) == sorted(f"{name}/{i:03d}.jpg" for name in ("ant", "bee", "cat") for i in range(26))
+    assert all(len(set(labels[i : i + 26])) == 3 for i in range(0, 78, 26))
+
+
+def test_jpeg_records_decode_to_what_the_statistics_are_of(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """With JPEG records, mean and covariance are of the pixels that readers get, and the quality is as asked."""
+    assert preprocess(album, tmp_path, "--codec", "jpeg", "--quality", "80").exit_code == 0
+    with Records(tmp_path / "train.lmdb") as records:
+        batch = np.stack([records.pixels(number)[1] for number in range(len(records))])
+        manifest = records.manifest
+        with records.values() as values:
+            payload = bytes(values.read(5)[3])
+        picture = load_picture(album / "train" / records.source(5))
+    assert manifest.codec_parameters["quality"] == 80
+    assert payload == encode(picture, "jpeg", manifest.codec_parameters)
+    np.testing.assert_array_equal(manifest.statistics.mean_image, batch.mean(axis=0).astype(np.float32))
+    covariance = np.cov(batch.reshape(-1, 3).T / 255.0, bias=True)
+    np.testing.assert_allclose(manifest.statistics.covariance, covariance, rtol=1e-9)
+
+
+def test_a_bad_file_is_skipped_and_named(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """What is no picture stands in the manifest with its reason, and is shown."""
+    result = preprocess(album, tmp_path)
+    with Records(tmp_path / "train.lmdb") as records:
+        rejected = {bad.source: bad.reason for bad in records.manifest.rejected}
+    assert rejected == {f"{name}/notes.txt": "it is in no known picture format" for name in ("ant", "bee", "cat")}
+    assert "rejected bee/notes.txt: it is in no known picture format" in result.output
+    assert "3 files rejected" in result.output
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_number_of_workers_changes_nothing(
+    workers: int, album: Path, tmp_path: Path, fingerprints: tuple[str, str], preprocess: Preprocess
+) -> None:
+    """The fingerprints, over records and statistics, are the same for any number of processes."""
+    assert preprocess(album, tmp_path, "--workers", str(workers)).exit_code == 0
+    assert fingerprints_of(tmp_path) == fingerprints
+
+
+def test_validation_takes_the_statistics_of_training(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """Mean and colour directions of the validation environment are the training split's, and its labels too."""
+    (tmp_path / "val" / "cat").mkdir(parents=True)
+    (tmp_path / "val" / "cat" / "1.jpg").write_bytes((album / "val" / "cat" / "001.jpg").read_bytes())
+    out = tmp_path / "out"
+    assert preprocess(album, out, "--val", str(tmp_path / "val")).exit_code == 0
+    with Records(out / "train.lmdb") as train, Records(out / "val.lmdb") as val:
+        assert val.manifest.mean_image == train.manifest.mean_image
+        assert val.manifest.eigenvectors == train.manifest.eigenvectors
+        assert val.manifest.class_names == train.manifest.class_names == ("ant", "bee", "cat")
+        assert val.manifest.class_counts == (0, 0, 1)
+        assert val.pixels(0)[0] == 2
+
+
+def test_a_share_of_each_class_is_split_off(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """Without a validation folder a tenth of each class is taken, or the share that is named, and nothing twice."""
+    for share, count in (((), 3), (("--val-fraction", "0.25"), 7)):
+        out = tmp_path / str(count)
+        assert preprocess(album / "train", out, *share).exit_code == 0
+        with Records(out / "train.lmdb") as train, Records(out / "val.lmdb") as val:
+            sources = [[split.source(i) for i in range(len(split))] for split in (train, val)]
+            rejected = [bad.source for split in (train, val) for bad in split.manifest.rejected]
+        taken = Counter(source.split("/")[0] for source in [*sources[1], *rejected])
+        assert len({*sources[0], *sources[1], *rejected}) == 81
+        assert all(count <= taken[name] <= count + 1 for name in ("ant", "bee", "cat"))
+
+
+def test_no_validation_when_none_is_wanted(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """A share of 0 makes the training environment alone, also where there is a validation folder."""
+    assert preprocess(album, tmp_path, "--val-fraction", "0").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.lmdb"]
+
+
+def test_what_is_there_is_not_made_again(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """The same command twice does the work once."""
+    preprocess(album, tmp_path)
+    before = (tmp_path / "train.lmdb" / "data.mdb").stat()
+    unchanged = ("st_ino", "st_size", "st_mtime_ns")
+    result = preprocess(album, tmp_path, "--workers", "2")
+    assert result.exit_code == 0
+    assert "there already" in result.output
+    after = (tmp_path / "train.lmdb" / "data.mdb").stat()
+    assert [getattr(after, name) for name in unchanged] == [getattr(before, name) for name in unchanged]
+
+
+def test_another_dataset_is_replaced_only_when_asked(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """A dataset made from something else is refused, and with --replace replaced under the eyes of its readers."""
+    preprocess(album, tmp_path, "--seed", "1")
+    result = preprocess(album, tmp_path)
+    assert result.exit_code == 1
+    assert "was made from something else: name another folder, or say --replace" in result.output
+    with Records(tmp_path / "train.lmdb") as reader:
+        old = reader.source(0)
+        assert preprocess(album, tmp_path, "--replace").exit_code == 0
+        assert reader.source(0) == old
+        reader.check(len(reader) - 1)
+    with Records(tmp_path / "train.lmdb") as reader:
+        assert reader.manifest.made_by["seed"] == "0"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.lmdb", "val.lmdb"]
+
+
+def test_a_hopeless_run_is_stopped(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """Where most files are bad, the run ends with a sentence and leaves nothing; where all are, too."""
+    junk = tmp_path / "junk" / "ant"
+    junk.mkdir(parents=True)
+    for number in range(150):
+        (junk / f"{number}.jpg").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    result = preprocess(tmp_path / "junk", out, "--val-fraction", "0")
+    assert result.exit_code == 1
+    assert "is this the right folder?" in result.output
+    for path in sorted(junk.iterdir())[:140]:
+        path.unlink()
+    result = preprocess(tmp_path / "junk", out, "--val-fraction", "0")
+    assert result.exit_code == 3
+    assert "none of 10 files became a record" in result.output
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("{album}/nowhere", "{tmp}/out"), 2, "does not exist"),
+        (("{tmp}", "{tmp}/../out"), 3, "it has no folders for classes"),
+        (("{album}/train", "{album}/train/out"), 2, "not inside of"),
+        (("{album}", "{tmp}/out", "--val", "{album}/train", "--val-fraction", "0.5"), 2, "no --val beside it"),
+        (("{album}/val", "{tmp}/out", "--val", "{album}"), 3, "its class 'train' is not among the 3 classes"),
+        (("{album}", "{tmp}/out", "--codec", "png"), 2, "is not one of"),
+    ],
+)
+def test_what_cannot_work_is_said_in_a_sentence(
+    arguments: tuple[str, ...], code: int, sentence: str, album: Path, tmp_path: Path, preprocess: Preprocess
+) -> None:
+    """Wrong folders and options end with their exit code, one sentence and no traceback."""
+    result = preprocess(*(argument.format(album=album, tmp=tmp_path) for argument in arguments))
+    assert result.exit_code == code
+    assert sentence in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_two_runs_keep_apart(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """While one run writes to a folder, another is refused."""
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    result = preprocess(album, tmp_path)
+    os.close(descriptor)
+    assert result.exit_code == 1
+    assert "another run is writing to" in result.output
+
+
+def start(source: Path, out: Path, workers: int = 2) -> subprocess.Popen[str]:
+    """Start the command and return when its work has begun."""
+    process = subprocess.Popen(command(source, out, workers), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "files of 3 classes" in process.stderr.readline()
+    return process
+
+
+def environments(out: Path) -> list[str]:
+    """What is visible in the folder."""
+    return sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+
+
+@pytest.mark.parametrize("delay_s", [0.05, 0.3, 0.6, 0.9])
+def test_a_killed_run_leaves_no_half_environment(
+    delay_s: float, album: Path, tmp_path: Path, fingerprints: tuple[str, str]
+) -> None:
+    """After SIGKILL at any moment, what is under a final name is whole, and the next run makes the rest."""
+    with start(album, tmp_path) as process:
+        workers = psutil.Process(process.pid).children()
+        select.select([], [], [], delay_s)
+        process.kill()
+    for name in environments(tmp_path):
+        verify(tmp_path / name)
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert alive == []
+    subprocess.run(command(album, tmp_path), check=True, capture_output=True)
+    assert fingerprints_of(tmp_path) == fingerprints
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.lmdb", "val.lmdb"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_leaves_nothing(number: signal.Signals, code: int, album: Path, tmp_path: Path) -> None:
+    """Ctrl-C and SIGTERM end the run soon, without a traceback, a process or a half environment."""
+    with start(album, tmp_path) as process:
+        workers = psutil.Process(process.pid).children()
+        process.send_signal(number)
+        assert process.wait(10) == code
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+    assert not any(worker.is_running() for worker in workers)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,98 @@
+"""What is decided before a run starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tools.command import ToolFailed
+from tools.preprocess.plan import (
+    RAW_RECORD_BYTES,
+    check_room,
+    choose_codec,
+    identity,
+    memory_bytes,
+    shuffled,
+    split_off,
+)
+from tools.preprocess.sources import Item, Listing
+
+
+def listing(sizes: list[int]) -> Listing:
+    """A listing with so many items in each class."""
+    items = [
+        Item(f"c{label}/{i}.jpg", label, b"/x", 7, 0, 100) for label, count in enumerate(sizes) for i in range(count)
+    ]
+    return Listing(Path("/x"), tuple(f"c{label}" for label in range(len(sizes))), tuple(items))
+
+
+def test_the_order_is_a_permutation_by_seed() -> None:
+    """Every item once, however they were listed; another seed gives another order."""
+    items = listing([40, 40]).items
+    assert sorted(item.source for item in shuffled(items, 1)) == sorted(item.source for item in items)
+    assert shuffled(items, 1) == shuffled(reversed(items), 1)
+    assert shuffled(items, 1) != shuffled(items, 2)
+
+
+def test_the_order_stays_as_it_is() -> None:
+    """Datasets that were made once can be made again: the order is pinned."""
+    assert [item.source for item in shuffled(listing([4, 2]).items, 2012)] == PINNED
+
+
+PINNED = ["c0/3.jpg", "c0/1.jpg", "c1/1.jpg", "c1/0.jpg", "c0/0.jpg", "c0/2.jpg"]
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6), share=st.floats(0.01, 0.99), seed=st.integers(0, 99))
+def test_a_split_takes_the_share_of_every_class(sizes: list[int], share: float, seed: int) -> None:
+    """Nothing is lost or in both; each class gives its share, at least one, and keeps at least one."""
+    whole = listing(sizes)
+    train, val = split_off(whole, share, seed)
+    assert {*train.items, *val.items} == set(whole.items)
+    assert len(train.items) + len(val.items) == len(whole.items)
+    for label, size in enumerate(sizes):
+        count = sum(item.label == label for item in val.items)
+        assert count == min(max(1, round(share * size)), size - 1)
+
+
+def test_auto_chooses_by_memory() -> None:
+    """Raw while all records fit into half of the memory, JPEG beyond; a choice of the user's stands."""
+    fit = memory_bytes() // 2 // RAW_RECORD_BYTES
+    assert choose_codec("auto", fit) == "raw"
+    assert choose_codec("auto", fit + 1) == "jpeg"
+    assert choose_codec("jpeg", 1) == "jpeg"
+    assert choose_codec("raw", 10**12) == "raw"
+
+
+def test_room_is_looked_for_before_the_start(tmp_path: Path) -> None:
+    """What cannot fit on the disk is refused with both figures."""
+    assert check_room(tmp_path, 10, "raw") > check_room(tmp_path, 10, "jpeg") > 0
+    with pytest.raises(
+        ToolFailed, match=r"GB free, and 1,000,000,000,000 raw records need about .* or take --codec jpeg"
+    ):
+        check_room(tmp_path, 10**12, "raw")
+
+
+def test_the_identity_is_of_all_that_decides_the_records() -> None:
+    """A changed file, label, class, codec, quality, seed or source of statistics is another input."""
+    base = listing([2])
+    first, second = base.items
+    changed = [
+        msgspec.structs.replace(base, class_names=("other",)),
+        *(
+            msgspec.structs.replace(base, items=(msgspec.structs.replace(first, **{field: value}), second))
+            for field, value in (("source", "z"), ("label", 1), ("size", 101), ("stamp_ns", 8))
+        ),
+    ]
+    identities = [identity(each, "raw", {}, 0) for each in (base, *changed)]
+    identities += [
+        identity(base, "jpeg", {}, 0),
+        identity(base, "jpeg", {"quality": 80}, 0),
+        identity(base, "raw", {}, 1),
+        identity(base, "raw", {}, 0, "of another"),
+    ]
+    assert len(set(identities)) == len(identities)
+    assert identity(listing([2]), "raw", {}, 0) == identities[0]

@@ -1,0 +1,128 @@
+"""An environment that is sound, and ones that are not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import lmdb
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from loader_service.data.records import HEADER, KEY, Codec, Manifest, Rejected, encode
+from loader_service.data.writer import Writer
+from tools.statistics import Sums, colour_products
+from tools.verify import main
+
+Picture = Callable[[int], np.ndarray]
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory, picture: Picture) -> Path:
+    """A sound environment; not to be changed."""
+    path = tmp_path_factory.mktemp("sound") / "train.lmdb"
+    write(path, picture, "raw")
+    return path
+
+
+def write(path: Path, picture: Picture, codec: Codec) -> Manifest:
+    """An environment of COUNT records with their own statistics."""
+    sums = Sums()
+    with Writer(path, codec=codec, class_names=("a", "b")) as writer:
+        for number in range(COUNT):
+            pixels = picture(number)
+            writer.put(number % 2, encode(pixels, codec), f"{number}.jpg")
+            sums.add(1, pixels, colour_products(pixels))
+        return writer.finish(sums.statistics(), made_by={}, rejected=[Rejected("x", "y")])
+
+
+def run(path: Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command."""
+    result = CliRunner().invoke(main, [str(path)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_sound_environment_gives_its_fingerprint(sound: Path, picture: Picture, tmp_path: Path) -> None:
+    """Exit code 0, and on stdout the fingerprint that the manifest has, and nothing else."""
+    manifest = write(tmp_path / "again.lmdb", picture, "raw")
+    assert run(sound)[:2] == (0, manifest.fingerprint + "\n")
+
+
+def change(path: Path, database: bytes, key: bytes, alter: Callable[[bytes], bytes | None]) -> None:
+    """Alter one value in place, or remove it, as damage or a foreign hand would."""
+    with lmdb.open(str(path), max_dbs=3, map_size=2**30, lock=False) as env:
+        db = env.open_db(database)
+        with env.begin(write=True, db=db) as txn:
+            value = alter(bytes(txn.get(key)))
+            if value is None:
+                txn.delete(key)
+            else:
+                txn.put(key, value)
+
+
+def in_manifest(**fields: object) -> tuple[bytes, bytes, Callable[[bytes], bytes]]:
+    """A change of the manifest's fields."""
+
+    def alter(stored: bytes) -> bytes:
+        manifest = msgspec.msgpack.decode(stored, type=Manifest)
+        return msgspec.msgpack.encode(msgspec.structs.replace(manifest, **fields))
+
+    return b"manifest", b"manifest", alter
+
+
+def flip_bit(value: bytes) -> bytes:
+    """One bit of the payload, the other way."""
+    return value[:5000] + bytes([value[5000] ^ 1]) + value[5001:]
+
+
+DAMAGE = {
+    "bit": ((b"records", KEY.pack(7), flip_bit), "1 of its 40 records are bad"),
+    "label": (
+        (b"records", KEY.pack(8), lambda v: HEADER.pack(1, *HEADER.unpack_from(v)[1:]) + v[HEADER.size :]),
+        "its manifest counts [20, 20] records by class, there are [19, 21]",
+    ),
+    "wild label": (
+        (b"records", KEY.pack(8), lambda v: HEADER.pack(9, *HEADER.unpack_from(v)[1:]) + v[HEADER.size :]),
+        "records are bad",
+    ),
+    "record gone": ((b"records", KEY.pack(9), lambda v: None), "it holds 39 records, its manifest says 40"),
+    "source gone": ((b"sources", KEY.pack(3), lambda v: None), "1 of its 40 records are bad"),
+    "mean": (in_manifest(channel_means=(1.0, 2.0, 3.0)), "channel_means are not those of its records"),
+    "golden": (in_manifest(golden="0" * 32), "other golden samples"),
+    "fingerprint": (in_manifest(fingerprint="0" * 32), "its manifest says 0000"),
+    "class names": (in_manifest(class_names=("a", "c")), "its fingerprint is"),
+    "mean of others": (
+        in_manifest(channel_means=(1.0, 2.0, 3.0), made_by={"statistics": "of another"}),
+        "channel means are not those of its mean image",
+    ),
+    "eigenvalues of others": (
+        in_manifest(eigenvalues=(1.0, 0.5, 0.1), made_by={"statistics": "of another"}),
+        "are not those of its covariance",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_found(name: str, sound: Path, tmp_path: Path) -> None:
+    """Whatever was changed, the exit code is 3, stdout is empty and a sentence says what is wrong."""
+    path = tmp_path / "train.lmdb"
+    shutil.copytree(sound, path)
+    where, sentence = DAMAGE[name]
+    change(path, *where)
+    code, out, err = run(path)
+    assert code == 3
+    assert out == ""
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+def test_what_is_no_environment_is_refused(tmp_path: Path) -> None:
+    """An empty folder and a foreign file end with a sentence."""
+    assert run(tmp_path / "none.lmdb")[0] == 3
+    assert "there is no dataset at" in run(tmp_path)[2]
+    (tmp_path / "data.mdb").write_bytes(b"not LMDB" * 4096)
+    assert "cannot be used" in run(tmp_path)[2]

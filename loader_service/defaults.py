@@ -23,6 +23,9 @@ PREFETCH: Final = 4
 SLICE_SAMPLES: Final = 32
 """Positions per request: a millisecond of a worker's time, large against a message's 0.1 ms, and four per batch."""
 
+MAX_BAD: Final = 100
+"""Bad records that are replaced before the run stops all the same: more is no accident."""
+
 SEND_SLOT_BYTES: Final = 16 * 2**20
 """A node's slot for a slice that goes in frames: 32 float32 samples of 224 x 224 fit, or two ten-crop ones."""
 

@@ -8,7 +8,8 @@
     │   ├── DatasetNotFound              there is no environment at that path
     │   ├── DatasetUnfinished            an environment without a manifest
     │   ├── DatasetInvalid               damaged, foreign, or of another format
-    │   └── RecordError                  one record cannot be read or decoded
+    │   ├── RecordError                  one record cannot be read or decoded
+    │   └── TooManyBadRecords            more are bad than may be replaced
     ├── PictureError                  3  one picture file cannot be used
     ├── LinkError                     4  never raised itself
     │   ├── AddressError                 an address that cannot be parsed, bound or resolved
@@ -80,9 +81,21 @@ class DatasetInvalid(DatasetError):
 class RecordError(DatasetError):
     """One record cannot be read or decoded."""
 
-    def __init__(self, path: Path | str, record: int, reason: str) -> None:
-        self.path, self.record, self.reason = Path(path), record, reason
-        super().__init__(f"record {record} of {path} cannot be used: {reason}.")
+    def __init__(self, path: Path | str, record: int, reason: str, source: str = "") -> None:
+        self.path, self.record, self.reason, self.source = Path(path), record, reason, source
+        name = f" ({source})" if source else ""
+        super().__init__(f"record {record}{name} of {path} cannot be used: {reason}.")
+
+
+class TooManyBadRecords(DatasetError):
+    """More records are bad than the caller allowed to be replaced."""
+
+    def __init__(self, bad: int, allowed: int, last: str) -> None:
+        self.bad, self.allowed, self.last = bad, allowed, last
+        super().__init__(
+            f"{bad} records are bad, and max_bad allows {allowed}; the last: {last} "
+            "Mend the dataset (`python -m tools.verify` names all), or allow more."
+        )
 
 
 class PictureError(LoaderServiceError):

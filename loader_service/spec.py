@@ -32,6 +32,9 @@ Kind = Literal["train", "center", "ten-crop", "whole"]
 Order = Literal["shuffled", "sequential"]
 Dtype = Literal["uint8", "float32"]
 
+MAX_EXCLUDED: Final = 1024
+"""Most records that a run may exclude as bad: they travel with every request, and a worse dataset wants mending."""
+
 DRAWS: Final = np.dtype(
     [("y", "<i2"), ("x", "<i2"), ("flip", "?"), ("shift", "<i2", (3,))],
     align=True,
@@ -118,7 +121,8 @@ Position = Annotated[int, msgspec.Meta(ge=0, le=2**60)]
 class SliceId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which samples: with the dataset, everything that decides a slice's bytes.
 
-    ``start`` and ``count`` are positions in the order of ``epoch`` under ``seed``.
+    ``start`` and ``count`` are positions in the order of ``epoch`` under ``seed``. ``excluded`` are the records, ascending,
+    whose pixels are replaced by others' because they are bad.
     """
 
     view: View
@@ -126,6 +130,7 @@ class SliceId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch: Count
     start: Position
     count: Annotated[int, msgspec.Meta(ge=1, le=MAX_SLICE)]
+    excluded: Annotated[tuple[Position, ...], msgspec.Meta(max_length=MAX_EXCLUDED)] = ()
 
 
 class SampleLayout(msgspec.Struct, frozen=True):

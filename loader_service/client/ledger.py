@@ -70,6 +70,8 @@ class Part:
     state: str = "wanted"  # wanted | asked | done
     ask: int = -1
     excuses: int = 0
+    excluded: tuple[int, ...] = ()  # what the ask that is current excludes
+    refused_by: set[str] = field(default_factory=set)  # nodes that called a record of it bad
 
 
 @dataclass(eq=False)
@@ -135,6 +137,7 @@ class Ledger:
         slice_samples: most positions per slice.
         arm: see above.
         numbers: gives each ask its number; shared by all ledgers of a client, so that no number is used twice.
+        excluded: records that are known to be bad, ascending.
     """
 
     def __init__(
@@ -147,9 +150,11 @@ class Ledger:
         slice_samples: int,
         arm: Arm,
         numbers: Iterator[int],
+        excluded: tuple[int, ...] = (),
     ) -> None:
         self._schedule, self._arm, self._numbers = schedule, arm, numbers
         self._slice_samples = slice_samples
+        self.excluded = excluded
         self._plans: Iterator[Plan] = schedule.batches(epoch, position)
         self._began = (epoch, position)
         self._exhausted = self._finished = False
@@ -199,6 +204,29 @@ class Ledger:
         found[1].excuses += 1
         self._want_again(*found)
         return True
+
+    def bad(self, node: str, number: int) -> bool:
+        """A node calls a record of a slice bad; the part is wanted again.
+
+        Returns:
+            True if every node that is there has refused this part, so that the record is to be judged: excluded, or
+            the end of the run. False if another node may still read it, or nobody waits for the answer.
+        """
+        found = self.is_current(node, number)
+        if found is None:
+            return False
+        batch, part = found
+        del self._nodes[node].asks[number]
+        part.refused_by.add(node)
+        self._want_again(batch, part)
+        return part.refused_by >= self._nodes.keys()
+
+    def exclude(self, record: int) -> None:
+        """Ask for no slice with this record's pixels any more; slices that are under way may still have them."""
+        self.excluded = tuple(sorted({*self.excluded, record}))
+        for batch in self._batches:
+            for part in batch.parts:
+                part.refused_by.clear()
 
     def slot_returned(self, slot: int) -> None:
         """The caller has let go of a slot."""
@@ -258,23 +286,29 @@ class Ledger:
             for part in batch.parts:
                 if part.state != "wanted":
                     continue
-                name = self._least_loaded()
+                name = self._least_loaded(part.refused_by)
                 if name is None:
-                    return asks + mine
+                    continue
                 generation = self._arm(batch.slot, part.index)
                 if generation is None:  # what was just to be asked of this slot is not asked at all
                     self._condemn(batch)
                     mine.clear()
                     break
-                part.state, part.ask = "asked", next(self._numbers)
+                part.state, part.ask, part.excluded = "asked", next(self._numbers), self.excluded
                 self._nodes[name].asks[part.ask] = (batch, part)
                 mine.append(Ask(name, part.ask, batch, part, generation))
             asks += mine
         return asks
 
-    def _least_loaded(self) -> str | None:
-        """The node with the smallest share of its capacity in use, if any has room."""
-        roomy = [(len(n.asks) / n.capacity, name) for name, n in self._nodes.items() if len(n.asks) < n.capacity]
+    def _least_loaded(self, refused_by: set[str]) -> str | None:
+        """The node with the smallest share of its capacity in use, if one has room that has not refused the part."""
+        if refused_by >= self._nodes.keys():
+            refused_by.clear()  # those that might have read it have gone since: ask again, and judge again
+        roomy = [
+            (len(node.asks) / node.capacity, name)
+            for name, node in self._nodes.items()
+            if len(node.asks) < node.capacity and name not in refused_by
+        ]
         return min(roomy)[1] if roomy else None
 
     def _deliveries(self) -> Iterator[Deliver]:

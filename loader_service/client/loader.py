@@ -17,15 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from loader_service import defaults
+from loader_service.client.ledger import Batch as MadeBatch
 from loader_service.client.ledger import Deliver, EpochAccount, Finish, Ledger
-from loader_service.client.plan import Plan, Schedule
+from loader_service.client.plan import Schedule
 from loader_service.client.room import Room
-from loader_service.client.session import Delivery, Session
+from loader_service.client.session import Delivery, Quarantined, Session
 from loader_service.data.augment import complete_view
-from loader_service.data.fill import slice_numbers
+from loader_service.data.fill import slice_numbers, slice_sources
 from loader_service.data.records import SHAPE, Statistics
 from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld, StateError
-from loader_service.spec import DatasetFacts, Dtype, SampleLayout, SliceId, Split, View
+from loader_service.spec import MAX_EXCLUDED, DatasetFacts, Dtype, SampleLayout, Split, View
 
 log = logging.getLogger("loader_service.client")
 
@@ -113,7 +114,9 @@ class Loader:
         drop_last: leave out an epoch's last batch if it is not full.
         prefetch: batches made ahead.
         timeout_s: how long to wait for a node or a batch before it is an error; None waits for ever, and says so.
-        on_bad_sample: ``fail`` stops with the record named.
+        on_bad_sample: what to do about a record that no node can read: ``fail`` stops with the record named;
+            ``substitute`` shows another's pixels in its place, names it in :attr:`quarantine` and goes on.
+        max_bad: how many records may be replaced before it is an error all the same.
 
     Raises:
         OptionError: an argument cannot work.
@@ -138,13 +141,15 @@ class Loader:
         drop_last: bool = False,
         prefetch: int = defaults.PREFETCH,
         timeout_s: float | None = None,
-        on_bad_sample: Literal["fail"] = "fail",
+        on_bad_sample: Literal["fail", "substitute"] = "fail",
+        max_bad: int = defaults.MAX_BAD,
     ) -> None:
         chosen = _check_view(view)
         _check_choice("split", split, get_args(Split))
         _check_choice("dtype", dtype, get_args(Dtype))
         _check_choice("transport", transport, get_args(Transport))
-        _check_choice("on_bad_sample", on_bad_sample, ("fail",))
+        _check_choice("on_bad_sample", on_bad_sample, ("fail", "substitute"))
+        _check_range("max_bad", max_bad, 0, MAX_EXCLUDED - 1)
         _check_range("batch_size", batch_size, 1, 2**16)
         _check_range("seed", seed, 0, 2**63 - 1)
         _check_range("epochs", epochs, 0, 2**31)
@@ -155,7 +160,7 @@ class Loader:
         if not addresses:
             raise OptionError("address", address, "one or more addresses such as tcp://127.0.0.1:5555")
         self._seed, self._transport, self._timeout_s = seed, transport, timeout_s
-        self._session = Session(addresses, split)
+        self._session = Session(addresses, split, max_bad if on_bad_sample == "substitute" else None)
         self._close: weakref.finalize[..., Loader] = weakref.finalize(self, self._session.close)
         try:
             self._facts = self._session.wait_for_facts(timeout_s)
@@ -172,6 +177,8 @@ class Loader:
         self._deliveries: queue.SimpleQueue[Delivery] | None = None
         self._held: set[int] = set()
         self._delivered: dict[int, int] = {}
+        self._substituted: dict[int, int] = {}
+        self._excluded: tuple[int, ...] = ()
         self.waited_s = 0.0
 
     # Iteration
@@ -194,7 +201,7 @@ class Loader:
                 plan = batch.plan
                 self._next = (plan.epoch, plan.next) if plan.next < self.dataset.count else (plan.epoch + 1, 0)
                 self._delivered[plan.epoch] = self._delivered.get(plan.epoch, 0) + plan.count
-                return self._assemble(plan, batch.slot)
+                return self._assemble(delivery.batch)
             case Finish():
                 self._deliveries.put(delivery)  # asked once more, the answer stays the same
                 raise StopIteration
@@ -215,7 +222,7 @@ class Loader:
             "view": _plain(self._view),
             "fingerprint": self._facts.fingerprint,
             "golden": self._facts.golden,
-            "exclusions": [],
+            "exclusions": list(self._session.ledger.excluded if self._session.ledger else self._excluded),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -225,7 +232,7 @@ class Loader:
             StateError: it was saved for another dataset, view or seed, or by another version.
         """
         here = self.state_dict()
-        for what in ("format", "fingerprint", "golden", "seed", "view", "exclusions"):
+        for what in ("format", "fingerprint", "golden", "seed", "view"):
             saved = state.get(what)
             if _plain(saved) != here[what]:
                 raise StateError(what, saved, here[what])
@@ -234,8 +241,9 @@ class Loader:
             isinstance(epoch, int) and isinstance(position, int) and epoch >= 0 and 0 <= position <= self.dataset.count
         ):
             raise StateError("position", f"epoch {epoch}, position {position}", f"an epoch of {self.dataset.count}")
+        self._excluded = _check_exclusions(state.get("exclusions"), self.dataset.count)
         self._next = (epoch, position)
-        self._delivered = {}
+        self._delivered, self._substituted = {}, {}
         self._deliveries = None
 
     @property
@@ -243,7 +251,19 @@ class Loader:
         """The account of each epoch begun so far; see :class:`EpochAccount`."""
         ledger = self._session.ledger
         accounts = ledger.accounts if ledger else []
-        return [replace(account, delivered=self._delivered.get(account.epoch, 0)) for account in accounts]
+        return [
+            replace(
+                account,
+                delivered=self._delivered.get(account.epoch, 0),
+                substituted=self._substituted.get(account.epoch, 0),
+            )
+            for account in accounts
+        ]
+
+    @property
+    def quarantine(self) -> list[Quarantined]:
+        """The records that were found bad by this loader and replaced, each with its source's name and why."""
+        return list(self._session.quarantine)
 
     @property
     def memory_bytes(self) -> int:
@@ -302,6 +322,7 @@ class Loader:
                 slice_samples=self._room.slice_samples,
                 arm=self._room.arm,
                 numbers=numbers,
+                excluded=self._excluded,
             )
 
         return self._session.begin(self._room, self._transport, new_ledger)
@@ -320,7 +341,8 @@ class Loader:
         except queue.Empty:
             raise NoNodeError(self._session.addresses, self._timeout_s or 0.0, "no batch came") from None
 
-    def _assemble(self, plan: Plan, slot: int) -> Batch:
+    def _assemble(self, made: MadeBatch) -> Batch:
+        plan, slot = made.plan, made.slot
         self._held.add(slot)
         held, session = self._held, self._session
 
@@ -329,9 +351,19 @@ class Loader:
             session.slot_returned(slot)
 
         images, labels, draws = self._room.arrays(slot, plan.count, release)
-        what = SliceId(self._view, self._seed, plan.epoch, plan.first, max(1, plan.count))
-        ids = slice_numbers(self.dataset.count, what).copy() if plan.count else np.empty(0, np.int64)
-        return Batch(images, labels, ids, ids.copy(), draws, plan.epoch, plan.first)
+        slices = [self._room.slice_id(plan.epoch, part) for part in made.parts]
+        ids = _joined([slice_numbers(self.dataset.count, what) for what in slices])
+        sources = ids.copy()
+        if any(what.excluded for what in slices):
+            sources = _joined([slice_sources(self.dataset.count, what) for what in slices])
+            replaced = int(np.count_nonzero(sources != ids))
+            self._substituted[plan.epoch] = self._substituted.get(plan.epoch, 0) + replaced
+        return Batch(images, labels, ids, sources, draws, plan.epoch, plan.first)
+
+
+def _joined(parts: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """Record numbers of slices, as one array of the caller's own."""
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
 def _close(session: Session, room: Room) -> None:
@@ -352,6 +384,16 @@ def _statistics(dataset: Dataset) -> Statistics:
 def _plain(value: Any) -> Any:
     """A value as JSON gives it back: lists, not tuples."""
     return msgspec.json.decode(msgspec.json.encode(value))
+
+
+def _check_exclusions(saved: object, count: int) -> tuple[int, ...]:
+    try:
+        records = sorted(set(msgspec.convert(saved, list[int])))
+    except msgspec.ValidationError as error:
+        raise StateError("exclusions", saved, "a list of record numbers") from error
+    if len(records) > MAX_EXCLUDED or (records and not 0 <= records[0] <= records[-1] < count):
+        raise StateError("exclusions", saved, f"at most {MAX_EXCLUDED} of {count} records")
+    return tuple(records)
 
 
 def _check_view(view: str | View) -> View:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.client.ledger import Ask
+from loader_service.client.ledger import Ask, Part
 from loader_service.link.messages import Place
 from loader_service.link.slots import Hold, Segment
 from loader_service.spec import DRAWS, SampleLayout, SliceId
@@ -61,9 +61,9 @@ class Room:
         """See :meth:`Segment.arm`."""
         return self.segment.arm(slot * self._parts + part)
 
-    def slice_id(self, epoch: int, start: int, count: int) -> SliceId:
+    def slice_id(self, epoch: int, part: Part) -> SliceId:
         """The identity of a slice of this run."""
-        return SliceId(self.layout.view, self._seed, epoch, start, count)
+        return SliceId(self.layout.view, self._seed, epoch, part.first, part.count, part.excluded)
 
     def place(self, ask: Ask) -> Place:
         """Where a worker shall write."""

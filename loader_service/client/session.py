@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -33,6 +34,7 @@ from loader_service.errors import (
     NoNodeError,
     RecordError,
     SharedMemoryError,
+    TooManyBadRecords,
 )
 from loader_service.link import messages
 from loader_service.link.waker import Waker
@@ -49,16 +51,27 @@ NewLedger = Callable[[list[int], Iterator[int]], Ledger]
 """Makes a run's ledger from the slots that are free and the numbers for its asks."""
 
 
+@dataclass(frozen=True)
+class Quarantined:
+    """A record that no node can read, the file that it was made from (empty if unknown), and why."""
+
+    record: int
+    source: str
+    reason: str
+
+
 class Session:
     """One client's connections, and the run in progress.
 
     Args:
         addresses: of the nodes.
         split: what they must serve.
+        max_bad: how many bad records may be replaced; None stops at the first.
     """
 
-    def __init__(self, addresses: tuple[str, ...], split: Split) -> None:
-        self.addresses, self.split = addresses, split
+    def __init__(self, addresses: tuple[str, ...], split: Split, max_bad: int | None = None) -> None:
+        self.addresses, self.split, self._max_bad = addresses, split, max_bad
+        self.quarantine: list[Quarantined] = []
         self.facts: DatasetFacts | None = None
         self.slot_bytes = 0
         self._welcomed = threading.Event()
@@ -309,10 +322,26 @@ class Session:
         if self._ledger is None or found is None:
             return
         if failed.record >= 0:
-            raise RecordError(f"{self.split} at {peer.address}", failed.record, failed.reason)
+            if self._ledger.bad(peer.address, failed.id):
+                self._judge(peer, failed)
+            return
         self._ledger.excused(peer.address, failed.id)
         if found[1].excuses > MAX_EXCUSES:
             raise NodeFailed(f"the one at {peer.address} could not make a slice {MAX_EXCUSES} times: {failed.reason}")
+
+    def _judge(self, peer: Peer, failed: messages.Failed) -> None:
+        """No node can read a record: stop, or replace it, as the caller chose."""
+        assert self._ledger is not None
+        if failed.record in self._ledger.excluded:  # another part of the same batch has had it judged already
+            return
+        error = RecordError(f"{self.split} at {peer.address}", failed.record, failed.reason, failed.source)
+        if self._max_bad is None:
+            raise error
+        self.quarantine.append(Quarantined(failed.record, failed.source, failed.reason))
+        self._ledger.exclude(failed.record)
+        log.warning("%s Another takes its place.", error)
+        if len(self._ledger.excluded) > self._max_bad:
+            raise TooManyBadRecords(len(self._ledger.excluded), self._max_bad, str(error))
 
     def _tick(self, now: float) -> None:
         for peer in self._peers:
@@ -342,7 +371,7 @@ class Session:
         assert self._ledger is not None
         peer = next(p for p in self._peers if p.address == ask.node)
         place = self._room.place(ask) if peer.shared else None
-        what = self._room.slice_id(ask.batch.plan.epoch, ask.part.first, ask.part.count)
+        what = self._room.slice_id(ask.batch.plan.epoch, ask.part)
         request = messages.Request(peer.instance, ask.number, self.split, what, self._room.layout.dtype, place)
         if not peer.send(request):
             self._lose(peer, "its connection was cut")

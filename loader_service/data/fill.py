@@ -10,7 +10,7 @@ import xxhash
 
 from loader_service.data.augment import augment_records, complete_view
 from loader_service.data.draws import draw
-from loader_service.data.order import records_at
+from loader_service.data.order import records_at, substitute
 from loader_service.data.records import Records, Values, raw_value
 from loader_service.errors import RecordError
 from loader_service.spec import DRAWS, SampleLayout, Slice, SliceId, View
@@ -34,6 +34,21 @@ def slice_numbers(count: int, what: SliceId) -> npt.NDArray[np.int64]:
     return np.arange(what.start, what.start + what.count, dtype=np.int64)
 
 
+def slice_sources(count: int, what: SliceId) -> npt.NDArray[np.int64]:
+    """The records whose pixels a slice shows: its positions' own, but for those that are excluded: (what.count,) int64."""
+    numbers = slice_numbers(count, what)
+    if not what.excluded:
+        return numbers
+    excluded = np.array(what.excluded, np.int64)
+    bad = np.flatnonzero(np.isin(numbers, excluded))
+    if not bad.size:
+        return numbers
+    sources = numbers.copy()
+    for i in bad.tolist():
+        sources[i] = substitute(count, what.seed, what.epoch, what.start + i, excluded)
+    return sources
+
+
 def fill(out: Slice, records: Records, what: SliceId, at: npt.NDArray[np.int64] | None = None) -> None:
     """Write a slice.
 
@@ -47,7 +62,7 @@ def fill(out: Slice, records: Records, what: SliceId, at: npt.NDArray[np.int64] 
         RecordError: a record cannot be read or decoded; what was written so far is not a slice.
         ValueError: the slice is not within the epoch.
     """
-    numbers = slice_numbers(len(records), what)
+    numbers = slice_sources(len(records), what)
     draws = draw(what.view, what.seed, what.epoch, what.start, what.count)
     out.draws.view(np.uint8)[...] = draws.view(np.uint8)  # as bytes: NumPy's own copy would leave the padding as it was
     mean = records.mean_pair if out.images.dtype == np.float32 else None

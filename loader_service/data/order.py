@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loader_service.data import kernel
-from loader_service.data.draws import STREAM_ORDER, raw_words
+from loader_service.data.draws import STREAM_ORDER, STREAM_SUBSTITUTE, position_words, raw_words
 
 TABLE_MAX: Final = 65_536
 """Largest dataset whose order is a table: its sort takes about 5 ms once an epoch, and 512 KiB."""
@@ -53,6 +53,35 @@ def records_at(
         return records
     positions = np.arange(start, start + n, dtype=np.uint64)
     return _walk(positions, count, keys).astype(np.int64)
+
+
+def substitute(count: int, seed: int, epoch: int, position: int, excluded: npt.NDArray[np.int64]) -> int:
+    """The record that stands in at a position whose own is bad.
+
+    The position's sixteen words of stream 2 name a record each, and the first that is not excluded is taken; where all
+    sixteen are, the next one after the last named. So it depends on the exclusions alone, not on how they came about.
+
+    Args:
+        count: the dataset's number of records.
+        seed: of the run.
+        epoch: of the position.
+        position: 0 .. count - 1.
+        excluded: (k,) int64, ascending.
+
+    Raises:
+        ValueError: every record is excluded.
+    """
+    if len(excluded) >= count:
+        raise ValueError(f"all {count} records are excluded")
+    words = position_words(seed, epoch, STREAM_SUBSTITUTE, position, 1)[0]
+    named = (words % np.uint64(count)).astype(np.int64)
+    good = named[~np.isin(named, excluded)]
+    if good.size:
+        return int(good[0])
+    candidate = int(named[-1])
+    while candidate in excluded:
+        candidate = (candidate + 1) % count
+    return candidate
 
 
 @lru_cache(maxsize=8)

@@ -110,11 +110,15 @@ class Filled(_Message, frozen=True, tag="filled"):
 
 
 class Failed(_Message, frozen=True, tag="failed"):
-    """The slice of request ``id`` cannot be made here: ``record`` is bad, because; -1 if no record is to blame."""
+    """The slice of request ``id`` cannot be made here: ``record`` is bad, because; -1 if no record is to blame.
+
+    ``source`` is the name of the file that the record was made from, if it is known.
+    """
 
     id: Counter
     record: Annotated[int, Meta(ge=-1, le=2**48)]
     reason: Text
+    source: Text = ""
 
 
 class Stranger(_Message, frozen=True, tag="stranger"):

@@ -257,8 +257,8 @@ class Front:
                     self._do(self._roster.worker_ready(index))
                 case Done(lease, seconds):
                     self._do(self._roster.worker_done(index, lease, seconds))
-                case Bad(lease, record, reason):
-                    self._do(self._roster.worker_failed(index, lease, record, reason))
+                case Bad(lease, record, reason, source):
+                    self._do(self._roster.worker_failed(index, lease, record, reason, source))
 
     def _hear_nursery(self) -> None:
         match self._nursery.receive():

@@ -44,6 +44,7 @@ class Bad(msgspec.Struct, frozen=True, tag="bad"):
     id: int
     record: int
     reason: str
+    source: str = ""  # the file that the record was made from
 
 
 class Fork(msgspec.Struct, frozen=True, tag="fork"):

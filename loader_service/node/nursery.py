@@ -67,6 +67,13 @@ def _tend(link: socket.socket, worker_main: WorkerMain, front: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with_parent(front)
     children: dict[int, tuple[int, int]] = {}  # by pidfd: index, pid
+    try:
+        _fork_on_demand(link, worker_main, children)
+    except BrokenPipeError:  # the front went while it was being told something
+        _end(children)
+
+
+def _fork_on_demand(link: socket.socket, worker_main: WorkerMain, children: dict[int, tuple[int, int]]) -> None:
     poller = select.poll()
     poller.register(link, select.POLLIN)
     while True:

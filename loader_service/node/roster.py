@@ -188,12 +188,12 @@ class Roster:
         task.client.samples += samples
         return [Answer(task), *self._dispatch()]
 
-    def worker_failed(self, index: int, lease: int, record: int, reason: str) -> list[Action]:
+    def worker_failed(self, index: int, lease: int, record: int, reason: str, source: str = "") -> list[Action]:
         """A worker cannot write a slice, because of a record or (-1) of something else."""
         task = self.workers[index].tasks.pop(lease, None)
         if task is None:
             return []
-        return [*self._refuse(task, record, reason), *self._dispatch()]
+        return [*self._refuse(task, record, reason, source), *self._dispatch()]
 
     def worker_died(self, index: int, *, crashed: bool, record: int, how: str) -> list[Action]:
         """A worker's process is gone, and so are its locks: what it was leased goes to another.
@@ -270,11 +270,11 @@ class Roster:
         """Whether the client that asked is still the same one."""
         return self.clients.get(task.client.id) is task.client
 
-    def _refuse(self, task: Task, record: int, reason: str) -> list[Action]:
+    def _refuse(self, task: Task, record: int, reason: str, source: str = "") -> list[Action]:
         self._release_slot(task)
         if not self._present(task):
             return []
-        return [Refuse(task.client.id, Failed(task.request.id, record, reason[:4096]))]
+        return [Refuse(task.client.id, Failed(task.request.id, record, reason[:4096], source[:4096]))]
 
     def _release_slot(self, task: Task) -> None:
         if task.slot is not None:

@@ -8,14 +8,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from loader_service import LocalNode
+from loader_service.link.slots import DIRECTORY
 
 WAIT_S = 20.0
+
+
+def segments_of(pid: int) -> set[Path]:
+    """The segments in /dev/shm that a process has open."""
+    open_now = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            open_now.add(descriptor.stat().st_ino)
+    return {path for path in DIRECTORY.glob("loader-service-*") if path.stat().st_ino in open_now}
 
 
 class Node:
@@ -44,6 +55,10 @@ class Node:
         """The processes that nobody was forked from: the workers."""
         return [process for process in self.family[1:] if not process.children()]
 
+    def segments(self) -> set[Path]:
+        """The segments that the front has open."""
+        return segments_of(self.process.pid)
+
     def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         """Signal the front; its exit code and what it said on standard error."""
         if self.process.poll() is None:
@@ -64,6 +79,12 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
 def eventually_fixture() -> Callable[[Callable[[], bool], str], None]:
     """``eventually(condition, what)`` waits until the condition holds."""
     return eventually
+
+
+@pytest.fixture
+def my_segments() -> Callable[[], set[Path]]:
+    """``my_segments()``: the segments in /dev/shm that this process has open; others' do not disturb."""
+    return lambda: segments_of(os.getpid())
 
 
 @pytest.fixture

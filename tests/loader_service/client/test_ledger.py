@@ -123,6 +123,41 @@ def test_an_answer_counts_once() -> None:
     assert world.ledger.accounts[0].duplicates_refused == 2
 
 
+def test_a_bad_record_is_judged_only_when_every_node_refused_it() -> None:
+    """A part goes to the nodes that have not refused it; when all have, the verdict is due, and then it is asked anew."""
+    world = World(3)
+    world.ledger.node_up("a", 1)
+    world.ledger.node_up("b", 1)
+    world.advance()
+    (first,) = world.asked
+    assert not world.ledger.bad(first.node, first.number)
+    world.advance()
+    second = world.asked[1]
+    assert second.node != first.node
+    assert world.ledger.bad(second.node, second.number)
+    assert not world.ledger.bad(second.node, second.number)  # nobody waits for this one any more
+    world.ledger.exclude(17)
+    world.advance()
+    third = world.asked[2]
+    assert third.part.excluded == (17,)
+    assert world.ledger.filled(third.node, third.number)
+
+
+def test_a_part_refused_by_all_that_are_left_is_asked_again() -> None:
+    """The node that might have read it goes away before it was asked: the others are asked again, and judge."""
+    world = World(3)
+    world.ledger.node_up("a", 1)
+    world.ledger.node_up("b", 1)
+    world.advance()
+    ask = world.asked.pop()
+    assert not world.ledger.bad(ask.node, ask.number)
+    world.ledger.node_down("b" if ask.node == "a" else "a")
+    world.advance()
+    again = world.asked.pop()
+    assert again.node == ask.node
+    assert world.ledger.bad(again.node, again.number)
+
+
 def test_a_blocked_slot_is_left_and_taken_back_later() -> None:
     """A batch whose part a late writer holds moves to another slot, and the slot serves again when it is free."""
     world = World(40, slots=2)

@@ -17,7 +17,6 @@ from loader_service import DRAWS, Batch, Loader, LocalNode, View, describe, erro
 from loader_service.data.augment import complete_view
 from loader_service.data.fill import empty_slice, fill
 from loader_service.data.records import Records, Statistics
-from loader_service.link.slots import DIRECTORY
 from loader_service.spec import SampleLayout, SliceId
 
 RECORDS = 300
@@ -242,19 +241,19 @@ def test_held_batches_do_not_change(node_address: str) -> None:
         assert [_content(first), undisturbed[1], _content(third), *rest] == undisturbed
 
 
-def test_closing_leaves_nothing_in_shared_memory(node_address: str) -> None:
-    """The segment is gone after close, also when a batch is still held and after an error."""
-    before = set(DIRECTORY.glob("loader-service-*"))
+def test_closing_leaves_nothing_in_shared_memory(node_address: str, my_segments: Callable[[], set[Path]]) -> None:
+    """The segment's name is gone after close, also while a batch is still held, and when a loader is just dropped."""
     with _load(node_address) as loader:
         held = next(loader)
-        assert len(set(DIRECTORY.glob("loader-service-*")) - before) == 1
-    assert set(DIRECTORY.glob("loader-service-*")) <= before
+        assert len(my_segments()) == 1
+    assert my_segments() == set()
     assert held.images.any()
     loader = _load(node_address)
     next(loader)
+    assert len(my_segments()) == 1
     del loader, held
     gc.collect()
-    assert set(DIRECTORY.glob("loader-service-*")) <= before
+    assert my_segments() == set()
 
 
 def test_without_a_node_it_waits_only_as_long_as_it_was_told() -> None:
@@ -279,7 +278,6 @@ def test_a_client_outlives_its_node(dataset_dir: Path, start_node: Callable[...,
         accounts = loader.ledger
     assert got == undisturbed
     assert [(a.delivered, a.expected) for a in accounts] == [(RECORDS, RECORDS)] * 3
-    assert sum(a.reassigned for a in accounts) > 0
 
 
 def test_two_nodes_share_the_work(dataset_dir: Path, start_node: Callable[..., Any]) -> None:

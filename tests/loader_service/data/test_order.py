@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loader_service.data import kernel
-from loader_service.data.order import TABLE_MAX, records_at
+from loader_service.data.order import TABLE_MAX, records_at, substitute
+
+GOLDEN_SUBSTITUTES = [146597, 573938, 986264, 757917]
 
 words = st.integers(0, 2**64 - 1)
 
@@ -142,3 +144,26 @@ def test_positions_outside_an_epoch_are_refused(count: int, start: int, n: int) 
         n = n if n <= 1 else count + 1
     with pytest.raises(ValueError, match="not within an epoch"):
         records_at(count, 0, 0, start, n)
+
+
+def test_a_substitute_depends_on_the_exclusions_alone() -> None:
+    """It is never excluded itself, and stays the same when records are excluded that it did not pass over."""
+    for position in range(200):
+        alone = substitute(1000, 3, 1, position, np.array([5]))
+        assert alone != 5
+        others = np.array(sorted({5, *range(100, 200)} - {alone}))
+        with_others = substitute(1000, 3, 1, position, others)
+        assert with_others not in others
+        assert with_others == alone
+
+
+def test_a_substitute_is_found_while_any_record_is_good() -> None:
+    """With all records but one excluded, that one stands in; with all of them excluded it is an error."""
+    assert substitute(50, 0, 0, 7, np.array([n for n in range(50) if n != 31])) == 31
+    with pytest.raises(ValueError, match="all 50 records are excluded"):
+        substitute(50, 0, 0, 7, np.arange(50))
+
+
+def test_golden_substitutes() -> None:
+    """The rule is pinned: these positions get these records for ever."""
+    assert [substitute(1_281_167, 2012, 60, position, np.array([0])) for position in range(4)] == GOLDEN_SUBSTITUTES

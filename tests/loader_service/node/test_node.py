@@ -14,7 +14,6 @@ import pytest
 import zmq
 
 from loader_service import Loader, LocalNode, errors, status
-from loader_service.link.slots import DIRECTORY
 
 StartNode = Callable[..., Any]
 Eventually = Callable[[Callable[[], bool], str], None]
@@ -43,16 +42,17 @@ def test_it_ends_cleanly_in_the_middle_of_work(start_node: StartNode, number: si
     """SIGTERM or Ctrl-C ends it within two seconds, with no process and no segment left, while a client is being served."""
     node = start_node(workers=2)
     family = node.family
-    before = set(DIRECTORY.glob("loader-service-*"))
     with Loader(node.address, epochs=1000, timeout_s=20, transport=transport) as loader:
         next(loader)
+        segments = node.segments()
+        assert len(segments) == (1 if transport == "tcp" else 0)
         start = time.monotonic()
         code, said = node.stop(number)
         assert time.monotonic() - start < 2
     assert code == 0, said
     assert "Traceback" not in said
     assert not any(process.is_running() for process in family)
-    assert set(DIRECTORY.glob("loader-service-*")) <= before
+    assert not any(segment.exists() for segment in segments)
 
 
 def test_ctrl_c_in_the_terminal_reaches_all_and_is_still_clean(start_node: StartNode) -> None:
@@ -67,13 +67,12 @@ def test_ctrl_c_in_the_terminal_reaches_all_and_is_still_clean(start_node: Start
 
 def test_workers_die_with_a_killed_front(start_node: StartNode, eventually: Eventually) -> None:
     """SIGKILL of the front, which can clean up nothing itself, leaves no process; its segment goes at the next start."""
-    before = set(DIRECTORY.glob("loader-service-*"))
     node = start_node(workers=3)
     family = node.family
     assert len(family) == 5  # front, nursery, three workers
     with Loader(node.address, timeout_s=20, transport="tcp") as loader:
         next(loader)
-    (segment,) = set(DIRECTORY.glob("loader-service-*")) - before
+    (segment,) = node.segments()
     node.stop(signal.SIGKILL)
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []

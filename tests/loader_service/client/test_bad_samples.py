@@ -1,0 +1,137 @@
+"""Records that cannot be read: named, or replaced by a rule, and never in silence."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import pytest
+
+from loader_service import Loader, errors
+
+RECORDS, BAD = 60, (7, 41)
+StartNode = Callable[..., Any]
+
+
+def _damage(path: Path, records: tuple[int, ...]) -> None:
+    """Cut the JPEG payloads of some records short."""
+    env = lmdb.open(str(path), max_dbs=3)
+    with env.begin(write=True, db=env.open_db(b"records")) as txn:
+        for record in records:
+            key = record.to_bytes(8, "big")
+            txn.put(key, txn.get(key)[:200])
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def sound_dir(tmp_path_factory: pytest.TempPathFactory, make_dataset: Any) -> Path:
+    directory = tmp_path_factory.mktemp("sound")
+    make_dataset(directory / "train.lmdb", RECORDS, codec="jpeg")
+    return directory
+
+
+@pytest.fixture
+def damaged_dir(sound_dir: Path, tmp_path: Path) -> Path:
+    shutil.copytree(sound_dir / "train.lmdb", tmp_path / "damaged" / "train.lmdb")
+    _damage(tmp_path / "damaged" / "train.lmdb", BAD)
+    return tmp_path / "damaged"
+
+
+def _load(address: str, **options: Any) -> Loader:
+    return Loader(address, **{"timeout_s": 20, "batch_size": 16, "seed": 4} | options)
+
+
+def _run(loader: Loader) -> list[tuple[bytes, list[int], list[int], list[int]]]:
+    return [(b.images.tobytes(), b.labels.tolist(), b.ids.tolist(), b.sources.tolist()) for b in loader]
+
+
+def test_a_bad_record_stops_the_run_by_name(start_node: StartNode, damaged_dir: Path) -> None:
+    """By default the error names the record, its source file, the node and what is wrong with it."""
+    node = start_node(data=damaged_dir)
+    with pytest.raises(errors.RecordError) as caught, _load(node.address) as loader:
+        list(loader)
+    assert caught.value.record in BAD
+    assert caught.value.source == f"{('ant', 'bee', 'cat')[caught.value.record % 3]}/{caught.value.record}.jpg"
+    assert caught.value.source in str(caught.value)
+    assert node.address in str(caught.value)
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_bad_records_are_replaced_by_a_rule(start_node: StartNode, damaged_dir: Path, transport: Any) -> None:
+    """Batches keep their size, ids stay, sources tell, labels are the sources', and everything is counted and named."""
+    node = start_node(data=damaged_dir)
+    with _load(node.address, on_bad_sample="substitute", epochs=2, transport=transport) as loader:
+        batches = _run(loader)
+        assert {q.record for q in loader.quarantine} == set(BAD)
+        assert all(q.source.endswith(f"{q.record}.jpg") and q.reason for q in loader.quarantine)
+        assert [(a.delivered, a.expected, a.substituted) for a in loader.ledger] == [(RECORDS, RECORDS, 2)] * 2
+    ids = np.concatenate([b[2] for b in batches]).reshape(2, RECORDS)
+    sources = np.concatenate([b[3] for b in batches]).reshape(2, RECORDS)
+    labels = np.concatenate([b[1] for b in batches]).reshape(2, RECORDS)
+    assert [sorted(epoch) for epoch in ids.tolist()] == [list(range(RECORDS))] * 2
+    assert set(ids[sources != ids]) == set(BAD)
+    assert not np.isin(sources, BAD).any()
+    assert (labels == sources % 3).all()
+
+
+def test_the_same_exclusions_give_the_same_bytes_after_a_resume(start_node: StartNode, damaged_dir: Path) -> None:
+    """A state carries the exclusions; what is resumed from it is what an undisturbed run, that knows them, delivers."""
+    node = start_node(data=damaged_dir, workers=2)
+    with _load(node.address, on_bad_sample="substitute", epochs=3) as loader:
+        everything = _run(loader)
+    with _load(node.address, on_bad_sample="substitute", epochs=3) as loader:
+        for _ in range(6):
+            next(loader)
+        state = loader.state_dict()
+    assert state["exclusions"] == list(BAD)
+    with _load(node.address, on_bad_sample="substitute", epochs=3, transport="tcp") as loader:
+        loader.load_state_dict(state)
+        assert _run(loader) == everything[6:]
+        assert loader.quarantine == []  # nothing new was found
+
+
+def test_what_one_node_cannot_read_another_may(start_node: StartNode, damaged_dir: Path, sound_dir: Path) -> None:
+    """One node's disk is damaged, the other's is not: nothing is replaced and nothing stops."""
+    sound, damaged = start_node(data=sound_dir), start_node(data=damaged_dir)
+    with _load(sound.address, epochs=2) as loader:
+        undisturbed = _run(loader)
+    with _load(f"{damaged.address},{sound.address}", epochs=2) as loader:
+        assert _run(loader) == undisturbed
+
+
+def test_more_than_max_bad_is_an_error_all_the_same(start_node: StartNode, damaged_dir: Path) -> None:
+    """With max_bad=1 the second bad record ends the run, and the sentence says what to do."""
+    node = start_node(data=damaged_dir)
+    with pytest.raises(errors.TooManyBadRecords, match=r"2 records are bad, and max_bad allows 1.*tools\.verify"), _load(node.address, on_bad_sample="substitute", max_bad=1) as loader:  # fmt: skip
+        list(loader)
+
+
+def test_a_dataset_truncated_in_use_ends_its_node_and_loses_nothing(
+    start_node: StartNode, sound_dir: Path, tmp_path: Path, eventually: Callable[[Callable[[], bool], str], None]
+) -> None:
+    """Reading past the end of a truncated file is SIGBUS; the node says what is wrong and ends, and another serves on."""
+    shutil.copytree(sound_dir / "train.lmdb", tmp_path / "train.lmdb")
+    data = tmp_path / "train.lmdb" / "data.mdb"
+    sound, doomed = start_node(data=sound_dir), start_node(data=tmp_path)
+    with _load(sound.address, epochs=2) as loader:
+        undisturbed = _run(loader)
+    os.truncate(data, data.stat().st_size // 2)
+    with _load(f"{doomed.address},{sound.address}", epochs=2) as loader:
+        assert _run(loader) == undisturbed
+    eventually(lambda: doomed.process.poll() is not None, "the doomed node ends")
+    code, said = doomed.stop()
+    assert code == errors.NodeFailed.exit_code
+    assert "SIGBUS" in said
+    assert "data.mdb is truncated" in said
+
+
+@pytest.mark.parametrize("exclusions", [None, [-1], [RECORDS], ["7"], list(range(2000))], ids=str)
+def test_exclusions_of_a_state_are_checked(start_node: StartNode, sound_dir: Path, exclusions: Any) -> None:
+    """A state whose exclusions cannot be is refused."""
+    with _load(start_node(data=sound_dir).address) as loader, pytest.raises(errors.StateError, match="exclusions"):
+        loader.load_state_dict(loader.state_dict() | {"exclusions": exclusions})

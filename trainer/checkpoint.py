@@ -9,6 +9,7 @@ validation error.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,10 +169,13 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _link(path: Path, name: Path) -> None:
-    """Give ``path`` a second name, replacing what had it, in one step: a link costs no second copy."""
+    """Give ``path`` a second name, replacing what had it, in one step."""
     part = name.with_suffix(".part")
     part.unlink(missing_ok=True)
-    part.hardlink_to(path)
+    try:
+        part.hardlink_to(path)  # no second copy on the disk
+    except OSError:  # some network file systems have no links
+        shutil.copyfile(path, part)
     part.replace(name)
 
 

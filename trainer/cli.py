@@ -81,15 +81,18 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **opti
     console = Console()
     with _one_sentence(), StopRequest() as stop, ExitStack() as stack:
         config = RunConfig(**_nested(options))
-        folder, saved = _open_folder(path, resume is not None)
+        folder = _find_folder(path) if resume else None
+        newest = folder.newest_checkpoint() if folder else None
+        saved = Resume(newest, checkpoint.load(newest)) if newest else None
         if saved:
             config = _resumed_config(context, saved, options)
-        folder.describe(config)
-        _say(console, f"Results go to {folder.path}.")
         try:
             with stop.interruptible():
                 address, which = stack.enter_context(open_source(config.source))
+            folder = folder or RunFolder.create(path, Path(DEFAULT_RUNS))
+            folder.describe(config)
             _say(console, which)
+            _say(console, f"Results go to {folder.path}.")
             summary = train(config, folder, address, console, stop, saved)
         except Stopped:
             _say(console, "Stopped before training began.")
@@ -151,16 +154,10 @@ def _nested(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in _PLACES} | {"source": Source(**places)}
 
 
-def _open_folder(path: Path | None, resume: bool) -> tuple[RunFolder, Resume | None]:
-    """The folder to work in, and the checkpoint to go on from where that is asked for and there is one."""
-    parent = Path(DEFAULT_RUNS)
-    if resume and path is None:
-        path = newest_run(parent)
-    if resume and path is not None and RunFolder(path).has_run:
-        folder = RunFolder(path)
-        newest = folder.newest_checkpoint()
-        return folder, Resume(newest, checkpoint.load(newest)) if newest else None
-    return RunFolder.create(path, parent), None
+def _find_folder(path: Path | None) -> RunFolder | None:
+    """The folder of an earlier run, None if there is none: the one at ``path``, or the newest with a checkpoint."""
+    path = path or newest_run(Path(DEFAULT_RUNS))
+    return RunFolder(path) if path and RunFolder(path).has_run else None
 
 
 def _resumed_config(context: click.Context, saved: Resume, options: dict[str, Any]) -> RunConfig:

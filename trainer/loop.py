@@ -140,7 +140,7 @@ class Training:
 
     def _train_epoch(self) -> None:
         """The steps of an epoch that have not been made yet."""
-        progress, every = self._progress, self._config.checkpoint_every
+        progress, config = self._progress, self._config
         self._model.train()
         self._window = _Window(progress)
         while progress.seen < self._facts.count:
@@ -150,11 +150,16 @@ class Training:
                 batch = next(self._feed)
             self._step(batch)
             self._position = self._feed.state()
+            over = progress.seen == self._facts.count
+            log_now = over or progress.step % config.log_every == 0
+            save_now = not over and config.checkpoint_every > 0 and progress.step % config.checkpoint_every == 0
+            if log_now or save_now:
+                self._read_meter()  # before the clock: what the device still had to do is part of the steps' time
             progress.trained_s += time.perf_counter() - began_s
             progress.waited_s += self._feed.waited_s - waited_s
-            if progress.step % self._config.log_every == 0 or progress.seen == self._facts.count:
+            if log_now:
                 self._log_step()
-            if every and progress.step % every == 0 and progress.seen < self._facts.count:
+            if save_now:
                 self.save()
         self._stop.check()
 
@@ -285,7 +290,6 @@ class Training:
         return TrainingDiverged(self._progress.step, not_finite(self._model), self._folder.newest_checkpoint())
 
     def _log_step(self) -> None:
-        self._read_meter()
         record = self._window.close(self._progress, self._schedule.lr)
         self._window = _Window(self._progress)
         self._folder.append(record)

@@ -168,9 +168,10 @@ def test_what_cannot_work_is_one_sentence(
 
 
 def test_data_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The private node says why it cannot start."""
+    """The private node says why it cannot start, and no run folder is left behind."""
     monkeypatch.chdir(tmp_path)
     result = trainer("run", "--data", "nowhere", "--devices", "cpu")
     assert result.exit_code != 0
     assert "nowhere" in result.stderr
     assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -70,13 +70,15 @@ class _Worker:
         self.memory = mmap.mmap(self._file, wire.AREAS * wire.AREA_BYTES)
         self.free = list(range(wire.AREAS))
         self.jobs: dict[int, wire.Job] = {}
-        self.start()
+        self.at: int | None = None
+        self.connection: socket.socket
+        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the process, or its replacement."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        self.at: int | None = None
+        self.at = None
         self.connection = ours
         with theirs:
             self.process = subprocess.Popen(
@@ -97,6 +99,8 @@ class _Worker:
 
     def end(self) -> int:
         """Make sure that the process is gone, and return its exit code."""
+        if self.process is None:
+            return 0
         self.connection.close()
         self.process.kill()
         return self.process.wait()
@@ -128,6 +132,7 @@ class Pool:
             for _ in range(self._count):
                 worker = _Worker(self._setup)
                 stack.enter_context(closing(worker))
+                worker.start()
                 self._selector.register(worker.connection, selectors.EVENT_READ, worker)
                 self._workers.append(worker)
             self._exit = stack.pop_all()
@@ -139,7 +144,7 @@ class Pool:
     @property
     def pids(self) -> list[int]:
         """The processes that work now."""
-        return [worker.process.pid for worker in self._workers]
+        return [worker.process.pid for worker in self._workers if worker.process is not None]
 
     def run(self, items: Sequence[Item]) -> Iterator[Result]:
         """The results of all items, chunk by chunk, in their order.

@@ -242,5 +242,6 @@ def test_a_stopped_run_leaves_nothing(number: signal.Signals, code: int, album: 
         assert process.wait(10) == code
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
-    assert not any(worker.is_running() for worker in workers)
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert alive == []
     assert list(tmp_path.iterdir()) == []

@@ -40,7 +40,7 @@ STOP_S = 10.0
 GRACE_S = 2.0
 """How long a command that has had Ctrl-C from the terminal is left alone before it is told by the demo."""
 
-TRAINING = ("--width", "0.25", "--batch-size", "32", "--epochs", "8")
+TRAINING = ("--width", "0.25", "--batch-size", "32", "--epochs", "12")
 """A quarter of the kernels, small batches and a few epochs: what two cores learn in about two minutes."""
 
 

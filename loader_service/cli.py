@@ -19,6 +19,7 @@ from rich.table import Table
 from loader_service import __version__, defaults
 from loader_service.client.query import status as ask_status
 from loader_service.errors import LoaderServiceError
+from loader_service.link.keys import generate
 from loader_service.link.messages import Status
 from loader_service.node.front import Front
 from loader_service.node.start import run_node
@@ -67,9 +68,17 @@ def main() -> None:
     show_default=True,
     help="Address to listen at: tcp://HOST:PORT (port * picks one) or ipc://PATH.",
 )
+@click.option(
+    "--keys",
+    type=click.Path(path_type=Path),
+    help="Directory of this node's keys (see keygen); needed where others can reach it.",
+)
+@click.option("--insecure", is_flag=True, help="Let other machines reach the node without keys.")
 @click.option("--parent", type=int, hidden=True, help="End when this process, the starter, does.")
 @click.option("--quiet", is_flag=True, hidden=True, help="Say nothing but warnings.")
-def start(data: Path, workers: int, bind: str, parent: int | None, quiet: bool) -> None:
+def start(
+    data: Path, workers: int, bind: str, keys: Path | None, insecure: bool, parent: int | None, quiet: bool
+) -> None:
     """Run a node on this machine until Ctrl-C or SIGTERM."""
     if parent is not None:
         die_with_parent(parent)
@@ -80,7 +89,18 @@ def start(data: Path, workers: int, bind: str, parent: int | None, quiet: bool) 
         if not quiet:
             click.echo(_announcement(front, facts, workers))
 
-    run_node(data, workers=workers, bind=bind, version=__version__, on_ready=announce)
+    run_node(data, workers=workers, bind=bind, version=__version__, on_ready=announce, keys=keys, insecure=insecure)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def keygen(directory: Path) -> None:
+    """Make the keys of a node and of a client in DIRECTORY."""
+    for path in generate(directory):
+        click.echo(f"made {path}")
+    click.echo(
+        f"node: start --keys {directory}; clients: server_key={directory}/node.key, client_key={directory}/client.secret"
+    )
 
 
 @main.command()
@@ -89,9 +109,11 @@ def start(data: Path, workers: int, bind: str, parent: int | None, quiet: bool) 
 @click.option(
     "--timeout", "timeout_s", type=float, default=5.0, show_default=True, help="Seconds to wait for an answer."
 )
-def status(address: str, as_json: bool, timeout_s: float) -> None:
+@click.option("--server-key", help="File with the node's public key, for a node that has keys.")
+@click.option("--client-key", help="File with this client's secret key.")
+def status(address: str, as_json: bool, timeout_s: float, server_key: str | None, client_key: str | None) -> None:
     """Show how the node at ADDRESS is; exit code 4 if there is none."""
-    answer = ask_status(address, timeout_s)
+    answer = ask_status(address, timeout_s, server_key=server_key, client_key=client_key)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(answer)).decode())
     else:

@@ -15,6 +15,8 @@
     │   ├── AddressError                 an address that cannot be parsed, bound or resolved
     │   ├── NoNodeError                  nobody answered within the time given
     │   ├── NodeRefused                  a node is there, but serves other bytes
+    │   ├── KeyFileError                 a key file is missing, malformed or open to others
+    │   ├── KeyRefused                   client and node do not accept each other's keys
     │   └── MessageError                 a message that breaks the protocol's grammar
     ├── SharedMemoryError             5  no room, or no access, for the slots
     ├── SlotsHeld                     5  every slot is held by the caller's arrays
@@ -139,6 +141,22 @@ class NodeRefused(LinkError):
     def __init__(self, address: str, what: str, need: object, have: object) -> None:
         self.address, self.what, self.need, self.have = address, what, need, have
         super().__init__(f"the node at {address} is refused: its {what} is {have}, this client needs {need}.")
+
+
+class KeyFileError(LinkError):
+    """A key file is missing, malformed or open to others."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        self.path, self.reason = Path(path), reason
+        super().__init__(f"the key file {path} cannot be used: {reason}.")
+
+
+class KeyRefused(LinkError):
+    """Client and node do not accept each other's keys."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        self.address, self.reason = address, reason
+        super().__init__(f"no connection to the node at {address}: {reason}.")
 
 
 class MessageError(LinkError):

@@ -169,6 +169,30 @@ class Slice(msgspec.Struct):
     draws: npt.NDArray[np.void]
 
 
+class StageSeconds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Seconds that went into each stage of making slices; the same stages as ``STAGES``.
+
+    Fields:
+        read: looking records up, which touches their pages, so that a disk's time is in here.
+        decode: making pixels of jpeg records; nothing for raw ones.
+        augment: cropping, mirroring, shifting colours, subtracting the mean, and writing the result.
+    """
+
+    read: float = 0.0
+    decode: float = 0.0
+    augment: float = 0.0
+
+    def __add__(self, other: StageSeconds) -> StageSeconds:
+        return StageSeconds(self.read + other.read, self.decode + other.decode, self.augment + other.augment)
+
+    def __sub__(self, other: StageSeconds) -> StageSeconds:
+        return StageSeconds(self.read - other.read, self.decode - other.decode, self.augment - other.augment)
+
+
+STAGES: Final = StageSeconds.__struct_fields__
+"""What a worker does for a slice, in order; a stage's number is its index."""
+
+
 class DatasetFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a node tells of one split it serves; with a slice's identity, all that decides the bytes.
 

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, get_args
 
@@ -26,6 +27,7 @@ from loader_service.data.augment import complete_view
 from loader_service.data.fill import slice_numbers, slice_sources
 from loader_service.data.records import SHAPE, Statistics
 from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld, StateError
+from loader_service.link.keys import chosen_keys
 from loader_service.spec import MAX_EXCLUDED, DatasetFacts, Dtype, SampleLayout, Split, View
 
 log = logging.getLogger("loader_service.client")
@@ -117,11 +119,14 @@ class Loader:
         on_bad_sample: what to do about a record that no node can read: ``fail`` stops with the record named;
             ``substitute`` shows another's pixels in its place, names it in :attr:`quarantine` and goes on.
         max_bad: how many records may be replaced before it is an error all the same.
+        server_key: for nodes with keys: the file with the node's public key, or its 40 characters.
+        client_key: for nodes with keys: the file with this client's secret key.
 
     Raises:
         OptionError: an argument cannot work.
         NoNodeError: no node answered in time.
         NodeRefused: a node would give other bytes.
+        KeyRefused, KeyFileError: the keys do not open the node, or cannot be read.
         SharedMemoryError: there is no room for the slots.
     """
 
@@ -143,6 +148,8 @@ class Loader:
         timeout_s: float | None = None,
         on_bad_sample: Literal["fail", "substitute"] = "fail",
         max_bad: int = defaults.MAX_BAD,
+        server_key: str | Path | None = None,
+        client_key: str | Path | None = None,
     ) -> None:
         chosen = _check_view(view)
         _check_choice("split", split, get_args(Split))
@@ -159,8 +166,9 @@ class Loader:
         addresses = tuple(part.strip() for part in address.split(",") if part.strip())
         if not addresses:
             raise OptionError("address", address, "one or more addresses such as tcp://127.0.0.1:5555")
+        keys = chosen_keys(server_key, client_key)
         self._seed, self._transport, self._timeout_s = seed, transport, timeout_s
-        self._session = Session(addresses, split, max_bad if on_bad_sample == "substitute" else None)
+        self._session = Session(addresses, split, max_bad if on_bad_sample == "substitute" else None, keys)
         self._close: weakref.finalize[..., Loader] = weakref.finalize(self, self._session.close)
         try:
             self._facts = self._session.wait_for_facts(timeout_s)

@@ -8,6 +8,7 @@ import zmq
 
 from loader_service import defaults
 from loader_service.link import messages, sockets
+from loader_service.link.keys import ClientKeys
 
 GREET_AGAIN_S: Final = 2.0
 """After so long without an answer a Hello is sent again."""
@@ -20,17 +21,20 @@ class Peer:
     asked, through shared memory if ``shared``).
     """
 
-    def __init__(self, context: zmq.Context[Any], address: str, identity: bytes, name: str) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], address: str, identity: bytes, name: str, keys: ClientKeys | None
+    ) -> None:
         self.address, self._name = address, name
         self.state = "connecting"
         self.shared = False
+        self.listed = True  # whether the name that led here still does
         self.instance = ""
         self.workers = 0
         self.heard_at = 0.0
         self._greeted_at = 0.0
         self._pinged_at = 0.0
-        self.socket = sockets.connect_client(context, address, identity)
-        self.monitor = sockets.Monitor(self.socket)
+        self.socket = sockets.connect_client(context, address, identity, keys)
+        self.monitor = sockets.Monitor(self.socket, address, keyed=keys is not None)
 
     def send(self, message: messages.FromClient) -> bool:
         """Send without waiting; False if there is no connection."""

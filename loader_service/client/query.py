@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -12,18 +13,27 @@ from loader_service import defaults
 from loader_service.client.loader import Dataset
 from loader_service.errors import MessageError, NodeRefused, NoNodeError
 from loader_service.link import messages, sockets
+from loader_service.link.keys import ClientKeys, chosen_keys
 from loader_service.spec import Split
 
 
-def describe(address: str = defaults.ADDRESS, split: Split = "train", timeout_s: float = 5.0) -> Dataset:
+def describe(
+    address: str = defaults.ADDRESS,
+    split: Split = "train",
+    timeout_s: float = 5.0,
+    *,
+    server_key: str | Path | None = None,
+    client_key: str | Path | None = None,
+) -> Dataset:
     """What a node serves.
 
     Raises:
         NoNodeError: nobody answered in time.
         NodeRefused: it does not serve that split.
-        AddressError, MessageError: the address, or who answers there, is of another kind.
+        AddressError, MessageError, KeyRefused, KeyFileError: the address, or who answers there, is of another kind.
     """
-    welcome = _ask(address, messages.Hello(messages.PROTOCOL, "query"), timeout_s)
+    keys = chosen_keys(server_key, client_key)
+    welcome = _ask(address, messages.Hello(messages.PROTOCOL, "query"), timeout_s, keys)
     if not isinstance(welcome, messages.Welcome):
         raise MessageError(f"{address} answered a Hello with {type(welcome).__name__}")
     if split not in welcome.splits:
@@ -31,33 +41,44 @@ def describe(address: str = defaults.ADDRESS, split: Split = "train", timeout_s:
     return Dataset.of(welcome.splits[split])
 
 
-def status(address: str = defaults.ADDRESS, timeout_s: float = 5.0) -> messages.Status:
+def status(
+    address: str = defaults.ADDRESS,
+    timeout_s: float = 5.0,
+    *,
+    server_key: str | Path | None = None,
+    client_key: str | Path | None = None,
+) -> messages.Status:
     """How a node is.
 
     Raises:
         NoNodeError: nobody answered in time.
-        AddressError, MessageError: the address, or who answers there, is of another kind.
+        AddressError, MessageError, KeyRefused, KeyFileError: the address, or who answers there, is of another kind.
     """
-    answer = _ask(address, messages.StatusQuery(), timeout_s)
+    answer = _ask(address, messages.StatusQuery(), timeout_s, chosen_keys(server_key, client_key))
     if not isinstance(answer, messages.Status):
         raise MessageError(f"{address} answered a status query with {type(answer).__name__}")
     return answer
 
 
-def _ask(address: str, question: messages.FromClient, timeout_s: float) -> messages.FromNode:
+def _ask(address: str, question: messages.FromClient, timeout_s: float, keys: ClientKeys | None) -> messages.FromNode:
     context: zmq.Context[Any] = zmq.Context()
-    dealer = None
+    dealer = sockets.connect_client(context, address, secrets.token_bytes(16), keys)
+    monitor = sockets.Monitor(dealer, address, keyed=keys is not None)
+    poller = zmq.Poller()
+    poller.register(dealer, zmq.POLLIN)
+    poller.register(monitor.socket, zmq.POLLIN)
+    deadline = time.monotonic() + timeout_s
     try:
-        dealer = sockets.connect_client(context, address, secrets.token_bytes(16))
-        deadline = time.monotonic() + timeout_s
-        if dealer.poll(int(timeout_s * 1000), zmq.POLLOUT):
-            dealer.send(messages.encode(question))
-            if dealer.poll(max(0, int((deadline - time.monotonic()) * 1000)), zmq.POLLIN):
+        while (left_s := deadline - time.monotonic()) > 0:
+            poller.poll(int(left_s * 1000) + 1)
+            if any(monitor.events()):
+                dealer.send(messages.encode(question))
+            if dealer.poll(0):
                 answer = messages.decode_from_node(dealer.recv())
-                dealer.send(messages.encode(messages.Bye()), zmq.DONTWAIT)
+                sockets.try_send(dealer, [messages.encode(messages.Bye())])
                 return answer
         raise NoNodeError((address,), timeout_s)
     finally:
-        if dealer is not None:
-            dealer.close(linger=sockets.BYE_LINGER_MS)
+        monitor.close()
+        dealer.close(linger=sockets.BYE_LINGER_MS)
         context.term()

@@ -25,6 +25,7 @@ import zmq
 from loader_service import defaults
 from loader_service.client.ledger import MAX_EXCUSES, Ask, Batch, Deliver, Finish, Ledger, Part
 from loader_service.client.peer import Peer
+from loader_service.client.resolver import Resolver
 from loader_service.client.room import Room
 from loader_service.errors import (
     LoaderServiceError,
@@ -36,7 +37,8 @@ from loader_service.errors import (
     SharedMemoryError,
     TooManyBadRecords,
 )
-from loader_service.link import messages
+from loader_service.link import messages, sockets
+from loader_service.link.keys import ClientKeys
 from loader_service.link.waker import Waker
 from loader_service.spec import DatasetFacts, Split
 
@@ -67,10 +69,13 @@ class Session:
         addresses: of the nodes.
         split: what they must serve.
         max_bad: how many bad records may be replaced; None stops at the first.
+        keys: for nodes that demand them.
     """
 
-    def __init__(self, addresses: tuple[str, ...], split: Split, max_bad: int | None = None) -> None:
-        self.addresses, self.split, self._max_bad = addresses, split, max_bad
+    def __init__(
+        self, addresses: tuple[str, ...], split: Split, max_bad: int | None = None, keys: ClientKeys | None = None
+    ) -> None:
+        self.addresses, self.split, self._max_bad, self._keys = addresses, split, max_bad, keys
         self.quarantine: list[Quarantined] = []
         self.facts: DatasetFacts | None = None
         self.slot_bytes = 0
@@ -88,14 +93,12 @@ class Session:
         self._alone_since = time.monotonic()
         self._complain_after_s = FIRST_COMPLAINT_S
         self._context: zmq.Context[Any] = zmq.Context()
-        identity = f"{socket.gethostname()}:{os.getpid()}"[:255]
-        try:
-            self._peers = [Peer(self._context, a, secrets.token_bytes(16), identity) for a in addresses]
-        except LoaderServiceError:
-            self._context.destroy(linger=0)
-            self._waker.close()
-            raise
+        self._peers: list[Peer] = []
+        self._poller = zmq.Poller()
+        for address in addresses:
+            sockets.check_address(address)
         self._pid = os.getpid()
+        self._resolver = Resolver(addresses, lambda found: self._command(lambda: self._reconcile(found)))
         self._thread = threading.Thread(target=self._run, name="loader-service", daemon=True)
         self._thread.start()
 
@@ -141,6 +144,7 @@ class Session:
         if self._pid != os.getpid():  # a fork's copy: the thread is not here
             return
         self._stopping = True
+        self._resolver.close()
         self._waker.wake()
         self._thread.join()
         self._waker.close()
@@ -169,18 +173,14 @@ class Session:
     # The thread
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._waker.fileno(), zmq.POLLIN)
-        for peer in self._peers:
-            poller.register(peer.socket, zmq.POLLIN)
-            poller.register(peer.monitor.socket, zmq.POLLIN)
+        self._poller.register(self._waker.fileno(), zmq.POLLIN)
         try:
             while not self._stopping:
-                poller.poll(TICK_MS)
+                self._poller.poll(TICK_MS)
                 self._waker.clear()
                 while self._commands:
                     self._commands.popleft()()
-                for peer in self._peers:
+                for peer in list(self._peers):
                     self._hear(peer)
                 self._tick(time.monotonic())
                 self._advance()
@@ -202,13 +202,33 @@ class Session:
         self._deliveries.put(error)
         self._welcomed.set()
 
+    def _reconcile(self, found: frozenset[str]) -> None:
+        """Connect to nodes that are new behind a name; leave those that are gone from it, once they do not work."""
+        for peer in list(self._peers):
+            peer.listed = peer.address in found
+            self._drop_if_unlisted(peer)
+        for address in sorted(found - {peer.address for peer in self._peers}):
+            name = f"{socket.gethostname()}:{os.getpid()}"[:255]
+            peer = Peer(self._context, address, secrets.token_bytes(16), name, self._keys)
+            self._peers.append(peer)
+            self._poller.register(peer.socket, zmq.POLLIN)
+            self._poller.register(peer.monitor.socket, zmq.POLLIN)
+
+    def _drop_if_unlisted(self, peer: Peer) -> None:
+        if peer.listed or peer.state == "working":
+            return
+        self._peers.remove(peer)
+        self._poller.unregister(peer.socket)
+        self._poller.unregister(peer.monitor.socket)
+        peer.close()
+
     def _hear(self, peer: Peer) -> None:
         for connected in peer.monitor.events():
             if connected:
                 peer.greet(time.monotonic())
             else:
                 self._lose(peer, "its connection was cut")
-        while (frames := peer.receive()) is not None:
+        while peer in self._peers and (frames := peer.receive()) is not None:
             peer.heard_at = time.monotonic()
             try:
                 self._take(peer, messages.decode_from_node(frames[0].buffer), frames[1:])
@@ -295,6 +315,7 @@ class Session:
         peer.state = "connecting"
         if self._ledger:
             self._ledger.node_down(peer.address)
+        self._drop_if_unlisted(peer)
 
     def _filled(self, peer: Peer, number: int, frames: list[zmq.Frame]) -> None:
         if self._ledger is None or self._room is None:
@@ -344,7 +365,7 @@ class Session:
             raise TooManyBadRecords(len(self._ledger.excluded), self._max_bad, str(error))
 
     def _tick(self, now: float) -> None:
-        for peer in self._peers:
+        for peer in list(self._peers):
             if peer.tick(now):
                 self._lose(peer, f"it has been silent for {defaults.NODE_SILENT_S:.0f} s")
         if any(peer.state == "working" for peer in self._peers) or (self._ledger is None and self.facts):

@@ -12,6 +12,7 @@ from loader_service.data.augment import augment_records, complete_view
 from loader_service.data.draws import draw
 from loader_service.data.order import records_at, substitute
 from loader_service.data.records import Records, Values, raw_value
+from loader_service.data.stopwatch import AUGMENT, DECODE, READ, Stopwatch
 from loader_service.errors import RecordError
 from loader_service.spec import DRAWS, SampleLayout, Slice, SliceId, View
 
@@ -49,7 +50,13 @@ def slice_sources(count: int, what: SliceId) -> npt.NDArray[np.int64]:
     return sources
 
 
-def fill(out: Slice, records: Records, what: SliceId, at: npt.NDArray[np.int64] | None = None) -> None:
+def fill(
+    out: Slice,
+    records: Records,
+    what: SliceId,
+    at: npt.NDArray[np.int64] | None = None,
+    stopwatch: Stopwatch | None = None,
+) -> None:
     """Write a slice.
 
     Args:
@@ -57,22 +64,28 @@ def fill(out: Slice, records: Records, what: SliceId, at: npt.NDArray[np.int64] 
         records: the dataset.
         what: which slice, its view complete (see :func:`complete_view`).
         at: (1,) int64; holds the record being worked on, so that a death names its record.
+        stopwatch: told of each stage as it begins; left running in the last one.
 
     Raises:
         RecordError: a record cannot be read or decoded; what was written so far is not a slice.
         ValueError: the slice is not within the epoch.
     """
+    watch = stopwatch or Stopwatch()
+    watch.enter(AUGMENT)  # deciding what to read, and where to cut it
     numbers = slice_sources(len(records), what)
     draws = draw(what.view, what.seed, what.epoch, what.start, what.count)
     out.draws.view(np.uint8)[...] = draws.view(np.uint8)  # as bytes: NumPy's own copy would leave the padding as it was
     mean = records.mean_pair if out.images.dtype == np.float32 else None
     with records.values() as values:
         if records.manifest.codec == "raw":
-            made = augment_records(out.images, values.stored(numbers, at), draws, out.labels, numbers, at, mean)
+            watch.enter(READ)
+            stored = values.stored(numbers, at)
+            watch.enter(AUGMENT)
+            made = augment_records(out.images, stored, draws, out.labels, numbers, at, mean)
             if made < what.count:
                 raise values.refusal(int(numbers[made]))
         else:
-            _fill_jpeg(out, values, draws, numbers, at, mean)
+            _fill_jpeg(out, values, draws, numbers, at, mean, watch)
     if (strange := np.flatnonzero(out.labels >= len(records.manifest.class_names))).size:
         i = strange[0]
         raise RecordError(records.path, int(numbers[i]), f"its label {out.labels[i]} is beyond the last class")
@@ -85,13 +98,18 @@ def _fill_jpeg(
     numbers: npt.NDArray[np.int64],
     at: npt.NDArray[np.int64] | None,
     mean: npt.NDArray[np.float32] | None,
+    watch: Stopwatch,
 ) -> None:
     """Decode record by record to a raw one, which is cut while it lies in the cache."""
     value = raw_value()
     for i, number in enumerate(numbers.tolist()):
         if at is not None:
             at[0] = number
-        values.unpack(number, value)
+        watch.enter(READ)
+        found = values.read(number)
+        watch.enter(DECODE)
+        values.unpack(number, found, value)
+        watch.enter(AUGMENT)
         one = slice(i, i + 1)
         augment_records(out.images[one], [value.data], draws[one], out.labels[one], numbers[one], at, mean)
 

@@ -301,7 +301,7 @@ class Values:
             raise RecordError(self._path, number, "there is no such record")
         return value
 
-    def read(self, number: int) -> tuple[int, int, int, memoryview]:
+    def read(self, number: int) -> Found:
         """Label, codec number, checksum and payload of one record; the payload is a view of LMDB's pages.
 
         Raises:
@@ -320,17 +320,18 @@ class Values:
         except ValueError as error:
             raise RecordError(self._path, number, str(error)) from error
 
-    def unpack(self, number: int, into: npt.NDArray[np.uint8]) -> None:
+    def unpack(self, number: int, found: Found, into: npt.NDArray[np.uint8]) -> None:
         """Make the raw record that a jpeg record stands for.
 
         Args:
             number: the record's.
+            found: what :meth:`read` gave for it.
             into: (16 + 196608,) uint8, written with header and pixels; see :func:`raw_value`.
 
         Raises:
             RecordError: it cannot be decoded, or is not jpeg.
         """
-        label, codec, checksum, payload = self.read(number)
+        label, codec, checksum, payload = found
         if codec != CODECS["jpeg"]:
             raise self.foreign(number, codec, "jpeg")
         HEADER.pack_into(into.data, 0, label, CODECS["raw"], checksum)

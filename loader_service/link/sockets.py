@@ -9,13 +9,14 @@ from __future__ import annotations
 import ipaddress
 import socket as socketlib
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from loader_service.errors import AddressError
+from loader_service.errors import AddressError, KeyRefused, OptionError
+from loader_service.link.keys import ClientKeys, NodeKeys, secure_client, secure_node
 from loader_service.link.messages import MAX_CLIENT_MESSAGE_BYTES
 
 HEARTBEAT_INTERVAL_MS: Final = 1_000
@@ -26,7 +27,20 @@ BYE_LINGER_MS: Final = 200
 """How long a closing client's goodbye may take to leave."""
 
 _SCHEMES: Final = ("tcp", "ipc")
-_WATCHED: Final = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+Happening = Literal["up", "down", "unlisted", "mismatch", "unproven"]
+"""What a monitor tells: connected; lost; this client's key is not allowed; one side has keys and the other none; the
+handshake broke off, as it does when the node has another key than the client believes."""
+
+_HAPPENINGS: Final[dict[int, Happening]] = {
+    zmq.Event.HANDSHAKE_SUCCEEDED: "up",
+    zmq.Event.DISCONNECTED: "down",
+    zmq.Event.HANDSHAKE_FAILED_AUTH: "unlisted",
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "mismatch",
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "unproven",
+}
+_WATCHED: Final = sum(_HAPPENINGS)
+_UNPROVEN_IS_WRONG_KEY: Final = 3
+"""Handshakes in a row that broke off before the key is blamed: a node that is just being stopped breaks one off too."""
 
 
 def check_address(address: str) -> None:
@@ -60,20 +74,33 @@ def is_local(address: str) -> bool:
         return host == "localhost"
 
 
-def bind_node(context: zmq.Context[Any], address: str) -> tuple[zmq.Socket[bytes], str]:
+def bind_node(
+    context: zmq.Context[Any], address: str, keys: NodeKeys | None = None, *, insecure: bool = False
+) -> tuple[zmq.Socket[bytes], str]:
     """A node's ROUTER, bound; and the address it really has (tcp://127.0.0.1:* gets a port).
 
+    Args:
+        context: the node's; with keys, its :class:`keys.Doorkeeper` is made already.
+        address: to listen at.
+        keys: the node's; without them only this machine may reach the address.
+        insecure: let other machines reach it without keys all the same.
+
     Raises:
+        OptionError: others could reach the address, and there are no keys.
         AddressError: the address is malformed, taken or not ours.
     """
     check_address(address)
+    if keys is None and not insecure and not is_local(address):
+        raise OptionError("bind", address, "keys (`loader-service keygen DIR`, then --keys DIR), since strangers could reach it; or --insecure, on a network without any")  # fmt: skip
     if address.startswith("ipc://"):
         _refuse_if_taken(address)
     router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-    _prepare(router)
+    _prepare(router, address)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to who is gone is an error, not silence
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a client that reconnects keeps its identity
     router.setsockopt(zmq.MAXMSGSIZE, MAX_CLIENT_MESSAGE_BYTES)
+    if keys is not None:
+        secure_node(router, keys)
     try:
         router.bind(address)
     except zmq.ZMQError as error:
@@ -82,24 +109,29 @@ def bind_node(context: zmq.Context[Any], address: str) -> tuple[zmq.Socket[bytes
     return router, router.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
-def connect_client(context: zmq.Context[Any], address: str, identity: bytes) -> zmq.Socket[bytes]:
+def connect_client(
+    context: zmq.Context[Any], address: str, identity: bytes, keys: ClientKeys | None = None
+) -> zmq.Socket[bytes]:
     """A client's DEALER, connecting; libzmq goes on trying for as long as the socket lives.
 
     Args:
         context: the client's.
         address: of the node.
         identity: 16 random bytes; the same over reconnections, and not to be guessed by others.
+        keys: the client's, for a node that has keys.
 
     Raises:
         AddressError: the address is malformed or its name cannot be resolved.
     """
     check_address(address)
     dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-    _prepare(dealer)
+    _prepare(dealer, address)
     dealer.setsockopt(zmq.ROUTING_ID, identity)
     dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a node that is not there
     dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+    if keys is not None:
+        secure_client(dealer, keys)
     try:
         dealer.connect(address)
     except zmq.ZMQError as error:
@@ -109,19 +141,40 @@ def connect_client(context: zmq.Context[Any], address: str, identity: bytes) -> 
 
 
 class Monitor:
-    """Tells when a client's socket has a working connection and when it has lost it."""
+    """Tells when a client's socket has a working connection, when it has lost it, and when keys forbid it."""
 
-    def __init__(self, dealer: zmq.Socket[bytes]) -> None:
-        self._dealer = dealer
+    def __init__(self, dealer: zmq.Socket[bytes], address: str, *, keyed: bool) -> None:
+        self._dealer, self._address, self._keyed = dealer, address, keyed
+        self._unproven = 0
         self.socket = dealer.get_monitor_socket(_WATCHED)
 
     def events(self) -> list[bool]:
-        """What has happened since the last call, in order: True for connected, False for lost."""
+        """What has happened since the last call, in order: True for connected, False for lost.
+
+        Raises:
+            KeyRefused: client and node do not accept each other's keys, and will not by trying again.
+        """
         happened = []
         while self.socket.poll(0):
-            event = recv_monitor_message(self.socket)["event"]
-            happened.append(event == zmq.Event.HANDSHAKE_SUCCEEDED)
+            happening = _HAPPENINGS[recv_monitor_message(self.socket)["event"]]
+            self._unproven = self._unproven + 1 if happening == "unproven" else self._unproven * (happening == "down")
+            if reason := self._refusal(happening):
+                raise KeyRefused(self._address, reason)
+            happened.append(happening == "up")
         return happened
+
+    def _refusal(self, happening: Happening) -> str:
+        if happening == "unlisted":
+            return "this client's key is not on the node's list; put its public key into the node's allowed/ and restart it"
+        if happening == "mismatch" and not self._keyed:
+            return "the node demands keys; give server_key and client_key (`loader-service keygen` makes them)"
+        # Whether libzmq gets to see that the other side has no keys at all is a race.
+        if self._keyed and (happening == "mismatch" or self._unproven >= _UNPROVEN_IS_WRONG_KEY):
+            return (
+                "the node there does not prove the key that server_key names: it has another, or it was started without "
+                "--keys; give its own node.key, or leave both keys out"
+            )
+        return ""
 
     def close(self) -> None:
         """Stop watching; before the watched socket is closed."""
@@ -154,7 +207,7 @@ def _refuse_if_taken(address: str) -> None:
     raise AddressError(address, "it cannot be bound (Address already in use)")
 
 
-def _prepare(socket: zmq.Socket[bytes]) -> None:
+def _prepare(socket: zmq.Socket[bytes], address: str) -> None:
     for option, value in (
         (zmq.LINGER, 0),
         (zmq.SNDHWM, 0),
@@ -162,5 +215,6 @@ def _prepare(socket: zmq.Socket[bytes]) -> None:
         (zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS),
         (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
         (zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS),
+        (zmq.IPV6, int("[" in address)),
     ):
         socket.setsockopt(option, value)

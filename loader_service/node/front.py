@@ -25,6 +25,7 @@ import zmq
 from loader_service import defaults
 from loader_service.errors import MessageError, NodeFailed, SharedMemoryError
 from loader_service.link import messages, sockets
+from loader_service.link.keys import Doorkeeper, NodeKeys
 from loader_service.link.messages import Failed, Place, Request
 from loader_service.link.slots import Hold, Segment, sweep
 from loader_service.link.waker import Waker
@@ -55,6 +56,8 @@ class Settings:
     slot_bytes: int = defaults.SEND_SLOT_BYTES
     client_silent_s: float = defaults.CLIENT_SILENT_S
     stall_s: float = defaults.STALL_S
+    keys: NodeKeys | None = None
+    insecure: bool = False
 
 
 class Front:
@@ -80,7 +83,9 @@ class Front:
         self._settings, self._facts, self._nursery, self._at, self._version = settings, facts, nursery, at, version
         self._roster = Roster(settings.workers, settings.send_slots)
         self._context: zmq.Context[Any] = zmq.Context()
-        self._router, self.address = sockets.bind_node(self._context, settings.bind)
+        # Before the bind: from its first moment on, the socket asks somebody who may come in.
+        self._doorkeeper = Doorkeeper(self._context, settings.keys) if settings.keys else None
+        self._router, self.address = self._bind()
         self._waker = Waker()
         self._poller = zmq.Poller()
         self._links: dict[int, socket.socket] = {}  # by worker index
@@ -96,6 +101,15 @@ class Front:
         self._stopping = False
 
     # Life
+
+    def _bind(self) -> tuple[zmq.Socket[bytes], str]:
+        try:
+            return sockets.bind_node(
+                self._context, self._settings.bind, self._settings.keys, insecure=self._settings.insecure
+            )
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
 
     def run(self, on_ready: Callable[[Front], None]) -> None:
         """Serve until SIGTERM or SIGINT; leaves no process, socket or segment behind.
@@ -140,12 +154,16 @@ class Front:
     def _register(self) -> None:
         for item in (self._router, self._nursery.link.fileno(), self._waker.fileno()):
             self._poller.register(item, zmq.POLLIN)
+        if self._doorkeeper:
+            self._poller.register(self._doorkeeper.socket, zmq.POLLIN)
 
     def _close(self) -> None:
         self._nursery.close()  # first, so that no worker writes any more
         for link in self._links.values():
             link.close()
         self._router.close()
+        if self._doorkeeper:
+            self._doorkeeper.close()
         self._context.term()
         if self._segment:
             self._segment.unlink()
@@ -157,6 +175,10 @@ class Front:
     def _handle(self, item: Any) -> None:
         if item is self._router:
             self._hear_clients()
+        elif self._doorkeeper and item is self._doorkeeper.socket:
+            if stranger := self._doorkeeper.answer():
+                self._refused += 1
+                log.warning("a client at %s was refused: its key is not allowed", stranger)
         elif item == self._nursery.link.fileno():
             self._hear_nursery()
         elif item == self._waker.fileno():
@@ -285,7 +307,7 @@ class Front:
         killed = code in (-signal.SIGKILL, -signal.SIGTERM)
         self._do(self._roster.worker_died(index, crashed=not killed, record=record, how=how))
         self._due_births.append(
-            (time.monotonic() + (0.2 * 2**self._failed_births if self._failed_births else 0), index)
+            (time.monotonic() + (0.05 * 2**self._failed_births if self._failed_births else 0), index)
         )
         self._births(time.monotonic())
 

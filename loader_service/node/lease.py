@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from loader_service.link.messages import Place
-from loader_service.spec import Dtype, SliceId, Split
+from loader_service.spec import Dtype, SliceId, Split, StageSeconds
 
 MAX_PACKET_BYTES: Final = 65_536
 
@@ -32,10 +32,11 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """Worker to front: the slice is written; it took so many seconds."""
+    """Worker to front: the slice is written; it took so many seconds, of which these went into its stages."""
 
     id: int
     seconds: float
+    stages: StageSeconds
 
 
 class Bad(msgspec.Struct, frozen=True, tag="bad"):

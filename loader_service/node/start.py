@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from loader_service import defaults
+from loader_service.link.keys import node_keys
 from loader_service.node.front import Front, Settings
 from loader_service.node.nursery import Nursery
 from loader_service.node.worker import NO_RECORD, Worker, survey
@@ -18,7 +19,16 @@ from loader_service.spec import DatasetFacts, Split
 OnReady = Callable[[Front, dict[Split, DatasetFacts]], None]
 
 
-def run_node(data: Path, *, workers: int, bind: str, version: str, on_ready: OnReady) -> None:
+def run_node(
+    data: Path,
+    *,
+    workers: int,
+    bind: str,
+    version: str,
+    on_ready: OnReady,
+    keys: Path | None = None,
+    insecure: bool = False,
+) -> None:
     """Run a node until it is told to stop. The calling process must have one thread.
 
     Args:
@@ -27,10 +37,13 @@ def run_node(data: Path, *, workers: int, bind: str, version: str, on_ready: OnR
         bind: address to listen at.
         version: of the package.
         on_ready: called when the node can serve, with the front and what it serves.
+        keys: directory of the node's keys; without it only this machine may reach ``bind``.
+        insecure: let other machines reach it without keys all the same.
 
     Raises:
         LoaderServiceError: it cannot start or go on; see the sentence.
     """
+    may_enter = node_keys(keys) if keys else None
     facts = survey(data)
     shared = mmap.mmap(-1, workers * 8)  # anonymous and shared: the workers inherit it through both forks
     at = np.frombuffer(shared, np.int64)
@@ -41,7 +54,8 @@ def run_node(data: Path, *, workers: int, bind: str, version: str, on_ready: OnR
 
     nursery = Nursery(worker_main)
     try:
-        settings = Settings(bind, workers, send_slots=defaults.SEND_SLOTS_PER_WORKER * workers + 1)
+        slots = defaults.SEND_SLOTS_PER_WORKER * workers + 1
+        settings = Settings(bind, workers, send_slots=slots, keys=may_enter, insecure=insecure)
         front = Front(settings, facts, nursery, at, version)
     except BaseException:
         nursery.close()

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from loader_service.data.fill import fill, golden
 from loader_service.data.records import Records
+from loader_service.data.stopwatch import Stopwatch
 from loader_service.errors import DatasetInvalid, DatasetNotFound, RecordError, SharedMemoryError
 from loader_service.link.slots import Segment
 from loader_service.node.lease import MAX_PACKET_BYTES, Bad, Done, Lease, Ready, decode_lease, encode
@@ -103,11 +104,13 @@ class Worker:
     Args:
         link: its end of the socket pair with the front.
         data: the directory of the splits.
-        at: (1,) int64 in memory shared with the front: the record being worked on, or NO_RECORD.
+        at: (2,) int64 in memory shared with the front: the record being worked on, or NO_RECORD; and the stage, or
+            NO_STAGE.
     """
 
     def __init__(self, link: socket.socket, data: Path, at: npt.NDArray[np.int64]) -> None:
-        self._link, self._at = link, at
+        self._link, self._at = link, at[:1]
+        self._stopwatch = Stopwatch(at[1:])
         self._records: dict[str, Records] = {
             split: Records(data / f"{split}.lmdb") for split in SPLITS if (data / f"{split}.lmdb").exists()
         }
@@ -129,16 +132,17 @@ class Worker:
         except (SharedMemoryError, ValueError, KeyError) as error:
             return Bad(lease.id, NO_RECORD, str(error))
         finally:
+            stages = self._stopwatch.stop()
             self._at[0] = NO_RECORD
-        return (
-            Done(lease.id, time.perf_counter() - start) if state == "ours" else Bad(lease.id, NO_RECORD, STALE[state])
-        )
+        if state != "ours":
+            return Bad(lease.id, NO_RECORD, STALE[state])
+        return Done(lease.id, time.perf_counter() - start, stages)
 
     def _write(self, lease: Lease) -> str:
         segment = self._segment(lease.segment)
         with segment.writing(lease.place.part, lease.place.generation) as state:
             if state == "ours":
-                fill(_slice(segment, lease), self._records[lease.split], lease.what, self._at)
+                fill(_slice(segment, lease), self._records[lease.split], lease.what, self._at, self._stopwatch)
         return state
 
     def _source(self, split: str, record: int) -> str:

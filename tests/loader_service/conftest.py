@@ -32,10 +32,10 @@ def segments_of(pid: int) -> set[Path]:
 class Node:
     """A node started by the command line."""
 
-    def __init__(self, data: Path, workers: int, bind: str) -> None:
+    def __init__(self, data: Path, workers: int, bind: str, options: tuple[str, ...]) -> None:
         command = [sys.executable, "-m", "loader_service", "start", "--data", str(data), "--workers", str(workers)]
         self.process = subprocess.Popen(
-            [*command, "--bind", bind],
+            [*command, "--bind", bind, *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -92,8 +92,10 @@ def start_node(dataset_dir: Path) -> Iterator[Callable[..., Node]]:
     """``start_node(workers=1, data=..., bind=...)`` runs ``loader-service start`` and waits until it listens."""
     nodes: list[Node] = []
 
-    def start(workers: int = 1, data: Path = dataset_dir, bind: str = "tcp://127.0.0.1:*") -> Node:
-        nodes.append(Node(data, workers, bind))
+    def start(
+        workers: int = 1, data: Path = dataset_dir, bind: str = "tcp://127.0.0.1:*", options: tuple[str, ...] = ()
+    ) -> Node:
+        nodes.append(Node(data, workers, bind, options))
         return nodes[-1]
 
     yield start

@@ -1,0 +1,113 @@
+"""A node with keys: the right ones open it, everything else gets nothing but a clear error."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loader_service import Loader, describe, errors, status
+from loader_service.link import keys
+
+StartNode = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def keyring(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("keys")
+    keys.generate(directory / "ours")
+    keys.generate(directory / "theirs")
+    return directory
+
+
+@pytest.fixture
+def address(start_node: StartNode, keyring: Path) -> str:
+    node: Any = start_node(options=("--keys", str(keyring / "ours")))
+    return str(node.address)
+
+
+def _right(keyring: Path) -> dict[str, Path]:
+    return {"server_key": keyring / "ours" / "node.key", "client_key": keyring / "ours" / "client.secret"}
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_the_right_keys_open_it(address: str, keyring: Path, transport: Any) -> None:
+    """A whole epoch, a description and a status, through both transports."""
+    with Loader(address, transport=transport, timeout_s=20, **_right(keyring)) as loader:
+        assert sum(len(batch.labels) for batch in loader) == 300
+    assert describe(address, **_right(keyring)).count == 300
+    assert status(address, **_right(keyring)).refused == 0
+
+
+@pytest.mark.parametrize(
+    ("server", "client", "sentence"),
+    [
+        (None, None, "the node demands keys"),
+        ("theirs", "ours", "does not prove the key that server_key names: it has another"),
+        ("ours", "theirs", "this client's key is not on the node's list"),
+    ],
+)
+def test_strangers_get_a_clear_error_and_nothing_else(
+    address: str, keyring: Path, server: str | None, client: str | None, sentence: str
+) -> None:
+    """No key, a wrong node key, an unlisted client key: each is told apart, by Loader, describe and status."""
+    given = {
+        "server_key": keyring / server / "node.key" if server else None,
+        "client_key": keyring / client / "client.secret" if client else None,
+    }
+    for attempt in (lambda: Loader(address, timeout_s=20, **given), lambda: describe(address, **given), lambda: status(address, **given)):  # fmt: skip
+        with pytest.raises(errors.KeyRefused, match=sentence):
+            attempt()
+    assert describe(address, **_right(keyring)).count == 300
+
+
+def test_keys_for_a_node_without_keys(node_address: str, start_node: StartNode, keyring: Path) -> None:
+    """A client that insists on keys does not talk to a node that has none."""
+    with pytest.raises(errors.KeyRefused, match="started without --keys"):
+        Loader(start_node().address, timeout_s=20, **_right(keyring))
+
+
+def test_an_address_that_others_can_reach_needs_keys(dataset_dir: Path) -> None:
+    """Binding all interfaces without keys is refused with the remedy."""
+    command = [sys.executable, "-m", "loader_service", "start", "--data", str(dataset_dir), "--bind", "tcp://0.0.0.0:*"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == errors.OptionError.exit_code
+    assert "keygen" in done.stderr
+    assert "--insecure" in done.stderr
+
+
+def test_a_name_with_several_addresses_is_several_nodes(
+    start_node: StartNode, monkeypatch: pytest.MonkeyPatch, eventually: Callable[[Callable[[], bool], str], None]
+) -> None:
+    """A DNS name is looked up again while running: the pool grows by a node that joins, and the batches stay the same."""
+    first = start_node(bind="tcp://127.0.0.1:*")
+    port = first.address.rpartition(":")[2]
+    second = start_node(bind=f"tcp://127.0.0.2:{port}")
+    known = ["127.0.0.1"]
+    real = socket.getaddrinfo
+
+    def answer(host: str, port: int, **options: Any) -> Any:
+        return (
+            [entry for ip in known for entry in real(ip, port, **options)]
+            if host == "pool.test"
+            else real(host, port, **options)
+        )
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    monkeypatch.setattr("loader_service.client.resolver.INTERVAL_S", 0.05)
+    with Loader(first.address, epochs=3, timeout_s=20) as loader:
+        undisturbed = [batch.images.tobytes() for batch in loader]
+    with Loader(f"tcp://pool.test:{port}", epochs=3, timeout_s=20, prefetch=1) as loader:
+        got = [next(loader).images.tobytes()]
+        known.append("127.0.0.2")
+        eventually(lambda: bool(status(second.address).clients), "the second node is found")
+        known.remove("127.0.0.1")
+        first.process.kill()
+        got += [batch.images.tobytes() for batch in loader]
+    assert got == undisturbed
+    assert status(second.address).workers[0].slices > 0

@@ -52,6 +52,8 @@ DEFAULT_PARAMETERS: Final[dict[Codec, dict[str, int | str]]] = {
 }
 
 Pixels = npt.NDArray[np.uint8]
+Found = tuple[int, int, int, memoryview]
+"""A record as it lies: label, codec number, checksum, payload."""
 Floats = Annotated[tuple[float, ...], msgspec.Meta(max_length=9)]
 
 

@@ -67,7 +67,7 @@ class Front:
         settings: see there.
         facts: of the splits that are served.
         nursery: forks the workers.
-        at: (workers,) int64, shared with the workers: the record each is working on, -1 for none.
+        at: (workers, 2) int64, shared with the workers: the record and the stage each is working at, -1 for none.
         version: of the package, for status.
     """
 
@@ -277,8 +277,8 @@ class Front:
                 case Ready():
                     self._failed_births = 0
                     self._do(self._roster.worker_ready(index))
-                case Done(lease, seconds):
-                    self._do(self._roster.worker_done(index, lease, seconds))
+                case Done(lease, seconds, stages):
+                    self._do(self._roster.worker_done(index, lease, seconds, stages))
                 case Bad(lease, record, reason, source):
                     self._do(self._roster.worker_failed(index, lease, record, reason, source))
 
@@ -296,7 +296,7 @@ class Front:
             self._hear_worker(index)  # what it still said counts
             self._unlink(index)
         worker = self._roster.workers[index]
-        record, self._at[index] = int(self._at[index]), -1
+        record, self._at[index] = int(self._at[index, 0]), -1
         self._watch.pop(index, None)
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         at = f" at record {record}" if record >= 0 else ""
@@ -327,7 +327,7 @@ class Front:
         if lease is None:
             self._watch.pop(index, None)
             return
-        record = int(self._at[index])
+        record = int(self._at[index, 0])
         last = self._watch.get(index)
         if last is None or last[:2] != (lease, record):
             self._watch[index] = (lease, record, now)

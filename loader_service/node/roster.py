@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from loader_service.link.messages import Failed, Request
+from loader_service.spec import SampleLayout, StageSeconds
 
 DEPTH: Final = 2
 """Leases a worker may hold: one in work and one waiting, so that it never waits for the front."""
@@ -27,6 +28,9 @@ CRASHES: Final = 3
 
 MAX_QUEUE: Final = 4096
 """Requests a client may have waiting; far more than its slots can hold, so only a broken client reaches it."""
+
+
+NO_SECONDS: Final = StageSeconds()
 
 
 @dataclass(eq=False)
@@ -41,6 +45,7 @@ class Client:
     sending: int = 0  # send slots it occupies
     slices: int = 0
     samples: int = 0
+    delivered_bytes: int = 0
 
 
 @dataclass(eq=False)
@@ -65,6 +70,7 @@ class Worker:
     slices: int = 0
     samples: int = 0
     busy_s: float = 0.0
+    stages: StageSeconds = NO_SECONDS
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,9 @@ class Roster:
         self.clients: dict[bytes, Client] = {}
         self.reassigned = 0
         self.restarts = 0
+        self.bad_samples = 0  # how often a record was called bad
+        self.samples = 0  # delivered, also to clients that have left
+        self.delivered_bytes = 0
         self._free_slots = list(range(send_slots))
         self._send_slots = send_slots
         self._next_lease = 0
@@ -169,8 +178,8 @@ class Roster:
         self.workers[index].ready = True
         return self._dispatch()
 
-    def worker_done(self, index: int, lease: int, seconds: float) -> list[Action]:
-        """A worker has written a slice."""
+    def worker_done(self, index: int, lease: int, seconds: float, stages: StageSeconds = NO_SECONDS) -> list[Action]:
+        """A worker has written a slice; it took so many seconds, of which these went into its stages."""
         worker = self.workers[index]
         task = worker.tasks.pop(lease, None)
         if task is None:
@@ -179,13 +188,18 @@ class Roster:
         worker.slices += 1
         worker.samples += samples
         worker.busy_s += seconds
+        worker.stages += stages
         self._cost_s += (seconds / samples - self._cost_s) / 16
         task.client.charged_s += seconds - task.estimate_s
         if not self._present(task):
             self._release_slot(task)
             return self._dispatch()
+        size = SampleLayout(task.request.what.view, task.request.dtype).sample_bytes * task.request.what.count
         task.client.slices += 1
         task.client.samples += samples
+        task.client.delivered_bytes += size
+        self.samples += samples
+        self.delivered_bytes += size
         return [Answer(task), *self._dispatch()]
 
     def worker_failed(self, index: int, lease: int, record: int, reason: str, source: str = "") -> list[Action]:
@@ -205,7 +219,9 @@ class Roster:
             how: for people, what became of it.
         """
         dead = self.workers[index]
-        self.workers[index] = Worker(index, slices=dead.slices, samples=dead.samples, busy_s=dead.busy_s)
+        self.workers[index] = Worker(
+            index, slices=dead.slices, samples=dead.samples, busy_s=dead.busy_s, stages=dead.stages
+        )
         self.restarts += 1
         actions: list[Action] = []
         tasks = list(dead.tasks.values())
@@ -227,6 +243,16 @@ class Roster:
     def leases(self) -> int:
         """How many leases are out."""
         return sum(len(worker.tasks) for worker in self.workers)
+
+    @property
+    def queued(self) -> int:
+        """How many requests wait for a worker or for a send slot."""
+        return sum(len(client.queue) for client in self.clients.values())
+
+    @property
+    def send_slots_used(self) -> int:
+        """How many send slots hold a slice, in the making or on its way."""
+        return self._send_slots - len(self._free_slots)
 
     # Inside
 
@@ -272,6 +298,7 @@ class Roster:
 
     def _refuse(self, task: Task, record: int, reason: str, source: str = "") -> list[Action]:
         self._release_slot(task)
+        self.bad_samples += record >= 0
         if not self._present(task):
             return []
         return [Refuse(task.client.id, Failed(task.request.id, record, reason[:4096], source[:4096]))]

@@ -45,12 +45,12 @@ def run_node(
     """
     may_enter = node_keys(keys) if keys else None
     facts = survey(data)
-    shared = mmap.mmap(-1, workers * 8)  # anonymous and shared: the workers inherit it through both forks
-    at = np.frombuffer(shared, np.int64)
+    shared = mmap.mmap(-1, workers * 2 * 8)  # anonymous and shared: the workers inherit it through both forks
+    at = np.frombuffer(shared, np.int64).reshape(workers, 2)
     at[:] = NO_RECORD
 
     def worker_main(index: int, link: socket.socket) -> None:
-        Worker(link, data, at[index : index + 1]).run()
+        Worker(link, data, at[index]).run()
 
     nursery = Nursery(worker_main)
     try:

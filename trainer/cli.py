@@ -88,12 +88,12 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **opti
             config = _resumed_config(context, saved, options)
         try:
             with stop.interruptible():
-                address, which = stack.enter_context(open_source(config.source))
+                node = stack.enter_context(open_source(config.source))
             folder = folder or RunFolder.create(path, Path(DEFAULT_RUNS))
             folder.describe(config)
-            _say(console, which)
+            _say(console, node.about)
             _say(console, f"Results go to {folder.path}.")
-            summary = train(config, folder, address, console, stop, saved)
+            summary = train(config, folder, node, console, stop, saved)
         except Stopped:
             _say(console, "Stopped before training began.")
         else:
@@ -119,9 +119,9 @@ def evaluate(
 
     A RUN is a run's folder, which stands for its newest checkpoint, or a checkpoint file.
     """
-    with _one_sentence(), open_source(Source(**places)) as (address, which):
-        click.echo(which, err=True)
-        result = evaluate_runs(runs, address, views, batch_size, devices)
+    with _one_sentence(), open_source(Source(**places)) as node:
+        click.echo(node.about, err=True)
+        result = evaluate_runs(runs, node, views, batch_size, devices)
     if as_json:
         click.echo(msgspec.json.encode(result).decode())
     else:

@@ -20,7 +20,7 @@ from trainer.centre import Centre, Windows
 from trainer.dataset import Facts
 from trainer.devices import choose_device
 from trainer.errors import CheckpointError, ConfigError
-from trainer.feed import Batch, Feed
+from trainer.feed import Batch, Feed, Node
 from trainer.model import AlexNet
 from trainer.run_folder import find_checkpoint
 
@@ -80,14 +80,12 @@ def evaluate(members: Sequence[Member], batches: Iterable[Batch]) -> Evaluation:
     return Evaluation(images, loss, wrong1, wrong5)
 
 
-def evaluate_runs(
-    paths: Sequence[Path], address: str, views: str, batch_size: int, devices: Sequence[str]
-) -> Evaluation:
+def evaluate_runs(paths: Sequence[Path], node: Node, views: str, batch_size: int, devices: Sequence[str]) -> Evaluation:
     """Errors on the validation split of several runs' networks, their outputs averaged.
 
     Args:
         paths: run folders or checkpoint files.
-        address: of the node that serves the split.
+        node: which serves the split.
         views: one of VIEWS.
         batch_size: pictures per batch, each view counted.
         devices: at most one; empty means what the machine has.
@@ -100,7 +98,7 @@ def evaluate_runs(
     device = choose_device(devices)
     loaded = [load_member(path, device) for path in paths]
     records = max(1, batch_size // VIEWS_PER_RECORD[views])
-    with Feed(address, "val", views, records, (device,)) as feed:
+    with Feed(node, "val", views, records, (device,)) as feed:
         for path, (_, facts) in zip(paths, loaded, strict=True):
             if facts.class_names != feed.facts.class_names:
                 raise ConfigError("RUN", path, "a network of the same classes as the validation split's")

@@ -30,12 +30,31 @@ from trainer.devices import Stager
 from trainer.ledger import Account
 from trainer.preset import Preset
 
-__all__ = ["Batch", "Feed", "LoaderServiceError", "load_image", "open_source", "training_view"]
+__all__ = ["Batch", "Feed", "LoaderServiceError", "Node", "load_image", "open_source", "training_view"]
 
 _PROBE_S: Final = 1.0
 """How long a node at the usual address may take to answer before a private one is started."""
 
 _GREY_LEVELS: Final = 255
+
+
+_PRIVATE_TIMEOUT_S: Final = 60.0
+"""How long a batch of a private node may take. Nobody but its trainer would start it again, so waiting on is no use."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that serves the trainer.
+
+    Fields:
+        address: where it answers.
+        about: a sentence that says which node it is.
+        timeout_s: how long to wait for it; None for a node that others may start, now or again.
+    """
+
+    address: str
+    about: str
+    timeout_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +82,7 @@ class Feed:
     """The batches of a split, on the devices; a context manager and an iterator over all epochs that remain.
 
     Args:
-        address: of a node.
+        node: where batches come from.
         split: ``train`` or ``val``.
         view: which augmentation; a name or a value.
         batch_size: records per batch; an epoch's last batch may be smaller.
@@ -77,7 +96,7 @@ class Feed:
 
     def __init__(
         self,
-        address: str,
+        node: Node,
         split: Split,
         view: str | View,
         batch_size: int,
@@ -86,7 +105,15 @@ class Feed:
         epochs: int = 1,
         state: dict[str, Any] | None = None,
     ) -> None:
-        self._loader = Loader(address, split=split, view=view, batch_size=batch_size, seed=seed, epochs=epochs)
+        self._loader = Loader(
+            node.address,
+            split=split,
+            view=view,
+            batch_size=batch_size,
+            seed=seed,
+            epochs=epochs,
+            timeout_s=node.timeout_s,
+        )
         if state is not None:
             self._loader.load_state_dict(state)
         self._stager = Stager(devices)
@@ -142,28 +169,24 @@ class Feed:
 
 
 @contextmanager
-def open_source(source: Source) -> Iterator[tuple[str, str]]:
-    """Find a running node or start a private one for as long as the context lasts.
-
-    Yields:
-        The node's address, and a sentence that says which node it is.
-    """
+def open_source(source: Source) -> Iterator[Node]:
+    """Find a running node or start a private one, for as long as the context lasts."""
     if source.loader is not None:
-        yield source.loader, f"Batches come from the node at {source.loader}."
+        yield Node(source.loader, f"Batches come from the node at {source.loader}.")
     elif source.data is None and _answers(defaults.ADDRESS):
-        yield defaults.ADDRESS, f"Batches come from the node that answers at {defaults.ADDRESS}."
+        yield Node(defaults.ADDRESS, f"Batches come from the node that answers at {defaults.ADDRESS}.")
     else:
         data = source.data or defaults.DATA
         workers = f"{source.workers} worker{'s' if source.workers > 1 else ''}"
-        with LocalNode(data=data, workers=source.workers) as node:
-            yield node.address, f"Batches come from a private node on {data} with {workers}."
+        with LocalNode(data=data, workers=source.workers) as local:
+            yield Node(local.address, f"Batches come from a private node on {data} with {workers}.", _PRIVATE_TIMEOUT_S)
 
 
-def training_view(preset: Preset, address: str) -> View:
+def training_view(preset: Preset, node: Node) -> View:
     """The random crops, mirror images and colour jitter of the paper's section 4.1, as the preset reads it."""
     if not preset.jitter_by_deviation:
         return View()
-    facts = describe(address, split="train")
+    facts = describe(node.address, split="train")
     deviations = np.sqrt(np.asarray(facts.eigenvalues, np.float64))
     basis = _GREY_LEVELS * np.asarray(facts.eigenvectors, np.float64) * deviations  # column k is axis k
     return View(basis=tuple(basis.flatten().tolist()))

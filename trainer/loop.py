@@ -31,7 +31,7 @@ from trainer.config import RunConfig
 from trainer.devices import choose_devices
 from trainer.errors import ConfigError, TrainingDiverged
 from trainer.evaluate import Evaluation, Member, evaluate, restore
-from trainer.feed import Batch, Feed, LoaderServiceError, training_view
+from trainer.feed import Batch, Feed, LoaderServiceError, Node, training_view
 from trainer.ledger import Account, merge_accounts
 from trainer.model import AlexNet
 from trainer.optimizer import PaperSGD
@@ -53,14 +53,14 @@ class Resume:
 
 
 def train(
-    config: RunConfig, folder: RunFolder, address: str, console: Console, stop: StopRequest, resume: Resume | None
+    config: RunConfig, folder: RunFolder, node: Node, console: Console, stop: StopRequest, resume: Resume | None
 ) -> Summary:
     """Train until the last epoch is over, or until ``stop`` is asked for.
 
     Args:
         config: of the run.
         folder: where its results go.
-        address: of the node that feeds it.
+        node: which feeds it.
         console: where progress is shown.
         stop: asked after each step; a checkpoint is saved before leaving.
         resume: where an earlier run was left.
@@ -73,11 +73,11 @@ def train(
     state = resume.saved.plain.loader if resume else None
     with ExitStack() as stack:
         with stop.interruptible():
-            view = training_view(preset_named(config.preset), address)
-            feed = Feed(address, "train", view, config.batch_size, devices, config.seed, config.epochs, state)
+            view = training_view(preset_named(config.preset), node)
+            feed = Feed(node, "train", view, config.batch_size, devices, config.seed, config.epochs, state)
         stack.enter_context(feed)
         reporter = stack.enter_context(Reporter(console, config.epochs, feed.facts.count))
-        training = Training(config, folder, address, feed, devices, reporter, stop, resume)
+        training = Training(config, folder, node, feed, devices, reporter, stop, resume)
         try:
             training.run()
         except (Stopped, LoaderServiceError) as why:
@@ -96,18 +96,18 @@ class Training:
         self,
         config: RunConfig,
         folder: RunFolder,
-        address: str,
+        node: Node,
         feed: Feed,
         devices: tuple[torch.device, ...],
         reporter: Reporter,
         stop: StopRequest,
         resume: Resume | None,
     ) -> None:
-        self._config, self._folder, self._address = config, folder, address
+        self._config, self._folder, self._node = config, folder, node
         self._feed, self._devices, self._reporter, self._stop = feed, devices, reporter, stop
         self._facts = feed.facts
         if not self._facts.count:
-            raise ConfigError("--data", address, "a training split with at least one image")
+            raise ConfigError("--data", node.address, "a training split with at least one image")
         self._model = AlexNet(
             len(self._facts.class_names), config.width, config.preset, devices, config.towers, config.seed
         )
@@ -207,7 +207,7 @@ class Training:
         self.summarise()
 
     def _validate(self) -> Evaluation:
-        with Feed(self._address, "val", "center", self._config.batch_size, self._devices) as batches:
+        with Feed(self._node, "val", "center", self._config.batch_size, self._devices) as batches:
             return evaluate([Member(self._model, self._centre)], batches)
 
     def save(self, is_best: bool = False) -> Path:

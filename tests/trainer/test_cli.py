@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from trainer import checkpoint
+from loader_service import LocalNode
+from trainer import checkpoint, feed
 from trainer.cli import main
+from trainer.progress import StepRecord
+from trainer.run_folder import RunFolder
 
 SMALL = ["--width", "0.05", "--epochs", "2", "--batch-size", "64", "--devices", "cpu", "--log-every", "2"]
 
@@ -38,6 +43,11 @@ def run(node: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def summary(run: Path) -> dict[str, Any]:
     read: dict[str, Any] = json.loads((run / "summary.json").read_text())
     return read
+
+
+def summary_steps(run: Path) -> int:
+    """How far a run's newest checkpoint is."""
+    return checkpoint.load(checkpoint.saved(run / "checkpoints")[-1]).plain.progress.step
 
 
 def test_a_run_leaves_what_it_says(run: Path) -> None:
@@ -175,3 +185,32 @@ def test_data_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pyt
     assert "nowhere" in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_private_node_that_dies_costs_nothing(
+    dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends with a sentence and a checkpoint; resumed, every sample of every epoch was still seen exactly once."""
+    started: list[LocalNode] = []
+    append = RunFolder.append
+
+    class Recorded(LocalNode):
+        def __init__(self, data: str, workers: int) -> None:
+            super().__init__(data=data, workers=workers)
+            started.append(self)
+
+    def append_and_kill(self: RunFolder, record: Any) -> None:
+        append(self, record)
+        if isinstance(record, StepRecord) and len(started) == 1:
+            os.kill(started[0].pid, signal.SIGKILL)
+
+    monkeypatch.setattr(feed, "_PRIVATE_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(feed, "LocalNode", Recorded)
+    monkeypatch.setattr(RunFolder, "append", append_and_kill)
+    options = ["run", "--data", dataset_dir, "--workers", "1", "--run", tmp_path / "run", *SMALL, "--batch-size", "16"]
+    assert_refused(trainer(*options), 4, "within 2 s")
+    assert 0 < summary_steps(tmp_path / "run") < 38
+    assert trainer(*options, "--resume", "auto").exit_code == 0
+    assert [(account["expected"], account["delivered"]) for account in summary(tmp_path / "run")["ledger"]] == [
+        (300, 300)
+    ] * 2

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from loader_service import LocalNode, defaults, describe
-from loader_service.errors import PictureError
+from loader_service.errors import NoNodeError, PictureError
 from trainer import feed
 from trainer.config import Source
-from trainer.feed import Feed, load_image, open_source, training_view
+from trainer.feed import Feed, Node, load_image, open_source, training_view
 from trainer.preset import PRESETS
 
 CPU = (torch.device("cpu"),)
@@ -28,7 +28,7 @@ def ids_of(batches: Feed) -> list[int]:
 
 def test_batches_are_tensors(node: str) -> None:
     """uint8 pixels, the labels of their records, where they were cut, and the facts of the dataset."""
-    with Feed(node, "train", "train", 32, (*CPU, *CPU)) as batches:
+    with Feed(Node(node, ""), "train", "train", 32, (*CPU, *CPU)) as batches:
         batch = next(batches)
         assert [images.shape for images in batch.images] == [(32, 224, 224, 3)] * 2
         assert batch.images[0].dtype == torch.uint8
@@ -42,7 +42,7 @@ def test_batches_are_tensors(node: str) -> None:
 
 def test_ten_crops_follow_each_other(node: str) -> None:
     """Ten pictures of a record, then the next one's; one label for each record."""
-    with Feed(node, "val", "ten-crop", 4, CPU) as batches:
+    with Feed(Node(node, ""), "val", "ten-crop", 4, CPU) as batches:
         batch = next(batches)
     assert batch.views == 10
     assert batch.images[0].shape == (40, 224, 224, 3)
@@ -52,10 +52,10 @@ def test_ten_crops_follow_each_other(node: str) -> None:
 
 def test_a_feed_goes_on_where_another_was_left(node: str) -> None:
     """What was handed out and what a second feed hands out are together each sample once, in both epochs."""
-    with Feed(node, "train", "train", 32, CPU, seed=3, epochs=2) as batches:
+    with Feed(Node(node, ""), "train", "train", 32, CPU, seed=3, epochs=2) as batches:
         first = [int(number) for _ in range(4) for number in next(batches).ids]
         state = batches.state()
-    with Feed(node, "train", "train", 16, CPU, seed=3, epochs=2, state=state) as batches:
+    with Feed(Node(node, ""), "train", "train", 16, CPU, seed=3, epochs=2, state=state) as batches:
         rest = ids_of(batches)
         accounts = batches.accounts()
     together = first + rest
@@ -66,24 +66,22 @@ def test_a_feed_goes_on_where_another_was_left(node: str) -> None:
 def test_original_jitter_is_by_standard_deviation(node: str) -> None:
     """The basis is 255 x eigenvector x sqrt(eigenvalue), column by column; the paper's is the loader's default."""
     facts = describe(node)
-    basis = np.array(training_view(PRESETS["original"], node).basis).reshape(3, 3)
+    basis = np.array(training_view(PRESETS["original"], Node(node, "")).basis).reshape(3, 3)
     np.testing.assert_allclose(basis, 255 * facts.eigenvectors * np.sqrt(facts.eigenvalues)[None, :])
-    assert training_view(PRESETS["paper"], node).basis == ()
+    assert training_view(PRESETS["paper"], Node(node, "")).basis == ()
 
 
 def test_a_named_loader_is_used(node: str) -> None:
     """Without asking whether it is there: it may come later."""
-    with open_source(Source(loader="tcp://127.0.0.1:1")) as (address, sentence):
-        assert address == "tcp://127.0.0.1:1"
-        assert sentence == "Batches come from the node at tcp://127.0.0.1:1."
+    with open_source(Source(loader="tcp://127.0.0.1:1")) as used:
+        assert used == Node("tcp://127.0.0.1:1", "Batches come from the node at tcp://127.0.0.1:1.", timeout_s=None)
 
 
 def test_a_node_at_the_usual_address_is_used(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With neither --loader nor --data, if it answers."""
     monkeypatch.setattr(defaults, "ADDRESS", node)
-    with open_source(Source()) as (address, sentence):
-        assert address == node
-        assert sentence == f"Batches come from the node that answers at {node}."
+    with open_source(Source()) as used:
+        assert used == Node(node, f"Batches come from the node that answers at {node}.", timeout_s=None)
 
 
 def test_else_a_private_node_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dataset_dir: Path) -> None:
@@ -101,10 +99,10 @@ def test_else_a_private_node_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(defaults, "DATA", str(dataset_dir))
     monkeypatch.setattr(feed, "_PROBE_S", 0.05)
     monkeypatch.setattr(feed, "LocalNode", private)
-    with open_source(Source(workers=1)) as (address, sentence):
-        assert describe(address).count == 300
-        assert address == started[0].address
-        assert sentence == f"Batches come from a private node on {dataset_dir} with 1 worker."
+    with open_source(Source(workers=1)) as used:
+        assert describe(used.address).count == 300
+        assert used.address == started[0].address
+        assert used.about == f"Batches come from a private node on {dataset_dir} with 1 worker."
 
 
 def test_any_picture_can_be_loaded(tmp_path: Path) -> None:
@@ -121,3 +119,12 @@ def test_a_file_that_is_no_picture_is_said(tmp_path: Path) -> None:
     (tmp_path / "p.png").write_text("no picture")
     with pytest.raises(PictureError, match=r"p\.png"):
         load_image(tmp_path / "p.png")
+
+
+def test_a_private_node_that_died_is_not_waited_for(dataset_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would start it again: the trainer hears of it instead of waiting for ever."""
+    monkeypatch.setattr(feed, "_PRIVATE_TIMEOUT_S", 0.3)
+    with open_source(Source(data=str(dataset_dir), workers=1)) as used:
+        assert used.timeout_s == 0.3
+    with pytest.raises(NoNodeError):
+        Feed(used, "train", "train", 32, CPU)

@@ -9,7 +9,7 @@ ARGS    =
 run     = .venv/bin/python
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo preprocess test style types cover clean
+.PHONY: help setup demo preprocess test style types cover chaos clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ types: setup ## the type checker, strict
 
 cover: setup ## the tests, and which lines they do not reach
 	@$(run) -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+chaos: setup ## every kind of failure, caused for four minutes while two clients train; [ARGS="--seed 1"]
+	@$(run) -m tools.chaos $(ARGS)
 
 clean: ## remove what make has made: .venv, build/ and caches; data/ and runs/ stay
 	rm -rf .venv build dist *.egg-info loader_service/data/*.so .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,101 @@
+"""A node at one address for a whole run, behind a link, that can be killed and started again."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tools.chaos import processes
+from tools.chaos.link import HOST, Link, Links
+from tools.command import ToolFailed
+
+WORKERS = 2
+STOP_S = 10.0
+
+
+class Node:
+    """One address. The node behind it comes and goes.
+
+    Args:
+        number: for people and for the log's name.
+        data: what it serves.
+        links: where its link is made; clients know the link's address alone.
+        folder: where its log goes.
+
+    Fields:
+        lost: whether it is gone for good.
+        troubled: whether a fault is at work on its processes.
+        link_troubled: whether one is at work on its link.
+    """
+
+    def __init__(self, number: int, data: Path, links: Links, folder: Path) -> None:
+        self.name = f"node {number}"
+        self._data, self._log = data, folder / f"node-{number}.log"
+        with socket.socket() as probe:
+            probe.bind((HOST, 0))
+            self._port: int = probe.getsockname()[1]
+        self.link: Link = links.new(self._port)
+        self.address = f"tcp://{HOST}:{self.link.port}"
+        self.lost = self.troubled = self.link_troubled = False
+        self.sessions: list[int] = []  # one for each start
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether its front is there, be it stopped."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def front(self) -> int:
+        """The front's process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start it, at the address that it always has, and wait until it serves."""
+        command = [sys.executable, "-m", "loader_service", "start", "--data", str(self._data)]
+        command += ["--workers", str(WORKERS), "--bind", f"tcp://{HOST}:{self._port}"]
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+            )
+        self.sessions.append(self._process.pid)
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            raise ToolFailed(f"{self.name} did not start; {self._log} says why.")
+
+    def workers(self) -> list[int]:
+        """The workers' process ids: of the front's session, whoever is the nursery's child."""
+        family = processes.in_session(self.front)
+        nursery = {process.pid for process in family if process.parent == self.front}
+        return sorted(process.pid for process in family if process.parent in nursery)
+
+    def family(self) -> list[int]:
+        """All its process ids, the front's last."""
+        pids = [process.pid for process in processes.in_session(self.front) if process.pid != self.front]
+        return [*pids, self.front]
+
+    def segments(self) -> set[Path]:
+        """The segments that the front has open."""
+        return processes.segments_of(self.front) if self.runs else set()
+
+    def kill(self) -> None:
+        """SIGKILL its front, as a machine's end would."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.communicate()
+
+    def stop(self) -> int | None:
+        """End it in peace; its exit code, or None if it had ended before."""
+        if self._process is None or not self.runs:
+            return None
+        processes.send(self.family(), signal.SIGCONT)
+        self._process.terminate()
+        try:
+            self._process.communicate(timeout=STOP_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        return self._process.returncode

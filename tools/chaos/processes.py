@@ -1,0 +1,64 @@
+"""Processes and their shared memory as the kernel tells of them, so that what is left behind is seen and not assumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from loader_service.link.slots import DIRECTORY
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process: its id, its parent's, its session's, and its state as one letter (R, S, T for stopped, Z, ...)."""
+
+    pid: int
+    parent: int
+    session: int
+    state: str
+
+
+def in_session(session: int) -> list[Process]:
+    """The living processes of a session; who is dead and waits to be reaped is not among them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            process = _parse(path.read_text())
+            if process.session == session and process.state not in "ZX":
+                found.append(process)
+    return found
+
+
+def send(pids: Iterable[int], number: signal.Signals) -> bool:
+    """Signal processes; whether any of them was there."""
+    reached = False
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+            reached = True
+    return reached
+
+
+def segments_of(pid: int) -> set[Path]:
+    """The segments in /dev/shm that a process has open. By inode: a segment gets its name after it was opened."""
+    opened = set()
+    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                opened.add(descriptor.stat().st_ino)
+    found = set()
+    for path in DIRECTORY.glob("loader-service-*"):
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino in opened:
+                found.add(path)
+    return found
+
+
+def _parse(stat: str) -> Process:
+    pid, _, rest = stat.partition(" (")
+    state, parent, _, session, *_ = rest.rpartition(") ")[2].split()  # the name between may hold anything
+    return Process(int(pid), int(parent), int(session), state)

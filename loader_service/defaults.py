@@ -20,8 +20,13 @@ BATCH_SIZE: Final = 128
 PREFETCH: Final = 4
 """Batches that a client has room for beside the one in the caller's hands: two in the making, one ready, one to spare."""
 
-SLICE_SAMPLES: Final = 32
-"""Positions per request: a millisecond of a worker's time, large against a message's 0.1 ms, and four per batch."""
+SLICES_PER_WORKER: Final = 3
+"""Slices that a client's prefetched batches are cut into, for each worker of a node: one in work, one waiting at the
+worker, one on its way. Fewer leave workers idle, more cost messages for nothing."""
+
+MIN_SLICE_SAMPLES: Final = 8
+MAX_SLICE_SAMPLES: Final = 128
+"""A slice takes 0.2 to 3 ms of a worker's time: large against its messages' 0.1 ms, small against what a death costs."""
 
 MAX_BAD: Final = 100
 """Bad records that are replaced before the run stops all the same: more is no accident."""

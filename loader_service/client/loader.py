@@ -167,7 +167,7 @@ class Loader:
         if not addresses:
             raise OptionError("address", address, "one or more addresses such as tcp://127.0.0.1:5555")
         keys = chosen_keys(server_key, client_key)
-        self._seed, self._transport, self._timeout_s = seed, transport, timeout_s
+        self._seed, self._transport, self._timeout_s, self._prefetch = seed, transport, timeout_s, prefetch
         self._session = Session(addresses, split, max_bad if on_bad_sample == "substitute" else None, keys)
         self._close: weakref.finalize[..., Loader] = weakref.finalize(self, self._session.close)
         try:
@@ -303,7 +303,9 @@ class Loader:
             raise OptionError(
                 "view", layout.view.kind, f"samples that fit a send slot of {self._session.slot_bytes} bytes"
             )
-        slice_samples = min(defaults.SLICE_SAMPLES, fitting, batch_size)
+        # Enough slices in the prefetched batches to keep every worker busy, and no more: each costs a few messages.
+        fair = -(-batch_size * self._prefetch // (defaults.SLICES_PER_WORKER * self._session.workers))
+        slice_samples = min(max(fair, defaults.MIN_SLICE_SAMPLES), defaults.MAX_SLICE_SAMPLES, fitting, batch_size)
 
         def room(named: bool) -> Room:
             return Room(layout, seed, batch_size, slots=slots, slice_samples=slice_samples, named=named)

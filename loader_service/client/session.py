@@ -78,7 +78,8 @@ class Session:
         self.addresses, self.split, self._max_bad, self._keys = addresses, split, max_bad, keys
         self.quarantine: list[Quarantined] = []
         self.facts: DatasetFacts | None = None
-        self.slot_bytes = 0
+        self.slot_bytes = 0  # of the first node
+        self.workers = 1  # likewise
         self._welcomed = threading.Event()
         self._error: LoaderServiceError | None = None
         self._waker = Waker()
@@ -265,7 +266,7 @@ class Session:
             if need != have:
                 raise NodeRefused(peer.address, f"dataset's {what}", need, have)
         if self.facts is None:
-            self.slot_bytes = welcome.slot_bytes
+            self.slot_bytes, self.workers = welcome.slot_bytes, welcome.workers
         elif welcome.slot_bytes < self.slot_bytes:
             raise NodeRefused(peer.address, "send slot", f"{self.slot_bytes} bytes", f"{welcome.slot_bytes} bytes")
         if self._ledger:  # it may be known already, from before a reconnection

@@ -43,6 +43,7 @@ class LocalNode:
         # A session of its own: Ctrl-C in the terminal is for the starter, who then stops the node in its own time.
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         self._said: list[str] = []
+        self._ready = False
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         try:
@@ -77,11 +78,13 @@ class LocalNode:
         self.close()
 
     def _listen(self) -> None:
-        """Pass on what the node says, and remember the end of it for an error's sentence."""
+        """Pass on what the node says once it serves; until then it is kept for the error's sentence."""
         assert self._process.stderr is not None
         for line in self._process.stderr:
-            sys.stderr.write(line)
-            self._said = [*self._said[-9:], line.strip()]
+            if self._ready:
+                sys.stderr.write(line)
+            else:
+                self._said = [*self._said[-9:], line.strip()]
 
     def _wait_until_ready(self) -> None:
         for _ in range(int(START_TIMEOUT_S)):
@@ -92,6 +95,7 @@ class LocalNode:
                     continue
                 self._listener.join(STOP_TIMEOUT_S)
                 said = " ".join(self._said) or f"exit code {self._process.returncode}"
-                raise NodeFailed(f"it could not start: {said}") from None
+                raise NodeFailed(f"it could not start: {said.rstrip('.')}") from None
+            self._ready = True
             return
         raise NodeFailed(f"it was not ready after {START_TIMEOUT_S:.0f} s")

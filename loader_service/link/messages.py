@@ -30,7 +30,7 @@ import msgspec
 from msgspec import Meta
 
 from loader_service.errors import MessageError
-from loader_service.spec import DatasetFacts, Dtype, SliceId, Split
+from loader_service.spec import DatasetFacts, Dtype, SliceId, Split, StageSeconds
 
 PROTOCOL: Final = 1
 MAX_CLIENT_MESSAGE_BYTES: Final = 16_384
@@ -142,27 +142,39 @@ class StatusQuery(_Message, frozen=True, tag="status?"):
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
-    """One worker: its process, what it does, the slices and samples it has made, seconds it worked."""
+    """One worker: its process, what it does, the slices and samples it has made, seconds it worked.
+
+    ``stages`` is where those seconds went, ``stage`` the one it is in (empty: in none), ``record`` what it is at (-1:
+    nothing).
+    """
 
     pid: int
     state: str
     slices: int
     samples: int
     busy_s: float
+    stages: StageSeconds = StageSeconds()
+    stage: str = ""
+    record: int = -1
 
 
 class ClientStatus(msgspec.Struct, frozen=True):
-    """One client: its name, how it is reached (shm or tcp), queue length, slices and samples delivered."""
+    """One client: its name, how it is reached (shm or tcp), queue length, slices, samples and bytes delivered."""
 
     name: str
     transport: str
     queued: int
     slices: int
     samples: int
+    delivered_bytes: int = 0
 
 
 class Status(_Message, frozen=True, tag="status"):
-    """What a node tells of itself."""
+    """What a node tells of itself: how it is, and sums since its start, whose differences are rates.
+
+    ``bad_samples`` counts how often a record was called bad; ``send_s`` is the time that send slots waited for their
+    bytes to leave, summed over slices.
+    """
 
     protocol: int
     instance: Instance
@@ -177,6 +189,13 @@ class Status(_Message, frozen=True, tag="status"):
     reassigned: int
     restarts: int
     refused: int
+    queued: int = 0
+    samples: int = 0
+    delivered_bytes: int = 0
+    bad_samples: int = 0
+    send_slots: int = 0
+    send_slots_used: int = 0
+    send_s: float = 0.0
 
 
 FromClient = Hello | Attach | Request | Ping | Pong | Bye | StatusQuery

@@ -31,8 +31,8 @@ from loader_service.link.slots import Hold, Segment, sweep
 from loader_service.link.waker import Waker
 from loader_service.node.lease import MAX_PACKET_BYTES, Bad, Died, Done, Forked, Lease, Ready, decode_answer, encode
 from loader_service.node.nursery import Nursery
-from loader_service.node.roster import Action, Answer, Client, Grant, Refuse, Roster, Task
-from loader_service.spec import DatasetFacts, SampleLayout, Split
+from loader_service.node.roster import Action, Answer, Client, Grant, Refuse, Roster, Task, Worker
+from loader_service.spec import STAGES, DatasetFacts, SampleLayout, Split
 
 log = logging.getLogger("loader_service.node")
 
@@ -92,7 +92,9 @@ class Front:
         self._workers_by_fd: dict[int, int] = {}
         self._heard: dict[bytes, float] = {}  # by client: when it last gave a sign of life
         self._watch: dict[int, tuple[int, int, float]] = {}  # by worker: its lease and record, and since when
-        self._freed: deque[tuple[int, Client]] = deque()  # send slots that libzmq has let go of, from its own thread
+        # Send slots that libzmq has let go of, and when they were given to it; from its own thread.
+        self._freed: deque[tuple[int, Client, float]] = deque()
+        self._send_s = 0.0
         self._segment: Segment | None = None  # of the send slots; made when the first client needs frames
         self._failed_births = 0
         self._due_births: list[tuple[float, int]] = []
@@ -184,7 +186,9 @@ class Front:
         elif item == self._waker.fileno():
             self._waker.clear()
             while self._freed:
-                self._do(self._roster.slot_freed(*self._freed.popleft()))
+                slot, client, since = self._freed.popleft()
+                self._send_s += time.monotonic() - since
+                self._do(self._roster.slot_freed(slot, client))
         elif item in self._workers_by_fd:
             self._hear_worker(self._workers_by_fd[item])
 
@@ -377,7 +381,8 @@ class Front:
         layout = SampleLayout(request.what.view, request.dtype)
         end = place.draws + layout.draws_bytes * n
         hold = Hold(
-            own.array(place.images, (end - place.images,), np.uint8), partial(self._free, task.slot, task.client)
+            own.array(place.images, (end - place.images,), np.uint8),
+            partial(self._free, task.slot, task.client, time.monotonic()),
         )
         whole = np.asarray(hold)
         del hold
@@ -388,9 +393,9 @@ class Front:
         ]
         self._post(task.client.id, [filled, images, b"".join(tail)])
 
-    def _free(self, slot: int, client: Client) -> None:
+    def _free(self, slot: int, client: Client, since: float) -> None:
         """A send slot's bytes have left; called by whichever thread let go of them last."""
-        self._freed.append((slot, client))
+        self._freed.append((slot, client, since))
         self._waker.wake()
 
     def _place(self, task: Task, generation: int) -> Place:
@@ -451,20 +456,38 @@ class Front:
             uptime_s=time.monotonic() - self._started,
             memory_ceiling_bytes=self.memory_ceiling_bytes,
             splits={split: facts.fingerprint for split, facts in self._facts.items()},
-            workers=tuple(
-                messages.WorkerStatus(
-                    w.pid, "working" if w.tasks else "idle" if w.ready else "starting", w.slices, w.samples, w.busy_s
-                )
-                for w in roster.workers
-            ),
+            workers=tuple(self._worker_status(w) for w in roster.workers),
             clients=tuple(
-                messages.ClientStatus(c.name, "shm" if c.segment else "tcp", len(c.queue), c.slices, c.samples)
+                messages.ClientStatus(
+                    c.name, "shm" if c.segment else "tcp", len(c.queue), c.slices, c.samples, c.delivered_bytes
+                )
                 for c in roster.clients.values()
             ),
             leases=roster.leases,
             reassigned=roster.reassigned,
             restarts=roster.restarts,
             refused=self._refused,
+            queued=roster.queued,
+            samples=roster.samples,
+            delivered_bytes=roster.delivered_bytes,
+            bad_samples=roster.bad_samples,
+            send_slots=self._settings.send_slots,
+            send_slots_used=roster.send_slots_used,
+            send_s=self._send_s,
+        )
+
+    def _worker_status(self, worker: Worker) -> messages.WorkerStatus:
+        state = "working" if worker.tasks else "idle" if worker.ready else "starting"
+        record, stage = self._at[worker.index].tolist()
+        return messages.WorkerStatus(
+            worker.pid,
+            state,
+            worker.slices,
+            worker.samples,
+            worker.busy_s,
+            worker.stages,
+            STAGES[stage] if stage in range(len(STAGES)) else "",
+            record,
         )
 
 

@@ -1,0 +1,179 @@
+"""Writers and requests that come when nobody waits for them any more: what they would write must reach nobody."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import zmq
+
+from loader_service import Batch, Loader, View, defaults, status
+from loader_service.link import messages
+from loader_service.link.messages import Filled, Place, Request, Stranger, Welcome
+from loader_service.link.slots import PAGE_BYTES, Segment
+from loader_service.spec import SampleLayout, SliceId
+
+StartNode = Callable[..., Any]
+Eventually = Callable[[Callable[[], bool], str], None]
+
+OPTIONS: dict[str, Any] = {"batch_size": 16, "dtype": "float32", "prefetch": 6, "epochs": 4, "timeout_s": 20}
+SLOTS = 8  # prefetch, and the two that a loader always has beside it
+LOOKS = 50  # after each batch, to find the worker at work
+
+
+def _digest(batch: Batch) -> bytes:
+    hashed = hashlib.blake2b()
+    for array in (batch.images, batch.labels, batch.draws):
+        hashed.update(array.tobytes())
+    return hashed.digest()
+
+
+def _digests(address: str) -> list[bytes]:
+    with Loader(address, **OPTIONS) as loader:
+        return [_digest(batch) for batch in loader]
+
+
+def _locked_parts(segment: Path) -> list[int]:
+    """Bytes of a segment's generations that some writer holds locked, as the kernel tells."""
+    inode = segment.stat().st_ino
+    rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return [int(r[6]) for r in rows if r[1] == "OFDLCK" and int(r[5].rpartition(":")[2]) == inode and int(r[6]) >= PAGE_BYTES]  # fmt: skip
+
+
+def _stop_in_mid_slice(worker: psutil.Process, segment: Path, loader: Loader) -> list[bytes]:
+    """Stop the only worker at a moment when it holds a part; the digests of the batches that were taken until then."""
+    taken = []
+    for batch in loader:  # each one frees a slot, which is asked for again
+        taken.append(_digest(batch))
+        del batch
+        for _ in range(LOOKS):
+            if not _locked_parts(segment):
+                continue
+            worker.suspend()
+            while worker.status() != psutil.STATUS_STOPPED:
+                os.sched_yield()
+            if _locked_parts(segment):
+                return taken
+            worker.resume()
+    pytest.fail("the worker was never met in mid-slice")
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that give a silent node up after a second."""
+    monkeypatch.setattr(defaults, "NODE_SILENT_S", 1.0)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_worker_that_wakes_in_mid_slice_changes_no_batch(
+    start_node: StartNode, eventually: Eventually, my_segments: Callable[[], set[Path]], tmp_path: Path
+) -> None:
+    """A node is stopped with one slice half written and others leased; when it wakes, every slot has become another's.
+
+    The half-written slot must have been left alone (its lock), the others must be refused (their generations).
+    """
+    sleeper, elsewhere = start_node(workers=1), f"ipc://{tmp_path}/awake"
+    undisturbed = _digests(sleeper.address)
+    with Loader(f"{sleeper.address},{elsewhere}", transport="shm", **OPTIONS) as loader:
+        (segment,) = my_segments()
+        got = _stop_in_mid_slice(sleeper.workers()[0], segment, loader)
+        psutil.Process(sleeper.process.pid).suspend()
+        start_node(workers=1, bind=elsewhere)
+        got += [
+            _digest(next(loader)) for _ in range(2 * SLOTS)
+        ]  # by now the sleeper is given up, every slot used again
+        held = [next(loader) for _ in range(SLOTS - 2)]
+        before = [_digest(batch) for batch in held]
+        assert _locked_parts(segment)  # still asleep, and still holding what it held
+        sleeper.workers()[0].resume()
+        psutil.Process(sleeper.process.pid).resume()
+        eventually(lambda: status(sleeper.address).leases == 0, "the sleeper has done what it was leased")
+        assert [_digest(batch) for batch in held] == before
+        del held
+        got += before + [_digest(batch) for batch in loader]
+        reassigned = sum(account.reassigned for account in loader.ledger)
+    assert got == undisturbed
+    assert reassigned >= 2
+
+
+def test_a_killed_nodes_stopped_worker_never_wakes(
+    start_node: StartNode, eventually: Eventually, my_segments: Callable[[], set[Path]], tmp_path: Path
+) -> None:
+    """The orphan of a killed front, stopped in mid-slice, dies with it and lets go of its part: nothing is written late."""
+    dying, elsewhere = start_node(workers=1), f"ipc://{tmp_path}/survivor"
+    undisturbed = _digests(dying.address)
+    with Loader(f"{dying.address},{elsewhere}", transport="shm", **OPTIONS) as loader:
+        (segment,) = my_segments()
+        orphan = dying.workers()[0]
+        got = _stop_in_mid_slice(orphan, segment, loader)
+        dying.process.kill()
+        eventually(lambda: not orphan.is_running() and not _locked_parts(segment), "the orphan and its lock are gone")
+        start_node(workers=1, bind=elsewhere)
+        got += [_digest(batch) for batch in loader]
+    assert got == undisturbed
+
+
+class Client:
+    """A client by hand: what it says is said word for word."""
+
+    def __init__(self, address: str) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._dealer = self._context.socket(zmq.DEALER)
+        self._dealer.connect(address)
+
+    def ask(self, message: messages.FromClient) -> messages.FromNode:
+        """Say something, and hear the answer."""
+        self._dealer.send(messages.encode(message))
+        assert self._dealer.poll(10_000), f"no answer to {message}"
+        return messages.decode_from_node(self._dealer.recv_multipart()[0])
+
+    def close(self) -> None:
+        """Leave."""
+        self._dealer.close(linger=0)
+        self._context.term()
+
+
+@pytest.fixture
+def segment() -> Iterator[Segment]:
+    made = Segment.create(1 << 20, 1)
+    yield made
+    made.unlink()
+    made.close()
+
+
+def test_a_request_that_waited_for_a_node_which_is_gone_is_dropped_by_the_next(
+    start_node: StartNode, segment: Segment
+) -> None:
+    """A request names the instance it was meant for; another one at the same address writes nothing, and says so."""
+    old = start_node(workers=1)
+    by_hand = Client(old.address)
+    welcome = by_hand.ask(messages.Hello(messages.PROTOCOL, "by hand"))
+    by_hand.close()
+    assert isinstance(welcome, Welcome)
+    address = old.address
+    old.process.kill()
+    old.process.communicate()
+    start_node(workers=1, bind=address)
+    view = View.named("center")
+    layout, at = SampleLayout(view, "uint8"), segment.data_offset
+    place = Place(0, segment.arm(0) or 0, at, at + layout.image_bytes, at + layout.image_bytes + 8)
+    late = Request(welcome.instance, 1, "train", SliceId(view, 0, 0, 5, 1), "uint8", place)
+    by_hand = Client(address)
+    try:
+        renewed = by_hand.ask(messages.Hello(messages.PROTOCOL, "by hand"))
+        by_hand.ask(messages.Attach(segment.name))
+        pixels = segment.array(at, (layout.image_bytes,), np.uint8)
+        assert isinstance(by_hand.ask(late), Stranger)
+        assert not pixels.any()
+        assert isinstance(renewed, Welcome)
+        current = Request(renewed.instance, 2, "train", SliceId(view, 0, 0, 5, 1), "uint8", place)
+        assert by_hand.ask(current) == Filled(2)
+        assert pixels.any()
+    finally:
+        by_hand.close()

@@ -40,8 +40,11 @@ class LocalNode:
         self.address = f"ipc://{self._folder.name}/node"
         command = [sys.executable, "-m", "loader_service", "start", "--data", os.fspath(data)]
         command += ["--workers", str(workers), "--bind", self.address, "--parent", str(os.getpid()), "--quiet"]
+        command += ["--config", os.devnull]  # what is configured is meant for the node that the user starts
         # A session of its own: Ctrl-C in the terminal is for the starter, who then stops the node in its own time.
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self._process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=_without_options()
+        )
         self._said: list[str] = []
         self._ready = False
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -99,3 +102,8 @@ class LocalNode:
             self._ready = True
             return
         raise NodeFailed(f"it was not ready after {START_TIMEOUT_S:.0f} s")
+
+
+def _without_options() -> dict[str, str]:
+    """The environment, less the options that it has for a user's node."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("LOADER_SERVICE_START_")}

@@ -1,0 +1,141 @@
+"""Where an option's value comes from: flag, environment variable, configuration file, default; in this order.
+
+Written once, for every command, by the rule of this file:
+
+- the flag ``--log-format`` of ``start`` is the variable ``LOADER_SERVICE_START_LOG_FORMAT`` (a switch is on for ``1`` or
+  ``true``) and the key ``log-format`` in the table ``[start]`` of the configuration file; an argument such as ADDRESS
+  likewise;
+- the file is the one that ``--config`` or ``LOADER_SERVICE_CONFIG`` names, else ``loader-service.toml`` in the working
+  directory, if there is one. It is checked whole: a table or key that means nothing is an error, not a surprise.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from loader_service.errors import LoaderServiceError, OptionError
+
+VARIABLES: Final = "LOADER_SERVICE"
+"""What the name of every environment variable begins with."""
+
+CONFIG_FILE: Final = Path("loader-service.toml")
+
+option = partial(click.option, show_default=True, show_envvar=True)
+hidden_option = partial(click.option, hidden=True, allow_from_autoenv=False)
+
+
+class Argument(click.Argument):
+    """An argument that, as an option does, also listens to the environment."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """The value of this argument's variable, if it is set."""
+        self.envvar = variable(ctx, self)
+        return super().resolve_envvar_value(ctx)
+
+
+argument = partial(click.argument, cls=Argument)
+
+
+class Command(click.Command):
+    """A command whose options can stand in a configuration file."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(
+                ["--config"],
+                type=click.Path(dir_okay=False, path_type=Path),
+                envvar=f"{VARIABLES}_CONFIG",
+                show_envvar=True,
+                show_default=f"{CONFIG_FILE}, where it exists",
+                is_eager=True,
+                expose_value=False,
+                callback=_read_config,
+                help="TOML file with values for options.",
+            )
+        )
+
+
+class Group(click.Group):
+    """Shows deliberate errors as their sentence and ends with their exit code."""
+
+    command_class = Command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except LoaderServiceError as error:
+            click.echo(f"loader-service: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+def variable(ctx: click.Context, parameter: click.Parameter) -> str:
+    """The environment variable of a command's parameter."""
+    if parameter.envvar and not isinstance(parameter, Argument):
+        return str(parameter.envvar)
+    assert parameter.name is not None
+    return f"{ctx.auto_envvar_prefix}_{parameter.name.upper()}"
+
+
+def keys(command: click.Command) -> dict[str, click.Parameter]:
+    """What may stand in a command's table of the configuration file, by name: its public options and arguments."""
+    found = {}
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.hidden:
+            continue
+        name = max(parameter.opts, key=len).removeprefix("--")
+        if name != "config":
+            found[name] = parameter
+    return found
+
+
+def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """Make a file's values the defaults of the command that runs."""
+    if path is None and not CONFIG_FILE.exists():
+        return
+    path = path or CONFIG_FILE
+    assert ctx.parent is not None
+    assert isinstance(ctx.parent.command, click.Group)
+    defaults = _checked(_parsed(path), path, ctx.parent.command, ctx)
+    ctx.default_map = defaults.get(str(ctx.info_name), {})
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError("--config", str(path), f"a file that can be read ({error.strerror})") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise OptionError("--config", str(path), f"TOML ({error})") from error
+
+
+def _checked(
+    tables: dict[str, Any], path: Path, group: click.Group, ctx: click.Context
+) -> dict[str, dict[str, str | int | float | bool]]:
+    """The values of each command, by the names of its parameters."""
+    checked: dict[str, dict[str, str | int | float | bool]] = {}
+    for name, table in tables.items():
+        if name not in group.commands:
+            raise OptionError(f"{path}: {name}", table, f"a table for a command: {', '.join(sorted(group.commands))}")
+        if not isinstance(table, dict):
+            raise OptionError(f"{path}: {name}", table, f"a table, [{name}], with the command's options in it")
+        known = keys(group.commands[name])
+        checked[name] = {}
+        for key, value in table.items():
+            where = f"{path}: [{name}] {key}"
+            if key not in known:
+                raise OptionError(where, value, f"one of the options of {name}: {', '.join(sorted(known))}")
+            if not isinstance(value, str | int | float | bool):
+                raise OptionError(where, value, "a string, a number, true or false")
+            try:
+                known[key].type_cast_value(ctx, value)
+            except click.BadParameter as error:
+                raise OptionError(where, value, f"another value, for {error.message}") from error
+            checked[name][str(known[key].name)] = value
+    return checked

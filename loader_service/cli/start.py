@@ -1,0 +1,91 @@
+"""``loader-service start`` and ``keygen``: a node, and the keys that let others reach it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import click
+
+from loader_service import __version__, defaults
+from loader_service.cli import logs
+from loader_service.cli.options import Command, argument, hidden_option, option
+from loader_service.link.keys import generate
+from loader_service.node.front import Front
+from loader_service.node.start import run_node
+from loader_service.node.worker import die_with_parent
+from loader_service.spec import DatasetFacts, Split
+
+log = logging.getLogger("loader_service.node")
+
+
+@click.command(cls=Command)
+@option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default=defaults.DATA,
+    help="Directory of train.lmdb and val.lmdb.",
+)
+@option(
+    "--workers",
+    type=click.IntRange(1, 1024),
+    default=defaults.WORKERS,
+    show_default="one per CPU",
+    help="Worker processes.",
+)
+@option(
+    "--bind",
+    default=defaults.ADDRESS,
+    help="Address to listen at: tcp://HOST:PORT (port * picks one) or ipc://PATH.",
+)
+@option(
+    "--keys",
+    type=click.Path(path_type=Path),
+    help="Directory of this node's keys (see keygen); needed where others can reach it.",
+)
+@option("--insecure", is_flag=True, help="Let other machines reach the node without keys.")
+@option("--log-format", type=click.Choice(logs.FORMATS), default="text", help="How log lines look.")
+@option("--log-level", type=click.Choice(logs.LEVELS), default="info", help="The least grave lines that are shown.")
+@hidden_option("--parent", type=int, help="End when this process, the starter, does.")
+@hidden_option("--quiet", is_flag=True, help="Say nothing but warnings.")
+def start(
+    data: Path,
+    workers: int,
+    bind: str,
+    keys: Path | None,
+    insecure: bool,
+    log_format: str,
+    log_level: str,
+    parent: int | None,
+    quiet: bool,
+) -> None:
+    """Run a node on this machine until Ctrl-C or SIGTERM."""
+    if parent is not None:
+        die_with_parent(parent)
+    logs.set_up(log_format, "warning" if quiet else log_level)
+
+    def announce(front: Front, facts: dict[Split, DatasetFacts]) -> None:
+        line = _announcement(front, facts, workers)
+        if log_format == "json":
+            log.info(line, extra={"address": front.address, "instance": front.instance, "workers": workers})
+        elif not quiet:
+            click.echo(line)
+
+    run_node(data, workers=workers, bind=bind, version=__version__, on_ready=announce, keys=keys, insecure=insecure)
+
+
+@click.command(cls=Command)
+@argument("directory", type=click.Path(path_type=Path))
+def keygen(directory: Path) -> None:
+    """Make the keys of a node and of a client in DIRECTORY."""
+    for path in generate(directory):
+        click.echo(f"made {path}")
+    click.echo(
+        f"node: start --keys {directory}; clients: server_key={directory}/node.key, client_key={directory}/client.secret"
+    )
+
+
+def _announcement(front: Front, facts: dict[Split, DatasetFacts], workers: int) -> str:
+    serves = ", ".join(f"{split} ({f.count:,} records, {len(f.class_names):,} classes)" for split, f in facts.items())
+    ceiling = front.memory_ceiling_bytes / 2**20
+    return f"listening on {front.address}: {serves}; {workers} workers; at most {ceiling:.0f} MiB of shared memory"

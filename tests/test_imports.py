@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "loader_service": ("loader_service",),
     "loader_service.errors": (),
     "loader_service.spec": ("loader_service.errors",),
-    "loader_service.metrics": ("loader_service.spec",),
+    "loader_service.metrics": ("loader_service.errors", "loader_service.spec", "loader_service.link"),
     "loader_service.data": ("loader_service.errors", "loader_service.spec", "loader_service.data"),
     "loader_service.link": ("loader_service.errors", "loader_service.spec", "loader_service.link"),
     "trainer": ("trainer",),

@@ -1,7 +1,7 @@
 """The only maker of ZeroMQ sockets, so that no socket lacks what every socket needs.
 
-High-water marks are off: what may be in flight is bounded by credits, not by queues. Heartbeats are libzmq's own, sent
-by its I/O thread whatever Python does. Nothing lingers at the end.
+High-water marks are off where credits bound what may be in flight; a node bounds what waits for a client that reads
+nothing. Heartbeats are libzmq's own, sent by its I/O thread whatever Python does. Nothing lingers at the end.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from loader_service.link.messages import MAX_CLIENT_MESSAGE_BYTES
 
 HEARTBEAT_INTERVAL_MS: Final = 1_000
 HEARTBEAT_TIMEOUT_MS: Final = 5_000
+UNREAD_MESSAGES: Final = 1_000
+"""Most messages that a node keeps for a client that does not read them; an honest one has fewer requests under way."""
+
 RECONNECT_MS: Final = 50
 RECONNECT_MAX_MS: Final = 2_000
 BYE_LINGER_MS: Final = 200
@@ -96,6 +99,7 @@ def bind_node(
         _refuse_if_taken(address)
     router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     _prepare(router, address)
+    router.setsockopt(zmq.SNDHWM, UNREAD_MESSAGES)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to who is gone is an error, not silence
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a client that reconnects keeps its identity
     router.setsockopt(zmq.MAXMSGSIZE, MAX_CLIENT_MESSAGE_BYTES)
@@ -183,13 +187,11 @@ class Monitor:
 
 
 def try_send(socket: zmq.Socket[bytes], frames: list[Any], on_gone: Callable[[], None] | None = None) -> bool:
-    """Send without waiting and, for large frames, without copying; False if the peer is not there."""
+    """Send without waiting and, for large frames, without copying; False if the peer is not there, or does not read."""
     try:
         socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
-    except zmq.Again:
-        return False
     except zmq.ZMQError as error:
-        if error.errno != zmq.EHOSTUNREACH:
+        if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
             raise
         if on_gone:
             on_gone()

@@ -82,6 +82,10 @@ class Front:
         self.instance = secrets.token_hex(16)
         self._settings, self._facts, self._nursery, self._at, self._version = settings, facts, nursery, at, version
         self._roster = Roster(settings.workers, settings.send_slots)
+        # Encoded once and sent without copying, so that a thousand Hellos of a client that does not read cost no memory.
+        self._welcome = messages.encode(
+            messages.Welcome(messages.PROTOCOL, self.instance, settings.workers, settings.slot_bytes, facts)
+        )
         self._context: zmq.Context[Any] = zmq.Context()
         # Before the bind: from its first moment on, the socket asks somebody who may come in.
         self._doorkeeper = Doorkeeper(self._context, settings.keys) if settings.keys else None
@@ -204,18 +208,24 @@ class Front:
                     raise MessageError(f"{len(frames) - 1} frames where one was expected")
                 message = messages.decode_from_client(frames[1])
             except MessageError as error:
-                self._refused += 1
-                log.warning("client %s: %s", client.hex()[:8], error)
+                self._refuse(client, str(error))
                 continue
-            self._heard[client] = time.monotonic()
             self._answer(client, message)
+            if client in self._roster.clients:
+                self._heard[client] = time.monotonic()
+
+    def _refuse(self, client: bytes, flaw: str) -> None:
+        """Count a malformed message; tell of the first, the second, the fourth and so on, so that no log is flooded."""
+        self._refused += 1
+        if self._refused & (self._refused - 1) == 0:
+            log.warning("client %s: %r (%d refused so far)", client.hex()[:8], flaw, self._refused)
 
     def _answer(self, client: bytes, message: messages.FromClient) -> None:
         known = client in self._roster.clients
         match message:
             case messages.Hello():
                 self._do(self._roster.client_joined(client, message.client))
-                self._send(client, self._welcome())
+                self._post(client, [self._welcome])
             case messages.StatusQuery():
                 self._send(client, self.status())
             case messages.Bye():
@@ -440,10 +450,6 @@ class Front:
             self._fork(index)
 
     # Self-description
-
-    def _welcome(self) -> messages.Welcome:
-        settings = self._settings
-        return messages.Welcome(messages.PROTOCOL, self.instance, settings.workers, settings.slot_bytes, self._facts)
 
     def status(self) -> messages.Status:
         """The node as it is now."""

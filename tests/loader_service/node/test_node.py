@@ -14,6 +14,7 @@ import pytest
 import zmq
 
 from loader_service import Loader, LocalNode, errors, status
+from loader_service.link import messages
 
 StartNode = Callable[..., Any]
 Eventually = Callable[[Callable[[], bool], str], None]
@@ -142,3 +143,24 @@ def test_rubbish_does_not_stop_it(start_node: StartNode) -> None:
         dealer.close(linger=0)
         context.term()
     assert status(node.address).refused == 6
+
+
+def test_a_client_that_never_reads_costs_no_memory(start_node: StartNode, eventually: Eventually) -> None:
+    """Hundreds of Hellos, each worth an answer of 1.5 MB that nobody takes, leave the node as large as it was."""
+    node = start_node(workers=1)
+    front = psutil.Process(node.process.pid)
+    assert len(_epoch(node.address)) == 5
+    before = front.memory_info().rss
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.RCVHWM, 1)
+    try:
+        dealer.connect(node.address)
+        for _ in range(300):
+            dealer.send(messages.encode(messages.Hello(messages.PROTOCOL, "rude")))
+        dealer.send(b"the end")
+        eventually(lambda: status(node.address).refused == 1, "the node has read it all")
+        assert front.memory_info().rss - before < 64 * 2**20
+    finally:
+        dealer.close(linger=0)
+        context.term()

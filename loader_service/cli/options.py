@@ -11,6 +11,7 @@ Written once, for every command, by the rule of this file:
 
 from __future__ import annotations
 
+import signal
 import tomllib
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,8 @@ class Group(click.Group):
         except LoaderServiceError as error:
             click.echo(f"loader-service: {error}", err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            ctx.exit(128 + signal.SIGINT)
 
 
 def variable(ctx: click.Context, parameter: click.Parameter) -> str:

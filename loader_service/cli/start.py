@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -11,9 +12,11 @@ from loader_service import __version__, defaults
 from loader_service.cli import logs
 from loader_service.cli.options import Command, argument, hidden_option, option
 from loader_service.link.keys import generate
+from loader_service.metrics import NodeMetrics
 from loader_service.node.front import Front
 from loader_service.node.start import run_node
 from loader_service.node.worker import die_with_parent
+from loader_service.prometheus import Exporter
 from loader_service.spec import DatasetFacts, Split
 
 log = logging.getLogger("loader_service.node")
@@ -44,6 +47,7 @@ log = logging.getLogger("loader_service.node")
     help="Directory of this node's keys (see keygen); needed where others can reach it.",
 )
 @option("--insecure", is_flag=True, help="Let other machines reach the node without keys.")
+@option("--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there, at /metrics.")
 @option("--log-format", type=click.Choice(logs.FORMATS), default="text", help="How log lines look.")
 @option("--log-level", type=click.Choice(logs.LEVELS), default="info", help="The least grave lines that are shown.")
 @hidden_option("--parent", type=int, help="End when this process, the starter, does.")
@@ -54,6 +58,7 @@ def start(
     bind: str,
     keys: Path | None,
     insecure: bool,
+    metrics: str | None,
     log_format: str,
     log_level: str,
     parent: int | None,
@@ -71,7 +76,38 @@ def start(
         elif not quiet:
             click.echo(line)
 
-    run_node(data, workers=workers, bind=bind, version=__version__, on_ready=announce, keys=keys, insecure=insecure)
+    with _Metrics(metrics) if metrics else nullcontext() as hook:
+        run_node(
+            data,
+            workers=workers,
+            bind=bind,
+            version=__version__,
+            on_ready=announce,
+            keys=keys,
+            insecure=insecure,
+            hook=hook,
+        )
+
+
+class _Metrics:
+    """A hook that starts to serve when it is first called: a node may have no threads before it has forked."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._exporter: Exporter | None = None
+
+    def __call__(self, metrics: NodeMetrics) -> None:
+        if self._exporter is None:
+            self._exporter = Exporter(self._address, "node")
+            log.info("metrics are at %s", self._exporter.url, extra={"url": self._exporter.url})
+        self._exporter(metrics)
+
+    def __enter__(self) -> _Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._exporter:
+            self._exporter.close()
 
 
 @click.command(cls=Command)

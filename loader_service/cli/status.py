@@ -1,47 +1,116 @@
-"""``loader-service status``: how a node is."""
+"""``loader-service status`` and ``top``: how a node is, once or live."""
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
 import click
 import msgspec
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from loader_service import defaults
 from loader_service.cli.options import Command, argument, option
 from loader_service.client.query import status as ask_status
+from loader_service.errors import NoNodeError
 from loader_service.link.messages import Status
+from loader_service.rates import Rates, between
+
+
+def _node_options(function: Callable[..., None]) -> Callable[..., None]:
+    """What it takes to ask a node: its address, patience, and keys where it has them."""
+    for decorate in (
+        option("--client-key", help="File with this client's secret key."),
+        option("--server-key", help="File with the node's public key, for a node that has keys."),
+        option("--timeout", type=click.FloatRange(min=0), default=5.0, help="Seconds to wait for an answer."),
+        argument("address", default=defaults.ADDRESS),
+    ):
+        function = decorate(function)
+    return function
 
 
 @click.command(cls=Command)
-@argument("address", default=defaults.ADDRESS)
+@_node_options
 @option("--json", is_flag=True, help="Print JSON.")
-@option("--timeout", type=float, default=5.0, help="Seconds to wait for an answer.")
-@option("--server-key", help="File with the node's public key, for a node that has keys.")
-@option("--client-key", help="File with this client's secret key.")
-def status(address: str, json: bool, timeout: float, server_key: str | None, client_key: str | None) -> None:
+@option(
+    "--interval",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    help="Seconds over which rates are measured; 0 asks once, for rates since the node's start.",
+)
+def status(json: bool, interval: float, **node: Any) -> None:
     """Show how the node at ADDRESS is; exit code 4 if there is none."""
-    answer = ask_status(address, timeout, server_key=server_key, client_key=client_key)
+    ask = _asker(**node)
+    before = ask() if interval else None
+    if before:
+        threading.Event().wait(interval)
+    answer = ask()
+    rates = between(before, answer)
     if json:
-        click.echo(msgspec.json.format(msgspec.json.encode(answer)).decode())
+        both = {**msgspec.to_builtins(answer), "rates": msgspec.to_builtins(rates)}
+        click.echo(msgspec.json.format(msgspec.json.encode(both)).decode())
     else:
-        _print_status(answer)
+        click.echo("\n".join(_lines(answer, rates)))
+        Console().print(_tables(answer, rates))
 
 
-def _print_status(answer: Status) -> None:
-    console = Console()
-    console.print(
-        f"node {answer.instance[:8]} at {answer.address}, version {answer.version}, up {answer.uptime_s:.0f} s; "
-        f"{answer.leases} leases out, {answer.reassigned} reassigned, {answer.restarts} workers restarted, "
-        f"{answer.refused} messages refused"
-    )
-    for split, fingerprint in answer.splits.items():
-        console.print(f"  {split}: {fingerprint}", highlight=False)
-    workers = Table("worker", "pid", "state", "slices", "samples", "busy s")
-    for index, w in enumerate(answer.workers):
-        workers.add_row(str(index), str(w.pid), w.state, f"{w.slices:,}", f"{w.samples:,}", f"{w.busy_s:.1f}")
-    clients = Table("client", "transport", "queued", "slices", "samples")
-    for c in answer.clients:
-        clients.add_row(c.name, c.transport, str(c.queued), f"{c.slices:,}", f"{c.samples:,}")
-    console.print(workers)
-    console.print(clients)
+@click.command(cls=Command)
+@_node_options
+@option("--interval", type=click.FloatRange(min=0.1), default=1.0, help="Seconds between two looks.")
+def top(interval: float, **node: Any) -> None:
+    """Watch the node at ADDRESS until Ctrl-C; exit code 4 if there is none at the start."""
+    ask = _asker(**node)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it, too, gives the cursor back
+    try:
+        before = ask()
+        screen = _screen(before, between(None, before))
+        with Live(screen, auto_refresh=False) as live:
+            while not threading.Event().wait(interval):
+                try:
+                    after = ask()
+                except NoNodeError as error:  # it may be restarted, and then goes on being watched
+                    live.update(Group(screen, Text(str(error), style="bold red")), refresh=True)
+                    continue
+                screen = _screen(after, between(before, after))
+                before = after
+                live.update(screen, refresh=True)
+    except KeyboardInterrupt:  # the normal end
+        return
+
+
+def _asker(address: str, timeout: float, server_key: str | None, client_key: str | None) -> Callable[[], Status]:
+    return lambda: ask_status(address, timeout, server_key=server_key, client_key=client_key)
+
+
+def _screen(answer: Status, rates: Rates) -> Group:
+    """Everything about a node, for people."""
+    return Group(*map(Text, _lines(answer, rates)), _tables(answer, rates))
+
+
+def _lines(answer: Status, rates: Rates) -> list[str]:
+    return [
+        f"node {answer.instance[:8]} at {answer.address}, version {answer.version}, up {answer.uptime_s:.0f} s",
+        *(f"  {split}: {fingerprint}" for split, fingerprint in answer.splits.items()),
+        f"{answer.leases} leases out, {answer.queued} requests queued, "
+        f"{answer.send_slots_used} of {answer.send_slots} send slots used; {answer.reassigned} reassigned, "
+        f"{answer.restarts} workers restarted, {answer.bad_samples} bad samples, {answer.refused} messages refused",
+        f"{rates.samples:,.0f} samples/s, {rates.delivered_bytes / 1e6:,.1f} MB/s; workers busy {rates.busy:.0%}: "
+        + ", ".join(f"{stage} {share:.0%}" for stage, share in rates.stages.items()),
+        f"bottleneck: {rates.bottleneck.what} ({rates.bottleneck.why})",
+    ]
+
+
+def _tables(answer: Status, rates: Rates) -> Group:
+    workers = Table("worker", "pid", "state", "slices", "samples", "samples/s", "busy s")
+    for index, (w, rate) in enumerate(zip(answer.workers, rates.workers, strict=True)):
+        counts = f"{w.slices:,}", f"{w.samples:,}", f"{rate:,.0f}", f"{w.busy_s:.1f}"
+        workers.add_row(str(index), str(w.pid), f"{w.state} {w.stage}".strip(), *counts)
+    clients = Table("client", "transport", "queued", "slices", "samples", "samples/s")
+    for c, rate in zip(answer.clients, rates.clients, strict=True):
+        clients.add_row(c.name, c.transport, str(c.queued), f"{c.slices:,}", f"{c.samples:,}", f"{rate:,.0f}")
+    return Group(workers, clients)

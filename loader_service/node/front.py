@@ -29,6 +29,7 @@ from loader_service.link.keys import Doorkeeper, NodeKeys
 from loader_service.link.messages import Failed, Place, Request
 from loader_service.link.slots import Hold, Segment, sweep
 from loader_service.link.waker import Waker
+from loader_service.metrics import NodeHook, NodeMetrics
 from loader_service.node.lease import MAX_PACKET_BYTES, Bad, Died, Done, Forked, Lease, Ready, decode_answer, encode
 from loader_service.node.nursery import Nursery
 from loader_service.node.roster import Action, Answer, Client, Grant, Refuse, Roster, Task, Worker
@@ -117,11 +118,12 @@ class Front:
             self._context.destroy(linger=0)
             raise
 
-    def run(self, on_ready: Callable[[Front], None]) -> None:
+    def run(self, on_ready: Callable[[Front], None], hook: NodeHook | None = None) -> None:
         """Serve until SIGTERM or SIGINT; leaves no process, socket or segment behind.
 
         Args:
             on_ready: called once, when the first worker can work.
+            hook: handed the node's metrics twice a second.
 
         Raises:
             NodeFailed: workers cannot start.
@@ -142,6 +144,8 @@ class Front:
                 if (now := time.monotonic()) >= next_tick:
                     self._tick(now)
                     next_tick = now + TICK_MS / 1000
+                    if hook:
+                        hook(NodeMetrics.of(self.status()))
         finally:
             self._close()
             for number, handler in previous.items():

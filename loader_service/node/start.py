@@ -11,6 +11,7 @@ import numpy as np
 
 from loader_service import defaults
 from loader_service.link.keys import node_keys
+from loader_service.metrics import NodeHook
 from loader_service.node.front import Front, Settings
 from loader_service.node.nursery import Nursery
 from loader_service.node.worker import NO_RECORD, Worker, survey
@@ -28,6 +29,7 @@ def run_node(
     on_ready: OnReady,
     keys: Path | None = None,
     insecure: bool = False,
+    hook: NodeHook | None = None,
 ) -> None:
     """Run a node until it is told to stop. The calling process must have one thread.
 
@@ -39,6 +41,8 @@ def run_node(
         on_ready: called when the node can serve, with the front and what it serves.
         keys: directory of the node's keys; without it only this machine may reach ``bind``.
         insecure: let other machines reach it without keys all the same.
+        hook: handed the node's metrics twice a second; the first time after the workers' parent has been forked, so
+            that it may start threads.
 
     Raises:
         LoaderServiceError: it cannot start or go on; see the sentence.
@@ -60,4 +64,4 @@ def run_node(
     except BaseException:
         nursery.close()
         raise
-    front.run(lambda ready: on_ready(ready, facts))
+    front.run(lambda ready: on_ready(ready, facts), hook)

@@ -6,50 +6,36 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 import click
 import msgspec
 import torch
-from click.core import ParameterSource
 from rich.console import Console
 
 from trainer import checkpoint
-from trainer.config import DEFAULT_RUNS, FIXED_FOR_A_RUN, RunConfig, Source
-from trainer.errors import ConfigError, DeviceError, TrainerError
+from trainer.config import DEFAULT_RUNS, Source
+from trainer.errors import DeviceError, TrainerError
 from trainer.evaluate import VIEWS, evaluate_runs
 from trainer.feed import LoaderServiceError, open_source
 from trainer.loop import Resume, train
+from trainer.options import (
+    BATCH_SIZE,
+    DEVICES,
+    JSON,
+    NETWORK,
+    OUTPUT,
+    RECIPE,
+    SOURCE,
+    VARIATION,
+    make_config,
+    options,
+    resumed_config,
+)
 from trainer.predict import predict
-from trainer.preset import PRESETS
 from trainer.run_folder import RunFolder, newest_run
 from trainer.stop import Stopped, StopRequest
 from trainer.summary import Summary
-
-_DEFAULTS: Final = RunConfig()
-_PLACES: Final = {"loader", "data", "workers"}
-
-
-def _devices(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in value.split(",")) if value else ()
-
-
-_where = [
-    click.option("--data", metavar="DIR", help="Start a private node on this folder."),
-    click.option("--loader", metavar="ADDRESS", help="Use the node that runs at this address."),
-    click.option("--workers", type=int, default=Source().workers, show_default=True, help="Of a private node."),
-]
-_devices_option = click.option(
-    "--devices", metavar="A,B", callback=_devices, help="One device for both towers, or one each; e.g. cuda:0,cuda:1."
-)
-_batch_size_option = click.option("--batch-size", type=int, default=_DEFAULTS.batch_size, show_default=True)
-_json_option = click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
-
-
-def _source_options(command: Any) -> Any:
-    for option in reversed(_where):
-        command = option(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,31 +47,18 @@ def main() -> None:
 
 
 @main.command()
-@_source_options
-@click.option("--run", "path", type=click.Path(path_type=Path), metavar="DIR", help="Where results go. [default: new]")
-@click.option("--epochs", type=int, default=_DEFAULTS.epochs, show_default=True)
-@_batch_size_option
-@_devices_option
-@click.option("--width", type=float, default=_DEFAULTS.width, show_default=True, help="Factor of all layers' sizes.")
-@click.option("--towers", type=int, default=_DEFAULTS.towers, show_default=True, help="2, or 1: the smaller net.")
-@click.option("--seed", type=int, default=_DEFAULTS.seed, show_default=True)
-@click.option("--preset", type=click.Choice(list(PRESETS)), default=_DEFAULTS.preset, show_default=True)
-@click.option("--lr", type=float, default=_DEFAULTS.lr, show_default=True, help="Learning rate at the start.")
-@click.option("--patience", type=int, default=_DEFAULTS.patience, show_default=True, help="Stalled epochs till a drop.")
-@click.option("--checkpoint-every", type=int, metavar="STEPS", default=_DEFAULTS.checkpoint_every, show_default=True)
-@click.option("--log-every", type=int, metavar="STEPS", default=_DEFAULTS.log_every, show_default=True)
-@click.option("--resume", type=click.Choice(["auto"]), help="Go on from --run's newest checkpoint, if it has one.")
+@options(SOURCE, OUTPUT, RECIPE, NETWORK, (DEVICES,), VARIATION)
 @click.pass_context
-def run(context: click.Context, /, path: Path | None, resume: str | None, **options: Any) -> None:
+def run(context: click.Context, /, path: Path | None, resume: str | None, **given: Any) -> None:
     """Train a network."""
     console = Console()
     with _one_sentence(), StopRequest() as stop, ExitStack() as stack:
-        config = RunConfig(**_nested(options))
+        config = make_config(given)
         folder = _find_folder(path) if resume else None
         newest = folder.newest_checkpoint() if folder else None
         saved = Resume(newest, checkpoint.load(newest)) if newest else None
         if saved:
-            config = _resumed_config(context, saved, options)
+            config = resumed_config(context, saved.saved.plain.config, saved.path, given)
         try:
             with stop.interruptible():
                 node = stack.enter_context(open_source(config.source))
@@ -102,11 +75,8 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **opti
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@_source_options
+@options(SOURCE, (BATCH_SIZE, DEVICES, JSON))
 @click.option("--views", type=click.Choice(VIEWS), default=VIEWS[0], show_default=True)
-@_batch_size_option
-@_devices_option
-@_json_option
 def evaluate(
     runs: tuple[Path, ...],
     views: str,
@@ -134,8 +104,7 @@ def evaluate(
 @main.command("predict")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
-@_devices_option
-@_json_option
+@options((DEVICES, JSON))
 def predict_command(run: Path, images: tuple[Path, ...], devices: tuple[str, ...], as_json: bool) -> None:
     """The five best guesses of a RUN's network for any pictures."""
     with _one_sentence():
@@ -148,37 +117,10 @@ def predict_command(run: Path, images: tuple[Path, ...], devices: tuple[str, ...
                 click.echo(f"  {guess.probability:7.2%}  {guess.name}")
 
 
-def _nested(options: dict[str, Any]) -> dict[str, Any]:
-    """The options as fields of a RunConfig, which holds those of the source in a value of their own."""
-    places = {name: value for name, value in options.items() if name in _PLACES}
-    return {name: value for name, value in options.items() if name not in _PLACES} | {"source": Source(**places)}
-
-
 def _find_folder(path: Path | None) -> RunFolder | None:
     """The folder of an earlier run, None if there is none: the one at ``path``, or the newest with a checkpoint."""
     path = path or newest_run(Path(DEFAULT_RUNS))
     return RunFolder(path) if path and RunFolder(path).has_run else None
-
-
-def _resumed_config(context: click.Context, saved: Resume, options: dict[str, Any]) -> RunConfig:
-    """The saved configuration with what was given on the command line this time.
-
-    Raises:
-        ConfigError: something was given that a run cannot change.
-    """
-    typed = {
-        name: options[name] for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    }
-    before = saved.saved.plain.config
-    for name in typed.keys() & set(FIXED_FOR_A_RUN):
-        if typed[name] != getattr(before, name):
-            raise ConfigError(
-                f"--{name}", typed[name], f"{getattr(before, name)}, as in the run that goes on from {saved.path}"
-            )
-    changed = {name: value for name, value in typed.items() if name not in _PLACES}
-    if typed.keys() & _PLACES:
-        changed["source"] = Source(**{name: options[name] for name in _PLACES})
-    return msgspec.structs.replace(before, **changed)
 
 
 def _tell(console: Console, folder: RunFolder, summary: Summary) -> None:

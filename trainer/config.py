@@ -9,6 +9,7 @@ import msgspec
 from trainer.chance import MAX_SEED
 from trainer.errors import ConfigError
 from trainer.preset import PresetName, preset_named
+from trainer.variation import Variation
 
 DEFAULT_RUNS: Final = "runs"
 """Where new run folders go."""
@@ -52,6 +53,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         checkpoint_every: steps between checkpoints within an epoch; 0 leaves those at each epoch's end.
         log_every: steps between log lines.
         source: where batches come from.
+        variation: what is otherwise than in the paper's net and recipe.
     """
 
     preset: PresetName = "paper"
@@ -66,6 +68,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint_every: int = 1000
     log_every: int = 20
     source: Source = Source()
+    variation: Variation = Variation()
 
     def __post_init__(self) -> None:
         preset_named(self.preset)
@@ -85,5 +88,5 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ConfigError(option, value, f"at least {least}")
 
 
-FIXED_FOR_A_RUN: Final = ("preset", "width", "towers", "seed", "lr", "patience")
+FIXED_FOR_A_RUN: Final = ("preset", "width", "towers", "seed", "lr", "patience", "variation")
 """What a resumed run cannot change: the weights, or the meaning of the positions already seen, hang on it."""

@@ -5,6 +5,7 @@ Most libraries double the kept outputs in training instead; the two differ in ho
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
@@ -16,24 +17,26 @@ KEEP: Final = 0.5
 """Probability of keeping a unit, and the factor of every output in use. One fair bit decides, so it is fixed."""
 
 
-def drop_half(units: Tensor, key: DropoutKey | None, tower: int, layer: int) -> Tensor:
-    """Set half of the units to zero, by chance; the others stay as they are.
+def keep_half(shape: tuple[int, int], key: DropoutKey | None, tower: int, layer: int, device: torch.device) -> Tensor:
+    """Which units stay as they are, by chance; the others are set to zero.
 
     Args:
-        units: (B, U) floating point.
+        shape: (B, U), images and units.
         key: which masks to draw; None takes them from torch's own generator.
         tower: whose units these are; towers have masks of their own.
         layer: 6 or 7.
+        device: where the units are.
 
     Returns:
-        (B, U), same dtype and device as ``units``.
+        (B, U) bool.
     """
     if key is None:
-        return units * torch.empty_like(units).bernoulli_(KEEP)
-    packed = torch.from_numpy(dropout_bits(key, tower, layer, units.numel())).to(units.device, non_blocking=True)
-    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=units.device)
+        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(KEEP)
+    count = math.prod(shape)
+    packed = torch.from_numpy(dropout_bits(key, tower, layer, count)).to(device, non_blocking=True)
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
     bits = (packed[:, None] >> places) & 1  # (bytes, 8), the first unit in the highest bit
-    return units * bits.flatten()[: units.numel()].view_as(units)
+    return bits.flatten()[:count].view(shape).bool()
 
 
 def halve(units: Tensor) -> Tensor:

@@ -17,9 +17,11 @@ from torch.nn import functional
 
 from trainer import checkpoint
 from trainer.centre import Centre, Windows
+from trainer.config import RunConfig
 from trainer.dataset import Facts
 from trainer.devices import choose_device
 from trainer.errors import CheckpointError, ConfigError
+from trainer.exchange import Share
 from trainer.feed import Batch, Feed, Node
 from trainer.model import AlexNet
 from trainer.run_folder import find_checkpoint
@@ -117,9 +119,14 @@ def load_member(path: Path, device: torch.device) -> tuple[Member, Facts]:
     path = find_checkpoint(path)
     saved = checkpoint.load(path)
     config, facts = saved.plain.config, saved.facts
-    model = AlexNet(len(facts.class_names), config.width, config.preset, (device,), config.towers, config.seed)
+    model = build(config, len(facts.class_names), (device,))
     restore(model, saved, path)
     return Member(model.eval(), Centre(facts.mean, model.preset, (device,))), facts
+
+
+def build(config: RunConfig, classes: int, devices: Sequence[torch.device], share: Share | None = None) -> AlexNet:
+    """The network that a configuration describes, with the weights it starts with."""
+    return AlexNet(classes, config.width, config.preset, devices, config.towers, config.seed, config.variation, share)
 
 
 def restore(model: AlexNet, saved: checkpoint.Checkpoint, path: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import permutations
 from typing import Final, Protocol
 
@@ -37,6 +38,19 @@ class Exchange(Protocol):
         Returns:
             For each reader (B, towers * C, ...), on its device, in the order of the towers.
         """
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a process has of a network that is spread over several.
+
+    Fields:
+        towers: the numbers of the towers that live here.
+        exchange: how they meet the others.
+    """
+
+    towers: tuple[int, ...]
+    exchange: Exchange
 
 
 class OneDevice:

@@ -29,6 +29,7 @@ from trainer.dataset import Facts
 from trainer.devices import Stager
 from trainer.ledger import Account
 from trainer.preset import Preset
+from trainer.variation import Variation
 
 __all__ = ["Batch", "Feed", "LoaderServiceError", "Node", "load_image", "open_source", "training_view"]
 
@@ -182,14 +183,18 @@ def open_source(source: Source) -> Iterator[Node]:
             yield Node(local.address, f"Batches come from a private node on {data} with {workers}.", _PRIVATE_TIMEOUT_S)
 
 
-def training_view(preset: Preset, node: Node) -> View:
-    """The random crops, mirror images and colour jitter of the paper's section 4.1, as the preset reads it."""
+def training_view(preset: Preset, variation: Variation, node: Node) -> View:
+    """The random crops, mirror images and colour jitter of the paper's section 4.1, as preset and variation have it."""
+    if not variation.crops:
+        return View(kind="center", flip=False, jitter=0.0)  # in shuffled order all the same
+    if not variation.jitter:
+        return View(flip=variation.flips, jitter=0.0)
     if not preset.jitter_by_deviation:
-        return View()
+        return View(flip=variation.flips)
     facts = describe(node.address, split="train")
     deviations = np.sqrt(np.asarray(facts.eigenvalues, np.float64))
     basis = _GREY_LEVELS * np.asarray(facts.eigenvectors, np.float64) * deviations  # column k is axis k
-    return View(basis=tuple(basis.flatten().tolist()))
+    return View(flip=variation.flips, basis=tuple(basis.flatten().tolist()))
 
 
 def load_image(path: Path) -> tuple[Tensor, Windows]:

@@ -42,9 +42,9 @@ class Curve:
 def draw(folder: RunFolder, model: AlexNet) -> list[Path]:
     """Draw both pictures into a run's folder and return their paths."""
     part = folder.kernels.with_suffix(".part.png")
-    Image.fromarray(kernel_picture([tower.conv1.weight.detach().cpu().numpy() for tower in model.each_tower])).save(
-        part
-    )
+    Image.fromarray(
+        kernel_picture([tower.get_parameter("conv1.weight").detach().cpu().numpy() for tower in model.each_tower])
+    ).save(part)
     part.replace(folder.kernels)
     steps, epochs = read_log(folder.log)
     write_atomically(folder.curves, learning_curves(steps, epochs).encode())

@@ -30,7 +30,7 @@ from trainer.checkpoint import Checkpoint, Plain
 from trainer.config import RunConfig
 from trainer.devices import choose_devices
 from trainer.errors import ConfigError, TrainingDiverged
-from trainer.evaluate import Evaluation, Member, evaluate, restore
+from trainer.evaluate import Evaluation, Member, build, evaluate, restore
 from trainer.feed import Batch, Feed, LoaderServiceError, Node, training_view
 from trainer.ledger import Account, merge_accounts
 from trainer.model import AlexNet
@@ -73,7 +73,7 @@ def train(
     state = resume.saved.plain.loader if resume else None
     with ExitStack() as stack:
         with stop.interruptible():
-            view = training_view(preset_named(config.preset), node)
+            view = training_view(preset_named(config.preset), config.variation, node)
             feed = Feed(node, "train", view, config.batch_size, devices, config.seed, config.epochs, state)
         stack.enter_context(feed)
         reporter = stack.enter_context(Reporter(console, config.epochs, feed.facts.count))
@@ -108,9 +108,7 @@ class Training:
         self._facts = feed.facts
         if not self._facts.count:
             raise ConfigError("--data", node.address, "a training split with at least one image")
-        self._model = AlexNet(
-            len(self._facts.class_names), config.width, config.preset, devices, config.towers, config.seed
-        )
+        self._model = build(config, len(self._facts.class_names), devices)
         self._centre = Centre(self._facts.mean, self._model.preset, devices)
         self._schedule = Plateau(config.lr, config.patience)
         self._progress = Progress()

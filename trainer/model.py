@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.chance import DropoutKey, normal_weights
-from trainer.dropout import drop_half, halve
+from trainer.dropout import halve, keep_half
 from trainer.errors import ConfigError
-from trainer.exchange import choose_exchange
+from trainer.exchange import Share, choose_exchange
 from trainer.lrn import local_response_norm
 from trainer.preset import Preset, preset_named
+from trainer.variation import Variation
 
 _T = TypeVar("_T")
 
@@ -34,7 +35,16 @@ WEIGHT_STD: Final = 0.01
 """Of every weight at the start (paper section 5), but for the preset's ``middle_std``."""
 
 BIASES_OF_ONE: Final = frozenset({"conv2", "conv4", "conv5", "fc6", "fc7"})
-"""These biases start at 1, so that ReLUs see positive inputs early (paper section 5); the others, fc8's too, at 0."""
+"""These biases start at 1, so that ReLUs see positive inputs early (paper section 5); the others, fc8's too, at 0. With
+tanh, which needs no such help, all start at 0."""
+
+NUMBERS: Final = {
+    name: n for n, name in enumerate(("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"), 1)
+}
+"""A layer's number in the addresses of random words, whether other layers are left out or not."""
+
+_KERNELS: Final = {"conv1": (11, 4, 0), "conv2": (5, 1, 2), "conv3": (3, 1, 1), "conv4": (3, 1, 1), "conv5": (3, 1, 1)}
+"""Side, stride and padding of each convolution."""
 
 _POOLED_SIDE: Final = 6
 _CONV1_ZEROS: Final = (0, 3, 0, 3)
@@ -49,14 +59,16 @@ class Sizes:
         towers: 1 or 2.
         kernels: of conv1 to conv5, per tower.
         units: of fc6 and fc7, per tower.
+        without: layers that are left out.
     """
 
     towers: int
     kernels: tuple[int, int, int, int, int]
     units: tuple[int, int]
+    without: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, towers: int, width: float) -> Sizes:
+    def of(cls, towers: int, width: float, without: tuple[str, ...] = ()) -> Sizes:
         """The paper's net (two towers), or its smaller one of section 3.2: half the kernels, but the last ones whole."""
         if towers not in (1, 2):
             raise ConfigError("--towers", towers, "1 or 2")
@@ -64,72 +76,104 @@ class Sizes:
             raise ConfigError("--width", width, "a number above 0, at most 4")
         conv5, hidden = (128, 2048) if towers == 2 else (256, 4096)
         c1, c2, c3, c4, c5, f6, f7 = (max(1, round(n * width)) for n in (48, 128, 192, 192, conv5, hidden, hidden))
-        return cls(towers, (c1, c2, c3, c4, c5), (f6, f7))
+        return cls(towers, (c1, c2, c3, c4, c5), (f6, f7), without)
+
+    def counts(self) -> dict[str, int]:
+        """How many kernels or units each layer has in each tower, in the order of the layers; fc8 is not a tower's."""
+        names = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7")
+        return {
+            name: count
+            for name, count in zip(names, self.kernels + self.units, strict=True)
+            if name not in self.without
+        }
 
     def fan_ins(self) -> dict[str, int]:
-        """How many inputs one unit of each layer has, in the order of the layers."""
-        c1, c2, c3, c4, c5 = self.kernels
-        f6, f7 = self.units
-        return {
-            "conv1": 3 * 11 * 11,
-            "conv2": c1 * 5 * 5,
-            "conv3": self.towers * c2 * 3 * 3,
-            "conv4": c3 * 3 * 3,
-            "conv5": c4 * 3 * 3,
-            "fc6": self.towers * c5 * _POOLED_SIDE**2,
-            "fc7": self.towers * f6,
-            "fc8": self.towers * f7,
-        }
+        """How many inputs one unit of each layer has, in the order of the layers; fc8 included."""
+        counts = self.counts()
+        fan_ins = {"conv1": 3 * 11 * 11}
+        channels = counts["conv1"]
+        if "conv2" in counts:
+            fan_ins["conv2"], channels = channels * 5 * 5, counts["conv2"]
+        channels *= self.towers  # they meet
+        for name in ("conv3", "conv4", "conv5"):
+            if name in counts:
+                fan_ins[name], channels = channels * 3 * 3, counts[name]
+        units = self.towers * channels * _POOLED_SIDE**2
+        for name in ("fc6", "fc7"):
+            if name in counts:
+                fan_ins[name], units = units, self.towers * counts[name]
+        return fan_ins | {"fc8": units}
 
 
 class Tower(nn.Module):
     """One GPU's share of the network."""
 
-    def __init__(self, sizes: Sizes, preset: Preset, index: int) -> None:
+    def __init__(self, sizes: Sizes, preset: Preset, variation: Variation, index: int) -> None:
         super().__init__()
-        c1, c2, c3, c4, c5 = sizes.kernels
-        f6, f7 = sizes.units
-        fan_in = sizes.fan_ins()
-        self.index, self._preset = index, preset
-        self.conv1 = nn.Conv2d(3, c1, 11, stride=4)
-        self.conv2 = nn.Conv2d(c1, c2, 5, padding=2)
-        self.conv3 = nn.Conv2d(sizes.towers * c2, c3, 3, padding=1)
-        self.conv4 = nn.Conv2d(c3, c4, 3, padding=1)
-        self.conv5 = nn.Conv2d(c4, c5, 3, padding=1)
-        self.fc6 = nn.Linear(fan_in["fc6"], f6)
-        self.fc7 = nn.Linear(fan_in["fc7"], f7)
+        self.index, self._preset, self._variation = index, preset, variation
+        self._activate = torch.tanh if variation.activation == "tanh" else functional.relu
+        count, fan_in = sizes.counts(), sizes.fan_ins()
+        for name in count:
+            side, stride, padding = _KERNELS.get(name, (0, 1, 0))
+            layer: nn.Module
+            if side:
+                layer = nn.Conv2d(fan_in[name] // side**2, count[name], side, stride=stride, padding=padding)
+            else:
+                layer = nn.Linear(fan_in[name], count[name])
+            self.add_module(name, layer)
 
     def lower(self, images: Tensor) -> Tensor:
         """conv1 and conv2: (B, 3, 224, 224) -> (B, C2, 13, 13)."""
-        maps = self.conv1(functional.pad(images, _CONV1_ZEROS))  # (B, C1, 55, 55)
+        maps = self._layers["conv1"](functional.pad(images, _CONV1_ZEROS))  # (B, C1, 55, 55)
         if self._preset.relu_before_lrn1:
-            maps = _pool(self._normalise(functional.relu(maps)))
+            maps = self._pool(self._normalise(self._activate(maps)))
         else:
-            maps = functional.relu(_pool(self._normalise(maps)))
-        maps = functional.relu(self.conv2(maps))  # (B, C2, 27, 27)
-        return _pool(self._normalise(maps))
+            maps = self._activate(self._pool(self._normalise(maps)))
+        if "conv2" in self._layers:
+            maps = self._normalise(self._activate(self._layers["conv2"](maps)))  # (B, C2, 27, 27)
+        return self._pool(maps)
 
     def upper(self, whole: Tensor) -> Tensor:
         """conv3 to conv5: (B, towers * C2, 13, 13) -> (B, C5 * 36), in the order (kernel, row, column)."""
-        maps = functional.relu(self.conv3(whole))
-        maps = functional.relu(self.conv4(maps))
-        maps = functional.relu(self.conv5(maps))
-        return _pool(maps).flatten(1)
+        maps = whole
+        for name in ("conv3", "conv4", "conv5"):
+            if name in self._layers:
+                maps = self._activate(self._layers[name](maps))
+        return self._pool(maps).flatten(1)
 
-    def hidden6(self, whole: Tensor, dropout: DropoutKey | None) -> Tensor:
-        """fc6: (B, towers * C5 * 36) -> (B, F6)."""
-        return self._hidden(self.fc6, whole, dropout, 6)
+    def hidden(self, name: str, whole: Tensor, kept: Tensor | None) -> Tensor:
+        """fc6 or fc7 with dropout.
 
-    def hidden7(self, whole: Tensor, dropout: DropoutKey | None) -> Tensor:
-        """fc7: (B, towers * F6) -> (B, F7)."""
-        return self._hidden(self.fc7, whole, dropout, 7)
+        Args:
+            name: of the layer.
+            whole: (B, inputs), of all towers.
+            kept: (B, units), which units stay; None in use, and without dropout.
 
-    def _hidden(self, layer: nn.Module, whole: Tensor, dropout: DropoutKey | None, number: int) -> Tensor:
-        units = functional.relu(layer(whole))
-        return drop_half(units, dropout, self.index, number) if self.training else halve(units)
+        Returns:
+            (B, units).
+        """
+        units: Tensor = self._activate(self._layers[name](whole))
+        if kept is not None:
+            return units * kept
+        return halve(units) if self._variation.dropout and not self.training else units
+
+    def kept(self, name: str, batch: int, key: DropoutKey | None) -> Tensor | None:
+        """The dropout mask of fc6 or fc7 for a batch, (B, units) on this tower's device; None where nothing is dropped."""
+        if not (self.training and self._variation.dropout):
+            return None
+        bias = cast("Tensor", self._layers[name].bias)
+        return keep_half((batch, len(bias)), key, self.index, NUMBERS[name], bias.device)
+
+    @property
+    def _layers(self) -> dict[str, nn.Module]:
+        return cast("dict[str, nn.Module]", self._modules)
 
     def _normalise(self, maps: Tensor) -> Tensor:
-        return local_response_norm(maps, self._preset.lrn_alpha)
+        return local_response_norm(maps, self._preset.lrn_alpha) if self._variation.lrn else maps
+
+    def _pool(self, maps: Tensor) -> Tensor:
+        """Overlapping pooling (paper section 3.4): windows of 3, two apart; or plain. Maps get equally large by both."""
+        return functional.max_pool2d(maps, 3 if self._variation.pooling == "overlapping" else 2, 2)
 
 
 class AlexNet(nn.Module):
@@ -143,6 +187,9 @@ class AlexNet(nn.Module):
         devices: where the towers live: one device for all, or one for each.
         towers: 2, or 1 for the paper's smaller net.
         seed: of the weights. Equal seeds give equal weights on any devices.
+        variation: what is otherwise than in the paper's net.
+        share: of a network spread over processes, the towers that live in this one and the way they meet the others;
+            None for all of them. ``devices`` is then this process's one.
 
     At width 1 with 1,000 classes it has 60,965,224 parameters; with one tower 59,798,312.
     """
@@ -155,30 +202,37 @@ class AlexNet(nn.Module):
         devices: Sequence[str | torch.device] = ("cpu",),
         towers: int = 2,
         seed: int = 0,
+        variation: Variation | None = None,
+        share: Share | None = None,
     ) -> None:
         super().__init__()
-        self.preset = preset_named(preset)
-        self.sizes = Sizes.of(towers, width)
+        self.preset, self.variation = preset_named(preset), variation or Variation()
+        self.sizes = Sizes.of(towers, width, self.variation.without)
         self.devices = tuple(torch.device(device) for device in devices)
         if len(self.devices) not in (1, towers):
             raise ConfigError(
                 "--devices", ",".join(map(str, devices)), f"one device, or one for each of {towers} towers"
             )
-        self._everyone = range(towers)
-        self.exchange = choose_exchange(self.devices)
+        self._here = share.towers if share else tuple(range(towers))
+        self.exchange = share.exchange if share else choose_exchange(self.devices)
+        self.fc8: nn.Linear | None = None
         with torch.device("meta"):  # torch's own initialisation would be thrown away
-            self.towers = nn.ModuleList(Tower(self.sizes, self.preset, index) for index in self._everyone)
-            self.fc8 = nn.Linear(self.sizes.fan_ins()["fc8"], num_classes)
+            self.towers = nn.ModuleDict(
+                {str(index): Tower(self.sizes, self.preset, self.variation, index) for index in self._here}
+            )
+            if 0 in self._here:
+                self.fc8 = nn.Linear(self.sizes.fan_ins()["fc8"], num_classes)
         for tower, device in zip(self.each_tower, self._each(self.devices), strict=True):
             tower.to_empty(device=device)
-        self.fc8.to_empty(device=self.devices[0])
+        if self.fc8 is not None:
+            self.fc8.to_empty(device=self.devices[0])
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._initialise(Sizes.of(towers, 1.0), seed)
+        self._initialise(Sizes.of(towers, 1.0, self.variation.without), seed)
 
     @property
     def each_tower(self) -> list[Tower]:
-        """The towers, in order."""
-        return cast("list[Tower]", list(self.towers))
+        """The towers that live in this process, in order."""
+        return cast("list[Tower]", list(self.towers.values()))
 
     def forward(self, images: Tensor | Sequence[Tensor], dropout: DropoutKey | None = None) -> Tensor:
         """The logits of a batch.
@@ -189,34 +243,36 @@ class AlexNet(nn.Module):
             dropout: which masks to draw in training mode; None takes them from torch's own generator.
 
         Returns:
-            (B, num_classes) float32 on the first device.
+            (B, num_classes) on the first device. In a process that has not tower 0, a zero instead, (), whose backward
+            pass is this process's part of the whole net's.
         """
         given = [images.to(device) for device in self.devices] if isinstance(images, Tensor) else images
-        towers, everyone, exchange = self.each_tower, self._everyone, self.exchange
+        towers, everyone, exchange = self.each_tower, range(self.sizes.towers), self.exchange
         parts = [tower.lower(x) for tower, x in zip(towers, self._each(given), strict=True)]
         parts = [tower.upper(x) for tower, x in zip(towers, exchange(parts, everyone), strict=True)]
-        parts = [tower.hidden6(x, dropout) for tower, x in zip(towers, exchange(parts, everyone), strict=True)]
-        parts = [tower.hidden7(x, dropout) for tower, x in zip(towers, exchange(parts, everyone), strict=True)]
-        logits: Tensor = self.fc8(*exchange(parts, (0,)))
-        return logits
+        for name in ("fc6", "fc7"):
+            if name not in self.variation.without:
+                masks = [tower.kept(name, len(given[0]), dropout) for tower in towers]
+                wholes = exchange(parts, everyone)
+                parts = [tower.hidden(name, x, kept) for tower, x, kept in zip(towers, wholes, masks, strict=True)]
+        (whole,) = exchange(parts, (0,))
+        return whole if self.fc8 is None else self.fc8(whole)
 
     def _each(self, given: Sequence[_T]) -> Sequence[_T]:
-        """One entry for each tower, from one for all or one for each."""
-        return given if len(given) == self.sizes.towers else list(given) * self.sizes.towers
+        """One entry for each tower here, from one for all or one for each."""
+        return given if len(given) == len(self._here) else list(given) * len(self._here)
 
     def _initialise(self, full: Sizes, seed: int) -> None:
         fan_in, full_fan_in = self.sizes.fan_ins(), full.fan_ins()
-        for tower, owner in enumerate([*self.each_tower, self]):
-            for number, name in enumerate(fan_in, start=1):
+        owners: list[tuple[int, nn.Module]] = [(tower.index, tower) for tower in self.each_tower]
+        for address, owner in [*owners, (self.sizes.towers, self)]:
+            for name in fan_in:
                 layer = getattr(owner, name, None)
                 if layer is None:
                     continue  # fc8 is the whole net's, the other layers are the towers'
                 std = self.preset.middle_std if name in {"conv3", "conv4", "conv5"} else WEIGHT_STD
                 std *= math.sqrt(full_fan_in[name] / fan_in[name])
-                layer.weight.data.copy_(torch.from_numpy(normal_weights(seed, tower, number, layer.weight.shape)) * std)
-                layer.bias.data.fill_(1.0 if name in BIASES_OF_ONE else 0.0)
-
-
-def _pool(maps: Tensor) -> Tensor:
-    """Overlapping pooling (paper section 3.4): windows of 3, two apart."""
-    return functional.max_pool2d(maps, 3, 2)
+                normal = normal_weights(seed, address, NUMBERS[name], tuple(layer.weight.shape))
+                layer.weight.data.copy_(torch.from_numpy(normal) * std)
+                one = name in BIASES_OF_ONE and self.variation.activation == "relu"
+                layer.bias.data.fill_(1.0 if one else 0.0)

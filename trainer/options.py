@@ -1,0 +1,130 @@
+"""The options of ``trainer run``, and how they become a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import msgspec
+from click.core import ParameterSource
+
+from trainer.config import FIXED_FOR_A_RUN, RunConfig, Source
+from trainer.errors import ConfigError
+from trainer.preset import PRESETS
+from trainer.variation import REMOVABLE, Variation
+
+_RUN: Final = RunConfig()
+_GROUPS: Final[dict[str, type[msgspec.Struct]]] = {"source": Source, "variation": Variation}
+"""Fields of a RunConfig that are values of their own, with options for each of their fields."""
+
+_OWNER: Final = {field: name for name, group in _GROUPS.items() for field in group.__struct_fields__}
+
+Command = Callable[..., Any]
+
+
+def _names(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",")) if value else ()
+
+
+def _option(name: str, type_: Any, text: str, **more: Any) -> Any:
+    """An option named as a field of RunConfig, with that field's default."""
+    default = getattr(_RUN, name.strip("-").replace("-", "_"))
+    return click.option(name, type=type_, default=default, show_default=True, help=text, **more)
+
+
+def _switch(name: str, text: str) -> Any:
+    return click.option(f"--{name}/--no-{name}", default=True, show_default=True, help=text)
+
+
+DEVICES: Final = click.option(
+    "--devices", metavar="A,B", callback=_names, help="One device for both towers, or one each; e.g. cuda:0,cuda:1."
+)
+BATCH_SIZE: Final = _option("--batch-size", int, "Images per update.")
+JSON: Final = click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+
+SOURCE: Final = (
+    click.option("--data", metavar="DIR", help="Start a private node on this folder."),
+    click.option("--loader", metavar="ADDRESS", help="Use the node that runs at this address."),
+    click.option("--workers", type=int, default=Source().workers, show_default=True, help="Of a private node."),
+)
+NETWORK: Final = (
+    _option("--width", float, "Factor of all layers' sizes."),
+    _option("--towers", int, "2, or 1: the smaller net."),
+    _option("--seed", int, "Of weights, order, augmentation and dropout."),
+    _option("--preset", click.Choice(list(PRESETS)), "The paper's text, or its authors' code."),
+)
+RECIPE: Final = (
+    _option("--epochs", int, "Passes over the training split."),
+    BATCH_SIZE,
+    _option("--lr", float, "Learning rate at the start."),
+    _option("--patience", int, "Stalled epochs till a drop."),
+)
+VARIATION: Final = (
+    click.option("--activation", type=click.Choice(["relu", "tanh"]), default="relu", show_default=True),
+    _switch("lrn", "Local response normalisation."),
+    click.option("--pooling", type=click.Choice(["overlapping", "plain"]), default="overlapping", show_default=True),
+    _switch("dropout", "Of fc6 and fc7."),
+    click.option("--without", metavar="LAYER,...", callback=_names, help=f"Leave out any of {', '.join(REMOVABLE)}."),
+    _switch("crops", "Random crops; else the centre, which needs --no-flips --no-jitter."),
+    _switch("flips", "Random mirror images."),
+    _switch("jitter", "Colour jitter."),
+)
+OUTPUT: Final = (
+    click.option(
+        "--run", "path", type=click.Path(path_type=Path), metavar="DIR", help="Where results go. [default: new]"
+    ),
+    _option(
+        "--checkpoint-every", int, "Steps between checkpoints within an epoch; 0: at its end alone.", metavar="STEPS"
+    ),
+    _option("--log-every", int, "Steps between lines of the log.", metavar="STEPS"),
+    click.option("--resume", type=click.Choice(["auto"]), help="Go on from --run's newest checkpoint, if it has one."),
+)
+
+
+def options(*groups: Sequence[Any]) -> Callable[[Command], Command]:
+    """A decorator that gives a command all options of ``groups``, in that order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def make_config(given: dict[str, Any]) -> RunConfig:
+    """The configuration of a new run.
+
+    Raises:
+        ConfigError: it cannot work.
+    """
+    groups: dict[str, Any] = {
+        name: group(**{field: given[field] for field in group.__struct_fields__}) for name, group in _GROUPS.items()
+    }
+    return RunConfig(**groups, **{name: value for name, value in given.items() if name not in _OWNER})
+
+
+def resumed_config(context: click.Context, before: RunConfig, path: Path, given: dict[str, Any]) -> RunConfig:
+    """The configuration ``before`` of the checkpoint at ``path``, with what was typed on the command line this time.
+
+    Raises:
+        ConfigError: something was typed that a run cannot change.
+    """
+    typed = {name: given[name] for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    for name, value in typed.items():
+        owner = _OWNER.get(name)
+        earlier = getattr(getattr(before, owner) if owner else before, name)
+        if (owner or name) in FIXED_FOR_A_RUN and value != earlier:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(option, value, f"{earlier}, as in the run that goes on from {path}")
+    changed: dict[str, Any] = {name: value for name, value in typed.items() if name not in _OWNER}
+    for name, group in _GROUPS.items():
+        fields = {field: value for field, value in typed.items() if _OWNER.get(field) == name}
+        if not fields:
+            continue
+        # Another place replaces the old one whole: an address beside a folder would contradict it.
+        old = group() if name == "source" else getattr(before, name)
+        changed[name] = msgspec.structs.replace(old, **fields)
+    return msgspec.structs.replace(before, **changed)

@@ -11,24 +11,22 @@ import msgspec
 from loader_service import defaults
 from loader_service.data.picture import LIBRARY, RECIPE
 from loader_service.data.records import DEFAULT_PARAMETERS, Codec, Manifest
-from loader_service.errors import DatasetInvalid, OptionError
+from loader_service.errors import OptionError
 from tools.command import CONTEXT, Command, ToolFailed
 from tools.preprocess.build import Task, build, existing, locked
-from tools.preprocess.plan import check_room, choose_codec, identity, shuffled, split_off
+from tools.preprocess.inputs import VALIDATION_SHARE, Inputs, list_splits, scratch_folder
+from tools.preprocess.layouts import LAYOUTS
+from tools.preprocess.plan import check_room, choose_codec, identity, shuffled
 from tools.preprocess.pool import Pool
-from tools.preprocess.sources import Listing, find_splits, list_folder
+from tools.preprocess.sources import Listing
 
-VALIDATION_SHARE = 0.1
-"""Of each class, where there is no validation folder and no share is named."""
-
-_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+_SOURCE = click.Path(path_type=Path, exists=True)
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What the command line asks for, beside SRC and OUT."""
+    """What the command line asks for."""
 
-    val: Path | None
-    val_fraction: float | None
+    inputs: Inputs
     codec: Literal["raw", "jpeg", "auto"]
     quality: int
     workers: int
@@ -39,15 +37,23 @@ class Options(msgspec.Struct, frozen=True):
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
-@click.argument("src", type=_FOLDER)
+@click.argument("src", type=_SOURCE)
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--val", type=_FOLDER, help="Image folder of the validation split.")
+@click.option(
+    "--layout",
+    type=click.Choice(["auto", *LAYOUTS, "table"]),
+    default="auto",
+    show_default=True,
+    help="How SRC is laid out; found out where it can be.",
+)
+@click.option("--val", type=_SOURCE, help="Source of the validation split.")
 @click.option(
     "--val-fraction",
     type=click.FloatRange(0, 1, max_open=True),
     help="Share of each class to take for validation; 0 for none. "
-    f"[default: {VALIDATION_SHARE}, where SRC has no validation folder]",
+    f"[default: {VALIDATION_SHARE}, where SRC holds no validation split]",
 )
+@click.option("--classes", default="", help="Take only these classes; names with commas between them.")
 @click.option(
     "--codec",
     type=click.Choice(["raw", "jpeg", "auto"]),
@@ -87,20 +93,28 @@ class Options(msgspec.Struct, frozen=True):
     help="Seconds that one file may take.",
 )
 @click.option("--replace", is_flag=True, help="Replace a dataset in OUT that was made from something else.")
-def main(src: Path, out: Path, **options: Any) -> None:
+def main(
+    src: Path, out: Path, layout: str, val: Path | None, val_fraction: float | None, classes: str, **options: Any
+) -> None:
     """Make OUT/train.lmdb and OUT/val.lmdb of the pictures in SRC.
 
-    SRC is an image folder (CLASS/name.jpg), or holds one as train/ and one as val/, valid/, validation/ or test/.
+    SRC is a folder or a tar archive of CLASS/name.jpg, or of such folders below train/ and val/ (or valid/, validation/,
+    test/); ImageNet's archives in a folder, as distributed or from Kaggle; WebDataset shards; CIFAR-10's binary batches; or
+    a table (.csv, .tsv, .jsonl) of path and label.
     """
-    preprocess(src, out, Options(**options))
+    names = tuple(name.strip() for name in classes.split(",") if name.strip())
+    preprocess(out, Options(Inputs(src, layout, val, val_fraction, names), **options))
 
 
-def preprocess(source: Path, out: Path, options: Options) -> None:
+def preprocess(out: Path, options: Options) -> None:
     """Make both environments, unless they are there already."""
-    train, val = listings(source, out, options)
-    count = len(train.items) + (len(val.items) if val else 0)
-    codec = choose_codec(options.codec, count)
-    with locked(out):
+    source = options.inputs.source
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise OptionError("OUT", str(out), f"a folder that is not inside of {source}, where the pictures are")
+    with locked(out), scratch_folder(out) as scratch:
+        train, val = list_splits(options.inputs, scratch, options.seed)
+        count = len(train.items) + (len(val.items) if val else 0)
+        codec = choose_codec(options.codec, count)
         room = check_room(out, count, codec)
         click.echo(
             f"{len(train.items):,} files of {len(train.class_names):,} classes for training, "
@@ -110,34 +124,6 @@ def preprocess(source: Path, out: Path, options: Options) -> None:
         made = make(train, out / "train.lmdb", codec, options)
         if val is not None:
             make(val, out / "val.lmdb", codec, options, made)
-
-
-def listings(source: Path, out: Path, options: Options) -> tuple[Listing, Listing | None]:
-    """What training and validation are made of.
-
-    Raises:
-        OptionError: the options contradict each other or the folders.
-        DatasetInvalid: a folder holds no classes, or validation has classes of its own.
-    """
-    if options.val is not None and options.val_fraction is not None:
-        raise OptionError(
-            "--val-fraction", options.val_fraction, "no --val beside it, which names the validation split"
-        )
-    train_root, val_root = find_splits(source)
-    val_root = options.val or (val_root if options.val_fraction is None else None)
-    for root in (train_root, val_root):
-        if root is not None and out.resolve().is_relative_to(root.resolve()):
-            raise OptionError("OUT", str(out), f"a folder that is not inside of {root}, where the pictures are")
-    train = list_folder(train_root)
-    if val_root is not None:
-        return train, list_folder(val_root, train.class_names)
-    share = VALIDATION_SHARE if options.val_fraction is None else options.val_fraction
-    if share == 0:
-        return train, None
-    train, val = split_off(train, share, options.seed)
-    if not val.items:
-        raise DatasetInvalid(train_root, "no class has two pictures, so none can be taken for validation")
-    return train, val
 
 
 def make(listing: Listing, path: Path, codec: Codec, options: Options, train: Manifest | None = None) -> Manifest:

@@ -113,6 +113,8 @@ def locked(out: Path) -> Iterator[None]:
         for path in out.iterdir():
             if re.fullmatch(r"\.(train|val)\.lmdb\.[0-9a-f]{8}\.(partial|old)", path.name):
                 shutil.rmtree(path)
+            elif re.fullmatch(r"\..+\.[0-9a-f]{8}\.unpacked", path.name):
+                path.unlink()
         yield
     finally:
         os.close(descriptor)

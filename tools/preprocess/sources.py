@@ -1,11 +1,18 @@
-"""What there is to preprocess: from folders to lists of items, each with its label and where its bytes lie."""
+"""What there is to preprocess: trees of files in folders and archives, and the labelled items found in them.
+
+A tree of files is the same thing in a folder, in a tar archive and in a tar of tars (ImageNet's training set as it is
+distributed): names with slashes, and for each where its bytes lie. Archives are never unpacked; a compressed one is
+decompressed as a whole, since nothing inside it can be read on its own.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import IO, Final, Literal
 
 import msgspec
 
@@ -13,27 +20,49 @@ from loader_service.errors import DatasetInvalid
 
 TRAIN_FOLDER: Final = "train"
 VALIDATION_FOLDERS: Final = ("val", "valid", "validation", "test")
-"""A folder with ``train`` and one of these holds both splits; the first that is there counts."""
+"""A tree with ``train/`` and one of these holds both splits; the first that is there counts."""
+
+WORDNET_FILE: Final = re.compile(r"(n[0-9]{8})_[^/]+")
+"""ImageNet's files name their class: n01440764_10026.JPEG."""
+
+Form = Literal["picture", "cifar"]
+
+
+class File(msgspec.Struct, frozen=True):
+    """One file of a tree.
+
+    Fields:
+        name: within the tree, with slashes; UTF-8 with other bytes escaped.
+        path: the file on disk that it is or lies in, as the system's bytes.
+        stamp_ns: when that was last changed.
+        offset: where it starts in there.
+        size: its bytes.
+    """
+
+    name: str
+    path: bytes
+    stamp_ns: int
+    offset: int
+    size: int
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True):
     """One picture that is to become a record.
 
     Fields:
-        source: its name in the dataset, unique within its split; UTF-8 with other bytes escaped.
+        source: its name in the dataset, unique within its split.
         label: its class's number.
-        path: the file that holds it, as the system's bytes.
-        stamp_ns: when that file was last changed.
-        offset: where it starts in the file.
-        size: its bytes; None is all that follow.
+        path, stamp_ns, offset, size: as those of a :class:`File`.
+        form: ``picture`` is a picture file; ``cifar`` the 3,072 planar RGB bytes of a CIFAR record.
     """
 
     source: str
     label: int
     path: bytes
     stamp_ns: int
-    offset: int = 0
-    size: int | None = None
+    offset: int
+    size: int
+    form: Form = "picture"
 
 
 class Listing(msgspec.Struct, frozen=True):
@@ -44,44 +73,98 @@ class Listing(msgspec.Struct, frozen=True):
     items: tuple[Item, ...]
 
 
-def find_splits(source: Path) -> tuple[Path, Path | None]:
-    """The training folder and, where there is one, the validation folder below ``source``."""
-    train = source / TRAIN_FOLDER
-    if train.is_dir():
-        for name in VALIDATION_FOLDERS:
-            if (source / name).is_dir():
-                return train, source / name
-    return source, None
+def list_files(root: Path) -> list[File]:
+    """The files of a folder or an uncompressed tar archive, sorted by name; hidden ones are left out.
 
-
-def list_folder(root: Path, class_names: Sequence[str] | None = None) -> Listing:
-    """The pictures of an image folder: ``root/CLASS/anything/below/name.jpg``.
-
-    Every file counts that is not hidden, whatever it is called: what is no picture is rejected by name later.
-
-    Args:
-        root: the folder; its own folders, sorted by name, are the classes.
-        class_names: the classes to use the labels of, instead of the folder's own.
+    An archive that lies in an archive or directly in the folder is looked into: its files have names below its own.
 
     Raises:
-        DatasetInvalid: it has no classes, none of them holds a file, or a class is not among ``class_names``.
+        DatasetInvalid: it cannot be read.
     """
-    own = sorted(_display(entry.name) for entry in _entries(root) if entry.is_dir())
+    files = _files_in_archive(root) if root.is_file() else _files_below(root)
+    return sorted(files, key=lambda file: file.name)
+
+
+def split_files(files: Sequence[File]) -> tuple[list[File], list[File] | None]:
+    """Training files and, where the tree holds both splits, validation files, without the splits' folder names."""
+    tops = {file.name.split("/", 1)[0] for file in files if "/" in file.name}
+    if TRAIN_FOLDER in tops:
+        for name in VALIDATION_FOLDERS:
+            if name in tops:
+                return subtree(files, TRAIN_FOLDER), subtree(files, name)
+    return list(files), None
+
+
+def subtree(files: Sequence[File], folder: str) -> list[File]:
+    """The files below one folder of a tree, by their names from there."""
+    prefix = f"{folder}/"
+    return [
+        msgspec.structs.replace(file, name=file.name.removeprefix(prefix))
+        for file in files
+        if file.name.startswith(prefix)
+    ]
+
+
+def label_files(root: Path, files: Sequence[File], class_names: Sequence[str] | None = None) -> Listing:
+    """Files as items: ``CLASS/anything/below/name.jpg``, or ImageNet's file names that begin with their class.
+
+    Every file in a class counts, whatever it is called: what is no picture is rejected by name later.
+
+    Args:
+        root: what to call the tree in an error.
+        files: of one split.
+        class_names: the classes to use the labels of, instead of the tree's own, sorted by name.
+
+    Raises:
+        DatasetInvalid: no file has a class, or a class is not among ``class_names``.
+    """
+    classes = [(file, name) for file in files if (name := class_of(file))]
+    return label_pairs(root, classes, class_names)
+
+
+def class_of(file: File) -> str | None:
+    """The class that a file's name says, if it says one."""
+    top, slash, _ = file.name.partition("/")
+    if slash:
+        return top
+    named = WORDNET_FILE.fullmatch(file.name)
+    return named[1] if named else None
+
+
+def label_pairs(
+    root: Path, pairs: Sequence[tuple[File, str]], class_names: Sequence[str] | None = None, form: Form = "picture"
+) -> Listing:
+    """Files with their classes' names as items; see :func:`label_files`."""
+    own = sorted({name for _, name in pairs})
     if not own:
-        raise DatasetInvalid(root, "it has no folders for classes (CLASS/name.jpg)")
+        raise DatasetInvalid(root, "it holds no files in folders for classes (CLASS/name.jpg)")
     labels = {name: label for label, name in enumerate(own if class_names is None else class_names)}
     if unknown := [name for name in own if name not in labels]:
         raise DatasetInvalid(
             root, f"its class {unknown[0]!r} is not among the {len(labels)} classes of training, whose labels it needs"
         )
-    items = [
-        Item(f"{_display(name)}/{below}", labels[_display(name)], path, stamp_ns, 0, size)
-        for name in sorted(entry.name for entry in _entries(root) if entry.is_dir())
-        for below, path, stamp_ns, size in _files_below(root / name)
-    ]
-    if not items:
-        raise DatasetInvalid(root, f"its {len(own)} class folders hold no files")
+    items = (
+        Item(file.name, labels[name], file.path, file.stamp_ns, file.offset, file.size, form) for file, name in pairs
+    )
     return Listing(root, tuple(labels), tuple(items))
+
+
+def _files_below(folder: Path, prefix: str = "") -> Iterator[File]:
+    """The files below a folder; links to folders count at its top only, since deeper ones may go round in circles."""
+    for entry in _entries(folder):
+        name = prefix + _display(os.fsencode(entry.name))
+        if entry.is_dir(follow_symlinks=not prefix):
+            yield from _files_below(folder / entry.name, f"{name}/")
+        elif not prefix and name.endswith(".tar") and entry.is_file():
+            below = f"{name.removesuffix('.tar')}/"
+            yield from (msgspec.structs.replace(f, name=below + f.name) for f in _files_in_archive(Path(entry.path)))
+        elif not entry.is_dir():
+            try:
+                status = entry.stat()
+                stamp_ns, size = status.st_mtime_ns, status.st_size
+            except OSError:  # a link to nowhere: let it be rejected by name, as other files that cannot be read
+                stamp_ns, size = 0, 0
+            yield File(name, os.fsencode(entry.path), stamp_ns, 0, size)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -93,20 +176,31 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise DatasetInvalid(folder, f"the folder cannot be read ({error.strerror})") from error
 
 
-def _files_below(folder: Path, prefix: str = "") -> Iterator[tuple[str, bytes, int, int]]:
-    """Name below ``folder``, path, time of change and size of each file, sorted; links to folders are not followed."""
-    for entry in sorted(_entries(folder), key=lambda entry: entry.name):
-        name = prefix + _display(entry.name)
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files_below(folder / entry.name, f"{name}/")
-        elif not entry.is_dir():
-            try:
-                status = entry.stat()
-                yield name, os.fsencode(entry.path), status.st_mtime_ns, status.st_size
-            except OSError:  # a link to nowhere: let it be rejected by name, as other files that cannot be read
-                yield name, os.fsencode(entry.path), 0, 0
+def _files_in_archive(path: Path) -> Iterator[File]:
+    """The files in a tar archive; those of a tar inside of it lie below the inner archive's name, less ``.tar``."""
+    stamp_ns = path.stat().st_mtime_ns
+    try:
+        with path.open("rb") as file:
+            for name, offset, size in _members(file, 0, ""):
+                if not any(part.startswith(".") for part in name.split("/")):
+                    yield File(name, os.fsencode(path), stamp_ns, offset, size)
+    except (tarfile.TarError, OSError) as error:
+        raise DatasetInvalid(path, f"it cannot be read as a tar archive ({error})") from error
 
 
-def _display(name: str) -> str:
+def _members(file: IO[bytes], start: int, prefix: str) -> Iterator[tuple[str, int, int]]:
+    """Name, offset in the file and size of each member of the archive that starts at ``start``."""
+    file.seek(start)
+    with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as archive:
+        for member in archive:
+            archive.members.clear()  # type: ignore[attr-defined]  # else every member is kept: a gigabyte for ImageNet
+            name = prefix + _display(os.fsencode(member.name)).removeprefix("./")
+            if member.isfile() and name.endswith(".tar"):
+                yield from _members(file, member.offset_data, f"{name.removesuffix('.tar')}/")
+            elif member.isfile():
+                yield name, member.offset_data, member.size
+
+
+def _display(name: bytes) -> str:
     """A file's name as text: bytes that are not UTF-8 become escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return name.decode("utf-8", "backslashreplace")

@@ -17,6 +17,7 @@ import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,12 @@ from loader_service.data.picture import load_picture, read_content
 from loader_service.data.records import CODECS, SHAPE, decode, encode
 from loader_service.errors import PictureError
 from tools.preprocess import wire
+from tools.preprocess.layouts import CIFAR_SIDE_PX
 from tools.preprocess.sources import Item
 from tools.statistics import colour_products
+
+CIFAR_HEADER: Final = b"P6 %d %d 255\n" % (CIFAR_SIDE_PX, CIFAR_SIDE_PX)
+"""With it CIFAR's pixels are a PPM file, and take the same way as every picture."""
 
 
 def main(connection: socket.socket, memory: mmap.mmap) -> None:
@@ -73,6 +78,8 @@ def work(connection: socket.socket, memory: mmap.mmap, setup: wire.Setup, job: w
 def make(item: Item, setup: wire.Setup) -> tuple[bytes | memoryview, npt.NDArray[np.uint8]]:
     """The payload of one item, and the pixels that a reader will decode from it."""
     content = read_content(Path(os.fsdecode(item.path)), item.source, item.offset, item.size)
+    if item.form == "cifar":
+        content = CIFAR_HEADER + np.frombuffer(content, np.uint8).reshape(3, -1).T.tobytes()  # planes to pixels
     pixels = load_picture(content, source=item.source)
     if setup.codec == "raw":
         return pixels.data.cast("B"), pixels

@@ -175,10 +175,10 @@ def test_a_hopeless_run_is_stopped(album: Path, tmp_path: Path, preprocess: Prep
     ("arguments", "code", "sentence"),
     [
         (("{album}/nowhere", "{tmp}/out"), 2, "does not exist"),
-        (("{tmp}", "{tmp}/../out"), 3, "it has no folders for classes"),
+        (("{tmp}/zoo/yak", "{tmp}/out"), 3, "it holds no files in folders for classes"),
         (("{album}/train", "{album}/train/out"), 2, "not inside of"),
         (("{album}", "{tmp}/out", "--val", "{album}/train", "--val-fraction", "0.5"), 2, "no --val beside it"),
-        (("{album}/val", "{tmp}/out", "--val", "{album}"), 3, "its class 'train' is not among the 3 classes"),
+        (("{album}", "{tmp}/out", "--val", "{tmp}/zoo"), 3, "its class 'yak' is not among the 3 classes"),
         (("{album}", "{tmp}/out", "--codec", "png"), 2, "is not one of"),
     ],
 )
@@ -186,6 +186,8 @@ def test_what_cannot_work_is_said_in_a_sentence(
     arguments: tuple[str, ...], code: int, sentence: str, album: Path, tmp_path: Path, preprocess: Preprocess
 ) -> None:
     """Wrong folders and options end with their exit code, one sentence and no traceback."""
+    (tmp_path / "zoo" / "yak").mkdir(parents=True)
+    (tmp_path / "zoo" / "yak" / "1.jpg").write_bytes(b"")
     result = preprocess(*(argument.format(album=album, tmp=tmp_path) for argument in arguments))
     assert result.exit_code == code
     assert sentence in " ".join(result.output.split())

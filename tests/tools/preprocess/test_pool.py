@@ -16,14 +16,14 @@ import pytest
 from loader_service.data.picture import load_picture
 from loader_service.data.records import RAW_BYTES, SHAPE
 from tools.preprocess.pool import Pool, Result
-from tools.preprocess.sources import Item, list_folder
+from tools.preprocess.sources import Item, label_files, list_files
 from tools.statistics import colour_products
 
 
 @pytest.fixture(scope="module")
 def items(album: Path) -> list[Item]:
     """All files of the album's training split: three chunks, three files that are no pictures."""
-    return list(list_folder(album / "train").items)
+    return list(label_files(album, list_files(album / "train")).items)
 
 
 def collect(results: Iterator[Result]) -> list[tuple[str, bytes | str]]:
@@ -95,7 +95,7 @@ def test_no_file_can_hang_the_run(items: list[Item], expected: list[tuple[str, b
     """A file that takes longer than allowed is rejected by name, and its neighbours are not."""
     path = tmp_path / "slow.png"
     path.write_bytes(slow_picture())
-    slow = Item("slow.png", 0, os.fsencode(path), 0)
+    slow = Item("slow.png", 0, os.fsencode(path), 0, 0, path.stat().st_size)
     with Pool(1, "raw", {}, 0.1) as pool:
         found = collect(pool.run([items[0], slow, *items[1:]]))
     assert found[1] == ("slow.png", "it took too long to decode")

@@ -1,34 +1,88 @@
-"""What is found in folders."""
+"""Trees of files in folders and archives, and their labels."""
 
 from __future__ import annotations
 
+import io
 import os
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from loader_service.errors import DatasetInvalid
-from tools.preprocess.sources import find_splits, list_folder
+from tools.preprocess.sources import File, label_files, list_files, split_files
 
 
 def touch(root: Path, *names: str) -> None:
-    """Make small files."""
+    """Make small files that hold their names."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(name.encode())
 
 
-def test_classes_are_folders_in_the_order_of_their_names(tmp_path: Path) -> None:
-    """Labels follow from sorted names, files may lie deeper, and loose and hidden ones are no pictures."""
+def tar_of(members: Mapping[str, bytes]) -> bytes:
+    """An uncompressed tar archive."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def content_of(file: File) -> bytes:
+    """What a file's place holds."""
+    with Path(os.fsdecode(file.path)).open("rb") as on_disk:
+        on_disk.seek(file.offset)
+        return on_disk.read(file.size)
+
+
+def files(*names: str) -> list[File]:
+    """Files of these names."""
+    return [File(name, b"/x", 0, 0, 1) for name in names]
+
+
+def test_a_folder_is_a_tree_without_hidden_files(tmp_path: Path) -> None:
+    """Files at any depth, in the order of their names; what begins with a dot is no picture."""
     touch(tmp_path, "b/2.jpg", "b/deep/er/1.jpg", "a/x.JPEG", "readme.txt", ".git/config", "a/.DS_Store")
-    listing = list_folder(tmp_path)
-    assert listing.class_names == ("a", "b")
-    assert [(item.source, item.label) for item in listing.items] == [
-        ("a/x.JPEG", 0),
-        ("b/2.jpg", 1),
-        ("b/deep/er/1.jpg", 1),
-    ]
-    assert [Path(os.fsdecode(item.path)).stat().st_size for item in listing.items] == [i.size for i in listing.items]
+    tree = list_files(tmp_path)
+    assert [file.name for file in tree] == ["a/x.JPEG", "b/2.jpg", "b/deep/er/1.jpg", "readme.txt"]
+    assert all(content_of(file) == file.name.encode() for file in tree)
+
+
+def test_an_archive_is_the_same_tree(tmp_path: Path) -> None:
+    """The files of a tar archive are found where they lie in it, long names and tars inside included."""
+    long = "a/" + "x" * 300 + ".jpg"
+    members = {"./b/2.jpg": b"two", long: b"long", ".hidden/y": b"no", "c/.z": b"no"}
+    inner = tar_of({"n01440764_1.JPEG": b"tench", "n01440764_2.JPEG": b"another"})
+    path = tmp_path / "all.tar"
+    path.write_bytes(tar_of({**members, "n01440764.tar": inner, "z/1.jpg": b"last"}))
+    found = {file.name: content_of(file) for file in list_files(path)}
+    assert found == {
+        long: b"long",
+        "b/2.jpg": b"two",
+        "n01440764/n01440764_1.JPEG": b"tench",
+        "n01440764/n01440764_2.JPEG": b"another",
+        "z/1.jpg": b"last",
+    }
+
+
+def test_archives_in_a_folder_are_looked_into(tmp_path: Path) -> None:
+    """A folder of one archive for each class is a tree of these classes."""
+    for name in ("ant", "bee"):
+        (tmp_path / f"{name}.tar").write_bytes(tar_of({"1.jpg": name.encode()}))
+    assert {file.name: content_of(file) for file in list_files(tmp_path)} == {"ant/1.jpg": b"ant", "bee/1.jpg": b"bee"}
+
+
+@pytest.mark.parametrize("length", [0, 700, 2500])
+def test_a_damaged_archive_is_refused(length: int, tmp_path: Path) -> None:
+    """An archive that is none, or ends too early, is named in the error."""
+    path = tmp_path / "x.tar"
+    path.write_bytes(tar_of({"a/1.jpg": b"1" * 2000, "a/2.jpg": b"2" * 2000})[:length] or b"not an archive" * 99)
+    with pytest.raises(DatasetInvalid, match="cannot be read as a tar archive"):
+        list_files(path)
 
 
 def test_names_that_are_not_text_are_kept(tmp_path: Path) -> None:
@@ -37,9 +91,10 @@ def test_names_that_are_not_text_are_kept(tmp_path: Path) -> None:
     folder.mkdir()
     path = os.fsencode(folder) + b"/caf\xe9.jpg"
     Path(os.fsdecode(path)).write_bytes(b"x")
-    (item,) = list_folder(tmp_path).items
-    assert item.source == "a/caf\\xe9.jpg"
-    assert item.path == path
+    (file,) = list_files(tmp_path)
+    assert file.name == "a/caf\\xe9.jpg"
+    assert file.path == path
+    assert content_of(file) == b"x"
 
 
 def test_links(tmp_path: Path) -> None:
@@ -51,33 +106,44 @@ def test_links(tmp_path: Path) -> None:
     (root / "two" / "2.jpg").symlink_to(tmp_path / "real" / "one" / "1.jpg")
     (root / "two" / "circle").symlink_to(root)
     (root / "two" / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    assert [item.source for item in list_folder(root).items] == ["one/1.jpg", "two/2.jpg", "two/gone.jpg"]
+    assert [file.name for file in list_files(root)] == ["one/1.jpg", "two/2.jpg", "two/gone.jpg"]
 
 
-def test_given_classes_decide_the_labels(tmp_path: Path) -> None:
-    """A validation folder takes training's labels, also where it lacks classes, and may bring no others."""
-    touch(tmp_path, "c/1.jpg")
-    listing = list_folder(tmp_path, ("a", "b", "c"))
+def test_labels_follow_from_sorted_names() -> None:
+    """Classes are the top folders, or what ImageNet's file names begin with; loose files are in no class."""
+    listing = label_files(Path("x"), files("b/1.jpg", "a/deep/2.jpg", "readme.txt"))
+    assert listing.class_names == ("a", "b")
+    assert [(item.source, item.label) for item in listing.items] == [("b/1.jpg", 1), ("a/deep/2.jpg", 0)]
+    flat = label_files(Path("x"), files("n01440764_tench.JPEG", "n01443537_2.JPEG"))
+    assert flat.class_names == ("n01440764", "n01443537")
+
+
+def test_given_classes_decide_the_labels() -> None:
+    """A validation tree takes training's labels, also where it lacks classes, and may bring no others."""
+    listing = label_files(Path("x"), files("c/1.jpg"), ("a", "b", "c"))
     assert listing.class_names == ("a", "b", "c")
     assert [item.label for item in listing.items] == [2]
     with pytest.raises(DatasetInvalid, match="its class 'c' is not among the 2 classes"):
-        list_folder(tmp_path, ("a", "b"))
+        label_files(Path("x"), files("c/1.jpg"), ("a", "b"))
 
 
-def test_empty_folders_are_refused(tmp_path: Path) -> None:
-    """A folder without classes or without files is not a dataset."""
-    with pytest.raises(DatasetInvalid, match="no folders for classes"):
-        list_folder(tmp_path)
-    (tmp_path / "a").mkdir()
-    with pytest.raises(DatasetInvalid, match="hold no files"):
-        list_folder(tmp_path)
+def test_a_tree_without_classes_is_refused() -> None:
+    """Loose files have no labels."""
+    with pytest.raises(DatasetInvalid, match="no files in folders for classes"):
+        label_files(Path("x"), files("1.jpg", "2.jpg"))
 
 
-def test_both_splits_are_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tops", "train", "val"),
+    [
+        (("train", "other"), ["other/a/1.jpg", "train/a/1.jpg"], None),
+        (("train", "test"), ["a/1.jpg"], ["a/1.jpg"]),
+        (("train", "valid"), ["a/1.jpg"], ["a/1.jpg"]),
+        (("cat", "dog"), ["cat/a/1.jpg", "dog/a/1.jpg"], None),
+    ],
+)
+def test_both_splits_are_found(tops: tuple[str, ...], train: list[str], val: list[str] | None) -> None:
     """train/ beside val/ or test/ are the splits; train/ alone is a class like any other."""
-    (tmp_path / "train").mkdir()
-    assert find_splits(tmp_path) == (tmp_path, None)
-    (tmp_path / "test").mkdir()
-    assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / "test")
-    (tmp_path / "val").mkdir()
-    assert find_splits(tmp_path) == (tmp_path / "train", tmp_path / "val")
+    found = split_files(files(*sorted(f"{top}/a/1.jpg" for top in tops)))
+    assert [file.name for file in found[0]] == train
+    assert (found[1] and [file.name for file in found[1]]) == val

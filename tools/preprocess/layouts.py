@@ -1,0 +1,264 @@
+"""The layouts that people's pictures come in: each turns a tree of files into splits of files with their classes.
+
+========== =====================================================================================================
+tree       CLASS/name.jpg, or train/ and val/ (or valid/, validation/, test/) with such folders in them; a folder,
+           a tar archive, or a tar of tars named after the classes
+imagenet   a folder with ILSVRC2012_img_train.tar and, with ILSVRC2012_img_val.tar, a table of its labels
+kaggle     the folder ILSVRC of Kaggle's download: Data/CLS-LOC/train, Data/CLS-LOC/val and LOC_val_solution.csv
+webdataset tar shards whose samples are name.jpg beside name.cls; shards named val... or test... are validation
+cifar      CIFAR-10's binary batches: data_batch_1.bin ... test_batch.bin and batches.meta.txt
+table      a .csv or .jsonl file of path and label
+========== =====================================================================================================
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Final, NamedTuple
+
+import msgspec
+
+from loader_service.data.picture import read_content
+from loader_service.errors import DatasetInvalid, PictureError
+from tools.preprocess.sources import (
+    VALIDATION_FOLDERS,
+    File,
+    Form,
+    class_of,
+    list_files,
+    split_files,
+    subtree,
+)
+
+Pairs = list[tuple[File, str]]
+
+TABLE_SUFFIXES: Final = (".csv", ".tsv", ".jsonl")
+VALIDATION_TABLES: Final = ("LOC_val_solution.csv", "val.txt", "val_labels.txt")
+"""Where the labels of ImageNet's validation pictures may stand: Kaggle's, or lines of a name and a class."""
+
+CIFAR_SIDE_PX: Final = 32
+CIFAR_PICTURE_BYTES: Final = CIFAR_SIDE_PX**2 * 3
+CIFAR_RECORD_BYTES: Final = 1 + CIFAR_PICTURE_BYTES
+
+CLASS_DIGITS: Final = 6
+"""Numbers that name classes are padded, so that sorted names are sorted numbers."""
+
+
+class Found(NamedTuple):
+    """Files with their classes' names, by split; ``val`` is None where the layout holds one split."""
+
+    train: Pairs
+    val: Pairs | None
+    form: Form = "picture"
+
+
+def find(source: Path, layout: str = "auto") -> Found:
+    """The splits that a source holds.
+
+    Args:
+        source: a folder, an uncompressed tar archive, or a table.
+        layout: of :data:`LAYOUTS`, or ``auto`` to find out.
+
+    Raises:
+        DatasetInvalid: it is not in that layout, or in none; or it is damaged.
+    """
+    if layout == "table" or (layout == "auto" and source.suffix in TABLE_SUFFIXES and source.is_file()):
+        return Found(read_table(source), None)
+    files = list_files(source)
+    for name, look in LAYOUTS.items():
+        if layout in ("auto", name) and (found := look(source, files)) is not None:
+            return found
+    raise DatasetInvalid(source, f"it does not look like the layout {layout!r}")
+
+
+def find_tree(_source: Path, files: Sequence[File]) -> Found:
+    """The layout ``tree``: whatever is in no other."""
+    train, val = split_files(files)
+    return Found(_by_name(train), None if val is None else _by_name(val))
+
+
+def find_imagenet(source: Path, files: Sequence[File]) -> Found | None:
+    """The layout ``imagenet``: ImageNet's own archives."""
+    train = subtree(files, "ILSVRC2012_img_train")
+    if not train:
+        return None
+    val = subtree(files, "ILSVRC2012_img_val")
+    return Found(_by_name(train), _by_table(source, val, files) if val else None)
+
+
+def find_kaggle(source: Path, files: Sequence[File]) -> Found | None:
+    """The layout ``kaggle``."""
+    for prefix in ("", "ILSVRC/"):
+        train = subtree(files, f"{prefix}Data/CLS-LOC/train")
+        if train:
+            val = subtree(files, f"{prefix}Data/CLS-LOC/val")
+            return Found(_by_name(train), _by_table(source, val, files) if val else None)
+    return None
+
+
+def find_webdataset(source: Path, files: Sequence[File]) -> Found | None:
+    """The layout ``webdataset``: a sample is all files whose names agree up to the first dot of their last part."""
+    classes = {_key(file): file for file in files if file.name.endswith(".cls")}
+    if not classes:
+        return None
+    pairs = [
+        (file, _class_number(source, classes[key]))
+        for file in files
+        if (key := _key(file)) in classes and not file.name.endswith((".cls", ".json", ".txt"))
+    ]
+    val = [pair for pair in pairs if pair[0].name.startswith(VALIDATION_FOLDERS)]
+    train = [pair for pair in pairs if not pair[0].name.startswith(VALIDATION_FOLDERS)]
+    return Found(train, val) if train and val else Found(pairs, None)
+
+
+def find_cifar(source: Path, files: Sequence[File]) -> Found | None:
+    """The layout ``cifar``: each record is a byte of label and a planar picture."""
+    by_name = {PurePosixPath(file.name).name: file for file in files}
+    if "data_batch_1.bin" not in by_name or "batches.meta.txt" not in by_name:
+        return None
+    names = _text(source, by_name["batches.meta.txt"]).split()
+    train = [
+        p
+        for name, file in sorted(by_name.items())
+        if name.startswith("data_batch")
+        for p in _cifar(source, file, names)
+    ]
+    val = _cifar(source, by_name["test_batch.bin"], names) if "test_batch.bin" in by_name else None
+    return Found(train, val, "cifar")
+
+
+LAYOUTS: Final[dict[str, Callable[[Path, Sequence[File]], Found | None]]] = {
+    "cifar": find_cifar,
+    "webdataset": find_webdataset,
+    "imagenet": find_imagenet,
+    "kaggle": find_kaggle,
+    "tree": find_tree,
+}
+"""In the order in which they are looked for."""
+
+
+def read_table(source: Path) -> Pairs:
+    """Files and classes from a table: JSON lines with ``path`` and ``label``, or rows of a path and a label.
+
+    Paths are relative to the table's folder.
+
+    Raises:
+        DatasetInvalid: a line of it cannot be understood; it is named.
+    """
+    pairs = []
+    for number, (path, label) in enumerate(_rows(source), 1):
+        if not path or not label:
+            raise DatasetInvalid(source, f"row {number} has no {'label' if path else 'path'}")
+        on_disk = source.parent / path
+        try:
+            status = on_disk.stat()
+            stamp_ns, size = status.st_mtime_ns, status.st_size
+        except OSError:  # let it be rejected by name
+            stamp_ns, size = 0, 0
+        pairs.append((File(path, os.fsencode(on_disk), stamp_ns, 0, size), label))
+    if len({file.name for file, _ in pairs}) < len(pairs):
+        raise DatasetInvalid(source, "it names a path twice")
+    return pairs
+
+
+class _Row(msgspec.Struct):
+    path: str
+    label: str | int
+
+
+def _rows(source: Path) -> list[tuple[str, str]]:
+    """Path and label of each row; a header of exactly these words is left out."""
+    try:
+        text = source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetInvalid(source, f"it cannot be read as text ({error})") from error
+    if source.suffix == ".jsonl":
+        try:
+            return [(row.path, _named(row.label)) for row in msgspec.json.Decoder(_Row).decode_lines(text)]
+        except msgspec.MsgspecError as error:
+            raise DatasetInvalid(source, f"a line is not JSON with path and label ({error})") from error
+    separator = "\t" if source.suffix == ".tsv" else ","
+    rows = [row for row in csv.reader(text.splitlines(), delimiter=separator) if row]
+    if rows and [cell.strip().lower() for cell in rows[0][:2]] == ["path", "label"]:
+        rows = rows[1:]
+    return [(row[0].strip(), _named(row[1].strip()) if len(row) > 1 else "") for row in rows]
+
+
+def _named(label: str | int) -> str:
+    """A class's name; numbers are padded so that they sort as numbers."""
+    text = str(label)
+    return text.zfill(CLASS_DIGITS) if text.isdecimal() else text
+
+
+def _by_name(files: Sequence[File]) -> Pairs:
+    return [(file, name) for file in files if (name := class_of(file))]
+
+
+def _by_table(source: Path, pictures: Sequence[File], files: Sequence[File]) -> Pairs:
+    """Validation pictures with the classes that the table beside them gives."""
+    for file in files:
+        if PurePosixPath(file.name).name in VALIDATION_TABLES:
+            classes = _validation_classes(_text(source, file))
+            break
+    else:
+        raise DatasetInvalid(
+            source, f"the labels of its validation pictures are missing: put {VALIDATION_TABLES[0]} there"
+        )
+    pairs = [(picture, classes.get(PurePosixPath(picture.name).stem)) for picture in pictures]
+    if missing := [picture.name for picture, name in pairs if name is None]:
+        raise DatasetInvalid(source, f"{file.name} has no label for {missing[0]} and {len(missing) - 1} others")
+    return [(picture, name) for picture, name in pairs if name is not None]
+
+
+def _validation_classes(text: str) -> Mapping[str, str]:
+    """Class by file name without suffix, from lines as ``ILSVRC2012_val_00000001[.JPEG][, ]n01751748 ...``."""
+    rows = (line.replace(",", " ").split() for line in text.splitlines())
+    return {PurePosixPath(row[0]).stem: row[1] for row in rows if len(row) > 1}
+
+
+def _key(file: File) -> str:
+    folder, _, name = file.name.rpartition("/")
+    return f"{folder}/{name.split('.', 1)[0]}"
+
+
+def _class_number(source: Path, file: File) -> str:
+    text = _text(source, file).strip()
+    if not text.isdecimal():
+        raise DatasetInvalid(source, f"{file.name} is not the number of a class")
+    return _named(text)
+
+
+def _cifar(source: Path, file: File, names: Sequence[str]) -> Pairs:
+    """The records of one batch."""
+    content = _read(source, file)
+    if not content or len(content) % CIFAR_RECORD_BYTES:
+        raise DatasetInvalid(source, f"{file.name} is not whole records of {CIFAR_RECORD_BYTES} bytes")
+    labels = content[::CIFAR_RECORD_BYTES]
+    if max(labels) >= len(names):
+        raise DatasetInvalid(source, f"{file.name} has label {max(labels)}, and {len(names)} classes have names")
+    return [
+        (
+            msgspec.structs.replace(
+                file,
+                name=f"{file.name}/{number:05d}",
+                offset=file.offset + number * CIFAR_RECORD_BYTES + 1,
+                size=CIFAR_PICTURE_BYTES,
+            ),
+            names[label],
+        )
+        for number, label in enumerate(labels)
+    ]
+
+
+def _text(source: Path, file: File) -> str:
+    return _read(source, file).decode("utf-8", "replace")
+
+
+def _read(source: Path, file: File) -> bytes:
+    try:
+        return read_content(Path(os.fsdecode(file.path)), file.name, file.offset, file.size)
+    except PictureError as error:
+        raise DatasetInvalid(source, f"{file.name} in it cannot be read: {error.reason}") from error

@@ -18,7 +18,7 @@ setup: ## only the set-up of .venv; [PYTHON=python3.12] [EXTRAS=trainer,dev]
 	@python=$$(PYTHON="$(PYTHON)" sh tools/find-python.sh) && "$$python" tools/environment.py --extras "$(EXTRAS)"
 
 demo: setup ## the whole path on sample photographs: preprocess, serve, train, evaluate; [SEED=0]
-	@$(run) -m tools.demo --seed "$(SEED)"
+	@exec $(run) -m tools.demo --seed "$(SEED)"  # exec: a signal to make reaches the demo, which ends what it started
 
 preprocess: setup ## images on disk -> data/train.lmdb and data/val.lmdb; [SRC=DIR] [OUT=data]
 ifeq ($(SRC),)

@@ -7,6 +7,7 @@ the front of each death; when the front is gone, however that happened, it kills
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -16,8 +17,11 @@ import traceback
 from collections.abc import Callable
 from typing import Final, NoReturn
 
+from loader_service.errors import LoaderServiceError
 from loader_service.node.lease import MAX_PACKET_BYTES, Died, Fork, Forked, decode_fork, decode_nursery, encode
 from loader_service.node.worker import die_with_parent
+
+log = logging.getLogger("loader_service.node")
 
 WorkerMain = Callable[[int, socket.socket], None]
 """What a forked worker runs: its index, and its end of the socket pair with the front."""
@@ -130,6 +134,8 @@ def _run_and_exit(main: Callable[[], None]) -> NoReturn:
     try:
         main()
         code = 0
+    except LoaderServiceError as error:
+        log.error("process %d cannot go on: %s", os.getpid(), error)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -54,7 +54,7 @@ def run_node(
     at[:] = NO_RECORD
 
     def worker_main(index: int, link: socket.socket) -> None:
-        Worker(link, data, at[index]).run()
+        Worker(link, data, facts, at[index]).run()
 
     nursery = Nursery(worker_main)
     try:

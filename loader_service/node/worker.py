@@ -104,16 +104,17 @@ class Worker:
     Args:
         link: its end of the socket pair with the front.
         data: the directory of the splits.
+        facts: what the node told its clients of each; a dataset that was replaced since is not served.
         at: (2,) int64 in memory shared with the front: the record being worked on, or NO_RECORD; and the stage, or
             NO_STAGE.
     """
 
-    def __init__(self, link: socket.socket, data: Path, at: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self, link: socket.socket, data: Path, facts: dict[Split, DatasetFacts], at: npt.NDArray[np.int64]
+    ) -> None:
         self._link, self._at = link, at[:1]
         self._stopwatch = Stopwatch(at[1:])
-        self._records: dict[str, Records] = {
-            split: Records(data / f"{split}.lmdb") for split in SPLITS if (data / f"{split}.lmdb").exists()
-        }
+        self._records = {split: _reopen(data / f"{split}.lmdb", fact.fingerprint) for split, fact in facts.items()}
         self._segments: OrderedDict[str, Segment] = OrderedDict()
 
     def run(self) -> None:
@@ -145,7 +146,7 @@ class Worker:
                 fill(_slice(segment, lease), self._records[lease.split], lease.what, self._at, self._stopwatch)
         return state
 
-    def _source(self, split: str, record: int) -> str:
+    def _source(self, split: Split, record: int) -> str:
         try:
             return self._records[split].source(record)
         except RecordError:
@@ -159,6 +160,18 @@ class Worker:
                 self._segments.popitem(last=False)[1].close()
         self._segments[name] = segment
         return segment
+
+
+def _reopen(path: Path, fingerprint: str) -> Records:
+    """Open a split that was surveyed before.
+
+    Raises:
+        DatasetInvalid: another dataset has taken its place, so that this worker would give other bytes than its elders.
+    """
+    records = Records(path)
+    if records.manifest.fingerprint != fingerprint:
+        raise DatasetInvalid(path, "it was replaced while this node serves it; start the node again")
+    return records
 
 
 def _slice(segment: Segment, lease: Lease) -> Slice:

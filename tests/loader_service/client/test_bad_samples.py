@@ -130,6 +130,29 @@ def test_a_dataset_truncated_in_use_ends_its_node_and_loses_nothing(
     assert "data.mdb is truncated" in said
 
 
+def test_a_dataset_replaced_in_use_is_never_mixed_with_the_old_one(
+    start_node: StartNode,
+    sound_dir: Path,
+    make_dataset: Any,
+    tmp_path: Path,
+    eventually: Callable[[Callable[[], bool], str], None],
+) -> None:
+    """Workers go on with the records they have open; a new worker finds others under the name, and the node says so and ends."""
+    shutil.copytree(sound_dir / "train.lmdb", tmp_path / "train.lmdb")
+    node = start_node(data=tmp_path, workers=2)
+    with _load(node.address, epochs=2) as loader:
+        undisturbed = _run(loader)
+    make_dataset(tmp_path / "train.lmdb", RECORDS, codec="jpeg", class_names=("other",))
+    with _load(node.address, epochs=2) as loader:
+        assert _run(loader) == undisturbed
+    node.workers()[0].kill()
+    eventually(lambda: node.process.poll() is not None, "the node ends")
+    code, said = node.stop()
+    assert code == errors.NodeFailed.exit_code
+    assert "it was replaced while this node serves it" in said
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize("exclusions", [None, [-1], [RECORDS], ["7"], list(range(2000))], ids=str)
 def test_exclusions_of_a_state_are_checked(start_node: StartNode, sound_dir: Path, exclusions: Any) -> None:
     """A state whose exclusions cannot be is refused."""

@@ -15,6 +15,7 @@ from loader_service.client.ledger import EpochAccount
 from loader_service.client.loader import Batch, Dataset, Loader
 from loader_service.client.query import describe, status
 from loader_service.local import LocalNode
+from loader_service.metrics import LoaderMetrics, NodeMetrics
 from loader_service.spec import DRAWS, View
 
 try:
@@ -28,7 +29,9 @@ __all__ = [
     "Dataset",
     "EpochAccount",
     "Loader",
+    "LoaderMetrics",
     "LocalNode",
+    "NodeMetrics",
     "View",
     "__version__",
     "describe",

@@ -28,6 +28,7 @@ from loader_service.data.fill import slice_numbers, slice_sources
 from loader_service.data.records import SHAPE, Statistics
 from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld, StateError
 from loader_service.link.keys import chosen_keys
+from loader_service.metrics import LoaderHook, LoaderMetrics
 from loader_service.spec import MAX_EXCLUDED, DatasetFacts, Dtype, SampleLayout, Split, View
 
 log = logging.getLogger("loader_service.client")
@@ -121,6 +122,7 @@ class Loader:
         max_bad: how many records may be replaced before it is an error all the same.
         server_key: for nodes with keys: the file with the node's public key, or its 40 characters.
         client_key: for nodes with keys: the file with this client's secret key.
+        hook: handed the loader's :attr:`metrics` after each batch, in the caller's thread.
 
     Raises:
         OptionError: an argument cannot work.
@@ -150,6 +152,7 @@ class Loader:
         max_bad: int = defaults.MAX_BAD,
         server_key: str | Path | None = None,
         client_key: str | Path | None = None,
+        hook: LoaderHook | None = None,
     ) -> None:
         chosen = _check_view(view)
         _check_choice("split", split, get_args(Split))
@@ -187,6 +190,9 @@ class Loader:
         self._delivered: dict[int, int] = {}
         self._substituted: dict[int, int] = {}
         self._excluded: tuple[int, ...] = ()
+        self._hook = hook
+        self._batches = self._samples = 0
+        self._used_s, self._returned_at = 0.0, 0.0
         self.waited_s = 0.0
 
     # Iteration
@@ -202,14 +208,20 @@ class Loader:
         if self._deliveries is None:
             self._deliveries = self._begin()
         start = time.perf_counter()
+        self._used_s += start - (self._returned_at or start)
         delivery = self._wait(self._deliveries)
-        self.waited_s += time.perf_counter() - start
+        self._returned_at = time.perf_counter()
+        self.waited_s += self._returned_at - start
         match delivery:
             case Deliver(batch):
                 plan = batch.plan
                 self._next = (plan.epoch, plan.next) if plan.next < self.dataset.count else (plan.epoch + 1, 0)
                 self._delivered[plan.epoch] = self._delivered.get(plan.epoch, 0) + plan.count
-                return self._assemble(delivery.batch)
+                self._batches, self._samples = self._batches + 1, self._samples + plan.count
+                assembled = self._assemble(delivery.batch)
+                if self._hook:
+                    self._hook(self.metrics)
+                return assembled
             case Finish():
                 self._deliveries.put(delivery)  # asked once more, the answer stays the same
                 raise StopIteration
@@ -272,6 +284,29 @@ class Loader:
     def quarantine(self) -> list[Quarantined]:
         """The records that were found bad by this loader and replaced, each with its source's name and why."""
         return list(self._session.quarantine)
+
+    @property
+    def metrics(self) -> LoaderMetrics:
+        """Where this loader's time goes, and what its slots are in use for, now."""
+        ledger, accounts = self._session.ledger, self.ledger
+        held, ready = len(self._held), self._deliveries.qsize() if self._deliveries else 0
+        filling = ledger.open if ledger else 0
+        return LoaderMetrics(
+            batches=self._batches,
+            samples=self._samples,
+            delivered_bytes=self._samples * self._room.layout.sample_bytes,
+            waited_s=self.waited_s,
+            used_s=self._used_s,
+            slots={
+                "held": held,
+                "ready": ready,
+                "filling": filling,
+                "free": max(0, self._room.slots - held - ready - filling),
+            },
+            duplicates_refused=sum(account.duplicates_refused for account in accounts),
+            reassigned=sum(account.reassigned for account in accounts),
+            substituted=sum(self._substituted.values()),
+        )
 
     @property
     def memory_bytes(self) -> int:

@@ -1,0 +1,63 @@
+"""What Prometheus gets to see."""
+
+from __future__ import annotations
+
+import urllib.request
+
+import pytest
+
+from loader_service import LoaderMetrics
+from loader_service.errors import AddressError
+from loader_service.prometheus import Exporter
+
+METRICS = LoaderMetrics(
+    batches=3,
+    samples=300,
+    delivered_bytes=45_000,
+    waited_s=0.5,
+    used_s=1.5,
+    slots={"held": 1, "free": 3},
+    duplicates_refused=2,
+    reassigned=1,
+    substituted=0,
+)
+
+
+def _scrape(url: str) -> list[str]:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+
+
+def test_the_last_record_is_served() -> None:
+    """Nothing before the first record; then each field in base units, counters with _total, dicts by their label."""
+    with Exporter("127.0.0.1:0", "loader") as exporter:
+        assert _scrape(exporter.url) == []
+        exporter(METRICS)
+        assert _scrape(exporter.url) == [
+            "loader_service_loader_batches_total 3.0",
+            "loader_service_loader_samples_total 300.0",
+            "loader_service_loader_delivered_bytes_total 45000.0",
+            "loader_service_loader_waited_seconds_total 0.5",
+            "loader_service_loader_used_seconds_total 1.5",
+            'loader_service_loader_slots{state="held"} 1.0',
+            'loader_service_loader_slots{state="free"} 3.0',
+            "loader_service_loader_duplicates_refused_total 2.0",
+            "loader_service_loader_reassigned_total 1.0",
+            "loader_service_loader_substituted_total 0.0",
+        ]
+
+
+def test_a_closed_exporter_gives_its_port_back() -> None:
+    """Another can listen at once where one has stopped; and not before."""
+    with Exporter("127.0.0.1:0", "node") as first:
+        address = first.url.removeprefix("http://").removesuffix("/metrics")
+        with pytest.raises(AddressError, match=r"metrics cannot be served there \(Address already in use\)"):
+            Exporter(address, "node")
+    Exporter(address, "node").close()
+
+
+@pytest.mark.parametrize("address", ["9555", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:99999", "a:1/b"])
+def test_what_is_no_address(address: str) -> None:
+    """A sentence that shows what one looks like, or what is wrong with it."""
+    with pytest.raises(AddressError, match="cannot be used"):
+        Exporter(address, "node")

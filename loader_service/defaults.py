@@ -48,3 +48,6 @@ CLIENT_SILENT_S: Final = 30.0
 
 STALL_S: Final = 10.0
 """A worker that has been at one record for so long is stopped or hung: it is killed and replaced."""
+
+STANDSTILL_S: Final = 5.0
+"""Nothing has moved for so long though something is asked for: time to say where, before STALL_S ends the worker."""

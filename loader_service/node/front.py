@@ -14,7 +14,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -33,6 +33,7 @@ from loader_service.metrics import NodeHook, NodeMetrics
 from loader_service.node.lease import MAX_PACKET_BYTES, Bad, Died, Done, Forked, Lease, Ready, decode_answer, encode
 from loader_service.node.nursery import Nursery
 from loader_service.node.roster import Action, Answer, Client, Grant, Refuse, Roster, Task, Worker
+from loader_service.node.watchdog import Watchdog, culprit
 from loader_service.spec import STAGES, DatasetFacts, SampleLayout, Split
 
 log = logging.getLogger("loader_service.node")
@@ -57,6 +58,7 @@ class Settings:
     slot_bytes: int = defaults.SEND_SLOT_BYTES
     client_silent_s: float = defaults.CLIENT_SILENT_S
     stall_s: float = defaults.STALL_S
+    standstill_s: float = defaults.STANDSTILL_S
     keys: NodeKeys | None = None
     insecure: bool = False
 
@@ -97,6 +99,7 @@ class Front:
         self._workers_by_fd: dict[int, int] = {}
         self._heard: dict[bytes, float] = {}  # by client: when it last gave a sign of life
         self._watch: dict[int, tuple[int, int, float]] = {}  # by worker: its lease and record, and since when
+        self._watchdog = Watchdog(settings.standstill_s)
         # Send slots that libzmq has let go of, and when they were given to it; from its own thread.
         self._freed: deque[tuple[int, Client, float]] = deque()
         self._send_s = 0.0
@@ -339,6 +342,23 @@ class Front:
             sweep()
         for worker in self._roster.workers:
             self._watch_worker(worker.index, next(iter(worker.tasks), None), worker.pid, now)
+        self._watch_all(now)
+
+    def _watch_all(self, now: float) -> None:
+        """Say once when nothing moves though something is asked for, and where it stands."""
+        roster = self._roster
+        asked = roster.leases + roster.queued
+        state = (self._at.tobytes(), [w.slices for w in roster.workers], roster.bad_samples, self._send_s)
+        still_s = self._watchdog.look(now, state, asked)
+        if still_s is not None:
+            found = culprit([self._worker_status(w) for w in roster.workers])
+            log.warning(
+                "nothing has moved for %.0f s though %d slices are asked for: %s",
+                still_s,
+                asked,
+                found,
+                extra=asdict(found),
+            )
 
     def _watch_worker(self, index: int, lease: int | None, pid: int, now: float) -> None:
         """Kill a worker that has not moved on for too long: stopped, or hung in a read."""

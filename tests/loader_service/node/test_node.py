@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -105,7 +106,7 @@ def test_a_killed_worker_is_replaced_and_its_slices_are_made_again(
 def test_it_survives_a_stopped_worker(
     dataset_dir: Path, start_node: StartNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker under SIGSTOP is killed after a while and its slices are made by others."""
+    """A worker under SIGSTOP is killed after a while and its slices are made by others; both is said."""
     node = start_node(workers=2)
     undisturbed = _epoch(node.address, epochs=2)
     with Loader(node.address, batch_size=64, epochs=2, timeout_s=40) as loader:
@@ -114,6 +115,11 @@ def test_it_survives_a_stopped_worker(
         stopped.suspend()
         got += [b.images.tobytes() + b.labels.tobytes() for b in loader]
     assert got == undisturbed
+    _, said = node.stop()
+    assert re.search(
+        rf"nothing has moved for 5 s though \d+ slices are asked for: worker \d \(pid {stopped.pid}\)", said
+    )
+    assert f"(pid {stopped.pid}) ended by signal SIGKILL" in said
 
 
 def test_it_will_not_start_on_what_it_cannot_serve(tmp_path: Path) -> None:

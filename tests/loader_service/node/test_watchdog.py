@@ -1,0 +1,51 @@
+"""A standstill is noticed once, and named."""
+
+from __future__ import annotations
+
+import pytest
+
+from loader_service.link.messages import WorkerStatus
+from loader_service.node.watchdog import Culprit, Watchdog, culprit
+from loader_service.spec import StageSeconds
+
+
+def _worker(state: str, stage: str = "", record: int = -1) -> WorkerStatus:
+    return WorkerStatus(7, state, 0, 0, 0.0, StageSeconds(), stage, record)
+
+
+def test_a_standstill_is_told_once() -> None:
+    """After five seconds without a change, once; after a change, anew."""
+    dog = Watchdog(5.0)
+    said = [dog.look(now, "a", 3) for now in (0.0, 4.9, 5.0, 6.0, 60.0)]
+    assert said == [None, None, 5.0, None, None]
+    assert [dog.look(now, "b", 3) for now in (61.0, 65.0, 66.5)] == [None, None, 5.5]
+
+
+def test_nothing_asked_is_no_standstill() -> None:
+    """A node without requests may rest for ever, and the five seconds begin with the first request."""
+    dog = Watchdog(5.0)
+    assert [dog.look(now, "a", 0) for now in (0.0, 10.0, 100.0)] == [None, None, None]
+    assert [dog.look(now, "a", 1) for now in (104.0, 105.0)] == [None, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("workers", "found", "sentence"),
+    [
+        (
+            [_worker("working"), _worker("working", "read", 812)],
+            Culprit("read", 1, 7, 812),
+            "worker 1 (pid 7) is in stage read at record 812",
+        ),
+        ([_worker("idle"), _worker("working")], Culprit("lease", 1, 7), "worker 1 (pid 7) is in stage lease"),
+        ([_worker("starting")], Culprit("start"), "no worker is ready"),
+        (
+            [_worker("idle")],
+            Culprit("send"),
+            "no worker has a lease; slices on their way to clients hold all send slots",
+        ),
+    ],
+)
+def test_who_holds_it_up(workers: list[WorkerStatus], found: Culprit, sentence: str) -> None:
+    """A worker in a stage before one that has only a lease; else what all of them wait for."""
+    assert culprit(workers) == found
+    assert str(found) == sentence

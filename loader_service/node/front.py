@@ -314,7 +314,8 @@ class Front:
 
     def _bury(self, index: int, pid: int, code: int) -> None:
         if index in self._links:
-            self._hear_worker(index)  # what it still said counts
+            self._hear_worker(index)  # what it still said counts; at its end the link is let go
+        if index in self._links:
             self._unlink(index)
         worker = self._roster.workers[index]
         record, self._at[index] = int(self._at[index, 0]), -1

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,21 @@ def test_a_killed_worker_is_replaced_and_its_slices_are_made_again(
     eventually(lambda: len(node.workers()) == 2, "two workers run again")
     assert not old & {process.pid for process in node.workers()}
     assert status(node.address).restarts >= 2
+
+
+def test_workers_may_die_again_and_again(start_node: StartNode, eventually: Eventually) -> None:
+    """Whether a death is first heard of from the worker's link or from the nursery is chance; the front lives either way."""
+    node = start_node(workers=2)
+
+    def recovered(deaths: int) -> bool:
+        now = status(node.address)
+        return now.restarts == deaths and all(worker.state == "idle" for worker in now.workers)
+
+    for deaths in range(2, 41, 2):
+        for worker in status(node.address).workers:
+            os.kill(worker.pid, signal.SIGKILL)
+        eventually(partial(recovered, deaths), "two new workers")
+    assert len(_epoch(node.address)) == 5
 
 
 def test_it_survives_a_stopped_worker(

@@ -32,6 +32,10 @@ class Command(click.Command):
         except LoaderServiceError as error:
             click.echo(f"{ctx.info_name}: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:  # a disk that is full, a folder that may not be written
+            what = f"{error.filename}: " if error.filename else ""
+            click.echo(f"{ctx.info_name}: {what}{error.strerror or error}", err=True)
+            ctx.exit(ToolFailed.exit_code)
         except KeyboardInterrupt:
             click.echo(f"\n{ctx.info_name}: stopped.", err=True)
             ctx.exit(128 + signal.SIGINT)

@@ -13,10 +13,10 @@ from loader_service.data.picture import LIBRARY, RECIPE
 from loader_service.data.records import DEFAULT_PARAMETERS, Codec, Manifest
 from loader_service.errors import OptionError
 from tools.command import CONTEXT, Command, ToolFailed
-from tools.preprocess.build import Task, build, existing, locked
+from tools.preprocess.build import Task, build, existing, locked, report_rejected
 from tools.preprocess.inputs import VALIDATION_SHARE, Inputs, list_splits, scratch_folder
 from tools.preprocess.layouts import LAYOUTS
-from tools.preprocess.plan import check_room, choose_codec, identity, shuffled
+from tools.preprocess.plan import check_room, choose_codec, identity, room_bytes, shuffled
 from tools.preprocess.pool import Pool
 from tools.preprocess.sources import Listing
 
@@ -34,6 +34,8 @@ class Options(msgspec.Struct, frozen=True):
     max_bad: float
     file_timeout: float
     replace: bool
+    dry_run: bool
+    as_json: bool
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
@@ -92,6 +94,8 @@ class Options(msgspec.Struct, frozen=True):
     show_default=True,
     help="Seconds that one file may take.",
 )
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option("--json", "as_json", is_flag=True, help="A summary on stdout, as JSON.")
 @click.option("--replace", is_flag=True, help="Replace a dataset in OUT that was made from something else.")
 def main(
     src: Path, out: Path, layout: str, val: Path | None, val_fraction: float | None, classes: str, **options: Any
@@ -113,52 +117,79 @@ def preprocess(out: Path, options: Options) -> None:
         raise OptionError("OUT", str(out), f"a folder that is not inside of {source}, where the pictures are")
     with locked(out), scratch_folder(out) as scratch:
         train, val = list_splits(options.inputs, scratch, options.seed)
-        count = len(train.items) + (len(val.items) if val else 0)
+        listings = {"train": train} if val is None else {"train": train, "val": val}
+        count = sum(len(listing.items) for listing in listings.values())
         codec = choose_codec(options.codec, count)
-        room = check_room(out, count, codec)
         click.echo(
             f"{len(train.items):,} files of {len(train.class_names):,} classes for training, "
-            f"{count - len(train.items):,} for validation; {codec} records, about {room / 1e9:.2g} GB.",
+            f"{count - len(train.items):,} for validation; {codec} records, about {room_bytes(count, codec) / 1e9:.2g} GB.",
             err=True,
         )
-        made = make(train, out / "train.lmdb", codec, options)
-        if val is not None:
-            make(val, out / "val.lmdb", codec, options, made)
+        if options.dry_run:
+            return
+        manifests: dict[str, Manifest] = {}
+        for split, listing in listings.items():
+            to_come = len(listing.items) + (len(val.items) if val and split == "train" else 0)
+            task = plan(listing, out / f"{split}.lmdb", codec, options, manifests.get("train"))
+            manifests[split] = make(task, options, to_come)
+        report_rejected(out, manifests)
+    if options.as_json:
+        click.echo(msgspec.json.encode({split: facts(manifest) for split, manifest in manifests.items()}))
 
 
-def make(listing: Listing, path: Path, codec: Codec, options: Options, train: Manifest | None = None) -> Manifest:
-    """Make one environment unless it is there; ``train`` is the manifest whose statistics it takes over."""
+def plan(listing: Listing, path: Path, codec: Codec, options: Options, train: Manifest | None) -> Task:
+    """The task of one split; ``train`` is the manifest whose statistics it takes over."""
     parameters = dict(DEFAULT_PARAMETERS[codec])
     if codec == "jpeg":
         parameters["quality"] = options.quality
-    wanted = identity(listing, codec, parameters, options.seed, train.fingerprint if train else "")
-    found = existing(path)
-    if found is not None and found.made_by.get("input") == wanted:
-        click.echo(f"{path}: {found.count:,} records are there already, fingerprint {found.fingerprint}")
-        return found
-    if path.exists() and not options.replace:
-        raise ToolFailed(f"{path} is there and was made from something else: name another folder, or say --replace.")
-    task = Task(
+    made_by = {
+        "input": identity(listing, codec, parameters, options.seed, train.fingerprint if train else ""),
+        "library": LIBRARY,
+        "recipe": RECIPE,
+        "seed": str(options.seed),
+        "statistics": f"of {train.fingerprint}" if train else "own",
+    }
+    return Task(
         path=path,
         items=shuffled(listing.items, options.seed),
         class_names=listing.class_names,
         codec=codec,
         parameters=parameters,
-        made_by={
-            "input": wanted,
-            "library": LIBRARY,
-            "recipe": RECIPE,
-            "seed": str(options.seed),
-            "statistics": f"of {train.fingerprint}" if train else "own",
-        },
+        made_by=made_by,
         statistics=train.statistics if train else None,
         max_bad=options.max_bad,
     )
-    with Pool(min(options.workers, len(listing.items)), codec, parameters, options.file_timeout) as pool:
+
+
+def make(task: Task, options: Options, to_come: int) -> Manifest:
+    """Make one environment unless it is there; room is looked for on disk for ``to_come`` records."""
+    path, found = task.path, existing(task.path)
+    if found is not None and found.made_by.get("input") == task.made_by["input"]:
+        click.echo(
+            f"{path}: {found.count:,} records are there already, fingerprint {found.fingerprint}", err=options.as_json
+        )
+        return found
+    if path.exists() and not options.replace:
+        raise ToolFailed(f"{path} is there and was made from something else: name another folder, or say --replace.")
+    check_room(path.parent, to_come, task.codec)
+    with Pool(min(options.workers, len(task.items)), task.codec, task.parameters, options.file_timeout) as pool:
         manifest = build(task, pool)
     bad = f", {len(manifest.rejected):,} files rejected" if manifest.rejected else ""
-    click.echo(f"{path}: {manifest.count:,} {codec} records{bad}, fingerprint {manifest.fingerprint}")
+    click.echo(
+        f"{path}: {manifest.count:,} {task.codec} records{bad}, fingerprint {manifest.fingerprint}", err=options.as_json
+    )
     return manifest
+
+
+def facts(manifest: Manifest) -> dict[str, object]:
+    """What --json says of an environment."""
+    return {
+        "records": manifest.count,
+        "classes": len(manifest.class_names),
+        "codec": manifest.codec,
+        "rejected": len(manifest.rejected),
+        "fingerprint": manifest.fingerprint,
+    }
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,10 @@ SHOWN_REJECTED: Final = 10
 
 LEAST_BAD: Final = 100
 """A run is not called hopeless before it has met so many bad files."""
+
+
+REJECTED: Final = "rejected.jsonl"
+"""Beside the environments: split, source and reason of every file that became no record."""
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -96,6 +101,26 @@ def existing(path: Path) -> Manifest | None:
         return None
 
 
+def report_rejected(out: Path, manifests: Mapping[str, Manifest]) -> None:
+    """Write REJECTED anew, or remove it where nothing was rejected.
+
+    Args:
+        out: the folder of the environments.
+        manifests: by split.
+    """
+    lines = [
+        msgspec.json.encode({"split": split, "source": bad.source, "reason": bad.reason})
+        for split, manifest in manifests.items()
+        for bad in manifest.rejected
+    ]
+    if not lines:
+        (out / REJECTED).unlink(missing_ok=True)
+        return
+    partial = out / f".rejected.{secrets.token_hex(4)}.jsonl"
+    partial.write_bytes(b"\n".join([*lines, b""]))
+    partial.rename(out / REJECTED)
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold ``out`` for this run alone, and clear away what a killed run has left in it.
@@ -110,11 +135,21 @@ def locked(out: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ToolFailed(f"another run is writing to {out}: wait for it, or name another folder.") from None
-        for path in out.iterdir():
-            if re.fullmatch(r"\.(train|val)\.lmdb\.[0-9a-f]{8}\.(partial|old)", path.name):
-                shutil.rmtree(path)
-            elif re.fullmatch(r"\..+\.[0-9a-f]{8}\.unpacked", path.name):
-                path.unlink()
+        _clear(out)
         yield
     finally:
         os.close(descriptor)
+
+
+def _clear(out: Path) -> None:
+    """Remove what a killed run has left, and put a dataset back that it had only moved aside."""
+    for path in list(out.iterdir()):
+        if moved := re.fullmatch(r"\.((train|val)\.lmdb)\.[0-9a-f]{8}\.old", path.name):
+            if (final := out / moved[1]).exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(final)
+        elif re.fullmatch(r"\.(train|val)\.lmdb\.[0-9a-f]{8}\.partial", path.name):
+            shutil.rmtree(path)
+        elif re.fullmatch(r"\..+\.[0-9a-f]{8}\.(unpacked|jsonl)", path.name):
+            path.unlink()

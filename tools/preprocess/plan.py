@@ -91,17 +91,20 @@ def memory_bytes() -> int:
     return min(machine + [int(limit) for limit in limits if limit.isdigit()])
 
 
-def check_room(out: Path, count: int, codec: Codec) -> int:
-    """About how many bytes ``count`` records will take on disk.
+def room_bytes(count: int, codec: Codec) -> int:
+    """About how many bytes ``count`` records take on disk."""
+    return math.ceil(1.02 * count * (RAW_RECORD_BYTES if codec == "raw" else JPEG_RECORD_BYTES))
+
+
+def check_room(out: Path, count: int, codec: Codec) -> None:
+    """See that there is room for ``count`` records.
 
     Raises:
-        ToolFailed: there are not as many free.
+        ToolFailed: there is not.
     """
-    need = math.ceil(1.02 * count * (RAW_RECORD_BYTES if codec == "raw" else JPEG_RECORD_BYTES))
-    free = shutil.disk_usage(out).free
+    need, free = room_bytes(count, codec), shutil.disk_usage(out).free
     if need > free:
         raise ToolFailed(
             f"{out} has {free / 1e9:.1f} GB free, and {count:,} {codec} records need about {need / 1e9:.1f} GB: "
             f"make room, name another folder{', or take --codec jpeg' if codec == 'raw' else ''}."
         )
-    return need

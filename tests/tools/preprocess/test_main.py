@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -81,6 +83,9 @@ def test_a_bad_file_is_skipped_and_named(album: Path, tmp_path: Path, preprocess
     assert rejected == {f"{name}/notes.txt": "it is in no known picture format" for name in ("ant", "bee", "cat")}
     assert "rejected bee/notes.txt: it is in no known picture format" in result.output
     assert "3 files rejected" in result.output
+    lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert {line["source"]: line["reason"] for line in lines} == rejected
+    assert {line["split"] for line in lines} == {"train"}
 
 
 @pytest.mark.parametrize("workers", [2, 3])
@@ -122,7 +127,7 @@ def test_a_share_of_each_class_is_split_off(album: Path, tmp_path: Path, preproc
 def test_no_validation_when_none_is_wanted(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
     """A share of 0 makes the training environment alone, also where there is a validation folder."""
     assert preprocess(album, tmp_path, "--val-fraction", "0").exit_code == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.lmdb"]
+    assert environments(tmp_path) == ["train.lmdb"]
 
 
 def test_what_is_there_is_not_made_again(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
@@ -150,7 +155,43 @@ def test_another_dataset_is_replaced_only_when_asked(album: Path, tmp_path: Path
         reader.check(len(reader) - 1)
     with Records(tmp_path / "train.lmdb") as reader:
         assert reader.manifest.made_by["seed"] == "0"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.lmdb", "val.lmdb"]
+    assert environments(tmp_path) == ["train.lmdb", "val.lmdb"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_dataset_that_was_only_moved_aside_comes_back(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """A run that was killed while it replaced a dataset has not cost the old one."""
+    preprocess(album, tmp_path)
+    (tmp_path / "train.lmdb").rename(tmp_path / ".train.lmdb.01234567.old")
+    (tmp_path / ".val.lmdb.01234567.partial").mkdir()
+    assert "there already" in preprocess(album, tmp_path).output
+    assert environments(tmp_path) == ["train.lmdb", "val.lmdb"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_dry_run_makes_nothing(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """--dry-run says what there is to do, and leaves it."""
+    result = preprocess(album, tmp_path, "--dry-run")
+    assert result.exit_code == 0
+    assert "81 files of 3 classes for training, 15 for validation" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_summary_for_programs(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """--json writes one JSON object to stdout, also where there was nothing to do."""
+    first, second = (preprocess(album, tmp_path, "--json") for _ in range(2))
+    assert json.loads(first.stdout) == json.loads(second.stdout)
+    train, val = (json.loads(first.stdout)[split] for split in ("train", "val"))
+    assert (train["records"], train["rejected"], train["classes"]) == (78, 3, 3)
+    assert (train["fingerprint"], val["fingerprint"]) == fingerprints_of(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_said(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """A file where the folder should be ends with a sentence."""
+    (tmp_path / "file").write_bytes(b"")
+    result = preprocess(album, tmp_path / "file" / "out")
+    assert result.exit_code == 1
+    assert "Not a directory" in result.output
 
 
 def test_a_hopeless_run_is_stopped(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
@@ -214,7 +255,7 @@ def start(source: Path, out: Path, workers: int = 2) -> subprocess.Popen[str]:
 
 def environments(out: Path) -> list[str]:
     """What is visible in the folder."""
-    return sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    return sorted(path.name for path in out.iterdir() if re.fullmatch(r"\w+\.lmdb", path.name))
 
 
 @pytest.mark.parametrize("delay_s", [0.05, 0.3, 0.6, 0.9])
@@ -232,7 +273,7 @@ def test_a_killed_run_leaves_no_half_environment(
     assert alive == []
     subprocess.run(command(album, tmp_path), check=True, capture_output=True)
     assert fingerprints_of(tmp_path) == fingerprints
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.lmdb", "val.lmdb"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rejected.jsonl", "train.lmdb", "val.lmdb"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -16,6 +16,7 @@ from tools.preprocess.plan import (
     choose_codec,
     identity,
     memory_bytes,
+    room_bytes,
     shuffled,
     split_off,
 )
@@ -69,7 +70,8 @@ def test_auto_chooses_by_memory() -> None:
 
 def test_room_is_looked_for_before_the_start(tmp_path: Path) -> None:
     """What cannot fit on the disk is refused with both figures."""
-    assert check_room(tmp_path, 10, "raw") > check_room(tmp_path, 10, "jpeg") > 0
+    check_room(tmp_path, 10, "raw")
+    assert room_bytes(10, "raw") > 10 * 256 * 256 * 3 > room_bytes(10, "jpeg") > 0
     with pytest.raises(
         ToolFailed, match=r"GB free, and 1,000,000,000,000 raw records need about .* or take --codec jpeg"
     ):

@@ -63,20 +63,22 @@ class Segment:
         self._bytes = np.frombuffer(self._map, np.uint8)
 
     @classmethod
-    def create(cls, data_bytes: int, parts: int, *, named: bool = True) -> Segment:
-        """Make a segment with all its memory allocated at once, so that no later write can fail.
+    def create(cls, data_bytes: int, parts: int, *, named: bool = True, reserve: bool = True) -> Segment:
+        """Make a segment.
 
         Args:
             data_bytes: size of the data area.
             parts: how many parts guard it.
             named: in /dev/shm, for others to open by name; otherwise private to this process and its children.
+            reserve: allocate all its memory at once, so that no later write can fail. What has a name must: /dev/shm
+                may be full by then, and a write to it a bus error.
 
         Raises:
             SharedMemoryError: there is not enough room.
         """
         data_offset = _round_up(PAGE_BYTES + parts * GENERATION_BYTES)
         size = data_offset + _round_up(data_bytes)
-        descriptor = _allocate(size, named)
+        descriptor = _allocate(size, named=named, reserve=reserve or named)
         try:
             os.pwrite(descriptor, HEADER.pack(MAGIC, secrets.token_bytes(16), parts, 0, data_offset), 0)
             _lock(descriptor, fcntl.F_WRLCK, _OWNER_LOCK_AT)
@@ -114,6 +116,10 @@ class Segment:
         except BaseException:
             os.close(descriptor)
             raise
+
+    def reopen(self) -> Segment:
+        """A forked child's own opening of a segment that it inherited: locks are between openings."""
+        return Segment(os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDWR | os.O_CLOEXEC), self.name, self.size)
 
     def array(self, offset: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """An array over the data: ``offset`` counts bytes from the segment's start.
@@ -211,12 +217,15 @@ def sweep() -> list[str]:
     return removed
 
 
-def _allocate(size: int, named: bool) -> int:
-    """A descriptor of ``size`` bytes of zeroed memory, all of it allocated."""
+def _allocate(size: int, *, named: bool, reserve: bool) -> int:
+    """A descriptor of ``size`` bytes of zeroed memory, all of it allocated if ``reserve``."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE
     descriptor = os.open(DIRECTORY, flags, 0o600) if named else os.memfd_create("loader-service", os.MFD_CLOEXEC)
     try:
-        os.posix_fallocate(descriptor, 0, size)  # a sparse file would be a SIGBUS later, when /dev/shm is full
+        if reserve:
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.ftruncate(descriptor, size)
     except OSError as error:
         os.close(descriptor)
         if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):

@@ -70,6 +70,7 @@ class Front:
         settings: see there.
         facts: of the splits that are served.
         nursery: forks the workers.
+        own: the memory of the send slots.
         at: (workers, 2) int64, shared with the workers: the record and the stage each is working at, -1 for none.
         version: of the package, for status.
     """
@@ -79,11 +80,13 @@ class Front:
         settings: Settings,
         facts: dict[Split, DatasetFacts],
         nursery: Nursery,
+        own: Segment,
         at: npt.NDArray[np.int64],
         version: str,
     ) -> None:
         self.instance = secrets.token_hex(16)
         self._settings, self._facts, self._nursery, self._at, self._version = settings, facts, nursery, at, version
+        self._own = own
         self._roster = Roster(settings.workers, settings.send_slots)
         # Encoded once and sent without copying, so that a thousand Hellos of a client that does not read cost no memory.
         self._welcome = messages.encode(
@@ -103,7 +106,6 @@ class Front:
         # Send slots that libzmq has let go of, and when they were given to it; from its own thread.
         self._freed: deque[tuple[int, Client, float]] = deque()
         self._send_s = 0.0
-        self._segment: Segment | None = None  # of the send slots; made when the first client needs frames
         self._failed_births = 0
         self._due_births: list[tuple[float, int]] = []
         self._refused = 0
@@ -178,9 +180,7 @@ class Front:
         if self._doorkeeper:
             self._doorkeeper.close()
         self._context.term()
-        if self._segment:
-            self._segment.unlink()
-            self._segment.close()
+        self._own.close()
         self._waker.close()
 
     # Events
@@ -395,11 +395,10 @@ class Front:
             assert request.place is not None
             segment, place = task.client.segment, request.place
         else:
-            own = self._send_segment()
-            generation = own.arm(task.slot)
+            generation = self._own.arm(task.slot)
             if generation is None:
                 raise NodeFailed(f"send slot {task.slot} is locked, though the worker that had it is gone")
-            segment, place = own.name, self._place(task, generation)
+            segment, place = self._own.name, self._place(task, generation)
         packet = encode(Lease(lease, request.split, request.what, request.dtype, segment, place))
         try:
             self._links[worker].send(packet)
@@ -412,11 +411,11 @@ class Front:
         if task.slot is None:
             self._post(task.client.id, [filled])
             return
-        place, own, n = self._place(task, 0), self._send_segment(), request.what.count
+        place, n = self._place(task, 0), request.what.count
         layout = SampleLayout(request.what.view, request.dtype)
         end = place.draws + layout.draws_bytes * n
         hold = Hold(
-            own.array(place.images, (end - place.images,), np.uint8),
+            self._own.array(place.images, (end - place.images,), np.uint8),
             partial(self._free, task.slot, task.client, time.monotonic()),
         )
         whole = np.asarray(hold)
@@ -437,14 +436,9 @@ class Front:
         """Where in its send slot a slice lies: pixels, labels and draws, each from an aligned offset."""
         assert task.slot is not None
         layout, n = SampleLayout(task.request.what.view, task.request.dtype), task.request.what.count
-        images = self._send_segment().data_offset + task.slot * self._settings.slot_bytes
+        images = self._own.data_offset + task.slot * self._settings.slot_bytes
         labels = _align(images + layout.image_bytes * n)
         return Place(task.slot, generation, images, labels, draws=_align(labels + 8 * n))
-
-    def _send_segment(self) -> Segment:
-        if self._segment is None:
-            self._segment = Segment.create(self.memory_ceiling_bytes, self._settings.send_slots)
-        return self._segment
 
     def _send(self, client: bytes, message: messages.FromNode) -> None:
         self._post(client, [messages.encode(message)])

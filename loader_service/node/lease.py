@@ -17,7 +17,7 @@ MAX_PACKET_BYTES: Final = 65_536
 
 
 class Lease(msgspec.Struct, frozen=True, tag="lease"):
-    """Front to worker: write this slice at this place of that segment."""
+    """Front to worker: write this slice at this place of that segment; without a name, of the node's own send slots."""
 
     id: int
     split: Split

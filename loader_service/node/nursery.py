@@ -73,7 +73,7 @@ def _tend(link: socket.socket, worker_main: WorkerMain, front: int) -> None:
     children: dict[int, tuple[int, int]] = {}  # by pidfd: index, pid
     try:
         _fork_on_demand(link, worker_main, children)
-    except BrokenPipeError:  # the front went while it was being told something
+    except ConnectionError:  # the front went while it was being told something
         _end(children)
 
 

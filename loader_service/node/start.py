@@ -11,6 +11,7 @@ import numpy as np
 
 from loader_service import defaults
 from loader_service.link.keys import node_keys
+from loader_service.link.slots import Segment
 from loader_service.metrics import NodeHook
 from loader_service.node.front import Front, Settings
 from loader_service.node.nursery import Nursery
@@ -53,14 +54,17 @@ def run_node(
     at = np.frombuffer(shared, np.int64).reshape(workers, 2)
     at[:] = NO_RECORD
 
+    slots = defaults.SEND_SLOTS_PER_WORKER * workers + 1
+    # Without a name, since only this node's processes use it; so it needs no room in /dev/shm and leaves nothing there.
+    own = Segment.create(slots * defaults.SEND_SLOT_BYTES, slots, named=False, reserve=False)
+
     def worker_main(index: int, link: socket.socket) -> None:
-        Worker(link, data, facts, at[index]).run()
+        Worker(link, data, facts, own, at[index]).run()
 
     nursery = Nursery(worker_main)
     try:
-        slots = defaults.SEND_SLOTS_PER_WORKER * workers + 1
         settings = Settings(bind, workers, send_slots=slots, keys=may_enter, insecure=insecure)
-        front = Front(settings, facts, nursery, at, version)
+        front = Front(settings, facts, nursery, own, at, version)
     except BaseException:
         nursery.close()
         raise

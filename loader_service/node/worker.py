@@ -105,16 +105,23 @@ class Worker:
         link: its end of the socket pair with the front.
         data: the directory of the splits.
         facts: what the node told its clients of each; a dataset that was replaced since is not served.
+        own: the node's send slots, inherited.
         at: (2,) int64 in memory shared with the front: the record being worked on, or NO_RECORD; and the stage, or
             NO_STAGE.
     """
 
     def __init__(
-        self, link: socket.socket, data: Path, facts: dict[Split, DatasetFacts], at: npt.NDArray[np.int64]
+        self,
+        link: socket.socket,
+        data: Path,
+        facts: dict[Split, DatasetFacts],
+        own: Segment,
+        at: npt.NDArray[np.int64],
     ) -> None:
         self._link, self._at = link, at[:1]
         self._stopwatch = Stopwatch(at[1:])
         self._records = {split: _reopen(data / f"{split}.lmdb", fact.fingerprint) for split, fact in facts.items()}
+        self._own = own.reopen()
         self._segments: OrderedDict[str, Segment] = OrderedDict()
 
     def run(self) -> None:
@@ -153,6 +160,8 @@ class Worker:
             return ""
 
     def _segment(self, name: str) -> Segment:
+        if not name:
+            return self._own
         segment = self._segments.pop(name, None)
         if segment is None:
             segment = Segment.attach(name)

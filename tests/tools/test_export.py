@@ -1,0 +1,88 @@
+"""An environment back to files, and from there to the same environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from loader_service.data.picture import load_picture
+from loader_service.data.records import Codec, Manifest, Records, Statistics
+from loader_service.data.writer import Writer
+from tools.export import folder_names, main
+from tools.preprocess.__main__ import main as preprocess
+
+COUNT = 7
+
+
+def run(*arguments: Path | str) -> Result:
+    """Run the command."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(params=["raw", "jpeg"])
+def environment(request: pytest.FixtureRequest, tmp_path: Path, make_dataset: Callable[..., Manifest]) -> Path:
+    """A small environment of either codec."""
+    codec: Codec = request.param
+    make_dataset(tmp_path / "small.lmdb", COUNT, codec)
+    return tmp_path / "small.lmdb"
+
+
+def test_a_folder_holds_every_record(environment: Path, tmp_path: Path) -> None:
+    """Each record is a file below its class that has its pixels; a JPEG record is its very bytes."""
+    assert run(environment, tmp_path / "out").exit_code == 0
+    with Records(environment) as records:
+        for number in range(COUNT):
+            label, pixels = records.pixels(number)
+            (path,) = (tmp_path / "out" / records.manifest.class_names[label]).glob(f"{number:08d}.*")
+            if path.suffix == ".jpg":
+                with records.values() as values:
+                    assert path.read_bytes() == bytes(values.read(number)[3])
+            else:
+                assert np.array_equal(load_picture(path), pixels)
+    assert len(list((tmp_path / "out").rglob("*.*"))) == COUNT
+
+
+@pytest.mark.parametrize("form", ["folder", "webdataset"])
+def test_what_is_exported_can_be_preprocessed(form: str, tmp_path: Path, make_dataset: Callable[..., Manifest]) -> None:
+    """Raw records come back with the same labels and pixels, by either form."""
+    make_dataset(tmp_path / "a.lmdb", COUNT)
+    assert run(tmp_path / "a.lmdb", tmp_path / "files", "--format", form).exit_code == 0
+    options = ["--val-fraction", "0", "--workers", "1"]
+    result = CliRunner().invoke(preprocess, [str(tmp_path / "files"), str(tmp_path / "out"), *options])
+    assert result.exit_code == 0, result.output
+    with Records(tmp_path / "a.lmdb") as before, Records(tmp_path / "out" / "train.lmdb") as after:
+        samples = [
+            sorted((records.pixels(i)[0], records.pixels(i)[1].tobytes()) for i in range(COUNT))
+            for records in (before, after)
+        ]
+    assert samples[0] == samples[1]
+
+
+def test_nothing_is_overwritten(environment: Path, tmp_path: Path) -> None:
+    """A folder that is there is refused; a missing environment leaves nothing behind."""
+    result = run(environment, tmp_path)
+    assert result.exit_code == 2
+    assert "a folder that is not there yet" in result.output
+    assert run(tmp_path / "none.lmdb", tmp_path / "out").exit_code == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.lmdb"]
+
+
+def test_class_names_cannot_lead_out_of_the_folder(tmp_path: Path, statistics: Statistics) -> None:
+    """Names of a hostile manifest stay below OUT."""
+    with Writer(tmp_path / "x.lmdb", codec="raw", class_names=("../../evil", "..")) as writer:
+        for label in range(2):
+            writer.put(label, bytes(256 * 256 * 3), "a")
+        writer.finish(statistics, made_by={})
+    assert run(tmp_path / "x.lmdb", tmp_path / "deep" / "out").exit_code == 0
+    assert {path.name for path in (tmp_path / "deep" / "out").iterdir()} == {"_.._.._evil", "_.."}
+    assert {path.name for path in tmp_path.iterdir()} == {"x.lmdb", "deep"}
+
+
+def test_folder_names_stay_apart() -> None:
+    """Names that become equal get their label in front."""
+    assert folder_names(("a", "b c")) == ["a", "b c"]
+    assert folder_names(("a/b", "a_b")) == ["000000_a_b", "000001_a_b"]

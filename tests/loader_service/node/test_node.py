@@ -106,8 +106,9 @@ def test_workers_may_die_again_and_again(start_node: StartNode, eventually: Even
 
     def recovered(deaths: int) -> bool:
         now = status(node.address)
-        return now.restarts == deaths and all(worker.state == "idle" for worker in now.workers)
+        return now.restarts == deaths and all(worker.state == "idle" and worker.pid for worker in now.workers)
 
+    eventually(partial(recovered, 0), "both workers run")
     for deaths in range(2, 41, 2):
         for worker in status(node.address).workers:
             os.kill(worker.pid, signal.SIGKILL)

@@ -1,0 +1,48 @@
+"""What the doctor prints, and how it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from loader_service.cli import main
+from loader_service.cli.doctor import check_kernel, check_pillow
+from loader_service.data import kernel
+
+
+def test_a_sound_machine(dataset_dir: Path) -> None:
+    """One line per check, each with its state, and exit code 0 where none has failed."""
+    command = ["doctor", "--data", str(dataset_dir), "--workers", "1", "--bind", "tcp://127.0.0.1:*"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    lines = [line.split(maxsplit=1) for line in done.output.splitlines()]
+    assert {state for state, _ in lines} <= {"ok", "warning"}
+    checks = ["PIL", "kernel", "CPUs", "shared memory", "open files", "keys", "address", "dataset"]
+    assert [rest.partition(":")[0] for _, rest in lines] == checks
+
+
+def test_a_failed_check(tmp_path: Path) -> None:
+    """What has failed says so at the line's start, and the exit code is 1."""
+    done = CliRunner().invoke(main, ["doctor", "--data", str(tmp_path), "--bind", "tcp://127.0.0.1:*"])
+    assert done.exit_code == 1
+    assert "failed   dataset: there is no dataset at" in done.output
+
+
+@pytest.mark.parametrize(("name", "state"), [("numpy", "warning"), ("abacus", "failed")])
+def test_the_kernel(name: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slowest form is a warning, and one that cannot run a failure."""
+    monkeypatch.setenv(kernel.VARIABLE, name)
+    kernel.chosen.cache_clear()
+    try:
+        assert check_kernel().state == state
+    finally:
+        monkeypatch.undo()
+        kernel.chosen.cache_clear()
+
+
+def test_two_pils(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock Pillow beside pillow-simd, or none at all, is a warning."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "12")
+    assert (check_pillow().state, check_pillow().found) == ("warning", "pillow-simd 12 and pillow 12")

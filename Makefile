@@ -9,7 +9,7 @@ ARGS    =
 run     = .venv/bin/python
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo preprocess test style types cover chaos clean
+.PHONY: help setup demo preprocess test style types cover chaos fuzz clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ cover: setup ## the tests, and which lines they do not reach
 
 chaos: setup ## every kind of failure, caused for four minutes while two clients train; [ARGS="--seed 1"]
 	@$(run) -m tools.chaos $(ARGS)
+
+fuzz: setup ## 100,000 damaged messages for the decoders, and as many for a node; [ARGS="--seed 1"]
+	@$(run) -m tools.fuzz $(ARGS)
 
 clean: ## remove what make has made: .venv, build/ and caches; data/ and runs/ stay
 	rm -rf .venv build dist *.egg-info loader_service/data/*.so .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,49 @@
+"""The fuzzing tool in its short form, and proof that it finds what it looks for."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+import pytest
+
+from loader_service.link import messages
+from tools.command import ToolFailed
+from tools.fuzz import fuzz_decoders
+from tools.progress import Progress
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_a_few_thousand_inputs(dataset_dir: Path) -> None:
+    """Neither the decoders nor a node mind them, and some of them are valid, so that they reach deep."""
+    command = [sys.executable, "-m", "tools.fuzz", "--seed", "1", "--inputs", "4000", "--data", str(dataset_dir)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 0, ended.stderr
+    passed = re.search(r"4,000 inputs, (\d+) of them valid", ended.stdout)
+    refused = re.search(r"4,000 inputs, ([\d,]+) refused; it serves the same bytes", ended.stdout)
+    assert passed
+    assert refused
+    assert int(passed[1]) > 400
+    assert 400 < int(refused[1].replace(",", "")) < 3600
+
+
+@pytest.mark.parametrize(
+    "decode",
+    [
+        lambda frame: msgspec.msgpack.decode(frame, type=messages.FromClient),
+        lambda frame: messages.Request("0" * 32, len(frame), "train", frame, "uint8"),
+    ],
+    ids=["another exception", "not what it was"],
+)
+def test_a_broken_decoder_is_found(monkeypatch: pytest.MonkeyPatch, decode: Callable[[bytes], Any]) -> None:
+    """A decoder that lets another exception out, or makes of a message what it is not, fails with the input at hand."""
+    monkeypatch.setattr(messages, "decode_from_client", decode)
+    with pytest.raises(ToolFailed, match=r" [0-9a-f]*\.$"), Progress("decoders", 1000, "inputs") as progress:
+        fuzz_decoders(Random(1), 1000, progress)

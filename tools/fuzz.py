@@ -1,0 +1,274 @@
+"""Malformed, impossible and impolite messages by the hundred thousand: for the decoders, then for a living node.
+
+Inputs are valid messages that were damaged, in their bytes or in their fields, by random numbers from a seed that is
+printed; the same seed gives the same inputs. A decoder may raise MessageError and nothing else, and what it lets pass must
+survive the wire. A node must go on serving the same bytes, and must not have grown.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import click
+import msgspec
+import zmq
+
+from loader_service import Loader, LocalNode, status
+from loader_service.errors import MessageError
+from loader_service.link import messages
+from loader_service.link.messages import FromClient, FromNode, Place, Request
+from loader_service.link.slots import Segment
+from loader_service.spec import MEAN_BYTES, VIEWS, DatasetFacts, SliceId
+from tools.chaos.__main__ import dataset
+from tools.chaos.client import digest
+from tools.chaos.processes import in_session
+from tools.command import CONTEXT, Command, ToolFailed
+from tools.progress import Progress
+
+INSTANCE: Final = "0123456789abcdef" * 2
+SEGMENT: Final = f"loader-service-{INSTANCE}"
+ODD_VALUES: Final[tuple[Any, ...]] = (
+    None, True, -1, 0, 1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 0.0, -1.5, float("nan"), float("inf"), "", "x" * 300,
+    "../../etc/passwd", "\x00", b"", b"\xff" * 64, [], [0] * 2000, {}, {"t": "hello"}, "train", "float32", "ten-crop",
+)  # fmt: skip
+
+MESSAGES_PER_LIFE: Final = 500
+"""After so many inputs a client of the fuzzing leaves without a goodbye, and another comes."""
+
+INPUTS_PER_LOOK: Final = 1_000
+WARM_UP: Final = 0.3
+"""The share of the inputs after which a node has had every kind of buffer that it ever needs."""
+
+GROWTH_BYTES: Final = 16 * 2**20
+"""What allocators may keep beyond that; a node that keeps 200 bytes of each of 100,000 inputs is over it."""
+
+ANSWER_MS: Final = 10_000
+
+
+def from_client(instance: str = INSTANCE, segment: str = SEGMENT, data_offset: int = 4096 * 2) -> list[FromClient]:
+    """Every message of a client, as valid as can be."""
+    what = SliceId(VIEWS["center"], 3, 2, 1, 4)
+    place = Place(0, 1, data_offset, data_offset + 640_000, data_offset + 650_000)
+    return [
+        messages.Hello(messages.PROTOCOL, "host:1"),
+        messages.Attach(segment),
+        Request(instance, 7, "train", what, "uint8", place),
+        Request(instance, 8, "train", msgspec.structs.replace(what, excluded=(5, 6)), "float32"),
+        Request(instance, 9, "val", SliceId(VIEWS["ten-crop"], 0, 0, 0, 1), "uint8"),
+        messages.Ping(),
+        messages.Pong(),
+        messages.StatusQuery(),
+        messages.Bye(),
+    ]
+
+
+def from_node() -> list[FromNode]:
+    """Every message of a node but its status, whose decoder is the same."""
+    facts = DatasetFacts(5, ("a",), bytes(MEAN_BYTES), (1.0,) * 3, (1.0,) * 3, (1.0,) * 9, INSTANCE, INSTANCE)
+    return [
+        messages.Welcome(messages.PROTOCOL, INSTANCE, 2, 2**24, {"train": facts}),
+        messages.Attached(SEGMENT, bytes(16)),
+        messages.Filled(7),
+        messages.Failed(7, 3, "because", "cat/1.jpg"),
+        messages.Stranger(),
+        messages.Ping(),
+        messages.Pong(),
+    ]
+
+
+def damage_bytes(rng: Random, frame: bytes, other: bytes) -> bytes:
+    """A frame with some bytes changed, gone, added, or from another frame."""
+    at = rng.randrange(len(frame) + 1)
+    match rng.randrange(6):
+        case 0:
+            damaged = bytearray(frame)
+            for _ in range(rng.randint(1, 4)):
+                damaged[rng.randrange(len(frame))] = rng.randrange(256)
+            return bytes(damaged)
+        case 1:
+            return frame[:at]
+        case 2:
+            return frame[:at] + rng.randbytes(rng.randint(1, 32)) + frame[at:]
+        case 3:
+            return frame[:at] + frame[at + rng.randint(1, 16) :]
+        case 4:
+            return frame[:at] + other[rng.randrange(len(other)) :]
+        case _:
+            return rng.randbytes(rng.randint(0, 200))
+
+
+def damage_fields(rng: Random, frame: bytes) -> bytes:
+    """A well-formed frame with a field, however deep, that is odd, gone or too many; seldom the one that gives the type."""
+    tree = msgspec.msgpack.decode(frame)
+    here = tree
+    while True:
+        key = rng.choice([key for key in here if key != "t" or rng.random() < 0.1] or ["t"])
+        if isinstance(here[key], dict) and here[key] and rng.random() < 0.7:
+            here = here[key]
+            continue
+        match rng.randrange(4):
+            case 0:
+                del here[key]
+            case 1:
+                here[rng.choice(("x", "t", "id", "place"))] = rng.choice(ODD_VALUES)
+            case _:
+                here[key] = rng.choice(ODD_VALUES)
+        break
+    try:
+        return msgspec.msgpack.encode(tree)
+    except OverflowError:  # beyond 64 bits: no MessagePack can say it
+        return frame
+
+
+def damaged(rng: Random, valid: list[bytes]) -> bytes:
+    """One input: a valid frame, mostly damaged."""
+    frame = rng.choice(valid)
+    kind = rng.random()
+    if kind < 0.4:
+        return damage_bytes(rng, frame, rng.choice(valid))
+    return damage_fields(rng, frame) if kind < 0.9 else frame
+
+
+def fuzz_decoders(rng: Random, inputs: int, progress: Progress) -> int:
+    """Damaged messages for both decoders; how many of them were valid all the same.
+
+    Raises:
+        ToolFailed: a decoder did what it must not, with the input.
+    """
+    passed = 0
+    sides: list[tuple[list[bytes], Callable[[bytes], Any]]] = [
+        ([messages.encode(message) for message in from_client()], messages.decode_from_client),
+        ([messages.encode(message) for message in from_node()], messages.decode_from_node),
+    ]
+    for number in range(inputs):
+        valid, decode = sides[number % 2]
+        frame = damaged(rng, valid)
+        try:
+            message = decode(frame)
+            passed += 1
+            if decode(messages.encode(message)) != message:
+                raise ToolFailed(f"this message does not survive the wire: {frame.hex()}.")
+        except MessageError:
+            pass
+        except Exception as error:
+            raise ToolFailed(f"a decoder raised {error!r} at {frame.hex()}.") from error
+        progress.advance()
+    return passed
+
+
+class Pest:
+    """A client that says anything, and may be too rude to listen."""
+
+    def __init__(self, context: zmq.Context[Any], address: str, *, listens: bool) -> None:
+        self._listens = listens
+        self._dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        self._dealer.setsockopt(zmq.LINGER, 0)
+        self._dealer.setsockopt(zmq.RCVHWM, 0 if listens else 1)
+        self._dealer.setsockopt(zmq.SNDHWM, 100)
+        self._dealer.connect(address)
+
+    def say(self, frames: list[bytes]) -> None:
+        """Send, and hear what there is to be heard."""
+        if not self._dealer.poll(ANSWER_MS, zmq.POLLOUT):
+            raise ToolFailed("the node takes no messages any more.")
+        self._dealer.send_multipart(frames)
+        while self._listens and self._dealer.poll(0):
+            self._dealer.recv_multipart(copy=False)
+
+    def instance(self) -> str:
+        """Introduce itself properly; the node's instance."""
+        self._dealer.send(messages.encode(messages.Hello(messages.PROTOCOL, "pest")))
+        if not self._dealer.poll(ANSWER_MS):
+            raise ToolFailed("the node does not answer a Hello.")
+        welcome = messages.decode_from_node(self._dealer.recv_multipart()[0])
+        assert isinstance(welcome, messages.Welcome)
+        return welcome.instance
+
+    def close(self) -> None:
+        """Leave without a word."""
+        self._dealer.close()
+
+
+def private_bytes(pids: list[int]) -> int:
+    """Memory that is these processes' own: neither shared nor a file's."""
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def epoch_digests(address: str) -> list[str]:
+    """What a well-behaved client gets of one epoch, over TCP frames."""
+    with Loader(address, batch_size=64, timeout_s=60, transport="tcp") as loader:
+        return [digest(batch) for batch in loader]
+
+
+def fuzz_node(rng: Random, inputs: int, data: Path, progress: Progress) -> tuple[int, int]:
+    """Damaged messages for a living node; how many it refused, and by how many bytes it grew.
+
+    Raises:
+        ToolFailed: it died, hung, grew, or serves other bytes than before.
+    """
+    context: zmq.Context[Any] = zmq.Context()
+    segment = Segment.create(1 << 20, 1)
+    try:
+        with LocalNode(data, workers=1) as node:
+            before = epoch_digests(node.address)
+            warm = 0
+            sent = 0
+            while sent < inputs:
+                pest = Pest(context, node.address, listens=rng.random() < 0.5)
+                valid = [messages.encode(m) for m in from_client(pest.instance(), segment.name, segment.data_offset)]
+                for _ in range(min(MESSAGES_PER_LIFE, inputs - sent)):
+                    frames = [damaged(rng, valid)]
+                    if rng.random() < 0.02:
+                        frames += [rng.randbytes(rng.randrange(50))] * rng.randint(1, 5)
+                    pest.say(frames)
+                    sent += 1
+                    progress.advance()
+                    if sent % INPUTS_PER_LOOK == 0:
+                        status(node.address, timeout_s=ANSWER_MS / 1000)
+                pest.close()
+                if not warm and sent >= WARM_UP * inputs:
+                    warm = private_bytes([process.pid for process in in_session(node.pid)])
+            after = epoch_digests(node.address)
+            refused = status(node.address).refused
+            grown = private_bytes([process.pid for process in in_session(node.pid)]) - warm
+    finally:
+        context.destroy(linger=0)
+        segment.unlink()
+        segment.close()
+    if before != after:
+        raise ToolFailed("the node serves other bytes than before.")
+    if grown > GROWTH_BYTES:
+        raise ToolFailed(f"the node grew by {grown / 2**20:.0f} MiB while {inputs:,} messages came.")
+    return refused, grown
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.option(
+    "--inputs", type=click.IntRange(1), default=100_000, show_default=True, help="How many, for each of both."
+)
+@click.option("--seed", type=int, help="Of the inputs; drawn and printed if not given.")
+@click.option("--data", type=click.Path(path_type=Path, exists=True), help="A directory with train.lmdb to serve.")
+def main(inputs: int, seed: int | None, data: Path | None) -> None:
+    """Fuzz the message decoders, and then a node."""
+    seed = secrets.randbits(32) if seed is None else seed
+    rng = Random(seed)  # noqa: S311 - inputs need not be hard to guess
+    click.echo(f"seed {seed}: python -m tools.fuzz --seed {seed} --inputs {inputs}")
+    with Progress("decoders", inputs, "inputs") as progress:
+        passed = fuzz_decoders(rng, inputs, progress)
+    with dataset(data) as served, Progress("node", inputs, "inputs") as progress:
+        refused, grown = fuzz_node(rng, inputs, served, progress)
+    click.echo(
+        f"decoders: {inputs:,} inputs, {passed:,} of them valid; nothing but messages and MessageErrors came out"
+    )
+    click.echo(
+        f"node: {inputs:,} inputs, {refused:,} refused; it serves the same bytes, and grew by {grown / 1024:,.0f} KiB"
+    )
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m tools.fuzz")

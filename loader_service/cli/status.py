@@ -65,7 +65,7 @@ def status(json: bool, interval: float, **node: Any) -> None:
 def top(interval: float, **node: Any) -> None:
     """Watch the node at ADDRESS until Ctrl-C; exit code 4 if there is none at the start."""
     ask = _asker(**node)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it, too, gives the cursor back
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it, too, gives the cursor back
     try:
         before = ask()
         screen = _screen(before, between(None, before))
@@ -81,6 +81,8 @@ def top(interval: float, **node: Any) -> None:
                 live.update(screen, refresh=True)
     except KeyboardInterrupt:  # the normal end
         return
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _asker(address: str, timeout: float, server_key: str | None, client_key: str | None) -> Callable[[], Status]:

@@ -322,7 +322,14 @@ class Front:
         self._watch.pop(index, None)
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         at = f" at record {record}" if record >= 0 else ""
-        log.warning("worker %d (pid %d) ended by %s%s; a new one takes its place", index, pid, how, at)
+        log.warning(
+            "worker %d (pid %d) ended by %s%s; a new one takes its place",
+            index,
+            pid,
+            how,
+            at,
+            extra={"worker": index, "pid": pid, "record": record},
+        )
         self._failed_births = 0 if worker.ready else self._failed_births + 1
         if self._failed_births >= BIRTHS_BEFORE_GIVING_UP:
             raise NodeFailed(f"{BIRTHS_BEFORE_GIVING_UP} workers in a row ended before they were ready, by {how}")
@@ -371,8 +378,14 @@ class Front:
         if last is None or last[:2] != (lease, record):
             self._watch[index] = (lease, record, now)
         elif now - last[2] > self._settings.stall_s and pid:
+            stage = self._worker_status(self._roster.workers[index]).stage
             log.warning(
-                "worker %d (pid %d) has been at record %d for %.0f s: killed", index, pid, record, now - last[2]
+                "worker %d (pid %d) has been at record %d for %.0f s: killed",
+                index,
+                pid,
+                record,
+                now - last[2],
+                extra={"worker": index, "pid": pid, "record": record, "stage": stage},
             )
             self._watch.pop(index)
             os.kill(pid, signal.SIGKILL)

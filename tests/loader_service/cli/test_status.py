@@ -1,0 +1,85 @@
+"""What `status` and `top` show of a node."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from loader_service import Loader
+from loader_service.cli import main
+
+
+def test_rates_and_the_bottleneck_as_json(node_address: str) -> None:
+    """Beside the node's own answer, what it did per second, and one word for what holds it up."""
+    done = CliRunner().invoke(main, ["status", node_address, "--json", "--interval", "0.1"])
+    answer = json.loads(done.output)
+    assert answer["rates"]["interval_s"] > 0.09
+    assert len(answer["rates"]["workers"]) == len(answer["workers"]) == 2
+    assert answer["rates"]["bottleneck"]["what"] == "idle"
+
+
+def test_a_slow_trainer_is_named(node_address: str) -> None:
+    """A client that has all it wants, and does not ask for more, is what the node waits for."""
+    with Loader(node_address, batch_size=32, epochs=100, timeout_s=20) as loader:
+        next(loader)
+        done = CliRunner().invoke(main, ["status", node_address, "--interval", "0.3"])
+    assert re.search(r"^bottleneck: trainer \(.+\)$", done.output, re.MULTILINE), done.output
+    assert re.search(r"│ \S+:\d+ +│ shm +│", done.output), done.output
+
+
+def _read_until(terminal: int, wanted: str) -> str:
+    """What a program writes to its terminal, until ``wanted`` is in it."""
+    got = b""
+    while wanted not in got.decode(errors="replace"):
+        assert select.select([terminal], [], [], 20)[0], got.decode(errors="replace")
+        got += os.read(terminal, 65536)
+    return got.decode(errors="replace")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_top_until_it_is_told_to_stop(node_address: str, number: signal.Signals) -> None:
+    """It shows the node, goes on showing it, ends with 0 at Ctrl-C and gives the cursor back."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "loader_service", "top", node_address, "--interval", "0.1"]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"}) as process:
+        os.close(theirs)
+        _read_until(ours, "bottleneck: idle")
+        _read_until(ours, "bottleneck: idle")
+        process.send_signal(number)
+        said = _read_until(ours, "\x1b[?25h")
+        assert process.wait(20) == 0
+    os.close(ours)
+    assert "Traceback" not in said
+
+
+def test_top_outlives_its_node(start_node: Callable[..., Any]) -> None:
+    """While the node is away the last picture stays, with a line that says so."""
+    node = start_node()
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "loader_service", "top", node.address, "--interval", "0.1", "--timeout", "0.2"]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"}) as process:
+        os.close(theirs)
+        _read_until(ours, "bottleneck: idle")
+        node.stop()
+        _read_until(ours, "no node answered")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    os.close(ours)
+
+
+def test_top_without_a_node() -> None:
+    """None at the start is an error, as it is for status."""
+    done = CliRunner().invoke(main, ["top", "tcp://127.0.0.1:9", "--timeout", "0.2"])
+    assert done.exit_code == 4
+    assert "no node answered within 0.2 s" in done.output

@@ -24,7 +24,7 @@ from trainer.dataset import Facts
 from trainer.errors import CheckpointError
 from trainer.ledger import Account
 from trainer.progress import EpochRecord, Progress
-from trainer.schedule import Plateau
+from trainer.schedule import Schedule
 
 FORMAT: Final = 1
 KEPT: Final = 2
@@ -47,7 +47,7 @@ class Plain(msgspec.Struct, forbid_unknown_fields=True):
 
     config: RunConfig
     progress: Progress
-    schedule: Plateau
+    schedule: Schedule
     loader: dict[str, Any]
     ledger: list[Account]
     history: list[EpochRecord]

@@ -1,4 +1,4 @@
-"""The command line: ``trainer run``, ``trainer evaluate`` and ``trainer predict``."""
+"""The command line: ``trainer run``, ``set-lr``, ``evaluate`` and ``predict``."""
 
 from __future__ import annotations
 
@@ -115,6 +115,19 @@ def predict_command(run: Path, images: tuple[Path, ...], devices: tuple[str, ...
             click.echo(prediction.image)
             for guess in prediction.guesses:
                 click.echo(f"  {guess.probability:7.2%}  {guess.name}")
+
+
+@main.command("set-lr")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("rate", type=float)
+def set_lr(run: Path, rate: float) -> None:
+    """Set the learning RATE of a RUN by hand, from its next step on: while it trains, or when it goes on.
+
+    Later drops of its schedule lower the new rate as they would have lowered the old one.
+    """
+    with _one_sentence():
+        RunFolder(run).want_rate(rate)
+    click.echo(f"{run} trains at a learning rate of {rate:g} from its next step on.")
 
 
 def _find_folder(path: Path | None) -> RunFolder | None:

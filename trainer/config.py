@@ -9,6 +9,7 @@ import msgspec
 from trainer.chance import MAX_SEED
 from trainer.errors import ConfigError
 from trainer.preset import PresetName, preset_named
+from trainer.schedule import Policy, Schedule
 from trainer.variation import Variation
 
 DEFAULT_RUNS: Final = "runs"
@@ -48,7 +49,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         epochs: passes over the training split; 90 in the paper.
         batch_size: images per update; 128 in the paper.
         lr: learning rate at the start; .01 in the paper.
-        patience: epochs without a better validation error before the learning rate drops.
+        schedule, patience, drop_at, warmup: of the learning rate, as in ``trainer.schedule.Schedule``.
         devices: where the towers live; empty means what the machine has.
         checkpoint_every: steps between checkpoints within an epoch; 0 leaves those at each epoch's end.
         log_every: steps between log lines.
@@ -63,7 +64,10 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epochs: int = 90
     batch_size: int = 128
     lr: float = 0.01
+    schedule: Policy = "plateau"
     patience: int = 5
+    drop_at: tuple[int, ...] = ()
+    warmup: float = 0.0
     devices: tuple[str, ...] = ()
     checkpoint_every: int = 1000
     log_every: int = 20
@@ -86,7 +90,23 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ):
             if value < least:
                 raise ConfigError(option, value, f"at least {least}")
+        self.first_schedule()
+
+    def first_schedule(self) -> Schedule:
+        """The schedule that a run starts with; ConfigError if there can be no such one."""
+        return Schedule(self.lr, self.schedule, self.patience, self.drop_at, self.warmup)
 
 
-FIXED_FOR_A_RUN: Final = ("preset", "width", "towers", "seed", "lr", "patience", "variation")
+FIXED_FOR_A_RUN: Final = (
+    "preset",
+    "width",
+    "towers",
+    "seed",
+    "lr",
+    "schedule",
+    "patience",
+    "drop_at",
+    "warmup",
+    "variation",
+)
 """What a resumed run cannot change: the weights, or the meaning of the positions already seen, hang on it."""

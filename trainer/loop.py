@@ -39,7 +39,6 @@ from trainer.preset import preset_named
 from trainer.progress import EpochRecord, Meter, Progress, StepRecord
 from trainer.report import Reporter
 from trainer.run_folder import RunFolder
-from trainer.schedule import Plateau
 from trainer.stop import Stopped, StopRequest
 from trainer.summary import Summary
 
@@ -110,13 +109,13 @@ class Training:
             raise ConfigError("--data", node.address, "a training split with at least one image")
         self._model = build(config, len(self._facts.class_names), devices)
         self._centre = Centre(self._facts.mean, self._model.preset, devices)
-        self._schedule = Plateau(config.lr, config.patience)
+        self._schedule = config.first_schedule()
         self._progress = Progress()
         self._earlier: list[Account] = []
         self._history: list[EpochRecord] = []
         if resume:
             self._take_over(resume)
-        self._optimizer = PaperSGD(self._model, self._model.preset, self._schedule.lr)
+        self._optimizer = PaperSGD(self._model, self._model.preset, self._rate())
         if resume:
             self._optimizer.load_momentum(resume.saved.momentum)
         self._meter = Meter(devices[0], self._progress.epoch_tally)
@@ -136,6 +135,28 @@ class Training:
             self._end_epoch()
         self.note("end")
 
+    def _rate(self) -> float:
+        """The learning rate of the next step."""
+        return self._schedule.rate(self._epochs_done(), self._config.epochs)
+
+    def _epochs_done(self) -> float:
+        return self._progress.epoch + self._progress.seen / self._facts.count
+
+    def _obey_hand(self) -> None:
+        """Take over a learning rate that somebody has set by hand meanwhile.
+
+        The request goes away only when a checkpoint holds its effect, so that a crash cannot lose it.
+        """
+        wanted = self._folder.wanted_rate()
+        if wanted is None:
+            return
+        self._schedule = self._schedule.by_hand(wanted, self._epochs_done(), self._config.epochs)
+        self.note("set-lr", lr=wanted, before=self._optimizer.lr)
+        self._reporter.say(f"By hand: the learning rate is {wanted:g} from step {self.step + 1} on.")
+        self._optimizer.set_lr(wanted)
+        self.save()
+        self._folder.forget_wanted_rate()
+
     def _train_epoch(self) -> None:
         """The steps of an epoch that have not been made yet."""
         progress, config = self._progress, self._config
@@ -143,6 +164,7 @@ class Training:
         self._window = _Window(progress)
         while progress.seen < self._facts.count:
             self._stop.check()
+            self._obey_hand()
             began_s, waited_s = time.perf_counter(), self._feed.waited_s
             with self._stop.interruptible():
                 batch = next(self._feed)
@@ -164,6 +186,7 @@ class Training:
     def _step(self, batch: Batch) -> None:
         """One update of the weights."""
         progress = self._progress
+        self._optimizer.set_lr(self._rate())
         images = self._centre(batch.images, batch.windows)
         logits = self._model(images, DropoutKey(self._config.seed, progress.step))
         loss = functional.cross_entropy(logits, batch.labels)
@@ -177,7 +200,7 @@ class Training:
 
     def _end_epoch(self) -> None:
         """Validate, let the schedule decide on the learning rate, and save."""
-        progress, lr = self._progress, self._schedule.lr
+        progress, lr, before = self._progress, self._optimizer.lr, self._schedule
         self._read_meter()
         with self._stop.interruptible():
             result = self._validate()
@@ -193,14 +216,13 @@ class Training:
         )
         is_best = self._schedule.improves(result.top1_error)
         self._schedule = self._schedule.after_epoch(result.top1_error)
-        self._optimizer.set_lr(self._schedule.lr)
         self._history.append(record)
         progress.start_next_epoch()
         self._meter = Meter(self._devices[0], progress.epoch_tally)
         self._folder.append(record)
         self.save(is_best)
         self._reporter.epoch(record)
-        if self._schedule.lr != lr:
+        if self._schedule.drops > before.drops:
             self._reporter.say(f"The validation error has stalled: the learning rate drops to {self._schedule.lr:g}.")
         self.summarise()
 
@@ -253,10 +275,10 @@ class Training:
         self._folder.write_summary(summary)
         return summary
 
-    def note(self, event: str) -> None:
-        """Add a line to the log that says where the run is."""
+    def note(self, event: str, **more: float) -> None:
+        """Add a line to the log that says where the run is, and ``more``."""
         where = {"step": self._progress.step, "epoch": self._progress.epoch, "seen": self._progress.seen}
-        self._folder.append({"event": event, "unix_s": time.time(), **where})
+        self._folder.append({"event": event, "unix_s": time.time(), **where, **more})
 
     def _take_over(self, resume: Resume) -> None:
         plain = resume.saved.plain
@@ -288,7 +310,7 @@ class Training:
         return TrainingDiverged(self._progress.step, not_finite(self._model), self._folder.newest_checkpoint())
 
     def _log_step(self) -> None:
-        record = self._window.close(self._progress, self._schedule.lr)
+        record = self._window.close(self._progress, self._optimizer.lr)
         self._window = _Window(self._progress)
         self._folder.append(record)
         self._reporter.step(record)

@@ -54,8 +54,9 @@ class PaperSGD:
         """Change the learning rate and leave every velocity v as it is."""
         if lr == self._lr:
             return
-        for buffer in self._buffers().values():
-            buffer.mul_(self._lr / lr)
+        buffers = list(self._buffers().values())
+        if buffers:
+            torch._foreach_mul_(buffers, self._lr / lr)  # one launch for each device, for rates that change each step
         self._lr = lr
         self._set_group_rates()
 

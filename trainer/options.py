@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import click
 import msgspec
@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from trainer.config import FIXED_FOR_A_RUN, RunConfig, Source
 from trainer.errors import ConfigError
 from trainer.preset import PRESETS
+from trainer.schedule import Policy
 from trainer.variation import REMOVABLE, Variation
 
 _RUN: Final = RunConfig()
@@ -26,6 +27,13 @@ Command = Callable[..., Any]
 
 def _names(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in value.split(",")) if value else ()
+
+
+def _numbers(_context: click.Context, _option: click.Parameter, value: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in value.split(",")) if value else ()
+    except ValueError:
+        raise click.BadParameter("it is a list of whole numbers such as 30,60,80") from None
 
 
 def _option(name: str, type_: Any, text: str, **more: Any) -> Any:
@@ -59,7 +67,10 @@ RECIPE: Final = (
     _option("--epochs", int, "Passes over the training split."),
     BATCH_SIZE,
     _option("--lr", float, "Learning rate at the start."),
-    _option("--patience", int, "Stalled epochs till a drop."),
+    _option("--schedule", click.Choice(get_args(Policy)), "Of the learning rate."),
+    _option("--patience", int, "Stalled epochs till plateau drops the rate."),
+    click.option("--drop-at", metavar="EPOCHS", callback=_numbers, help="Where step drops the rate, e.g. 30,60,80."),
+    _option("--warmup", float, "Epochs in which the rate rises to --lr."),
 )
 VARIATION: Final = (
     click.option("--activation", type=click.Choice(["relu", "tanh"]), default="relu", show_default=True),

@@ -4,9 +4,10 @@
 
     RUN/
       config.json            configuration, versions and commit, as of the last start
-      log.jsonl              one JSON object per line: start, step, epoch, stop, end
+      log.jsonl              one JSON object per line: start, resume, step, epoch, set-lr, stop, end
       summary.json           the results so far, rewritten after each epoch
       checkpoints/           see ``trainer.checkpoint``
+      set-lr.json            a learning rate set by hand that no step has used yet
       kernels.png            first-layer kernels, tower by tower
       curves.svg             loss and error over time
 """
@@ -19,15 +20,21 @@ import platform
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
 from trainer import checkpoint
 from trainer.config import RunConfig
-from trainer.errors import RunFolderError
+from trainer.errors import ConfigError, RunFolderError
 
 _GIT_TIMEOUT_S: Final = 5
+
+
+class WantedRate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A learning rate that somebody has set by hand."""
+
+    lr: Annotated[float, msgspec.Meta(gt=0, lt=1)]
 
 
 class RunFolder:
@@ -39,6 +46,7 @@ class RunFolder:
         self.log = path / "log.jsonl"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
+        self.rate = path / "set-lr.json"
         self.kernels = path / "kernels.png"
         self.curves = path / "curves.svg"
 
@@ -73,6 +81,38 @@ class RunFolder:
         """The checkpoint to go on from, None before the first."""
         saved = checkpoint.saved(self.checkpoints)
         return saved[-1] if saved else None
+
+    def want_rate(self, rate: float) -> None:
+        """Ask the run to use another learning rate from its next step on, now or when it goes on.
+
+        Raises:
+            RunFolderError: no run was started here.
+            ConfigError: no learning rate.
+        """
+        if not self.has_run:
+            raise RunFolderError(self.path, "no run was started there")
+        if not 0 < rate < 1:
+            raise ConfigError("RATE", rate, "a number between 0 and 1")
+        _write_json(self.rate, WantedRate(rate))
+
+    def wanted_rate(self) -> float | None:
+        """What ``want_rate`` was asked for and nobody has forgotten yet.
+
+        Raises:
+            RunFolderError: something else lies in its place.
+        """
+        try:
+            content = self.rate.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            return msgspec.json.decode(content, type=WantedRate).lr
+        except msgspec.MsgspecError as error:
+            raise RunFolderError(self.path, f"{self.rate.name} is not what trainer set-lr writes ({error})") from error
+
+    def forget_wanted_rate(self) -> None:
+        """The request has been obeyed."""
+        self.rate.unlink(missing_ok=True)
 
     def append(self, record: msgspec.Struct | dict[str, Any]) -> None:
         """Add a line to the log."""

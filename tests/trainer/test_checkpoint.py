@@ -19,14 +19,14 @@ from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.ledger import Account
 from trainer.progress import EpochRecord, Progress, Tally
-from trainer.schedule import Plateau
+from trainer.schedule import Schedule
 
 
 def made(step: int = 7) -> Checkpoint:
     plain = Plain(
         config=RunConfig(width=0.25, devices=("cpu", "cpu")),
         progress=Progress(step=step, epoch=1, seen=64, epoch_tally=Tally(1.5, 2.0, 64.0), images=364, trained_s=0.1),
-        schedule=Plateau(lr=0.001, patience=5, best=0.25, stalled=1, drops=1),
+        schedule=Schedule(lr=0.001, patience=5, best=0.25, stalled=1, drops=1),
         loader={
             "format": 1,
             "epoch": 1,

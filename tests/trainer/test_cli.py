@@ -158,10 +158,44 @@ def test_a_loss_that_is_no_number_stops_the_run(node: str, tmp_path: Path) -> No
         assert all(weights.isfinite().all() for weights in checkpoint.load(path).model.values())
 
 
+def test_a_rate_set_by_hand_holds_from_the_next_step(
+    node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the run trains: at once, in the log, in the checkpoint, and once only."""
+    append = RunFolder.append
+    by_hand = []
+
+    def append_and_set(self: RunFolder, record: Any) -> None:
+        append(self, record)
+        if isinstance(record, StepRecord) and record.step == 4:
+            by_hand.append(trainer("set-lr", self.path, "0.002"))
+
+    monkeypatch.setattr(RunFolder, "append", append_and_set)
+    assert trainer("run", "--loader", node, "--run", tmp_path / "run", *SMALL, "--log-every", "1").exit_code == 0
+    assert by_hand[0].exit_code == 0, by_hand[0].output
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = {row["step"]: row["lr"] for row in rows if row["event"] == "step"}
+    assert steps == {step: 0.01 if step <= 4 else 0.002 for step in range(1, 11)}
+    assert [(row["step"], row["lr"], row["before"]) for row in rows if row["event"] == "set-lr"] == [(4, 0.002, 0.01)]
+    assert checkpoint.load(checkpoint.saved(tmp_path / "run" / "checkpoints")[-1]).plain.schedule.lr == 0.002
+
+
+def test_the_schedule_is_what_was_asked_for(node: str, tmp_path: Path) -> None:
+    """A warm-up over the first epoch and a drop at the second, step by step in the log."""
+    schedule = ["--schedule", "step", "--drop-at", "1", "--warmup", "1", "--log-every", "1"]
+    assert trainer("run", "--loader", node, "--run", tmp_path / "run", *SMALL, *schedule).exit_code == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    found = [row["lr"] for row in rows if row["event"] == "step"]
+    warm = [0.01 * (0.01 + 0.99 * seen / 300) for seen in (0, 64, 128, 192, 256)]
+    assert found == pytest.approx([*warm, *[0.001] * 5])
+
+
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "sentence"),
     [
         (["run", "--data", "x", "--loader", "tcp://127.0.0.1:1"], 2, "no --data beside --loader"),
+        (["set-lr", "nowhere", "0.1"], 3, "nowhere cannot be used: no run was started there"),
+        (["run", "--without", "conv9"], 2, "--without=conv9 cannot work"),
         (["run", "--lr", "-1"], 2, "--lr=-1.0 cannot work"),
         (["run", "--workers", "0"], 2, "--workers=0 cannot work: expected at least 1."),
         (["evaluate", "nowhere", "--loader", "tcp://127.0.0.1:1"], 3, "nowhere cannot be used: there is no such file"),

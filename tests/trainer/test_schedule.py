@@ -1,19 +1,21 @@
-"""When the learning rate drops."""
+"""The learning rate of every step."""
 
 from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 
-from trainer.schedule import Plateau
+from trainer.errors import ConfigError
+from trainer.schedule import Schedule
 
 
 def rates(errors: list[float], patience: int = 2) -> list[float]:
-    schedule, out = Plateau(lr=0.01, patience=patience), []
-    for error in errors:
+    schedule, out = Schedule(lr=0.01, patience=patience), []
+    for epoch, error in enumerate(errors, start=1):
         schedule = schedule.after_epoch(error)
-        out.append(round(schedule.lr, 9))
+        out.append(round(schedule.rate(epoch, 90), 9))
     return out
 
 
@@ -34,5 +36,59 @@ def test_at_most_three_drops() -> None:
 
 def test_nan_is_no_improvement() -> None:
     """An error that is no number counts as a stalled epoch."""
-    assert not Plateau(0.01, 2).improves(math.nan)
+    assert not Schedule(0.01).improves(math.nan)
     assert rates([0.5, math.nan, math.nan])[-1] == 0.001
+
+
+def test_steps_drop_at_their_epochs() -> None:
+    """By ten at the start of each, and not by the error."""
+    schedule = Schedule(0.01, "step", patience=1, drop_at=(3, 6))
+    for error in (0.5, 0.6, 0.7):
+        schedule = schedule.after_epoch(error)
+    found = [schedule.rate(epoch, 90) for epoch in (0, 2.99, 3, 5.99, 6, 80)]
+    assert found == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
+
+
+def test_cosine_falls_from_the_first_epoch_to_the_last() -> None:
+    """Whole at the start, half in the middle, nothing after the last step, never rising."""
+    schedule = Schedule(0.01, "cosine")
+    assert [schedule.rate(epoch, 90) for epoch in (0, 45, 90)] == pytest.approx([0.01, 0.005, 0.0])
+    found = [schedule.rate(epoch / 4, 90) for epoch in range(360)]
+    assert found == sorted(found, reverse=True)
+    assert min(found) > 0
+
+
+def test_warm_up_rises_in_a_straight_line() -> None:
+    """From a hundredth to all of the rate, step by step."""
+    schedule = Schedule(0.01, warmup=2.0)
+    assert [schedule.rate(epoch, 90) for epoch in (0, 1, 2, 50)] == pytest.approx([0.0001, 0.00505, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Schedule(0.01, warmup=5.0), Schedule(0.01, "step", drop_at=(2,)), Schedule(0.01, "cosine")],
+    ids=["warm-up", "step", "cosine"],
+)
+def test_by_hand_holds_at_once(schedule: Schedule) -> None:
+    """Whatever the policy, the rate is now what was typed, and falls later as it would have."""
+    changed, warm = schedule.by_hand(0.002, 3.0, 90), msgspec.structs.replace(schedule, warmup=0.0)
+    assert changed.rate(3.0, 90) == pytest.approx(0.002)
+    assert changed.rate(60, 90) / changed.rate(3, 90) == pytest.approx(warm.rate(60, 90) / warm.rate(3, 90))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"policy": "exponential"}, "--schedule=exponential cannot work: expected one of plateau, step, cosine."),
+        ({"policy": "step"}, "expected --drop-at with step, and with step alone"),
+        ({"drop_at": (3,)}, "expected --drop-at with step, and with step alone"),
+        ({"policy": "step", "drop_at": (6, 3)}, "expected rising epochs from 1 on"),
+        ({"policy": "step", "drop_at": (0, 3)}, "expected rising epochs from 1 on"),
+        ({"warmup": -1.0}, "--warmup=-1.0 cannot work"),
+    ],
+)
+def test_impossible_schedules_are_named(fields: dict[str, object], sentence: str) -> None:
+    """One sentence: the option, its value, and what would work."""
+    with pytest.raises(ConfigError) as caught:
+        Schedule(0.01, **fields)
+    assert sentence in str(caught.value)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from loader_service.prometheus import Exporter
+
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -55,3 +57,13 @@ def test_a_port_that_is_taken(node_address: str, dataset_dir: Path) -> None:
     done = _run("start", "--data", str(dataset_dir), "--bind", node_address)
     assert done.returncode == 4
     assert "cannot be bound" in done.stderr
+
+
+def test_metrics_where_somebody_is(dataset_dir: Path) -> None:
+    """A node that cannot serve its metrics does not start, and says why."""
+    with Exporter("127.0.0.1:0", "node") as taken:
+        address = taken.url.removeprefix("http://").removesuffix("/metrics")
+        done = _run("start", "--data", str(dataset_dir), "--bind", "tcp://127.0.0.1:*", "--metrics", address)
+    assert done.returncode == 4
+    assert f"the address {address} cannot be used: metrics cannot be served there (Address already" in done.stderr
+    assert "Traceback" not in done.stderr

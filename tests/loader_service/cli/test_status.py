@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,3 +84,17 @@ def test_top_without_a_node() -> None:
     done = CliRunner().invoke(main, ["top", "tcp://127.0.0.1:9", "--timeout", "0.2"])
     assert done.exit_code == 4
     assert "no node answered within 0.2 s" in done.output
+
+
+def test_ctrl_c_while_it_waits() -> None:
+    """A question that nobody answers can be given up, with the shell's code for it and without a traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        command = [sys.executable, "-m", "loader_service", "status", address, "--timeout", "60"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            silent.settimeout(20)
+            silent.accept()[0].close()  # it has begun to ask
+            process.send_signal(signal.SIGINT)
+            said, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in said

@@ -11,8 +11,9 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from loader_service import errors
+from loader_service.client.dataset import Dataset
 from loader_service.client.ledger import EpochAccount
-from loader_service.client.loader import Batch, Dataset, Loader
+from loader_service.client.loader import Batch, Loader
 from loader_service.client.query import describe, status
 from loader_service.local import LocalNode
 from loader_service.metrics import LoaderMetrics, NodeMetrics

@@ -8,72 +8,35 @@ import queue
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, get_args
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from loader_service import defaults
+from loader_service.client.dataset import Dataset
 from loader_service.client.ledger import Batch as MadeBatch
 from loader_service.client.ledger import Deliver, EpochAccount, Finish, Ledger
 from loader_service.client.plan import Schedule
 from loader_service.client.room import Room
 from loader_service.client.session import Delivery, Quarantined, Session
+from loader_service.client.state import State
 from loader_service.data.augment import complete_view
 from loader_service.data.fill import slice_numbers, slice_sources
-from loader_service.data.records import SHAPE, Statistics
-from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld, StateError
+from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld
 from loader_service.link.keys import chosen_keys
 from loader_service.metrics import LoaderHook, LoaderMetrics
-from loader_service.spec import MAX_EXCLUDED, DatasetFacts, Dtype, SampleLayout, Split, View
+from loader_service.spec import MAX_EXCLUDED, Dtype, SampleLayout, Split, View
 
 log = logging.getLogger("loader_service.client")
 
-STATE_FORMAT: Final = 1
 SPARE_SLOTS: Final = 2
 """Beside the prefetched batches: one for the batch in the caller's hands, one in case a late writer blocks a slot."""
 
 Transport = Literal["auto", "shm", "tcp"]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """What is known of the dataset once a node has answered.
-
-    Fields:
-        count: number of records.
-        class_names: by label.
-        mean: (256, 256, 3) float32, the training split's mean image, 0..255.
-        channel_means: (3,) float64, 0..255.
-        eigenvalues: (3,) float64, of the covariance of RGB in 0..1, the largest first.
-        eigenvectors: (3, 3) float64, column k belongs to eigenvalue k.
-        fingerprint: identity of records and statistics.
-    """
-
-    count: int
-    class_names: tuple[str, ...]
-    mean: npt.NDArray[np.float32]
-    channel_means: npt.NDArray[np.float64]
-    eigenvalues: npt.NDArray[np.float64]
-    eigenvectors: npt.NDArray[np.float64]
-    fingerprint: str
-
-    @classmethod
-    def of(cls, facts: DatasetFacts) -> Dataset:
-        """The facts of a node's Welcome as arrays."""
-        return cls(
-            count=facts.count,
-            class_names=facts.class_names,
-            mean=np.frombuffer(facts.mean_image, "<f4").reshape(SHAPE),
-            channel_means=np.array(facts.channel_means),
-            eigenvalues=np.array(facts.eigenvalues),
-            eigenvectors=np.array(facts.eigenvectors).reshape(3, 3),
-            fingerprint=facts.fingerprint,
-        )
 
 
 class Batch(NamedTuple):
@@ -176,7 +139,7 @@ class Loader:
         try:
             self._facts = self._session.wait_for_facts(timeout_s)
             self.dataset = Dataset.of(self._facts)
-            self._view = complete_view(chosen, _statistics(self.dataset))
+            self._view = complete_view(chosen, self.dataset.statistics)
             self._schedule = Schedule(self._facts.count, batch_size, rank, world_size, epochs, drop_last)
             self._room = self._make_room(SampleLayout(self._view, dtype), seed, batch_size, prefetch + SPARE_SLOTS)
         except BaseException:
@@ -233,17 +196,7 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is: the first position that ``next()`` has not returned. Plain values only."""
-        epoch, position = self._next
-        return {
-            "format": STATE_FORMAT,
-            "epoch": epoch,
-            "position": position,
-            "seed": self._seed,
-            "view": _plain(self._view),
-            "fingerprint": self._facts.fingerprint,
-            "golden": self._facts.golden,
-            "exclusions": list(self._session.ledger.excluded if self._session.ledger else self._excluded),
-        }
+        return self._state().plain()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; any batch size, world size, transport or set of nodes will do.
@@ -251,18 +204,9 @@ class Loader:
         Raises:
             StateError: it was saved for another dataset, view or seed, or by another version.
         """
-        here = self.state_dict()
-        for what in ("format", "fingerprint", "golden", "seed", "view"):
-            saved = state.get(what)
-            if _plain(saved) != here[what]:
-                raise StateError(what, saved, here[what])
-        epoch, position = state.get("epoch"), state.get("position")
-        if not (
-            isinstance(epoch, int) and isinstance(position, int) and epoch >= 0 and 0 <= position <= self.dataset.count
-        ):
-            raise StateError("position", f"epoch {epoch}, position {position}", f"an epoch of {self.dataset.count}")
-        self._excluded = _check_exclusions(state.get("exclusions"), self.dataset.count)
-        self._next = (epoch, position)
+        resumed = self._state().resumed(state, self.dataset.count)
+        self._excluded = resumed.exclusions
+        self._next = (resumed.epoch, resumed.position)
         self._delivered, self._substituted = {}, {}
         self._deliveries = None
 
@@ -331,6 +275,19 @@ class Loader:
         self.close()
 
     # Inside
+
+    def _state(self) -> State:
+        epoch, position = self._next
+        ledger = self._session.ledger if self._deliveries else None  # an earlier run's is of no interest
+        return State(
+            epoch=epoch,
+            position=position,
+            seed=self._seed,
+            view=self._view,
+            fingerprint=self._facts.fingerprint,
+            golden=self._facts.golden,
+            exclusions=ledger.excluded if ledger else self._excluded,
+        )
 
     def _make_room(self, layout: SampleLayout, seed: int, batch_size: int, slots: int) -> Room:
         fitting = self._session.slot_bytes // (layout.sample_bytes + 64)
@@ -414,31 +371,6 @@ def _joined(parts: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
 def _close(session: Session, room: Room) -> None:
     session.close()
     room.close()
-
-
-def _statistics(dataset: Dataset) -> Statistics:
-    return Statistics(
-        mean_image=dataset.mean,
-        channel_means=dataset.channel_means,
-        covariance=np.full((3, 3), np.nan),  # a client is not told, and needs only its eigenvectors
-        eigenvalues=dataset.eigenvalues,
-        eigenvectors=dataset.eigenvectors,
-    )
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON gives it back: lists, not tuples."""
-    return msgspec.json.decode(msgspec.json.encode(value))
-
-
-def _check_exclusions(saved: object, count: int) -> tuple[int, ...]:
-    try:
-        records = sorted(set(msgspec.convert(saved, list[int])))
-    except msgspec.ValidationError as error:
-        raise StateError("exclusions", saved, "a list of record numbers") from error
-    if len(records) > MAX_EXCLUDED or (records and not 0 <= records[0] <= records[-1] < count):
-        raise StateError("exclusions", saved, f"at most {MAX_EXCLUDED} of {count} records")
-    return tuple(records)
 
 
 def _check_view(view: str | View) -> View:

@@ -10,7 +10,7 @@ from typing import Any
 import zmq
 
 from loader_service import defaults
-from loader_service.client.loader import Dataset
+from loader_service.client.dataset import Dataset
 from loader_service.errors import MessageError, NodeRefused, NoNodeError
 from loader_service.link import messages, sockets
 from loader_service.link.keys import ClientKeys, chosen_keys

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
 
 
 class Waker:
     """An eventfd: poll :meth:`fileno`; :meth:`wake` makes it readable until :meth:`clear`."""
 
     def __init__(self) -> None:
+        # Between looking at the descriptor and writing to it, it must not become another file's. Reentrant, because a
+        # finaliser or signal handler may run within any of these methods.
+        self._lock = threading.RLock()
         self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def fileno(self) -> int:
@@ -17,8 +21,9 @@ class Waker:
 
     def wake(self) -> None:
         """Wake the loop; does nothing once closed. Safe to call from anywhere."""
-        if self._descriptor >= 0:
-            os.eventfd_write(self._descriptor, 1)
+        with self._lock:
+            if self._descriptor >= 0:
+                os.eventfd_write(self._descriptor, 1)
 
     def clear(self) -> None:
         """Make it unreadable again; before looking at what it was woken for, so that nothing is missed."""
@@ -29,6 +34,7 @@ class Waker:
 
     def close(self) -> None:
         """Give the descriptor back."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, -1
+            if descriptor >= 0:
+                os.close(descriptor)

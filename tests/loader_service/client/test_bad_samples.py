@@ -121,9 +121,13 @@ def test_a_dataset_truncated_in_use_ends_its_node_and_loses_nothing(
     with _load(sound.address, epochs=2) as loader:
         undisturbed = _run(loader)
     os.truncate(data, data.stat().st_size // 2)
-    with _load(f"{doomed.address},{sound.address}", epochs=2) as loader:
-        assert _run(loader) == undisturbed
-    eventually(lambda: doomed.process.poll() is not None, "the doomed node ends")
+
+    def run_disturbed() -> bool:
+        with _load(f"{doomed.address},{sound.address}", epochs=2) as loader:
+            assert _run(loader) == undisturbed
+        return doomed.process.poll() is not None
+
+    eventually(run_disturbed, "the doomed node has read what is not there, and ended")
     code, said = doomed.stop()
     assert code == errors.NodeFailed.exit_code
     assert "SIGBUS" in said

@@ -297,8 +297,14 @@ def test_a_node_with_another_dataset_is_refused(
     """Two nodes that would give different bytes do not work for one client; the sentence names what differs."""
     make_dataset(tmp_path / "train.lmdb", 20)
     first, other = start_node(), start_node(data=tmp_path)
-    with pytest.raises(errors.NodeRefused, match=r"fingerprint is .*, this client needs"), _load(f"{first.address},{other.address}") as loader:  # fmt: skip
-        list(loader)
+
+    def run() -> None:
+        with _load(f"{first.address},{other.address}", epochs=100_000) as loader:  # more than there is time for
+            for _ in loader:
+                pass
+
+    with pytest.raises(errors.NodeRefused, match=r"fingerprint is .*, this client needs"):
+        run()
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,8 @@ def test_ctrl_c_in_the_terminal_reaches_all_and_is_still_clean(start_node: Start
 def test_workers_die_with_a_killed_front(start_node: StartNode, eventually: Eventually) -> None:
     """SIGKILL of the front, which can clean up nothing itself, leaves no process, and no segment that it had made."""
     node = start_node(workers=3)
+    eventually(lambda: len(node.family) == 5, "front, nursery and three workers run")
     family = node.family
-    assert len(family) == 5  # front, nursery, three workers
     with Loader(node.address, timeout_s=20, transport="tcp") as loader:
         next(loader)
     assert node.segments() == set()

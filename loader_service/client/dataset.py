@@ -1,0 +1,58 @@
+"""What a client knows of a dataset once a node has answered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from loader_service.data.records import SHAPE, Statistics
+from loader_service.spec import DatasetFacts
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The facts of one split.
+
+    Fields:
+        count: number of records.
+        class_names: by label.
+        mean: (256, 256, 3) float32, the training split's mean image, 0..255.
+        channel_means: (3,) float64, 0..255.
+        eigenvalues: (3,) float64, of the covariance of RGB in 0..1, the largest first.
+        eigenvectors: (3, 3) float64, column k belongs to eigenvalue k.
+        fingerprint: identity of records and statistics.
+    """
+
+    count: int
+    class_names: tuple[str, ...]
+    mean: npt.NDArray[np.float32]
+    channel_means: npt.NDArray[np.float64]
+    eigenvalues: npt.NDArray[np.float64]
+    eigenvectors: npt.NDArray[np.float64]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, facts: DatasetFacts) -> Dataset:
+        """The facts of a node's Welcome as arrays."""
+        return cls(
+            count=facts.count,
+            class_names=facts.class_names,
+            mean=np.frombuffer(facts.mean_image, "<f4").reshape(SHAPE),
+            channel_means=np.array(facts.channel_means),
+            eigenvalues=np.array(facts.eigenvalues),
+            eigenvectors=np.array(facts.eigenvectors).reshape(3, 3),
+            fingerprint=facts.fingerprint,
+        )
+
+    @property
+    def statistics(self) -> Statistics:
+        """What a view is completed with; a client is not told the covariance, and needs only its eigenvectors."""
+        return Statistics(
+            mean_image=self.mean,
+            channel_means=self.channel_means,
+            covariance=np.full((3, 3), np.nan),
+            eigenvalues=self.eigenvalues,
+            eigenvectors=self.eigenvectors,
+        )

@@ -74,13 +74,12 @@ def test_a_node_that_logs_json(dataset_dir: Path) -> None:
         assert node.stderr is not None
         assert node.stdout is not None
         try:
-            said = [json.loads(node.stderr.readline())]
-            while not said[-1]["message"].startswith("listening on"):
-                said.append(json.loads(node.stderr.readline()))
-            address = said[-1]["fields"]["address"]
-            with urllib.request.urlopen(said[0]["fields"]["url"], timeout=10) as answer:
+            said: dict[str, str] = {}
+            while not {"address", "url"} <= said.keys():
+                said |= json.loads(node.stderr.readline())["fields"]
+            with urllib.request.urlopen(said["url"], timeout=10) as answer:
                 assert 'loader_service_node_workers{state="' in answer.read().decode()
-            (worker,) = status(address).workers
+            (worker,) = status(said["address"]).workers
             os.kill(worker.pid, signal.SIGKILL)
             death = json.loads(node.stderr.readline())
             assert (death["level"], death["fields"]["worker"], death["fields"]["pid"]) == ("warning", 0, worker.pid)

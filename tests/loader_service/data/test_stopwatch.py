@@ -23,12 +23,17 @@ def test_the_stages_make_up_the_whole(make_dataset: Any, tmp_path: Path, codec: 
     make_dataset(tmp_path / "train.lmdb", 128, codec)
     watch = Stopwatch()
     out = empty_slice(SampleLayout(CENTER, "uint8"), 128)
+    runs: list[tuple[float, StageSeconds]] = []  # several, for a busy machine may take the processor away in any one
     with Records(tmp_path / "train.lmdb") as records:
-        start = time.perf_counter()
-        fill(out, records, SliceId(CENTER, 0, 0, 0, 128), stopwatch=watch)
-        stages = watch.stop()
-        whole = time.perf_counter() - start
-    assert 0.8 * whole < stages.read + stages.decode + stages.augment <= whole
+        for _ in range(5):
+            start = time.perf_counter()
+            fill(out, records, SliceId(CENTER, 0, 0, 0, 128), stopwatch=watch)
+            stages = watch.stop()
+            whole = time.perf_counter() - start
+            assert stages.read + stages.decode + stages.augment <= whole
+            runs.append((whole, stages))
+    whole, stages = min(runs, key=lambda run: run[0])
+    assert stages.read + stages.decode + stages.augment > 0.8 * whole
     assert (stages.decode > stages.augment) == (codec == "jpeg")
     assert (stages.decode == 0) == (codec == "raw")
 

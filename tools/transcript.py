@@ -1,0 +1,99 @@
+"""The protocol as an example: one message of each type, with its bytes. `python -m tools.transcript` prints it.
+
+ARCHITECTURE.md has what this prints, so that who writes another client or node has bytes to compare with, and so that a
+change of the wire cannot happen unnoticed.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import Final
+
+import click
+
+from loader_service.link import messages
+from loader_service.link.messages import FromClient, FromNode, Place, Request
+from loader_service.spec import MEAN_BYTES, VIEWS, DatasetFacts, SliceId
+
+INSTANCE: Final = "0123456789abcdef" * 2
+SEGMENT: Final = f"loader-service-{'fedcba9876543210' * 2}"
+FACTS: Final = DatasetFacts(
+    count=2,
+    class_names=("ant", "bee"),
+    mean_image=bytes(MEAN_BYTES),
+    channel_means=(123.5, 124.5, 125.5),
+    eigenvalues=(0.25, 0.0625, 0.015625),
+    eigenvectors=(1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),
+    fingerprint="0" * 32,
+    golden="1" * 32,
+)
+
+TRANSCRIPT: Final[tuple[FromClient | FromNode, ...]] = (
+    messages.Hello(messages.PROTOCOL, "host:4711"),
+    messages.Welcome(messages.PROTOCOL, INSTANCE, 2, 2**24, {"train": FACTS}),
+    messages.Attach(SEGMENT),
+    messages.Attached(SEGMENT, bytes(range(16))),
+    Request(INSTANCE, 1, "train", SliceId(VIEWS["center"], 5, 0, 0, 2), "uint8", Place(0, 1, 8192, 311_296, 315_392)),
+    messages.Filled(1),
+    messages.Failed(2, 1, "its checksum is wrong", "bee/1.jpg"),
+    messages.Ping(),
+    messages.Pong(),
+    messages.StatusQuery(),
+    messages.Status(
+        messages.PROTOCOL,
+        INSTANCE,
+        "0.1.0",
+        "tcp://127.0.0.1:5555",
+        1.5,
+        2**24,
+        {"train": "0" * 32},
+        (),
+        (),
+        0,
+        0,
+        0,
+        0,
+    ),
+    messages.Stranger(),
+    messages.Bye(),
+)
+"""A client comes, is served once, is told of a bad record, asks how things are, is forgotten, and leaves."""
+
+COLUMNS: Final = 112
+LONG_RUN: Final = 64
+"""Zero bytes in a row that are counted and not written out: a mean image has 786,432 of them here."""
+
+
+def to_text(frame: bytes) -> str:
+    """A frame's bytes in hexadecimal; a long run of zeros as ``(00 x count)``."""
+    parts = re.split(rb"(\x00{%d,})" % LONG_RUN, frame)
+    return "".join(f"(00 x {len(part)})" if at % 2 else part.hex() for at, part in enumerate(parts))
+
+
+def from_text(text: str) -> bytes:
+    """The bytes that :func:`to_text` wrote, over any number of lines."""
+    runs = re.sub(r"\(00x(\d+)\)", lambda run: "00" * int(run[1]), re.sub(r"\s", "", text))
+    return bytes.fromhex(runs)
+
+
+def lines() -> list[str]:
+    """The transcript as it stands in ARCHITECTURE.md."""
+    shown = []
+    for message in TRANSCRIPT:
+        who = "node" if isinstance(message, FromNode) and not isinstance(message, FromClient) else "client"
+        shown.append(f"{who}: {type(message).__name__}")
+        shown += textwrap.wrap(
+            to_text(messages.encode(message)), COLUMNS, initial_indent="    ", subsequent_indent="    "
+        )
+    return shown
+
+
+@click.command()
+def main() -> None:
+    """Print one message of each type, with its bytes."""
+    click.echo("\n".join(lines()))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m tools.transcript")

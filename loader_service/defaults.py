@@ -20,6 +20,9 @@ BATCH_SIZE: Final = 128
 PREFETCH: Final = 4
 """Batches that a client has room for beside the one in the caller's hands: two in the making, one ready, one to spare."""
 
+SPARE_SLOTS: Final = 2
+"""Beside the prefetched batches: one for the batch in the caller's hands, one in case a late writer blocks a slot."""
+
 SLICES_PER_WORKER: Final = 3
 """Slices that a client's prefetched batches are cut into, for each worker of a node: one in work, one waiting at the
 worker, one on its way. Fewer leave workers idle, more cost messages for nothing."""

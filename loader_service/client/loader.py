@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +32,6 @@ from loader_service.metrics import LoaderHook, LoaderMetrics
 from loader_service.spec import MAX_EXCLUDED, Dtype, SampleLayout, Split, View
 
 log = logging.getLogger("loader_service.client")
-
-SPARE_SLOTS: Final = 2
-"""Beside the prefetched batches: one for the batch in the caller's hands, one in case a late writer blocks a slot."""
 
 Transport = Literal["auto", "shm", "tcp"]
 
@@ -141,7 +138,9 @@ class Loader:
             self.dataset = Dataset.of(self._facts)
             self._view = complete_view(chosen, self.dataset.statistics)
             self._schedule = Schedule(self._facts.count, batch_size, rank, world_size, epochs, drop_last)
-            self._room = self._make_room(SampleLayout(self._view, dtype), seed, batch_size, prefetch + SPARE_SLOTS)
+            self._room = self._make_room(
+                SampleLayout(self._view, dtype), seed, batch_size, prefetch + defaults.SPARE_SLOTS
+            )
         except BaseException:
             self.close()
             raise

@@ -33,8 +33,7 @@ class Peer:
         self.heard_at = 0.0
         self._greeted_at = 0.0
         self._pinged_at = 0.0
-        self.socket = sockets.connect_client(context, address, identity, keys)
-        self.monitor = sockets.Monitor(self.socket, address, keyed=keys is not None)
+        self.socket, self.monitor = sockets.connect_client(context, address, identity, keys)
 
     def send(self, message: messages.FromClient) -> bool:
         """Send without waiting; False if there is no connection."""

@@ -62,8 +62,7 @@ def status(
 
 def _ask(address: str, question: messages.FromClient, timeout_s: float, keys: ClientKeys | None) -> messages.FromNode:
     context: zmq.Context[Any] = zmq.Context()
-    dealer = sockets.connect_client(context, address, secrets.token_bytes(16), keys)
-    monitor = sockets.Monitor(dealer, address, keyed=keys is not None)
+    dealer, monitor = sockets.connect_client(context, address, secrets.token_bytes(16), keys)
     poller = zmq.Poller()
     poller.register(dealer, zmq.POLLIN)
     poller.register(monitor.socket, zmq.POLLIN)

@@ -115,8 +115,8 @@ def bind_node(
 
 def connect_client(
     context: zmq.Context[Any], address: str, identity: bytes, keys: ClientKeys | None = None
-) -> zmq.Socket[bytes]:
-    """A client's DEALER, connecting; libzmq goes on trying for as long as the socket lives.
+) -> tuple[zmq.Socket[bytes], Monitor]:
+    """A client's DEALER, connecting, and its monitor; libzmq goes on trying for as long as the socket lives.
 
     Args:
         context: the client's.
@@ -136,12 +136,14 @@ def connect_client(
     dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     if keys is not None:
         secure_client(dealer, keys)
+    monitor = Monitor(dealer, address, keyed=keys is not None)  # before the connection is made, so that it sees it
     try:
         dealer.connect(address)
     except zmq.ZMQError as error:
+        monitor.close()
         dealer.close()
         raise AddressError(address, f"it cannot be connected to ({error.strerror})") from error
-    return dealer
+    return dealer, monitor
 
 
 class Monitor:

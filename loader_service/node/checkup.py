@@ -12,7 +12,6 @@ from typing import Final, Literal
 import zmq
 
 from loader_service import defaults
-from loader_service.client.loader import SPARE_SLOTS
 from loader_service.errors import LoaderServiceError
 from loader_service.link import sockets
 from loader_service.link.keys import node_keys
@@ -83,7 +82,7 @@ def available_cpus(root: Path = CGROUP, membership: Path = Path("/proc/self/cgro
 def check_shared_memory(directory: Path = DIRECTORY) -> Check:
     """Whether there is room for a loader with default options; a node's own slots do not lie there."""
     what = "shared memory"
-    need = (defaults.PREFETCH + SPARE_SLOTS) * defaults.BATCH_SIZE * SampleLayout(View(), "uint8").sample_bytes
+    need = (defaults.PREFETCH + defaults.SPARE_SLOTS) * defaults.BATCH_SIZE * SampleLayout(View(), "uint8").sample_bytes
     remedy = f"give {directory} {need / 2**20:,.0f} MiB (docker run --shm-size; mount -o remount,size=...)"
     try:
         free = shutil.disk_usage(directory).free

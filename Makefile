@@ -6,13 +6,14 @@ SRC     =
 OUT     = data
 SEED    = 0
 ARGS    =
+ENGINE  =
 run     = .venv/bin/python
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo preprocess test style types cover chaos fuzz clean
+.PHONY: help setup demo preprocess test style types cover chaos fuzz docker docker-scale docker-images clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## only the set-up of .venv; [PYTHON=python3.12] [EXTRAS=trainer,dev]
 	@python=$$(PYTHON="$(PYTHON)" sh tools/find-python.sh) && "$$python" tools/environment.py --extras "$(EXTRAS)"
@@ -44,6 +45,15 @@ chaos: setup ## every kind of failure, caused for four minutes while two clients
 
 fuzz: setup ## 100,000 damaged messages for the decoders, and as many for a node; [ARGS="--seed 1"]
 	@$(run) -m tools.fuzz $(ARGS)
+
+docker: setup docker-images ## the images, and the demo in containers; [ENGINE=script that starts a Docker engine]
+	@$(if $(ENGINE),$(ENGINE) run build/docker) $(run) -m tools.containers demo
+
+docker-scale: setup docker-images ## three loaders in containers: one is killed while they are in use, another is added
+	@$(if $(ENGINE),$(ENGINE) run build/docker) $(run) -m tools.containers scale
+
+docker-images: setup ## the images alone
+	@$(if $(ENGINE),$(ENGINE) build build/docker) $(run) -m tools.containers build
 
 clean: ## remove what make has made: .venv, build/ and caches; data/ and runs/ stay
 	rm -rf .venv build dist *.egg-info loader_service/data/*.so .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,183 @@
+"""The containers' files, compared with what they name: images are built and run by `make docker`, not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import loader_service.cli
+import tools.preprocess.__main__
+import tools.sample_images
+import trainer.cli
+from loader_service.cli.options import VARIABLES, variable
+
+ROOT = Path(__file__).parent.parent
+DOCKER = ROOT / "docker"
+PROGRAMS: dict[str, click.Command] = {
+    "loader-service": loader_service.cli.main,
+    "trainer": trainer.cli.main,
+    "python -m tools.preprocess": tools.preprocess.__main__.main,
+    "python -m tools.sample_images": tools.sample_images.main,
+}
+TRAINERS = ("trainer", "trainer-cpu")
+
+
+def rendered(**variables: str) -> dict[str, Any]:
+    """docker/compose.yaml as Compose reads it, checked by it against the Compose specification's schema."""
+    program = shutil.which("docker-compose", path=f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    assert program, "docker-compose comes with the extra `dev`"
+    command = [program, "--file", str(DOCKER / "compose.yaml"), "--profile", "*", "config", "--format", "json"]
+    environ = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **variables}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    """Every service, with the variables' defaults."""
+    found: dict[str, Any] = rendered()["services"]
+    return found
+
+
+def dockerfile(name: str) -> str:
+    """A Dockerfile's text, with its continued lines joined."""
+    return (DOCKER / f"{name}.Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+
+
+def commands(services: dict[str, Any]) -> Iterator[list[str]]:
+    """Every command line of ours in the compose file and the Dockerfiles."""
+    for name, service in services.items():
+        words = service.get("command") or []
+        if words[:1] == ["sh"]:
+            for line in words[-1].replace("$$", "$").splitlines():
+                yield shlex.split(re.sub(r".*\bexec ", "", line))
+        elif words:
+            yield ["trainer", *words] if name in TRAINERS else words
+    for name in ("loader", "trainer"):
+        arrays = [json.loads(found) for found in re.findall(r"\bCMD\s+(\[.*\])", dockerfile(name))]
+        yield from (["trainer", *words] if name == "trainer" else words for words in arrays)
+
+
+def parse(words: list[str]) -> str | None:
+    """Let a command line's own program read its options; returns the program, None where it is not ours."""
+    for name, program in PROGRAMS.items():
+        prefix = name.split()
+        if words[: len(prefix)] == prefix:
+            rest = words[len(prefix) :]
+            context = program.make_context(name, rest, resilient_parsing=isinstance(program, click.Group))
+            if isinstance(program, click.Group):
+                command = program.commands[rest[0]]
+                # Not resilient: an option that is not there is an error. Files need not be here.
+                parser = command.make_parser(click.Context(command, parent=context, info_name=rest[0]))
+                _, left, _ = parser.parse_args(args=list(rest[1:]))
+                assert not [word for word in left if word.startswith("-")]
+            return name
+    return None
+
+
+def test_each_command_is_one_of_ours_with_options_that_exist(services: dict[str, Any], tmp_path: Path) -> None:
+    """Each program in the compose file and the Dockerfiles takes the options that it is given there."""
+    lines = [shlex.join(words) for words in commands(services)]
+    here = [re.sub(r"/images(/samples)?", str(tmp_path), line) for line in lines]  # a folder that exists
+    assert {name for line in here if (name := parse(shlex.split(line)))} == set(PROGRAMS)
+
+
+def test_an_option_that_does_not_exist_is_found() -> None:
+    """The check above can fail."""
+    with pytest.raises(click.NoSuchOption):
+        parse(["loader-service", "start", "--worker-count", "2"])
+    with pytest.raises(click.NoSuchOption):
+        parse(["python", "-m", "tools.preprocess", "--no-such", ".", "out"])
+
+
+def test_each_variable_of_ours_in_a_container_means_something(services: dict[str, Any]) -> None:
+    """A LOADER_SERVICE_... variable in the compose file belongs to an option of a command that runs there."""
+    context = click.Context(loader_service.cli.main, auto_envvar_prefix=VARIABLES)
+    known = {
+        variable(click.Context(command, parent=context, info_name=name), parameter)
+        for name, command in loader_service.cli.main.commands.items()
+        for parameter in command.params
+        if parameter.name
+    }
+    known |= {str(parameter.envvar) for parameter in trainer.cli.main.commands["run"].params if parameter.envvar}
+    names = {name for service in services.values() for name in service.get("environment", {})}
+    used = {name for name in names if name.startswith(VARIABLES)}
+    assert used
+    assert used - known == set()
+
+
+def test_every_variable_is_explained_with_its_default() -> None:
+    """.env.example names each variable of the compose file, with the default that it has there, and no other."""
+    text = (DOCKER / "compose.yaml").read_text(encoding="utf-8")
+    uses = re.findall(r"\$\{([A-Z_]+)(:?[-+]?)([^}]*)\}", text.replace("${VARIABLE}", ""))
+    example = (DOCKER / ".env.example").read_text(encoding="utf-8").splitlines()
+    explained = dict(line.split("=", 1) for line in example if line and not line.startswith("#"))
+    assert {name for name, _, _ in uses} == explained.keys()
+    # A folder's default is a volume, whose name is no path: there the example is empty.
+    folders = {"IMAGES", "KEYS"}
+    assert {n: d for n, _, d in uses if n not in folders} == {n: d for n, d in explained.items() if n not in folders}
+    assert rendered(**explained)["services"] == rendered()["services"]
+
+
+def test_containers_are_confined(services: dict[str, Any]) -> None:
+    """No container can write its root file system, or has a capability, or can gain one."""
+    assert len(services) == 6
+    for service in services.values():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+    for name in ("loader", "trainer"):
+        assert re.findall(r"^USER (.*)", dockerfile(name), re.MULTILINE) == ["10001:10001"]
+
+
+def test_nobody_is_needed_who_is_not_started(services: dict[str, Any]) -> None:
+    """What a trainer on a CPU needs is started without a profile: `docker compose up trainer-cpu` is enough."""
+    assert services["trainer-cpu"]["depends_on"]["loader"]["condition"] == "service_healthy"
+    needs = services["loader"]["depends_on"]
+    assert {name: need["condition"] for name, need in needs.items()} == {
+        "preprocess": "service_completed_successfully",
+        "keys": "service_completed_successfully",
+    }
+    assert [name for name in ("loader", *needs) if services[name].get("profiles")] == []
+
+
+def test_memory_is_shared_unless_it_is_said_not_to_be(services: dict[str, Any]) -> None:
+    """By default the trainers use the loader's /dev/shm; two variables take that away, and nothing else changes."""
+    assert {services[name]["ipc"] for name in TRAINERS} == {"service:loader"}
+    assert services["loader"]["ipc"] == "shareable"
+    apart = rendered(LOADER_IPC="private", TRAINER_IPC="private")["services"]
+    assert {apart[name].pop("ipc") for name in (*TRAINERS, "loader")} == {"private"}
+    shared = {
+        name: {key: value for key, value in service.items() if key != "ipc"} for name, service in services.items()
+    }
+    assert apart == shared
+
+
+def test_both_images_begin_with_the_same_layers() -> None:
+    """The stage that compiles is the same text in both Dockerfiles, so that it is built once."""
+    first, second = (dockerfile(name).split("FROM ${BASE} AS compiler", 1)[1] for name in ("loader", "trainer"))
+    assert first.split("\n#", 1)[0] == second.split("\n#", 1)[0]
+
+
+def test_every_copied_path_reaches_the_build() -> None:
+    """What a Dockerfile copies from the repository is there, and .dockerignore lets it through."""
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    kept = [line[1:] for line in lines if line.startswith("!")]
+    for name in ("loader", "trainer"):
+        copies = re.findall(r"^COPY (?!--from)(.*) \S+$", dockerfile(name), re.MULTILINE)
+        assert copies
+        for path in " ".join(copies).split():
+            assert (ROOT / path).exists()
+            assert any(Path(path).match(pattern) or path.startswith(f"{pattern}/") for pattern in kept), path

@@ -10,6 +10,7 @@ import math
 from fractions import Fraction
 from typing import Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -40,6 +41,14 @@ def colour_products(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     return out
 
 
+class _Stored(msgspec.Struct, frozen=True, array_like=True):
+    """Sums on disk: the pictures, (256, 256, 3) little-endian uint64, and the nine sums of products, row by row."""
+
+    count: int
+    image: bytes
+    products: list[int]
+
+
 class Sums:
     """What the statistics are made of; sums of parts add up to the sums of the whole."""
 
@@ -53,6 +62,26 @@ class Sums:
         self.count += count
         self.image += image
         self.products += products
+
+    def to_bytes(self) -> bytes:
+        """These sums as bytes, for :meth:`from_bytes`."""
+        return msgspec.msgpack.encode(
+            _Stored(self.count, self.image.astype("<u8").tobytes(), self.products.ravel().tolist())
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Sums:
+        """The sums that :meth:`to_bytes` stored.
+
+        Raises:
+            ValueError: the bytes are not such sums.
+        """
+        stored = msgspec.msgpack.decode(data, type=_Stored)  # its errors are ValueErrors
+        sums = cls()
+        sums.count = stored.count
+        sums.image = np.frombuffer(stored.image, "<u8").reshape(SHAPE).astype(np.uint64)
+        sums.products = np.array(stored.products, np.int64).reshape(3, 3)
+        return sums
 
     def statistics(self) -> Statistics:
         """The statistics of all pictures that were added; at least one."""

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from loader_service.data.fill import golden
+from loader_service.data.partial import PROGRESS, Progress, load, partial_path, store
 from loader_service.data.records import (
     CODECS,
     DATABASES,
@@ -31,14 +32,14 @@ from loader_service.data.records import (
     Statistics,
     fingerprint,
 )
-from loader_service.errors import DatasetInvalid
+from loader_service.errors import DatasetError, DatasetInvalid
 from loader_service.spec import RECORD_SIDE_PX
 
 _MAP_BYTES: Final = 2**42
 """Largest environment, 4 TiB: address space only, the file grows as it is written."""
 
 _COMMIT_RECORDS: Final = 256
-"""Records per transaction: 48 MiB of raw pixels, so that memory stays flat."""
+"""Records per transaction of a writer that nobody else commits: 48 MiB of raw pixels, so that memory stays flat."""
 
 
 class Writer:
@@ -48,11 +49,18 @@ class Writer:
     finished removes it. A finished environment that stood under the name before is replaced: whoever has it open goes
     on reading the old one.
 
+    A writer with an identity can be interrupted at any moment, by SIGKILL, a full disk or a power cut: what was given to
+    it up to the last :meth:`commit` stays, under a name made of the identity, and the next writer with that identity goes
+    on from there. It then has ``len(writer)`` records and ``writer.rejected`` already, and ``writer.state`` is what was
+    last committed with them. Only one process at a time may write under one identity; the caller sees to that.
+
     Args:
         path: the environment's final name.
-        codec: ``raw`` or ``jpeg``; what the payloads given to :meth:`put` are.
+        codec: of :data:`records.CODECS`; what the payloads given to :meth:`put` are.
         codec_parameters: as for :func:`records.encode`.
         class_names: by label.
+        identity: 16 to 64 hexadecimal digits that stand for everything that decides the records, the other arguments
+            included; None if what is left unfinished is of no use.
 
     Raises:
         DatasetInvalid: LMDB cannot write, for instance because the disk is full.
@@ -65,35 +73,67 @@ class Writer:
         codec: Codec,
         class_names: Sequence[str],
         codec_parameters: Mapping[str, int | str] | None = None,
+        identity: str | None = None,
     ) -> None:
         self.path = Path(path)
         self._codec: Codec = codec
         self._parameters = DEFAULT_PARAMETERS[codec] | dict(codec_parameters or {})
         self._class_names = tuple(class_names)
-        self._class_counts = [0] * len(self._class_names)
-        self._headers = xxhash.xxh3_128()
-        self._count = 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
+        self._identity = identity
+        self._partial = partial_path(self.path, identity or secrets.token_hex(8))
+        self._committed_count = 0
         self._finished = False
+
+    def _open(self) -> None:
+        """Open the partial environment; one that is there but damaged is begun anew."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        done = load(self._partial, len(self._class_names)) if self._partial.exists() else None
+        if done is None and self._partial.exists():
+            shutil.rmtree(self._partial)
+        done = done or Progress(len(self._class_names))
+        self.state, self.rejected = done.state, done.rejected
+        self._count, self._class_counts, self._digest = done.count, done.class_counts, done.headers
+        self._committed_count = done.count
+        self._new_headers: list[bytes] = []
+        self._new_rejected: list[Rejected] = []
+        self.uncommitted_bytes = 0
+        self._env = _open_for_writing(self._partial, durable=self._identity is not None)
         try:
-            self._env = _open_for_writing(self._partial)
-            self._records, self._sources, _ = (self._env.open_db(name) for name in DATABASES)
+            self._records, self._sources, _, self._progress = map(self._env.open_db, (*DATABASES, PROGRESS))
             self._txn = self._env.begin(write=True)
-        except lmdb.Error as error:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            raise DatasetInvalid(self.path, f"LMDB cannot create it ({error})") from error
+        except lmdb.Error:
+            self._env.close()
+            raise
 
     def __enter__(self) -> Writer:
+        was_there = self._partial.exists()
+        try:
+            self._open()
+        except BaseException as error:  # signals too: nobody else cleans up where the block has not been entered
+            if not was_there:
+                self._remove()
+            if isinstance(error, lmdb.Error):
+                raise DatasetInvalid(self.path, f"LMDB cannot create it ({error})") from error
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if not self._finished:
             self._env.close()  # aborts the open transaction
-            shutil.rmtree(self._partial)
+            self._remove()
+
+    def _remove(self) -> None:
+        """Remove what is of no use to anybody."""
+        if not self.kept:
+            shutil.rmtree(self._partial, ignore_errors=True)
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def kept(self) -> bool:
+        """Whether records would stay, for a writer with the same identity, if this one ended now."""
+        return self._identity is not None and self._committed_count > 0
 
     def put(self, label: int, payload: bytes | memoryview, source: str) -> int:
         """Append a record and return its number.
@@ -108,46 +148,75 @@ class Writer:
         try:
             self._txn.put(key, b"".join((header, payload)), db=self._records, append=True)
             self._txn.put(key, source.encode("utf-8", "replace"), db=self._sources, append=True)
-            self._class_counts[label] += 1
-            self._count += 1
-            if self._count % _COMMIT_RECORDS == 0:
-                self._txn.commit()
-                self._txn = self._env.begin(write=True)
         except lmdb.Error as error:
-            raise DatasetInvalid(self.path, f"LMDB cannot write record {self._count} ({error})") from error
-        self._headers.update(header)
+            raise self._failed(f"cannot write record {self._count}", error) from error
+        self._class_counts[label] += 1
+        self._count += 1
+        self._digest.update(header)
+        self._new_headers.append(header)
+        self.uncommitted_bytes += len(payload)
+        if self._identity is None and self._count % _COMMIT_RECORDS == 0:
+            self.commit()
         return self._count - 1
 
-    def finish(
-        self, statistics: Statistics, *, made_by: Mapping[str, str], rejected: Sequence[Rejected] = ()
-    ) -> Manifest:
+    def reject(self, source: str, reason: str) -> None:
+        """Note a source that became no record, and why."""
+        bad = Rejected(source, reason)
+        self.rejected.append(bad)
+        self._new_rejected.append(bad)
+
+    def commit(self, state: bytes = b"") -> None:
+        """Make everything so far survive this process; with an identity, also the machine.
+
+        Args:
+            state: what the caller needs to go on from here, instead of what it committed before.
+        """
+        try:
+            if self._identity is not None:
+                store(self._txn, self._progress, b"".join(self._new_headers), self._new_rejected, state)
+            self._txn.commit()
+            self._txn = self._env.begin(write=True)
+        except lmdb.Error as error:
+            raise self._failed(f"cannot commit record {self._count}", error) from error
+        self.state = state
+        self._committed_count = self._count
+        self._new_headers.clear()
+        self._new_rejected.clear()
+        self.uncommitted_bytes = 0
+
+    def _failed(self, what: str, error: lmdb.Error) -> DatasetInvalid:
+        kept = f"; its first {self._committed_count:,} records are kept, to go on from" if self.kept else ""
+        return DatasetInvalid(self.path, f"LMDB {what} ({error}){kept}")
+
+    def finish(self, statistics: Statistics, *, made_by: Mapping[str, str]) -> Manifest:
         """Write the manifest, flush everything to the disk, and give the environment its name.
 
         Args:
             statistics: the training split's, also for a validation split.
             made_by: how and with which libraries the records were made.
-            rejected: sources that became no record.
         """
+        self.commit(self.state)
         try:
-            self._txn.commit()
-            manifest = self._describe(statistics, made_by, rejected)
+            self._txn.abort()
+            manifest = self._describe(statistics, made_by)
             self._env.sync(True)
             self._env.close()  # LMDB allows one handle per process, and the golden samples need a reader
             with Records(self._partial, manifest=manifest) as records:
                 manifest = msgspec.structs.replace(manifest, golden=golden(records))
-            self._env = _open_for_writing(self._partial)
-            with self._env.begin(write=True, db=self._env.open_db(b"manifest")) as txn:
-                txn.put(b"manifest", msgspec.msgpack.encode(manifest))
+            self._env = _open_for_writing(self._partial, durable=self._identity is not None)
+            manifest_db, progress = self._env.open_db(b"manifest"), self._env.open_db(PROGRESS)
+            with self._env.begin(write=True) as txn:  # from here on it is whole, and nothing to go on from
+                txn.put(b"manifest", msgspec.msgpack.encode(manifest), db=manifest_db)
+                txn.drop(progress)
             self._env.sync(True)
         except lmdb.Error as error:
-            raise DatasetInvalid(self.path, f"LMDB cannot finish it ({error})") from error
+            raise self._failed("cannot finish it", error) from error
         self._env.close()
-        (self._partial / "lock.mdb").unlink(missing_ok=True)
         self._finished = True
-        _replace(self._partial, self.path)
+        _publish(self._partial, self.path)
         return manifest
 
-    def _describe(self, statistics: Statistics, made_by: Mapping[str, str], rejected: Sequence[Rejected]) -> Manifest:
+    def _describe(self, statistics: Statistics, made_by: Mapping[str, str]) -> Manifest:
         def numbers(array: npt.NDArray[Any]) -> tuple[float, ...]:
             return tuple(float(v) for v in array.ravel())
 
@@ -165,7 +234,7 @@ class Writer:
             eigenvalues=numbers(statistics.eigenvalues),
             eigenvectors=numbers(statistics.eigenvectors),
             made_by=dict(made_by),
-            rejected=tuple(rejected),
+            rejected=tuple(self.rejected),
             fingerprint="",
             golden="",
         )
@@ -173,17 +242,38 @@ class Writer:
             raise DatasetInvalid(self.path, "no source became a record, so there is nothing to write")
         if flaw := manifest.flaw():
             raise DatasetInvalid(self.path, flaw)
-        return msgspec.structs.replace(manifest, fingerprint=fingerprint(manifest, self._headers.digest()))
+        return msgspec.structs.replace(manifest, fingerprint=fingerprint(manifest, self._digest.digest()))
 
 
-def _open_for_writing(path: Path) -> Any:
+def adopt(path: Path, identity: str) -> Manifest | None:
+    """Put an environment under its name whose writer had finished it, but died before it could do that itself.
+
+    Args:
+        path: the environment's final name.
+        identity: the writer's.
+
+    Returns:
+        Its manifest; None if there is no such environment.
+    """
+    partial = partial_path(path, identity)
+    try:
+        with Records(partial) as records:
+            manifest = records.manifest
+    except DatasetError:
+        return None
+    _publish(partial, path)
+    return manifest
+
+
+def _open_for_writing(path: Path, *, durable: bool) -> Any:
     return lmdb.open(
-        str(path), map_size=_MAP_BYTES, max_dbs=len(DATABASES), sync=False, metasync=False, readahead=False
+        str(path), map_size=_MAP_BYTES, max_dbs=len(DATABASES) + 1, sync=durable, metasync=durable, readahead=False
     )
 
 
-def _replace(partial: Path, path: Path) -> None:
-    """Put a directory under a name that may be taken: rename cannot replace a directory that is not empty."""
+def _publish(partial: Path, path: Path) -> None:
+    """Put a whole environment under a name that may be taken: rename cannot replace a directory that is not empty."""
+    (partial / "lock.mdb").unlink(missing_ok=True)
     old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
     if path.exists():
         path.rename(old)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from loader_service.data.records import HEADER, KEY, Codec, Manifest, Rejected, encode
+from loader_service.data.records import HEADER, KEY, Codec, Manifest, encode
 from loader_service.data.writer import Writer
 from tools.statistics import Sums, colour_products
 from tools.verify import main
@@ -37,7 +37,8 @@ def write(path: Path, picture: Picture, codec: Codec) -> Manifest:
             pixels = picture(number)
             writer.put(number % 2, encode(pixels, codec), f"{number}.jpg")
             sums.add(1, pixels, colour_products(pixels))
-        return writer.finish(sums.statistics(), made_by={}, rejected=[Rejected("x", "y")])
+        writer.reject("x", "y")
+        return writer.finish(sums.statistics(), made_by={})
 
 
 def run(path: Path) -> tuple[int, str, str]:

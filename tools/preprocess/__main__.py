@@ -11,9 +11,10 @@ import msgspec
 from loader_service import defaults
 from loader_service.data.picture import LIBRARY, RECIPE
 from loader_service.data.records import DEFAULT_PARAMETERS, Codec, Manifest
+from loader_service.data.writer import adopt
 from loader_service.errors import OptionError
 from tools.command import CONTEXT, Command, ToolFailed
-from tools.preprocess.build import Task, build, existing, locked, report_rejected
+from tools.preprocess.build import Task, build, clear_unfinished, existing, locked, open_writer, report_rejected
 from tools.preprocess.inputs import VALIDATION_SHARE, Inputs, list_splits, scratch_folder
 from tools.preprocess.layouts import LAYOUTS
 from tools.preprocess.plan import check_room, choose_codec, identity, room_bytes, shuffled
@@ -171,14 +172,26 @@ def make(task: Task, options: Options, to_come: int) -> Manifest:
         return found
     if path.exists() and not options.replace:
         raise ToolFailed(f"{path} is there and was made from something else: name another folder, or say --replace.")
-    check_room(path.parent, to_come, task.codec)
-    with Pool(min(options.workers, len(task.items)), task.codec, task.parameters, options.file_timeout) as pool:
-        manifest = build(task, pool)
+    clear_unfinished(task, options.replace)
+    manifest = adopt(path, task.made_by["input"]) or run(task, options, to_come)
     bad = f", {len(manifest.rejected):,} files rejected" if manifest.rejected else ""
     click.echo(
         f"{path}: {manifest.count:,} {task.codec} records{bad}, fingerprint {manifest.fingerprint}", err=options.as_json
     )
     return manifest
+
+
+def run(task: Task, options: Options, to_come: int) -> Manifest:
+    """Make what is not made yet of one environment."""
+    with open_writer(task) as writer:
+        try:
+            check_room(task.path.parent, to_come - len(writer), task.codec)
+            with Pool(min(options.workers, len(task.items)), task.codec, task.parameters, options.file_timeout) as pool:
+                return build(task, writer, pool)
+        except BaseException:
+            if writer.kept:
+                click.echo(f"{task.path}: what is done is kept, and the same command goes on from there.", err=True)
+            raise
 
 
 def facts(manifest: Manifest) -> dict[str, object]:

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Final
 
 import msgspec
 
-from loader_service.data.records import Codec, Manifest, Records, Rejected, Statistics
+from loader_service.data.partial import partial_path, partials
+from loader_service.data.records import Codec, Manifest, Records, Statistics
 from loader_service.data.writer import Writer
 from loader_service.errors import DatasetError, DatasetInvalid
 from tools.command import ToolFailed
-from tools.preprocess.pool import Pool
+from tools.preprocess.pool import Pool, Result
 from tools.preprocess.sources import Item
 from tools.progress import Progress
 from tools.statistics import Sums
@@ -29,6 +31,11 @@ SHOWN_REJECTED: Final = 10
 LEAST_BAD: Final = 100
 """A run is not called hopeless before it has met so many bad files."""
 
+COMMIT_BYTES: Final = 2**24
+"""So many bytes of payloads are lost at most by an interruption; the 1.5 MiB of sums beside them hardly count."""
+
+COMMIT_S: Final = 5.0
+"""Where files come slowly, so many seconds of work are lost at most."""
 
 REJECTED: Final = "rejected.jsonl"
 """Beside the environments: split, source and reason of every file that became no record."""
@@ -57,39 +64,90 @@ class Task(msgspec.Struct, frozen=True):
     max_bad: float
 
 
-def build(task: Task, pool: Pool) -> Manifest:
-    """Make an environment and return its manifest.
+def open_writer(task: Task) -> Writer:
+    """The task's writer, which goes on where an interrupted run of the same task was."""
+    return Writer(
+        task.path,
+        codec=task.codec,
+        class_names=task.class_names,
+        codec_parameters=task.parameters,
+        identity=task.made_by["input"],
+    )
+
+
+def build(task: Task, writer: Writer, pool: Pool) -> Manifest:
+    """Make an environment, or the rest of it, and return its manifest.
+
+    A commit holds whole chunks of the pool, with the sums of their pixels. As every item before it has become either a
+    record or a rejection, how many there are of both says where to go on.
 
     Raises:
         DatasetInvalid: it cannot be written, or nothing could be made a record.
         ToolFailed: too many files are bad, or workers cannot start.
     """
     most_bad = max(LEAST_BAD, int(task.max_bad * len(task.items)))
-    sums, rejected = Sums(), list[Rejected]()
-    writing = Writer(task.path, codec=task.codec, class_names=task.class_names, codec_parameters=task.parameters)
-    with writing as writer, Progress(task.path.stem, len(task.items), "files") as progress:
-        for result in pool.run(task.items):
-            bad_before = len(rejected)
-            for item, payload in zip(result.items, result.payloads, strict=True):
-                if isinstance(payload, str):
-                    rejected.append(Rejected(item.source, payload))
-                    if len(rejected) <= SHOWN_REJECTED:
-                        progress.say(f"rejected {item.source}: {payload}")
-                else:
-                    writer.put(item.label, payload, item.source)
+    sums = Sums.from_bytes(writer.state) if writer.state else Sums()
+    done = len(writer) + len(writer.rejected)
+    committed_s = time.monotonic()
+    with Progress(task.path.stem, len(task.items), "files", done=done, bad=len(writer.rejected)) as progress:
+        if done:
+            progress.say(f"{task.path.stem}: going on after {done:,} files that an interrupted run has done")
+        for result in pool.run(task.items[done:]):
+            _take(writer, result, progress)
             sums.add(result.count, result.image, result.products)
-            progress.advance(len(result.items), bad=len(rejected) - bad_before)
-            if len(rejected) > most_bad:
+            if len(writer.rejected) > most_bad:
+                last = writer.rejected[-1]
                 raise ToolFailed(
-                    f"{len(rejected)} files are bad, the last one {rejected[-1].source} ({rejected[-1].reason}): "
+                    f"{len(writer.rejected)} files are bad, the last one {last.source} ({last.reason}): "
                     "is this the right folder? --max-bad sets what share of bad files is taken."
                 )
+            if writer.uncommitted_bytes >= COMMIT_BYTES or time.monotonic() - committed_s >= COMMIT_S:
+                writer.commit(sums.to_bytes())
+                committed_s = time.monotonic()
         if not len(writer):
+            first = writer.rejected[0]
             raise DatasetInvalid(
                 task.path,
-                f"none of {len(task.items)} files became a record; the first, {rejected[0].source}, because {rejected[0].reason}",
+                f"none of {len(task.items)} files became a record; the first, {first.source}, because {first.reason}",
             )
-        return writer.finish(task.statistics or sums.statistics(), made_by=task.made_by, rejected=rejected)
+        writer.commit(sums.to_bytes())
+        return writer.finish(task.statistics or sums.statistics(), made_by=task.made_by)
+
+
+def _take(writer: Writer, result: Result, progress: Progress) -> None:
+    """Store the payloads of one chunk, and note what has none."""
+    bad = 0
+    for item, payload in zip(result.items, result.payloads, strict=True):
+        if not isinstance(payload, str):
+            writer.put(item.label, payload, item.source)
+            continue
+        bad += 1
+        writer.reject(item.source, payload)
+        if len(writer.rejected) <= SHOWN_REJECTED:
+            progress.say(f"rejected {item.source}: {payload}")
+    progress.advance(len(result.items), bad=bad)
+
+
+def clear_unfinished(task: Task, replace: bool) -> None:
+    """Remove unfinished environments of other tasks under the same name.
+
+    Args:
+        task: what is to be made; what an interrupted run has done of it stays.
+        replace: whether records of other tasks may be lost.
+
+    Raises:
+        ToolFailed: they may not, and there are some.
+    """
+    own = partial_path(task.path, task.made_by["input"])
+    for partial, count in partials(task.path).items():
+        if partial == own:
+            continue
+        if not replace:
+            raise ToolFailed(
+                f"{partial} holds {count:,} records of an interrupted run with another source or other options: "
+                "run that command again to go on with it, name another folder, or say --replace to drop it."
+            )
+        shutil.rmtree(partial)
 
 
 def existing(path: Path) -> Manifest | None:
@@ -123,7 +181,7 @@ def report_rejected(out: Path, manifests: Mapping[str, Manifest]) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold ``out`` for this run alone, and clear away what a killed run has left in it.
+    """Hold ``out`` for this run alone, and clear away what a killed run has left in it and cannot go on from.
 
     Raises:
         ToolFailed: another run holds it.
@@ -142,14 +200,16 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def _clear(out: Path) -> None:
-    """Remove what a killed run has left, and put a dataset back that it had only moved aside."""
+    """Remove what a killed run has left of no use, and put a dataset back that it had only moved aside."""
+    for split in ("train", "val"):
+        for partial, count in partials(out / f"{split}.lmdb").items():
+            if not count:
+                shutil.rmtree(partial)
     for path in list(out.iterdir()):
         if moved := re.fullmatch(r"\.((train|val)\.lmdb)\.[0-9a-f]{8}\.old", path.name):
             if (final := out / moved[1]).exists():
                 shutil.rmtree(path)
             else:
                 path.rename(final)
-        elif re.fullmatch(r"\.(train|val)\.lmdb\.[0-9a-f]{8}\.partial", path.name):
-            shutil.rmtree(path)
         elif re.fullmatch(r"\..+\.[0-9a-f]{8}\.(unpacked|jsonl)", path.name):
             path.unlink()

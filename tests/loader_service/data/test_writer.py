@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from loader_service.data.partial import partial_path, partials
 from loader_service.data.records import Manifest, Records, Rejected, Statistics, encode
-from loader_service.data.writer import Writer
+from loader_service.data.writer import Writer, adopt
 from loader_service.errors import DatasetInvalid
 
 MakeDataset = Callable[..., Manifest]
@@ -41,7 +43,8 @@ def test_the_manifest_says_what_was_written(tmp_path: Path, statistics: Statisti
     with Writer(tmp_path / "d", codec="raw", class_names=("no", "yes")) as writer:
         assert [writer.put(label, GREY, f"{label}.png") for label in (1, 1, 0)] == [0, 1, 2]
         assert len(writer) == 3
-        written = writer.finish(statistics, made_by={"resize": "none"}, rejected=[Rejected("x.png", "not a picture")])
+        writer.reject("x.png", "not a picture")
+        written = writer.finish(statistics, made_by={"resize": "none"})
     with Records(tmp_path / "d") as records:
         read = records.manifest
         assert read == written
@@ -131,3 +134,103 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     with pytest.raises(DatasetInvalid, match=r"the dataset at .*d cannot be used: LMDB cannot"):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+IDENTITY = "0123456789abcdef"
+
+
+def interrupted(path: Path, *, committed: int, lost: int) -> None:
+    """A writer of IDENTITY that is left with an error after it committed some records and a rejection."""
+    with (
+        suppress(KeyboardInterrupt),
+        Writer(path, codec="raw", class_names=("a", "b"), identity=IDENTITY) as writer,
+    ):
+        for number in range(len(writer), committed):
+            writer.put(number % 2, GREY, f"{number}.png")
+        writer.reject("x.png", "not a picture")
+        writer.commit(b"so far")
+        for number in range(lost):
+            writer.put(0, GREY, f"lost {number}.png")
+        raise KeyboardInterrupt
+
+
+def test_what_was_committed_under_an_identity_is_gone_on_from(tmp_path: Path, statistics: Statistics) -> None:
+    """The next writer has the records, rejections and state of the last commit, and makes the same manifest at the end."""
+
+    def write(path: Path, already: int) -> Manifest:
+        with Writer(path, codec="raw", class_names=("a", "b"), identity=IDENTITY) as writer:
+            assert len(writer) == already
+            assert writer.state == (b"so far" if already else b"")
+            assert [bad.source for bad in writer.rejected] == (["x.png"] if already else [])
+            for number in range(already, 7):
+                writer.put(number % 2, GREY, f"{number}.png")
+            if not already:
+                writer.reject("x.png", "not a picture")
+            return writer.finish(statistics, made_by={})
+
+    interrupted(tmp_path / "d", committed=4, lost=2)
+    assert not (tmp_path / "d").exists()
+    assert write(tmp_path / "d", 4) == write(tmp_path / "undisturbed", 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "undisturbed"]
+
+
+def test_an_identity_without_records_leaves_nothing(tmp_path: Path) -> None:
+    """A writer that has nothing to go on from is removed like any other."""
+    interrupted(tmp_path / "d", committed=0, lost=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 4096, 300_000])
+def test_a_damaged_rest_is_begun_anew(tmp_path: Path, kept_bytes: int) -> None:
+    """What an interrupted writer has left is checked before it is believed."""
+    interrupted(tmp_path / "d", committed=4, lost=0)
+    os.truncate(partial_path(tmp_path / "d", IDENTITY) / "data.mdb", kept_bytes)
+    with Writer(tmp_path / "d", codec="raw", class_names=("a", "b"), identity=IDENTITY) as writer:
+        assert len(writer) == 0
+
+
+def test_a_label_beyond_the_classes_is_begun_anew(tmp_path: Path) -> None:
+    """A rest of other classes is of no use."""
+    interrupted(tmp_path / "d", committed=4, lost=0)
+    with Writer(tmp_path / "d", codec="raw", class_names=("a",), identity=IDENTITY) as writer:
+        assert len(writer) == 0
+
+
+def test_partials_are_known_by_their_records(tmp_path: Path) -> None:
+    """What lies unfinished beside a name is found with the records that it keeps."""
+    interrupted(tmp_path / "d", committed=4, lost=1)
+    (tmp_path / ".d.0123.partial").mkdir()
+    assert partials(tmp_path / "d") == {partial_path(tmp_path / "d", IDENTITY): 4, tmp_path / ".d.0123.partial": 0}
+
+
+def test_an_environment_that_lacked_only_its_name_gets_it(tmp_path: Path, make_dataset: MakeDataset) -> None:
+    """A writer that was killed between its last two steps has lost nothing."""
+    manifest = make_dataset(tmp_path / "d", 3)
+    (tmp_path / "d").rename(partial_path(tmp_path / "d", IDENTITY))
+    assert partials(tmp_path / "d") == {partial_path(tmp_path / "d", IDENTITY): 3}
+    assert adopt(tmp_path / "d", IDENTITY) == manifest
+    assert adopt(tmp_path / "d", IDENTITY) is None
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_an_identity_is_hexadecimal(tmp_path: Path) -> None:
+    """An identity becomes a file name, so nothing else may be in it."""
+    with pytest.raises(ValueError, match="hexadecimal"):
+        Writer(tmp_path / "d", codec="raw", class_names=("a",), identity="../../0123456789abcdef")
+
+
+def test_after_a_full_disk_the_writer_goes_on(tmp_path: Path, statistics: Statistics) -> None:
+    """When the disk is full, the sentence says what is kept, and with room made the rest is written."""
+
+    def write() -> Manifest:
+        with Writer(tmp_path / "d", codec="raw", class_names=("a",), identity=IDENTITY) as writer:
+            for number in range(len(writer), 20):
+                writer.put(0, GREY, f"{number}.png")
+                writer.commit()
+            return writer.finish(statistics, made_by={})
+
+    with files_end_at(2_000_000), pytest.raises(DatasetInvalid, match=r"its first \d records are kept, to go on from"):
+        write()
+    (count,) = partials(tmp_path / "d").values()
+    assert 0 < count < 20
+    assert write().count == 20

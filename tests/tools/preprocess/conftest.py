@@ -53,3 +53,9 @@ def preprocess() -> Callable[..., Result]:
         return CliRunner().invoke(main, arguments if "--workers" in options else [*arguments, "--workers", "1"])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def large_album(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So many pictures that their raw records take several commits, 140 in each class; not to be changed."""
+    return write_folder(tmp_path_factory.mktemp("large"), 140, first=10_000)

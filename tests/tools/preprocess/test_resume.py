@@ -1,0 +1,141 @@
+"""An interrupted run: what is done is kept, and the same command ends where an undisturbed one does."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import pytest
+from click.testing import Result
+
+from loader_service.data.partial import partials
+from loader_service.data.records import Records
+from tools.preprocess.build import COMMIT_BYTES
+from tools.verify import verify
+
+Preprocess = Callable[..., Result]
+
+KILLS: Final = int(os.environ.get("PREPROCESS_KILLS", "4"))
+"""How often a run is killed; many more are a matter of patience alone."""
+
+FULL_BYTES: Final = 40_000_000
+"""A disk that takes half of the large album's raw records, and the workers' memory."""
+
+
+class Undisturbed(NamedTuple):
+    """What a run that nobody disturbs makes of the large album, and how long it takes."""
+
+    fingerprints: tuple[str, str]
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def undisturbed(large_album: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    out = tmp_path_factory.mktemp("undisturbed")
+    started_s = time.monotonic()
+    subprocess.run(command(large_album, out), check=True, capture_output=True)
+    return Undisturbed(fingerprints_of(out), time.monotonic() - started_s)
+
+
+def command(source: Path, out: Path, *options: str) -> list[str]:
+    """The command line, for a process of its own."""
+    return [sys.executable, "-m", "tools.preprocess", str(source), str(out), "--codec=raw", "--workers=1", *options]
+
+
+def fingerprints_of(out: Path) -> tuple[str, str]:
+    """Of both environments."""
+    return verify(out / "train.lmdb"), verify(out / "val.lmdb")
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process and its children grows beyond FULL_BYTES."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def wait_for_records(out: Path, process: subprocess.Popen[bytes]) -> None:
+    """Return when a run is writing its second commit, so that the first is done."""
+    deadline_s = time.monotonic() + 30
+    while not any(path.stat().st_size > 1.5 * COMMIT_BYTES for path in out.glob(".train.lmdb.*.partial/data.mdb")):
+        assert process.poll() is None, "it has ended before"
+        assert time.monotonic() < deadline_s
+        select.select([], [], [], 0.02)
+
+
+def test_kills_at_random_moments_change_nothing(large_album: Path, tmp_path: Path, undisturbed: Undisturbed) -> None:
+    """After SIGKILL at any moments, and again while it goes on, the same command makes the same fingerprints."""
+    moments = random.Random(20121203)
+    for number in range(KILLS):
+        out = tmp_path / str(number // 2)  # every second kill hits a run that goes on
+        with subprocess.Popen(command(large_album, out), stderr=subprocess.DEVNULL) as process:
+            select.select([], [], [], moments.uniform(0, undisturbed.seconds))
+            process.kill()
+    for out in sorted(tmp_path.iterdir()):
+        subprocess.run(command(large_album, out), check=True, capture_output=True)
+        assert fingerprints_of(out) == undisturbed.fingerprints
+        assert sorted(path.name for path in out.iterdir()) == ["train.lmdb", "val.lmdb"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_stopped_run_goes_on(
+    number: signal.Signals, code: int, large_album: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    """A run that is stopped after its first commit says so where it can, and the next one does only the rest."""
+    with subprocess.Popen(command(large_album, tmp_path), stderr=subprocess.PIPE) as process:
+        wait_for_records(tmp_path, process)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert b"Traceback" not in said
+    assert (b"what is done is kept, and the same command goes on from there" in said) == (number != signal.SIGKILL)
+    assert not (tmp_path / "train.lmdb").exists()
+    again = subprocess.run(command(large_album, tmp_path), check=True, capture_output=True, text=True)
+    assert "train: going on after" in again.stderr
+    assert fingerprints_of(tmp_path) == undisturbed.fingerprints
+
+
+def test_a_full_disk_is_survived(
+    large_album: Path, tmp_path: Path, undisturbed: Undisturbed, preprocess: Preprocess
+) -> None:
+    """A disk that fills up in the middle costs a sentence; with room made, the same command does the rest."""
+    with full_disk():
+        stopped = preprocess(large_album, tmp_path, "--codec=raw")
+    assert stopped.exit_code == 3
+    assert "records are kept, to go on from" in stopped.output
+    assert "Traceback" not in stopped.output
+    again = preprocess(large_album, tmp_path, "--codec=raw")
+    assert again.exit_code == 0
+    assert "train: going on after" in again.output
+    assert fingerprints_of(tmp_path) == undisturbed.fingerprints
+
+
+def test_other_options_drop_what_is_unfinished_only_when_asked(
+    large_album: Path, tmp_path: Path, preprocess: Preprocess
+) -> None:
+    """An interrupted run's records are not lost to another command, unless it says --replace."""
+    with full_disk():
+        assert preprocess(large_album, tmp_path, "--codec=raw").exit_code == 3
+    (partial,) = partials(tmp_path / "train.lmdb")
+    other = preprocess(large_album, tmp_path, "--codec=jpeg")
+    assert other.exit_code == 1
+    assert "records of an interrupted run with another source or other options" in other.output
+    assert partial.exists()
+    assert preprocess(large_album, tmp_path, "--codec=jpeg", "--replace").exit_code == 0
+    assert not partial.exists()
+    with Records(tmp_path / "train.lmdb") as records:
+        assert records.manifest.codec == "jpeg"

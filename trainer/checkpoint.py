@@ -91,7 +91,7 @@ def save(folder: Path, checkpoint: Checkpoint, is_best: bool) -> Path:
         CheckpointError: it cannot be written; the ones before are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{checkpoint.plain.progress.step:09d}.pt"
+    path = path_of(folder, checkpoint.plain.progress.step)
     content = {
         "format": FORMAT,
         "plain": msgspec.to_builtins(checkpoint.plain, builtin_types=(bytes,)),
@@ -118,6 +118,11 @@ def save(folder: Path, checkpoint: Checkpoint, is_best: bool) -> Path:
     for old in [*saved(folder)[:-KEPT], *folder.glob("*.part")]:
         old.unlink()
     return path
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` updates lies."""
+    return folder / f"step-{step:09d}.pt"
 
 
 def saved(folder: Path) -> list[Path]:

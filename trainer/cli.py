@@ -15,7 +15,7 @@ from rich.console import Console
 
 from trainer import checkpoint
 from trainer.config import DEFAULT_RUNS, Source
-from trainer.errors import DeviceError, TrainerError
+from trainer.errors import ConfigError, DeviceError, RunFolderError, TrainerError
 from trainer.evaluate import VIEWS, evaluate_runs
 from trainer.feed import LoaderServiceError, open_source
 from trainer.loop import Resume, train
@@ -36,6 +36,7 @@ from trainer.predict import predict
 from trainer.run_folder import RunFolder, newest_run
 from trainer.stop import Stopped, StopRequest
 from trainer.summary import Summary
+from trainer.world import World, join
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,7 +52,6 @@ def main() -> None:
 @click.pass_context
 def run(context: click.Context, /, path: Path | None, resume: str | None, **given: Any) -> None:
     """Train a network."""
-    console = Console()
     with _one_sentence(), StopRequest() as stop, ExitStack() as stack:
         config = make_config(given)
         folder = _find_folder(path) if resume else None
@@ -59,18 +59,24 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **give
         saved = Resume(newest, checkpoint.load(newest)) if newest else None
         if saved:
             config = resumed_config(context, saved.saved.plain.config, saved.path, given)
+        world = stack.enter_context(join(config.devices, config.towers))
+        _check_shared(world, path, saved)
+        console = Console(quiet=not world.is_first)
         try:
-            with stop.interruptible():
-                node = stack.enter_context(open_source(config.source))
-            folder = folder or RunFolder.create(path, Path(DEFAULT_RUNS))
-            folder.describe(config)
-            _say(console, node.about)
-            _say(console, f"Results go to {folder.path}.")
-            summary = train(config, folder, node, console, stop, saved)
+            node = None
+            if world.has_head:
+                with stop.interruptible():
+                    node = stack.enter_context(open_source(config.source))
+                _say(console, node.about)
+            if world.is_first:
+                folder = folder or RunFolder.create(path, Path(DEFAULT_RUNS))
+                folder.describe(config)
+                _say(console, f"Results go to {folder.path}.")
+            summary = train(config, folder or RunFolder(path or Path()), node, console, stop, saved, world)
         except Stopped:
             _say(console, "Stopped before training began.")
         else:
-            _tell(console, folder, summary)
+            _tell(console, RunFolder(Path(summary.log).parent), summary)
 
 
 @main.command()
@@ -128,6 +134,24 @@ def set_lr(run: Path, rate: float) -> None:
     with _one_sentence():
         RunFolder(run).want_rate(rate)
     click.echo(f"{run} trains at a learning rate of {rate:g} from its next step on.")
+
+
+def _check_shared(world: World, path: Path | None, saved: Resume | None) -> None:
+    """Make sure that several processes work on one run.
+
+    Raises:
+        ConfigError: each would make a folder of its own.
+        RunFolderError: they see different checkpoints.
+    """
+    if world.size == 1:
+        return
+    if path is None:
+        raise ConfigError("--run", "", "a folder's name under torchrun: all processes must mean the same one")
+    steps = world.gather([saved.saved.plain.progress.step if saved else -1])
+    if any(row != steps[0] for row in steps):
+        raise RunFolderError(
+            path, "processes see different checkpoints in it; it must be on a disk that all of them share"
+        )
 
 
 def _find_folder(path: Path | None) -> RunFolder | None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from torch import Tensor
+
+RECORD_SHAPE: Final = (256, 256, 3)
+"""Of every record, and of their mean."""
 
 
 @dataclass(frozen=True)

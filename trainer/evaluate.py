@@ -25,6 +25,7 @@ from trainer.exchange import Share
 from trainer.feed import Batch, Feed, Node
 from trainer.model import AlexNet
 from trainer.run_folder import find_checkpoint
+from trainer.world import World
 
 VIEWS_PER_RECORD: Final = {"center": 1, "ten-crop": 10}
 VIEWS: Final = tuple(VIEWS_PER_RECORD)
@@ -52,7 +53,9 @@ class Member:
         Returns:
             (B, classes) float32 on the first device.
         """
-        logits = self.model(self.centre(images, windows))
+        logits: Tensor = self.model(self.centre(images, windows))
+        if not logits.dim():
+            return logits  # of a process without tower 0
         probabilities = functional.softmax(logits.float(), dim=1)
         return probabilities.view(-1, views, probabilities.shape[1]).mean(1)
 
@@ -66,18 +69,28 @@ class Evaluation(msgspec.Struct, frozen=True):
     top5_error: float
 
 
-def evaluate(members: Sequence[Member], batches: Iterable[Batch]) -> Evaluation:
-    """Run the networks over all batches and compare with the labels."""
+def evaluate(members: Sequence[Member], batches: Iterable[Batch], world: World | None = None) -> Evaluation:
+    """Run the networks over all batches and compare with the labels.
+
+    Of several processes each has its part of the batches; the result is of all of them.
+    """
     for member in members:
         member.model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     images = 0
     with torch.inference_mode():
         for batch in batches:
+            if not len(batch.labels):
+                continue
             outputs = [member.probabilities(batch.images, batch.windows, batch.views) for member in members]
+            if world and not world.has_head:
+                continue  # tower 0's process has the outputs
             mean = torch.stack(outputs).mean(0)
             sums += _sums(mean, batch.labels).cpu()
             images += len(batch.labels)
+    if world:
+        everyone = torch.tensor(world.gather([*sums.tolist(), images]), dtype=torch.float64).sum(0)
+        sums, images = everyone[:3], int(everyone[3])
     loss, wrong1, wrong5 = (sums / max(1, images)).tolist()
     return Evaluation(images, loss, wrong1, wrong5)
 
@@ -136,7 +149,8 @@ def restore(model: AlexNet, saved: checkpoint.Checkpoint, path: Path) -> None:
         CheckpointError: they are another network's.
     """
     try:
-        model.load_state_dict(saved.model)
+        # Towers that live in other processes restore themselves.
+        model.load_state_dict({name: tensor for name, tensor in saved.model.items() if model.owns(name)})
     except RuntimeError as error:
         raise CheckpointError(path, "its weights do not fit the network that it describes") from error
 

@@ -5,9 +5,7 @@ give the same numbers, forward and backward:
 
 - ``OneDevice``: both towers on one device. The towers' outputs are put together once and shared.
 - ``BetweenDevices``: two devices in one process. Each reader fetches what it lacks; autograd sends gradients back.
-
-A process per tower (``torchrun``) is one more class of this shape: ``parts`` holds the one local tower's output, and the
-rest comes from an all-gather.
+- ``BetweenProcesses``: one process for each tower, under ``torchrun``. Twins swap outputs, and gradients on the way back.
 """
 
 from __future__ import annotations
@@ -20,6 +18,9 @@ from typing import Final, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from trainer.world import Pair
 
 _PROBE_NUMBERS: Final = 1 << 20
 """Numbers in the test of a peer-to-peer copy: 4 MiB, more than one transfer's granule."""
@@ -32,11 +33,12 @@ class Exchange(Protocol):
         """Give each reader the outputs of all towers.
 
         Args:
-            parts: for each tower (B, C, ...), on the tower's device.
+            parts: for each tower of this process (B, C, ...), on the tower's device.
             readers: the towers that need the result.
 
         Returns:
-            For each reader (B, towers * C, ...), on its device, in the order of the towers.
+            For each reader in this process (B, towers * C, ...), on its device, in the order of the towers. A process
+            with no reader gets a zero, (), whose backward pass fetches the gradients of what it gave.
         """
 
 
@@ -83,6 +85,83 @@ class BetweenDevices:
         if self._through_host and part.device != device:
             part = part.cpu()
         return part.to(device, non_blocking=True)
+
+
+class BetweenProcesses:
+    """One process for each of two towers."""
+
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
+
+    def __call__(self, parts: Sequence[Tensor], readers: Sequence[int]) -> list[Tensor]:
+        """See ``Exchange``."""
+        (mine,) = parts
+        if len(readers) == 1 and self._pair.tower != readers[0]:
+            given: Tensor = _Give.apply(_as_sent(mine), self._pair)  # type: ignore[no-untyped-call]
+            return [given]
+        way = _Swap if len(readers) == 2 else _Take
+        theirs = _as_maps(way.apply(_as_sent(mine), self._pair))  # type: ignore[no-untyped-call]
+        both = [mine, theirs] if self._pair.tower == 0 else [theirs, mine]
+        return [torch.cat(both, dim=1)]
+
+
+class _Ours(FunctionCtx):
+    pair: Pair
+    shape: torch.Size
+
+
+class _Swap(torch.autograd.Function):
+    """The twin's part for ours; back, our gradient of the twin's part for its gradient of ours."""
+
+    @staticmethod
+    def forward(ctx: _Ours, mine: Tensor, pair: Pair) -> Tensor:
+        ctx.pair = pair
+        return pair.swap(mine.contiguous())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Ours, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.pair.swap(gradient.contiguous()), None
+
+
+class _Take(torch.autograd.Function):
+    """The twin's part; back, its gradient goes to the twin. Our own part only says what it looks like."""
+
+    @staticmethod
+    def forward(ctx: _Ours, mine: Tensor, pair: Pair) -> Tensor:
+        ctx.pair = pair
+        return pair.receive(torch.empty_like(mine, memory_format=torch.contiguous_format))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Ours, gradient: Tensor) -> tuple[None, None]:
+        ctx.pair.send(gradient.contiguous())
+        return None, None
+
+
+class _Give(torch.autograd.Function):
+    """Our part to the twin; back, its gradient comes from the twin."""
+
+    @staticmethod
+    def forward(ctx: _Ours, mine: Tensor, pair: Pair) -> Tensor:
+        ctx.pair, ctx.shape = pair, mine.shape
+        pair.send(mine.contiguous())
+        return mine.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Ours, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.pair.receive(gradient.new_empty(ctx.shape)), None
+
+
+def _as_sent(part: Tensor) -> Tensor:
+    """Maps (B, C, H, W) as (B, H, W, C), which is free for channels-last ones; units as they are."""
+    return part.permute(0, 2, 3, 1) if part.dim() == 4 else part
+
+
+def _as_maps(sent: Tensor) -> Tensor:
+    """The inverse of ``_as_sent``."""
+    return sent.permute(0, 3, 1, 2) if sent.dim() == 4 else sent
 
 
 def choose_exchange(devices: Sequence[torch.device]) -> Exchange:

@@ -86,11 +86,12 @@ class Feed:
         node: where batches come from.
         split: ``train`` or ``val``.
         view: which augmentation; a name or a value.
-        batch_size: records per batch; an epoch's last batch may be smaller.
+        batch_size: records per batch and rank; an epoch's last batch may be smaller, or empty if there are several ranks.
         devices: where the images go, one copy for each entry.
         seed: of the order and the augmentation.
         epochs: how many passes, counted from the first.
         state: what ``state`` gave of an earlier feed, to go on from there.
+        rank, world_size: which part of each batch, of how many.
 
     A CPU batch's images are views of the loader's memory: use them before asking for many more.
     """
@@ -105,6 +106,8 @@ class Feed:
         seed: int = 0,
         epochs: int = 1,
         state: dict[str, Any] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._loader = Loader(
             node.address,
@@ -114,6 +117,8 @@ class Feed:
             seed=seed,
             epochs=epochs,
             timeout_s=node.timeout_s,
+            rank=rank,
+            world_size=world_size,
         )
         if state is not None:
             self._loader.load_state_dict(state)

@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from torch import Tensor
 
-from trainer.model import AlexNet
 from trainer.progress import EpochRecord, StepRecord
 from trainer.run_folder import RunFolder, write_atomically
 
@@ -39,12 +39,10 @@ class Curve:
     points: Sequence[tuple[float, float]]
 
 
-def draw(folder: RunFolder, model: AlexNet) -> list[Path]:
-    """Draw both pictures into a run's folder and return their paths."""
+def draw(folder: RunFolder, kernels: Sequence[Tensor]) -> list[Path]:
+    """Draw both pictures into a run's folder and return their paths; ``kernels`` are each tower's of conv1."""
     part = folder.kernels.with_suffix(".part.png")
-    Image.fromarray(
-        kernel_picture([tower.get_parameter("conv1.weight").detach().cpu().numpy() for tower in model.each_tower])
-    ).save(part)
+    Image.fromarray(kernel_picture([weights.detach().cpu().numpy() for weights in kernels])).save(part)
     part.replace(folder.kernels)
     steps, epochs = read_log(folder.log)
     write_atomically(folder.curves, learning_curves(steps, epochs).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 
@@ -21,6 +22,9 @@ class Account(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     substituted: int
 
 
+_COUNTS: Final = len(Account.__struct_fields__) - 1
+
+
 def merge_accounts(earlier: Sequence[Account], later: Sequence[Account]) -> list[Account]:
     """The accounts of a run that was left and resumed.
 
@@ -31,6 +35,19 @@ def merge_accounts(earlier: Sequence[Account], later: Sequence[Account]) -> list
         first = merged.get(account.epoch)
         merged[account.epoch] = account if first is None else _together(first, account)
     return [merged[epoch] for epoch in sorted(merged)]
+
+
+def as_numbers(accounts: Sequence[Account], epochs: Sequence[int]) -> list[float]:
+    """The counts of ``epochs`` one after the other, zeros where there is no account; the inverse of ``from_numbers``."""
+    known = {account.epoch: msgspec.structs.astuple(account)[1:] for account in accounts}
+    return [count for epoch in epochs for count in known.get(epoch, (0,) * _COUNTS)]
+
+
+def from_numbers(everyone: Sequence[Sequence[float]], epochs: Sequence[int]) -> list[Account]:
+    """The accounts of ``epochs``, added up over the processes that each had a part of the samples."""
+    sums = [int(sum(column)) for column in zip(*everyone, strict=True)]
+    counts = [sums[i : i + _COUNTS] for i in range(0, len(sums), _COUNTS)]
+    return [Account(epoch, *of_epoch) for epoch, of_epoch in zip(epochs, counts, strict=True) if any(of_epoch)]
 
 
 def _together(first: Account, rest: Account) -> Account:

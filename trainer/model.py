@@ -43,11 +43,11 @@ NUMBERS: Final = {
 }
 """A layer's number in the addresses of random words, whether other layers are left out or not."""
 
-_KERNELS: Final = {"conv1": (11, 4, 0), "conv2": (5, 1, 2), "conv3": (3, 1, 1), "conv4": (3, 1, 1), "conv5": (3, 1, 1)}
+KERNELS: Final = {"conv1": (11, 4, 0), "conv2": (5, 1, 2), "conv3": (3, 1, 1), "conv4": (3, 1, 1), "conv5": (3, 1, 1)}
 """Side, stride and padding of each convolution."""
 
 _POOLED_SIDE: Final = 6
-_CONV1_ZEROS: Final = (0, 3, 0, 3)
+CONV1_ZEROS: Final = (0, 3, 0, 3)
 """Columns at the right and rows at the bottom: 224 + 3 gives 55 places for kernels of 11 at stride 4."""
 
 
@@ -114,7 +114,7 @@ class Tower(nn.Module):
         self._activate = torch.tanh if variation.activation == "tanh" else functional.relu
         count, fan_in = sizes.counts(), sizes.fan_ins()
         for name in count:
-            side, stride, padding = _KERNELS.get(name, (0, 1, 0))
+            side, stride, padding = KERNELS.get(name, (0, 1, 0))
             layer: nn.Module
             if side:
                 layer = nn.Conv2d(fan_in[name] // side**2, count[name], side, stride=stride, padding=padding)
@@ -124,7 +124,7 @@ class Tower(nn.Module):
 
     def lower(self, images: Tensor) -> Tensor:
         """conv1 and conv2: (B, 3, 224, 224) -> (B, C2, 13, 13)."""
-        maps = self._layers["conv1"](functional.pad(images, _CONV1_ZEROS))  # (B, C1, 55, 55)
+        maps = self._layers["conv1"](functional.pad(images, CONV1_ZEROS))  # (B, C1, 55, 55)
         if self._preset.relu_before_lrn1:
             maps = self._pool(self._normalise(self._activate(maps)))
         else:
@@ -228,6 +228,12 @@ class AlexNet(nn.Module):
             self.fc8.to_empty(device=self.devices[0])
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._initialise(Sizes.of(towers, 1.0, self.variation.without), seed)
+
+    def owns(self, name: str) -> bool:
+        """Whether a parameter of that name would be this process's to hold; true of names that no network has."""
+        owner, _, rest = name.partition(".")
+        elsewhere = {str(index) for index in range(self.sizes.towers)} - set(self.towers)
+        return rest.partition(".")[0] not in elsewhere if owner == "towers" else owner != "fc8" or self.fc8 is not None
 
     @property
     def each_tower(self) -> list[Tower]:

@@ -75,7 +75,9 @@ class PaperSGD:
     def load_momentum(self, momentum: Mapping[str, Tensor]) -> None:
         """Take over what ``momentum`` gave, under the same learning rate."""
         for name, buffer in momentum.items():
-            parameter = self._named[name]
+            parameter = self._named.get(name)
+            if parameter is None:
+                continue  # of a tower that lives in another process
             kept = torch.empty_like(parameter, requires_grad=False)
             self._sgd.state[parameter]["momentum_buffer"] = kept.copy_(buffer)
 

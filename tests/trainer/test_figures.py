@@ -58,7 +58,7 @@ def test_draw_writes_both(tmp_path: Path) -> None:
     """Into the run's folder, readable."""
     folder = RunFolder.create(tmp_path / "run", tmp_path)
     folder.append(step(1, 2.0))
-    kernels, curves = figures.draw(folder, AlexNet(2, width=0.05))
+    kernels, curves = figures.draw(folder, [tower.conv1.weight for tower in AlexNet(2, width=0.05).each_tower])
     with Image.open(kernels) as picture:
         assert picture.mode == "RGB"
     assert ElementTree.parse(curves).getroot().tag.endswith("svg")

@@ -1,4 +1,4 @@
-"""The command line: ``trainer run``, ``set-lr``, ``evaluate`` and ``predict``."""
+"""The command line: ``trainer run``, ``set-lr``, ``evaluate``, ``predict`` and ``export``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from trainer import checkpoint
 from trainer.config import DEFAULT_RUNS, Source
 from trainer.errors import ConfigError, DeviceError, RunFolderError, TrainerError
 from trainer.evaluate import VIEWS, evaluate_runs
+from trainer.export import export_run
 from trainer.feed import LoaderServiceError, open_source
 from trainer.loop import Resume, train
 from trainer.options import (
@@ -134,6 +135,16 @@ def set_lr(run: Path, rate: float) -> None:
     with _one_sentence():
         RunFolder(run).want_rate(rate)
     click.echo(f"{run} trains at a learning rate of {rate:g} from its next step on.")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path), metavar="FILE.safetensors")
+def export(run: Path, target: Path) -> None:
+    """Write a RUN's network, its towers merged into one grouped network, to a safetensors file."""
+    with _one_sentence():
+        export_run(run, target)
+    click.echo(f"{target} has the network, the mean image to subtract and the names of the classes.")
 
 
 def _check_shared(world: World, path: Path | None, saved: Resume | None) -> None:

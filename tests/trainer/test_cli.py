@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
+from safetensors.torch import load_file
 
 from loader_service import LocalNode
 from trainer import checkpoint, feed
@@ -116,6 +118,18 @@ def test_predict(run: Path, tmp_path: Path) -> None:
     assert sum(probabilities) == pytest.approx(1, abs=1e-5)
     assert probabilities == sorted(probabilities, reverse=True)
     assert "red.png" in trainer("predict", run, tmp_path / "red.png").stdout
+
+
+def test_export(run: Path, tmp_path: Path) -> None:
+    """A file that safetensors reads, with both towers' kernels and the mean image; it is not overwritten."""
+    target = tmp_path / "net.safetensors"
+    assert trainer("export", run, target).exit_code == 0
+    tensors = load_file(target)
+    state = checkpoint.load(Path(summary(run)["checkpoint"])).model
+    both = torch.cat([state["towers.0.conv1.weight"], state["towers.1.conv1.weight"]])
+    assert torch.equal(tensors["conv1.weight"], both)
+    assert tensors["mean"].shape == (256, 256, 3)
+    assert_refused(trainer("export", run, target), 3, "there is a file of that name already")
 
 
 def test_a_run_folder_is_never_overwritten(node: str, run: Path) -> None:

@@ -37,6 +37,9 @@ from loader_service.spec import DatasetFacts, Split
 log = logging.getLogger("loader_service.node")
 
 TICK_MS: Final = 500
+MAX_CLIENTS: Final = 256
+"""More than any cluster has trainers; whoever says hello under ever new names reaches it, and costs no more."""
+
 MESSAGES_PER_TURN: Final = 64
 """Messages taken from clients before workers are looked at again, so that neither starves the other."""
 
@@ -206,6 +209,8 @@ class Front:
     def _answer(self, client: bytes, message: messages.FromClient) -> None:
         known = client in self._roster.clients
         match message:
+            case messages.Hello() if not known and len(self._roster.clients) >= MAX_CLIENTS:
+                self._refuse(client, f"there are {MAX_CLIENTS} clients already")
             case messages.Hello():
                 self._do(self._roster.client_joined(client, message.client))
                 self._post(client, [self._welcome])
@@ -371,7 +376,7 @@ class Front:
         )
 
     def _worker_status(self, worker: Worker) -> messages.WorkerStatus:
-        state = "working" if worker.tasks else "idle" if worker.ready else "starting"
+        state = "working" if worker.tasks else "idle" if worker.ready and worker.pid else "starting"
         record, stage = self._crew.at(worker.index)
         return messages.WorkerStatus(
             worker.pid,

@@ -17,6 +17,7 @@ import zmq
 
 from loader_service import Loader, LocalNode, errors, status
 from loader_service.link import messages
+from loader_service.node.front import MAX_CLIENTS
 
 StartNode = Callable[..., Any]
 Eventually = Callable[[Callable[[], bool], str], None]
@@ -183,3 +184,23 @@ def test_a_client_that_never_reads_costs_no_memory(start_node: StartNode, eventu
     finally:
         dealer.close(linger=0)
         context.term()
+
+
+def test_there_is_an_end_to_the_clients_that_a_node_takes(start_node: StartNode, eventually: Eventually) -> None:
+    """Hellos of ever new clients fill the node's list up to its end; who is on it already is served on."""
+    node = start_node(workers=1)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with Loader(node.address, epochs=2, batch_size=64, timeout_s=20) as loader:
+        next(loader)
+        dealers = [context.socket(zmq.DEALER) for _ in range(MAX_CLIENTS + 20)]
+        try:
+            for dealer in dealers:
+                dealer.connect(node.address)
+                dealer.send(messages.encode(messages.Hello(messages.PROTOCOL, "another")))
+            eventually(lambda: status(node.address).refused == 21, "all have said hello")
+            assert len(status(node.address).clients) == MAX_CLIENTS
+            assert sum(len(batch.labels) for batch in loader) == 2 * 300 - 64
+        finally:
+            for dealer in dealers:
+                dealer.close(linger=0)
+            context.term()

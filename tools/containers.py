@@ -6,7 +6,7 @@ Rules of this file:
 - It works in a project of its own, so nobody's volumes or containers are touched; whatever ends it (its end, a failed
   step, Ctrl-C, SIGTERM) also removes that project's containers, networks and volumes. Images stay.
 - ``build`` and the other commands are two, because an engine may have the network for the one and not for the other.
-- Nothing waits for a time to pass: what the trainer prints says when it is in the middle of an epoch.
+- Nothing waits for a time to pass: the trainer's own lines say when it is in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ WHEELS_PORT: Final = 8998
 TRAINING: Final = ("--width", "0.25", "--batch-size", "32", "--epochs")
 """As in `make demo`, but for fewer epochs: enough to be far from chance, or to lose a node and win another."""
 
-_MIDDLE: Final = re.compile(r"epoch 1/\d+  ")
-"""What the trainer's lines begin with while it is in its first epoch."""
+_MIDDLE: Final = re.compile(r"epoch \d+/\d+  ")
+"""What the trainer's lines begin with while it is in the middle of an epoch."""
 
 
 class Client(msgspec.Struct):
@@ -116,6 +116,10 @@ class Compose:
         """The numbers of a service's running containers."""
         names = self.ask("ps", "--format", "{{.Name}}", service).split()
         return {int(name.rpartition("-")[2]) for name in names}
+
+    def freeze(self, service: str, index: int) -> None:
+        """Stop all processes of a container where they are."""
+        self._finish(["docker", "pause", f"{PROJECT}-{service}-{index}"])
 
     def destroy(self, service: str, index: int) -> None:
         """Kill a container by SIGKILL, and take it away."""
@@ -189,8 +193,9 @@ def demo() -> None:
     with Compose(TRAINER_OPTIONS=shlex.join([*TRAINING, "6"]), RUN="demo") as compose:
         heading("preprocess, keys, loader, trainer: each starts when those before it have done their part")
         compose.run("up", "--detach", TRAINER)
-        for _ in middles(compose):
-            expect_transport(compose, "shm")
+        for number in middles(compose):
+            if number == 0:
+                expect_transport(compose, "shm")
         heading("evaluation: ten crops of each validation image")
         evaluation = evaluate(compose, "demo")
         folder, summary = copy_run(compose, "demo")
@@ -210,35 +215,44 @@ def demo() -> None:
 
 
 def scale() -> None:
-    """Three loaders, of which one is killed in the middle of an epoch, and another is added; nothing is shared but TCP."""
+    """Three loaders, of which one is killed in the middle of an epoch, and another is added; all by TCP."""
     apart = {"LOADER_IPC": "private", "TRAINER_IPC": "private"}
-    added: list[int] = []
+    held, added = 0, list[int]()
     with Compose(TRAINER_OPTIONS=shlex.join([*TRAINING, "3"]), RUN="scale", LOADER_WORKERS="1", **apart) as compose:
         heading("three loaders and a trainer with no memory in common, as if each were a host")
         compose.run("up", "--detach", "--scale", "loader=3", TRAINER)
-        for _ in middles(compose):
-            expect_transport(compose, "tcp")
-            added = exchange_a_loader(compose)
+        for number in middles(compose):
+            if number == 0:
+                expect_transport(compose, "tcp")
+                heading("in the middle of an epoch a loader is held, so that it keeps what it is asked for")
+                # The busiest one: the others may have nothing to do, for it is the trainer that is slow here.
+                held = max(compose.indices("loader"), key=lambda index: samples_made(compose, index))
+                compose.freeze("loader", held)
+            elif number == 1:
+                heading("it is killed, and another is added")
+                added = exchange_a_loader(compose, held)
         if not added:
             raise ToolFailed("the training was over before a loader could be killed.")
-        made = sum(worker.samples for index in added for worker in compose.status(index).workers)
+        made = sum(samples_made(compose, index) for index in added)
         folder, summary = copy_run(compose, "scale")
     check(summary)
     heading("The training has outlived its loader.")
     say(f"  exactly once  {account(summary)}\n  the added one made {made:,} samples\n  the run       {folder}")
     if not made:
         raise ToolFailed("the loader that was added was given no work.")
+    if not any(epoch.reassigned for epoch in summary.ledger):
+        raise ToolFailed("the loader that was killed had nothing to do: no slice was asked for again.")
 
 
-def middles(compose: Compose) -> Iterator[None]:
-    """Follow the trainer to its end; hand over once, in the middle of its first epoch."""
-    reached = False
+def middles(compose: Compose) -> Iterator[int]:
+    """Follow the trainer to its end; hand over whenever it tells of the middle of an epoch, with how often it has."""
+    reached = 0
     for line in compose.follow(TRAINER):
-        if not reached and _MIDDLE.match(line):
-            reached = True
-            yield
+        if _MIDDLE.match(line):
+            yield reached
+            reached += 1
     if not reached:
-        raise ToolFailed("the trainer did not say that it was in its first epoch.")
+        raise ToolFailed("the trainer has ended without a line from the middle of an epoch.")
 
 
 def expect_transport(compose: Compose, transport: str) -> None:
@@ -248,11 +262,15 @@ def expect_transport(compose: Compose, transport: str) -> None:
         raise ToolFailed(f"batches were to come by {transport}, but come by {', '.join(sorted(found)) or 'no way'}.")
 
 
-def exchange_a_loader(compose: Compose) -> list[int]:
-    """Kill the second loader and start one more; returns the numbers of those that are new."""
-    heading("in the middle of the first epoch: a loader is killed, and another is added")
+def samples_made(compose: Compose, index: int) -> int:
+    """How many samples a loader's workers have made."""
+    return sum(worker.samples for worker in compose.status(index).workers)
+
+
+def exchange_a_loader(compose: Compose, index: int) -> list[int]:
+    """Kill a loader and start one more; returns the numbers of those that are new."""
     before = compose.indices("loader")
-    compose.destroy("loader", 2)
+    compose.destroy("loader", index)
     compose.run("up", "--detach", "--no-deps", "--no-recreate", "--scale", "loader=3", "loader")
     return sorted(compose.indices("loader") - before)
 
@@ -260,7 +278,7 @@ def exchange_a_loader(compose: Compose) -> list[int]:
 def evaluate(compose: Compose, run: str) -> Evaluation:
     """The newest checkpoint's error, by a container of its own."""
     options = ["--loader", "tcp://loader:5555", "--views", "ten-crop", "--json"]
-    printed = compose.ask("run", "--rm", "-T", TRAINER, "evaluate", f"/runs/{run}", *options)
+    printed = compose.ask("run", "--rm", "-T", "--no-deps", TRAINER, "evaluate", f"/runs/{run}", *options)
     return read(printed, Evaluation, "what `trainer evaluate --json` printed")
 
 

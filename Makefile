@@ -10,7 +10,7 @@ ENGINE  =
 run     = .venv/bin/python
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo preprocess test style types cover chaos fuzz docker docker-scale docker-images clean
+.PHONY: help setup demo preprocess test style types cover chaos fuzz docker docker-scale docker-images bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ docker-scale: setup docker-images ## three loaders in containers: one is killed 
 
 docker-images: setup ## the images alone
 	@$(if $(ENGINE),$(ENGINE) build build/docker) $(run) -m tools.containers build
+
+bench: setup ## this beside the machine's limits and other loaders -> docs/benchmarks.md; [ARGS="--peers none"]
+	@$(run) -m tools.bench $(ARGS)
 
 clean: ## remove what make has made: .venv, build/ and caches; data/ and runs/ stay
 	rm -rf .venv build dist *.egg-info loader_service/data/*.so .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,123 @@
+"""The benchmark as a whole, with tiny numbers and no peers, and the arithmetic of its bars."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from tools.bench.bars import bars, ratio
+from tools.bench.contest import Contestant, Running, Turn
+from tools.bench.document import Results
+from tools.bench.turns import touch
+from tools.command import ToolFailed
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A folder of two photographs' worth of noise."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for number in range(2):
+        noise = np.random.Generator(np.random.Philox(number)).integers(0, 256, (300, 280, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.jpg")
+    return folder
+
+
+def turn(rate: float, consumer: float = 0.0) -> Turn:
+    """A turn at this rate; its consumer took this share of one millisecond per image."""
+    return Turn(images_per_s=rate, cpu_ms=1.0, consumer_cpu_ms=consumer, memory_mb=1.0)
+
+
+def contestant(program: str) -> Contestant:
+    """One that is a Python program."""
+    return Contestant("other", "other", "raw", "peer", (sys.executable, "-c", program))
+
+
+@pytest.mark.timeout(100)
+def test_a_small_run_writes_its_results_and_document(tmp_path: Path, photographs: Path) -> None:
+    """Every way of ours and every limit delivers images in every round, and the document tells of each."""
+    command = [
+        sys.executable,
+        "-m",
+        "tools.bench",
+        "--peers",
+        "none",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.05",
+        "--no-single",
+    ]
+    command += ["--records", "256", "--workers", "1", "--photographs", str(photographs), "--build", str(tmp_path)]
+    command += ["--document", str(tmp_path / "benchmarks.md")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=90)
+    results = msgspec.json.decode((tmp_path / "results.json").read_bytes(), type=Results)
+    assert {each.kind for each in results.contestants} == {"ours", "limit"}
+    assert all(turns[0].images_per_s > 0 for turns in results.rounds.values())
+    document = (tmp_path / "benchmarks.md").read_text()
+    assert [each.title for each in results.contestants if each.title not in document] == []
+
+
+def test_an_unknown_peer_is_refused() -> None:
+    """The sentence names those that there are."""
+    command = [sys.executable, "-m", "tools.bench", "--peers", "nobody"]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "there is no peer 'nobody'; there are dataloader, dali" in done.stderr
+
+
+def test_ratios_are_taken_within_a_round_and_against_the_best() -> None:
+    """The median is of the rounds' ratios, not the ratio of medians."""
+    rounds = {
+        "a": [turn(10), turn(60), turn(30)],
+        "b": [turn(10), turn(20), turn(5)],
+        "c": [turn(1), turn(10), turn(10)],
+    }
+    found = ratio(rounds, "a", ("b", "c", "absent"))
+    assert found is not None
+    assert (found.least, found.median, found.most) == (1, 3, 3)
+    assert ratio(rounds, "a", ("absent",)) is None
+
+
+@pytest.mark.parametrize(("rate", "reached"), [(60.0, True), (59.0, False)])
+def test_a_bar_is_reached_at_its_figure(rate: float, reached: bool) -> None:
+    """0.60 of the memcpy limit is enough, less is not; what was not measured is not reached."""
+    found = bars({"ours-raw-shm": [turn(rate, 0.04)], "memcpy": [turn(100)]}, None)
+    assert found[0].reached is reached
+    assert [bar.reached for bar in found if bar.figure is None] == [False] * 7
+    assert found[-1].reached
+
+
+def test_a_contestant_that_breaks_is_named_with_its_last_words() -> None:
+    """Its exit code and the end of its log are in the sentence."""
+    sentence = r"other ended with exit code 1: no such format"
+    with Running(contestant("raise SystemExit('no such format')")) as broken, pytest.raises(ToolFailed, match=sentence):
+        broken.wait()
+
+
+def test_leaving_ends_all_processes_of_a_contestant() -> None:
+    """Also those that it started itself."""
+    program = "import subprocess, sys; subprocess.Popen(['cat'], stdin=subprocess.PIPE); print('ready', flush=True)"
+    program += "; sys.stdin.read()"
+    with Running(contestant(program)) as running:
+        running.wait()
+        [child] = psutil.Process().children()
+        tree = [child, *child.children(recursive=True)]
+        assert len(tree) == 2
+    assert not any(process.is_running() for process in tree)
+
+
+@pytest.mark.parametrize("images", [np.zeros((2, 256, 256, 3), np.uint8), np.zeros((2, 224, 224, 3), np.float32)])
+def test_a_batch_of_another_form_does_not_count(images: np.ndarray) -> None:
+    """A figure for other pixels would mean something else."""
+    with pytest.raises(SystemExit, match="a batch is"):
+        touch(images)

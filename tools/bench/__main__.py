@@ -1,0 +1,147 @@
+"""``make bench``: this project, the machine's limits and what people would use instead, in one run on this machine."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import click
+import msgspec
+
+from tools.bench.contest import ROOT, Contestant, Running, Turn
+from tools.bench.contestants import limits, ours, peers
+from tools.bench.document import Results, machine, markdown
+from tools.bench.pictures import make
+from tools.bench.single import measure
+from tools.bench.turns import BATCH, WORKERS_DEFAULT
+from tools.bench.venvs import PEERS, NotInstalled, python_of, versions
+from tools.command import CONTEXT, Command, ToolFailed
+
+BUILD: Final = ROOT / "build" / "bench"
+DOCUMENT: Final = ROOT / "docs" / "benchmarks.md"
+NOTES: Final = ROOT / "docs" / "benchmarks-notes.md"
+SOURCES: Final = (ROOT.parent / "shared" / "data" / "imagenet-sample.tar", ROOT / "build" / "sample-images")
+WARM_SHARE: Final = 0.4
+"""Of a turn's seconds, spent before the clock starts: what was made ahead is used up by then."""
+
+PARTS: Final = ("loader-service", "numpy", "lmdb", "pyzmq", "simplejpeg")
+
+
+def chosen_peers(names: str) -> list[str]:
+    """The peers that an option names: ``none``, ``all`` or names with commas between them."""
+    if names == "none":
+        return []
+    wanted = list(PEERS) if names == "all" else [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in PEERS:
+            raise click.BadParameter(f"there is no peer {name!r}; there are {', '.join(PEERS)}", param_hint="--peers")
+    return wanted
+
+
+def source() -> Path:
+    """Where photographs are.
+
+    Raises:
+        ToolFailed: nowhere.
+    """
+    for path in SOURCES:
+        if path.exists():
+            return path
+    raise ToolFailed("there are no photographs; make some: python -m tools.sample_images build/sample-images")
+
+
+def play(contestants: list[Contestant], rounds: int, seconds: float, missing: dict[str, str]) -> dict[str, list[Turn]]:
+    """Every contestant's turns; a peer that breaks is out, and why goes to ``missing``."""
+    turns: dict[str, list[Turn]] = {}
+    with ExitStack() as stack:
+        running = []
+        for contestant in contestants:
+            click.echo(f"starting {contestant.name}", err=True)
+            try:
+                one = stack.enter_context(Running(contestant))
+                one.wait()
+                one.turn(WARM_SHARE * seconds, seconds)  # not counted: pages are mapped, caches are warm
+            except ToolFailed as error:
+                if contestant.kind != "peer":
+                    raise
+                missing[contestant.name] = str(error)
+            else:
+                running.append(one)
+        for number in range(rounds):
+            for one in running:
+                turn = one.turn(WARM_SHARE * seconds, seconds)
+                turns.setdefault(one.contestant.name, []).append(turn)
+                click.echo(
+                    f"round {number + 1}/{rounds} {one.contestant.name:<18} {turn.images_per_s:>9,.0f}/s", err=True
+                )
+    return turns
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.option("--peers", "peer_names", default="all", show_default=True, help="none, all, or names with commas.")
+@click.option("--rounds", default=9, show_default=True, type=click.IntRange(1), help="Turns of each contestant.")
+@click.option("--seconds", default=1.5, show_default=True, type=click.FloatRange(0.01), help="Length of a turn.")
+@click.option("--records", default=8192, show_default=True, type=click.IntRange(2 * BATCH), help="Records to make.")
+@click.option("--workers", default=WORKERS_DEFAULT, show_default=True, type=click.IntRange(1), help="For everybody.")
+@click.option(
+    "--photographs", type=click.Path(exists=True, path_type=Path), help="Folder or archive to cut records of."
+)
+@click.option("--single/--no-single", default=True, help="Also start, memory and preprocessing.")
+@click.option("--build", default=BUILD, type=click.Path(path_type=Path), help="Where records and results go.")
+@click.option("--document", default=DOCUMENT, type=click.Path(path_type=Path), help="Where the document goes.")
+def main(
+    peer_names: str,
+    rounds: int,
+    seconds: float,
+    records: int,
+    workers: int,
+    photographs: Path | None,
+    single: bool,
+    build: Path,
+    document: Path,
+) -> None:
+    """Measure this project beside the machine's limits and its peers, and write docs/benchmarks.md."""
+    wanted, found = chosen_peers(peer_names), photographs or source()
+    missing, pythons = dict[str, str](), dict[str, Path]()
+    for peer in wanted:
+        click.echo(f"environment of {peer}", err=True)
+        try:
+            pythons[peer] = python_of(peer, ROOT)
+        except NotInstalled as error:
+            missing[peer] = str(error)
+    folder = build.resolve() / f"records-{records}"
+    facts = make(folder, found, records)
+    contestants = limits(folder, workers) + ours(folder, workers) + peers(folder, workers, pythons)
+    before = os.getloadavg()[0]
+    turns = play(contestants, rounds, seconds, missing)
+    after = os.getloadavg()[0]
+    results = Results(
+        date=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+        machine=machine(),
+        versions={"here": _own_versions()} | {peer: versions(peer) for peer in pythons},
+        load=(before, after),
+        records=facts,
+        workers=workers,
+        seconds=seconds,
+        contestants=[each for each in contestants if each.name in turns],
+        rounds=turns,
+        single=measure(folder, found, workers) if single else None,
+        missing=missing,
+    )
+    (build / "results.json").write_bytes(msgspec.json.format(msgspec.json.encode(results)))
+    document.parent.mkdir(parents=True, exist_ok=True)
+    document.write_text(markdown(results, NOTES.read_text() if NOTES.exists() else ""))
+    click.echo(f"wrote {document} and {build / 'results.json'}")
+
+
+def _own_versions() -> str:
+    return ", ".join([f"Python {platform.python_version()}", *(f"{part} {version(part)}" for part in PARTS)])
+
+
+if __name__ == "__main__":
+    main()

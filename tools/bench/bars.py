@@ -1,0 +1,85 @@
+"""The bars that this project sets itself, and how far the figures reach."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from tools.bench.contest import Turn
+from tools.bench.single import Single
+
+Rounds = dict[str, list[Turn]]
+"""The turns of each contestant, by its name, round by round."""
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """A median and what it lies between."""
+
+    median: float
+    least: float
+    most: float
+
+
+class Bar(msgspec.Struct, frozen=True):
+    """A bar and the figure it is for; ``figure`` is None where what it takes was not measured."""
+
+    what: str
+    need: str
+    figure: Spread | None
+    reached: bool
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of some figures."""
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def ratio(rounds: Rounds, name: str, others: Sequence[str]) -> Spread | None:
+    """A contestant's rate by the best of others' in the same round; None if any of them is missing altogether."""
+    there = [rounds[other] for other in others if other in rounds]
+    if name not in rounds or not there:
+        return None
+    best = [max(turn.images_per_s for turn in turns) for turns in zip(*there, strict=True)]
+    return spread([turn.images_per_s / rate for turn, rate in zip(rounds[name], best, strict=True)])
+
+
+RATIOS: Final = (
+    ("raw, shared memory: of the memcpy limit", "ours-raw-shm", ("memcpy",), 0.60),
+    ("raw, shared memory: times FFCV raw", "ours-raw-shm", ("ffcv-raw",), 6.0),
+    ("raw, shared memory: times DataLoader over LMDB", "ours-raw-shm", ("dataloader-raw",), 16.0),
+    ("jpeg, shared memory: of the decode limit", "ours-jpeg-shm", ("decode",), 0.85),
+    ("jpeg, shared memory: times the best of DALI and FFCV", "ours-jpeg-shm", ("dali-jpeg", "ffcv-jpeg"), 2.0),
+    ("jpeg, shared memory: times DataLoader", "ours-jpeg-shm", ("dataloader-jpeg", "dataloader-files"), 4.0),
+    ("raw over TCP loopback: of ZeroMQ alone", "ours-raw-tcp", ("zmq",), 0.70),
+    ("raw over TCP loopback with CURVE: of ZeroMQ with CURVE", "ours-raw-curve", ("zmq-curve",), 0.70),
+)
+"""What, whose rate, by the best of whose, at least."""
+
+
+def bars(rounds: Rounds, single: Single | None) -> list[Bar]:
+    """All bars, in order."""
+    found = []
+    for what, name, others, need in RATIOS:
+        figure = ratio(rounds, name, others)
+        found.append(Bar(what, f"at least {need:.2f}", figure, figure is not None and figure.median >= need))
+    if turns := rounds.get("ours-raw-shm"):
+        share = spread([turn.consumer_cpu_ms / turn.cpu_ms for turn in turns])
+        found.append(Bar("raw: trainer process's share of the CPU time", "below 0.05", share, share.median < 0.05))
+    if single:
+        found += _single_bars(single)
+    return found
+
+
+def _single_bars(single: Single) -> list[Bar]:
+    preprocess = single.preprocess_per_s / single.standardise_per_s
+    return [
+        Bar("preprocessing: of decode + resize alone", "at least 0.75", spread([preprocess]), preprocess >= 0.75),
+        Bar("MB of a worker's own", "below 60", spread(single.worker_mb), max(single.worker_mb) < 60),
+        Bar("no torch in a worker (1: none)", "1", spread([float(single.torch_free)]), single.torch_free),
+        Bar(
+            "seconds from start to the first batch", "at most 1.5", spread(single.starts_s), single.first_batch_s <= 1.5
+        ),
+    ]

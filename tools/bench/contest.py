@@ -1,0 +1,181 @@
+"""Contestants as child processes, one turn at a time; see ``turns`` for what they and this module say to each other.
+
+Rules of this file:
+
+- A turn is one contestant's alone: all others wait with what they have made ahead, and use it up before their own clock
+  starts.
+- CPU time is that of the whole tree of processes, so that what runs in another process is not free.
+- Whatever ends the benchmark also ends every contestant, with the processes it started.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+import msgspec
+import psutil
+
+from tools.command import ToolFailed
+
+ROOT: Final = Path(__file__).resolve().parent.parent.parent
+GONE_S: Final = 10.0
+
+
+class Contestant(msgspec.Struct, frozen=True):
+    """What competes.
+
+    Fields:
+        name: unique, for files and options.
+        title: for people.
+        codec: of the records it reads, ``raw`` or ``jpeg``.
+        kind: ``ours``, ``peer`` or ``limit``.
+        command: starts one of its processes.
+        copies: how many of them.
+    """
+
+    name: str
+    title: str
+    codec: str
+    kind: str
+    command: tuple[str, ...]
+    copies: int = 1
+
+
+class Turn(msgspec.Struct, frozen=True):
+    """What one turn came to.
+
+    Fields:
+        images_per_s: delivered, of all copies together.
+        cpu_ms: milliseconds of CPU per image (equally seconds per 1,000), of all its processes.
+        consumer_cpu_ms: those of the process that receives the batches alone; both without what the benchmark itself
+            spent on touching and checking, where the contestant told it.
+        memory_mb: proportional set size of all its processes, 10**6 bytes; shared pages are counted once.
+    """
+
+    images_per_s: float
+    cpu_ms: float
+    consumer_cpu_ms: float
+    memory_mb: float
+
+
+class Running:
+    """A contestant whose processes run; a context manager that ends them.
+
+    Args:
+        contestant: which.
+        environ: added to the environment.
+
+    Raises:
+        ToolFailed: it ended before it was ready; the sentence has the end of what it said.
+    """
+
+    def __init__(self, contestant: Contestant, environ: Mapping[str, str] | None = None) -> None:
+        self.contestant = contestant
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 -- close() closes it
+        self._processes = [self._start(environ or {}) for _ in range(contestant.copies)]
+
+    def wait(self) -> None:
+        """Return when all copies are ready."""
+        self._expect("ready")
+
+    def turn(self, warm_s: float, seconds: float) -> Turn:
+        """Have it deliver for ``seconds`` after ``warm_s``."""
+        for process in self._processes:
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):  # its end is noticed, and explained, when it does not answer
+                process.stdin.write(f"{warm_s} {seconds}\n")
+                process.stdin.flush()
+        self._expect("begin")
+        before = self._cpu()
+        answers = [self._read(process).split() for process in self._processes]
+        after = self._cpu()
+        images = sum(int(count) for count, _, _ in answers)
+        spent_s = sum(float(spent) for _, _, spent in answers)
+        total_s, consumer_s = after[0] - before[0] - spent_s, after[1] - before[1] - spent_s
+        return Turn(
+            images_per_s=sum(int(count) / float(took_s) for count, took_s, _ in answers),
+            cpu_ms=1000 * total_s / images,
+            consumer_cpu_ms=1000 * consumer_s / images,
+            memory_mb=self._memory() / 1e6,
+        )
+
+    def close(self) -> None:
+        """End its processes and theirs."""
+        everyone = self._tree()
+        for process in self._processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        _, alive = psutil.wait_procs(everyone, GONE_S)
+        for child in alive:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        for process in self._processes:
+            process.communicate()
+        self._log.close()
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self, environ: Mapping[str, str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.contestant.command,
+            cwd=ROOT,
+            env={**os.environ, **environ},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
+        )
+
+    def _expect(self, word: str) -> None:
+        for process in self._processes:
+            if (line := self._read(process)) != word:
+                raise ToolFailed(f"{self.contestant.name} said {line!r} where {word!r} was due.")
+
+    def _read(self, process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        if line := process.stdout.readline().strip():
+            return line
+        process.wait(GONE_S)
+        self._log.seek(0)
+        said = " ".join(self._log.read().strip().splitlines()[-3:])
+        raise ToolFailed(f"{self.contestant.name} ended with exit code {process.returncode}: {said}")
+
+    def _tree(self) -> list[psutil.Process]:
+        found = []
+        for process in self._processes:
+            with suppress(psutil.NoSuchProcess):
+                root = psutil.Process(process.pid)
+                found += [root, *root.children(recursive=True)]
+        return found
+
+    def _cpu(self) -> tuple[float, float]:
+        """CPU seconds so far: of all processes, and of those that were started here."""
+        total_s = consumer_s = 0.0
+        own = {process.pid for process in self._processes}
+        for process in self._tree():
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                used_s = times.user + times.system
+                total_s += used_s
+                consumer_s += used_s if process.pid in own else 0.0
+        return total_s, consumer_s
+
+    def _memory(self) -> int:
+        total = 0
+        for process in self._tree():
+            with suppress(psutil.NoSuchProcess):
+                total += process.memory_full_info().pss
+        return total

@@ -1,0 +1,164 @@
+"""``docs/benchmarks.md``, written from the results of a run and nothing else."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from tools.bench.bars import Bar, Rounds, Spread, bars, ratio, spread
+from tools.bench.contest import Contestant, Turn
+from tools.bench.kernel import cpu_name
+from tools.bench.pictures import Facts
+from tools.bench.single import Single
+from tools.bench.turns import BATCH
+
+CHART_WIDTH: Final = 50
+LIMITS: Final = {"raw": "memcpy", "jpeg": "decode"}
+
+
+class Results(msgspec.Struct, frozen=True):
+    """A run: what ``build/bench/results.json`` holds.
+
+    Fields:
+        date: UTC, as people write it.
+        machine: what it ran on.
+        versions: of this project's parts and of each peer.
+        load: the system's load average over the last minute, before the first round and after the last.
+        missing: for each peer that was not measured, why.
+    """
+
+    date: str
+    machine: str
+    versions: dict[str, str]
+    load: tuple[float, float]
+    records: Facts
+    workers: int
+    seconds: float
+    contestants: list[Contestant]
+    rounds: Rounds
+    single: Single | None
+    missing: dict[str, str]
+
+
+def machine() -> str:
+    """This machine in a line."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()} {platform.release()}"
+
+
+def markdown(results: Results, notes: str) -> str:
+    """The whole document."""
+    parts = [
+        "# Benchmarks",
+        "Written by `make bench` from one run; do not edit, but for benchmarks-notes.md, which is the last section.",
+        _setting(results),
+        "## Bars",
+        _bar_table(bars(results.rounds, results.single)),
+    ]
+    for codec in LIMITS:
+        parts += [f"## {codec.capitalize()} records", _table(results, codec), _chart(results, codec)]
+    if results.single:
+        parts += ["## Measured once", _single(results.single)]
+    if results.missing:
+        parts += ["## Not measured", "\n".join(f"- {peer}: {why}" for peer, why in results.missing.items())]
+    return "\n\n".join([*parts, notes.strip()]).rstrip() + "\n"
+
+
+def _setting(results: Results) -> str:
+    facts, rounds = results.records, len(next(iter(results.rounds.values())))
+    load = f"load average {results.load[0]:.2f} before and {results.load[1]:.2f} after"
+    versions = "; ".join(f"{name}: {version}" for name, version in results.versions.items())
+    return f"""- {results.date}; {results.machine}; {load}.
+- {facts.records:,} records, cuts of {facts.photographs} photographs ({facts.source}); jpeg records: {facts.parameters},
+  {facts.psnr_db:.1f} dB and {facts.jpeg_bytes / 1000:.1f} KB on average.
+- Batches of {BATCH}, (224, 224, 3) uint8 in the consumer's memory, a byte of every page read; {results.workers} workers,
+  threads or processes, for everybody; {rounds} interleaved rounds of {results.seconds:g} s each, after a warm-up.
+- This project crops, mirrors and shifts colours; peers crop and mirror. Of what this project delivers, samples of every
+  sixteenth batch are compared with the pure function while the clock runs.
+- Figures are medians over the rounds, with the least and the greatest in brackets; ratios are taken within a round.
+- {versions}."""
+
+
+def _bar_table(found: list[Bar]) -> str:
+    rows = ["| what | bar | here | reached |", "| --- | --- | --- | --- |"]
+    for bar in found:
+        if bar.figure is None:
+            rows.append(f"| {bar.what} | {bar.need} | not measured | - |")
+        else:
+            rows.append(f"| {bar.what} | {bar.need} | {_spread(bar.figure, '.2f')} | {_verdict(bar)} |")
+    return "\n".join(rows)
+
+
+def _verdict(bar: Bar) -> str:
+    if bar.reached or bar.figure is None:
+        return "yes"
+    need = float(bar.need.split()[-1])
+    return f"no: {bar.figure.median / need:.0%} of the bar"
+
+
+def _table(results: Results, codec: str) -> str:
+    of_limit, of_peer = f"x {LIMITS[codec]}", "x best peer"
+    rows = [
+        f"| | images/s | CPU s / 1,000 | memory, MB | {of_limit} | {of_peer} |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    there = [each for each in results.contestants if each.codec == codec]
+    rivals = [each.name for each in there if each.kind == "peer"]
+    for each in sorted(there, key=lambda each: -_rate(results, each)):
+        turns = results.rounds[each.name]
+
+        def median(field: Callable[[Turn], float], turns: list[Turn] = turns) -> float:
+            return statistics.median(field(turn) for turn in turns)
+
+        figures = [
+            _spread(spread([turn.images_per_s for turn in turns]), ",.0f"),
+            f"{median(lambda turn: turn.cpu_ms):.3f}",
+            f"{max(turn.memory_mb for turn in turns):,.0f}",
+            _ratio(results, each.name, [LIMITS[codec]]),
+            _ratio(results, each.name, rivals),
+        ]
+        rows.append(f"| {each.title} | {' | '.join(figures)} |")
+    return "\n".join(
+        [*rows, "", "Memory is the greatest proportional set size of all processes: LMDB's pages are in it."]
+    )
+
+
+def _chart(results: Results, codec: str) -> str:
+    there = sorted(
+        (each for each in results.contestants if each.codec == codec), key=lambda each: -_rate(results, each)
+    )
+    most = max(_rate(results, each) for each in there)
+    lines = []
+    for each in there:
+        bar = "█" * max(1, round(CHART_WIDTH * _rate(results, each) / most))
+        lines.append(f"{each.title.replace('**', ''):<46} {bar} {_rate(results, each):,.0f}")
+    return "\n".join(["```text", *lines, "```"])
+
+
+def _single(single: Single) -> str:
+    starts, memory = spread(single.starts_s), spread(single.worker_mb)
+    return f"""- Start of the node's process to the first batch in a client's hands: {_spread(starts, ".2f")} s.
+- 128 positions of an order over a billion records: {single.order_us:.0f} us, at any place; nothing grows with the dataset.
+- A worker's own memory after an epoch, beyond LMDB's pages and the client's slots: {_spread(memory, ".1f")} MB.
+- Preprocessing {single.originals:,} originals, process start and manifest included: {single.preprocess_per_s:,.0f}/s; decoding
+  and resizing alone: {single.standardise_per_s:,.0f}/s."""
+
+
+def _rate(results: Results, each: Contestant) -> float:
+    return statistics.median(turn.images_per_s for turn in results.rounds[each.name])
+
+
+def _ratio(results: Results, name: str, others: list[str]) -> str:
+    found = ratio(results.rounds, name, others)
+    return "-" if found is None else _spread(found, ".2f")
+
+
+def _spread(figures: Spread, form: str) -> str:
+    if figures.least == figures.most:
+        return f"{figures.median:{form}}"
+    return f"{figures.median:{form}} ({figures.least:{form}} to {figures.most:{form}})"

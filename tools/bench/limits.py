@@ -1,0 +1,129 @@
+"""What the machine can do at most: copying crops, decoding records, moving frames; each alone, with nothing around it.
+
+One process each (see ``turns``); the benchmark starts as many copiers and decoders as a node has workers.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import numpy as np
+import simplejpeg
+import zmq
+
+from loader_service.data.augment import complete_view
+from loader_service.data.draws import draw
+from loader_service.data.order import records_at
+from loader_service.data.records import HEADER, RAW_BYTES, Records
+from loader_service.node.worker import die_with_parent
+from loader_service.spec import SampleLayout, View
+from tools.bench.limit import copy_crops, first_pixels
+from tools.bench.turns import BATCH, PAGE_BYTES, deliver
+
+SLOTS: Final = 6
+"""Batches that a loader has room for by default; so much memory is written again and again."""
+
+FRAME_IMAGES: Final = 64
+"""Images in one frame: half of a batch, as a loader asks two workers for."""
+
+IMAGE_BYTES: Final = SampleLayout(View(), "uint8").image_bytes
+HIGH_WATER: Final = 4
+"""Frames under way: a loader's prefetched batches are not many more."""
+
+
+def copying(data: Path) -> Iterator[int]:
+    """C memcpy of the crops that a training epoch takes, from LMDB's pages to shared memory."""
+    with Records(data) as records, records.values() as values:
+        view = complete_view(View(), records.statistics)
+        stored = values.stored(np.arange(len(records)))
+        starts = range(0, len(records) - BATCH + 1, BATCH)
+        addresses = []
+        for start in starts:
+            chosen = [stored[number] for number in records_at(len(records), os.getpid(), 0, start, BATCH).tolist()]
+            addresses.append(first_pixels(chosen, draw(view, os.getpid(), 0, start, BATCH)))
+        images = np.frombuffer(mmap.mmap(-1, SLOTS * BATCH * IMAGE_BYTES), np.uint8).reshape(SLOTS, BATCH, *view.shape)
+        images[...] = 0
+        for batch, crops in zip(cycle(images), cycle(addresses), strict=False):
+            copy_crops(batch, crops)
+            yield BATCH
+
+
+def decoding(data: Path) -> Iterator[int]:
+    """libjpeg-turbo decoding whole records, in shuffled order, each to the same buffer."""
+    buffer = np.empty(RAW_BYTES, np.uint8)
+    with Records(data) as records, records.values() as values:
+        order = records_at(len(records), os.getpid(), 0, 0, len(records))
+        payloads = [value[HEADER.size :] for value in values.stored(order)]
+        for payload in cycle(payloads):
+            simplejpeg.decode_jpeg(payload, colorspace="RGB", buffer=buffer)
+            yield 1
+
+
+def receiving(curve: bool) -> Iterator[int]:
+    """Frames of half a batch over TCP loopback from another process, not copied at either end; every page touched."""
+    context: zmq.Context[Any] = zmq.Context()
+    socket = context.socket(zmq.PULL)
+    socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
+    key = b""
+    if curve:
+        key, secret = zmq.curve_keypair()
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    command = [sys.executable, "-m", "tools.bench.limits", "send", f"tcp://127.0.0.1:{port}", "--key", key.decode()]
+    with subprocess.Popen([*command, "--parent", str(os.getpid())]) as sender:
+        try:
+            while True:
+                frame = np.frombuffer(socket.recv(copy=False).buffer, np.uint8)
+                frame[::PAGE_BYTES].sum()
+                yield FRAME_IMAGES
+        finally:
+            sender.kill()
+            context.destroy(linger=0)
+
+
+def send(address: str, key: str) -> None:
+    """Send the same few frames for ever, from memory that ZeroMQ does not copy."""
+    context: zmq.Context[Any] = zmq.Context()
+    socket = context.socket(zmq.PUSH)
+    socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
+    if key:
+        public, secret = zmq.curve_keypair()
+        socket.setsockopt(zmq.CURVE_SERVERKEY, key.encode())
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
+    socket.connect(address)
+    frames = [np.full(FRAME_IMAGES * IMAGE_BYTES, value, np.uint8) for value in range(2 * HIGH_WATER)]
+    for frame in cycle(frames):
+        socket.send(frame, copy=False)
+
+
+@click.command()
+@click.argument("what", type=click.Choice(["memcpy", "decode", "zmq", "zmq-curve", "send"]))
+@click.argument("target")
+@click.option("--key", default="")
+@click.option("--parent", type=int)
+def main(what: str, target: str, key: str, parent: int | None) -> None:
+    """Measure one of the machine's limits."""
+    if what == "send":
+        assert parent is not None
+        die_with_parent(parent)
+        send(target, key)
+    elif what == "memcpy":
+        deliver(copying(Path(target)))
+    elif what == "decode":
+        deliver(decoding(Path(target)))
+    else:
+        deliver(receiving(curve=what == "zmq-curve"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""This project as a contestant: a node of its own, and a loader in this process, in turns (see ``turns``)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Literal
+
+import click
+import numpy as np
+
+from loader_service import Loader
+from loader_service.client.loader import Batch
+from loader_service.data.augment import complete_view
+from loader_service.data.fill import empty_slice, fill
+from loader_service.data.records import Records
+from loader_service.link.keys import generate
+from loader_service.spec import SampleLayout, SliceId, View
+from tools.bench.turns import BATCH, WORKERS_DEFAULT, deliver, touch
+from tools.command import ToolFailed
+
+SEED: Final = 7
+CHECK_EVERY: Final = 16
+"""Batches between two that are compared with the pure function."""
+
+CHECKED: Final = 2
+"""Samples that are compared of such a batch."""
+
+
+@contextmanager
+def node(data: Path, bind: str, workers: int, keys: Path | None = None) -> Iterator[str]:
+    """A node that dies with this process; gives its address."""
+    command = [sys.executable, "-m", "loader_service", "start", "--data", str(data), "--workers", str(workers)]
+    command += ["--bind", bind, "--parent", str(os.getpid()), *(["--keys", str(keys)] if keys else [])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line.startswith("listening on "):
+                raise ToolFailed(f"the node said {line.strip()!r} where it should have said where it listens.")
+            yield line.split()[2].rstrip(":")
+        finally:
+            process.terminate()
+
+
+class Consumer:
+    """Touches every page of delivered batches, and compares some with the pure function.
+
+    Args:
+        loader: where they come from.
+        records: the dataset that the node serves.
+
+    Fields:
+        spent_s: CPU seconds that this took: the benchmark's, not the loader's.
+    """
+
+    def __init__(self, loader: Loader, records: Records) -> None:
+        self._loader, self._records = loader, records
+        self._view = complete_view(View(), records.statistics)
+        self.spent_s = 0.0
+
+    def counts(self) -> Iterator[int]:
+        """Images per batch.
+
+        Raises:
+            ToolFailed: one is not what the pure function makes of its positions.
+        """
+        for number, batch in enumerate(self._loader):
+            start_s = time.thread_time()
+            images = touch(batch.images)
+            if number % CHECK_EVERY == 0:
+                self._check(batch, number // CHECK_EVERY * CHECKED % (images - CHECKED + 1))
+            self.spent_s += time.thread_time() - start_s
+            del batch  # its slot is free before the next is asked for
+            yield images
+
+    def _check(self, batch: Batch, first: int) -> None:
+        chosen = slice(first, first + CHECKED)
+        what = SliceId(self._view, SEED, batch.epoch, batch.start + first, CHECKED)
+        pure = empty_slice(SampleLayout(self._view, "uint8"), CHECKED)
+        fill(pure, self._records, what)
+        if not (
+            np.array_equal(pure.images, batch.images[chosen]) and np.array_equal(pure.labels, batch.labels[chosen])
+        ):
+            raise ToolFailed(f"position {what.start} of epoch {what.epoch} is not what the pure function makes of it.")
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--transport", type=click.Choice(["shm", "tcp"]), default="shm")
+@click.option("--curve", is_flag=True, help="With keys.")
+@click.option("--workers", type=int, default=WORKERS_DEFAULT)
+def main(data: Path, transport: Literal["shm", "tcp"], curve: bool, workers: int) -> None:
+    """Deliver batches from a node with WORKERS workers."""
+    with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:
+        keys = Path(folder) / "keys" if curve else None
+        if keys:
+            generate(keys)
+        bind = "tcp://127.0.0.1:*" if transport == "tcp" else f"ipc://{folder}/node"
+        with (
+            node(data, bind, workers, keys) as address,
+            Loader(
+                address,
+                batch_size=BATCH,
+                seed=SEED,
+                epochs=2**31,
+                transport=transport,
+                drop_last=True,
+                server_key=keys / "node.key" if keys else None,
+                client_key=keys / "client.secret" if keys else None,
+            ) as loader,
+            Records(data / "train.lmdb") as records,
+        ):
+            consumer = Consumer(loader, records)
+            deliver(consumer.counts(), lambda: consumer.spent_s)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""NVIDIA DALI on the CPU over JPEG files: ``python -m tools.bench.peers.dali jpeg RECORDS WORKERS``.
+
+Only the crop is decoded, as DALI's documentation advises; files are read once and kept in memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nvidia.dali import fn, pipeline_def, types
+
+from tools.bench.turns import BATCH, SHAPE, serve
+
+
+def graph(folder: str) -> Any:
+    """Files to mirrored crops, uint8 HWC."""
+    content, _ = fn.readers.file(
+        files=[str(path) for path in sorted(Path(folder).glob("*.jpg"))],
+        random_shuffle=True,
+        initial_fill=1024,
+        dont_use_mmap=False,
+        name="files",
+    )
+    x, y = fn.random.uniform(range=(0.0, 1.0)), fn.random.uniform(range=(0.0, 1.0))
+    images = fn.decoders.image_crop(
+        content, device="cpu", output_type=types.RGB, crop=SHAPE[:2], crop_pos_x=x, crop_pos_y=y
+    )
+    return fn.flip(images, horizontal=fn.random.coin_flip())
+
+
+def batches(folder: Path, workers: int) -> Iterator[Any]:
+    """Batches for ever."""
+    made = pipeline_def(graph)(
+        str(folder / "files"), batch_size=BATCH, num_threads=workers, device_id=None, prefetch_queue_depth=4
+    )
+    made.build()
+    while True:
+        (images,) = made.run()
+        yield np.asarray(images.as_tensor())
+
+
+if __name__ == "__main__":
+    serve(batches(Path(sys.argv[2]), int(sys.argv[3])))

@@ -1,0 +1,71 @@
+"""FFCV: ``python -m tools.bench.peers.ffcv raw|jpeg RECORDS WORKERS``.
+
+Its random-resized-crop decoder with a scale of (224 / 256) ** 2 and a ratio of 1 is a random 224 crop that resizes nothing.
+The file that it reads is written once, in its own format, from the same pictures.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ffcv.fields import RGBImageField
+from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+from ffcv.loader import Loader, OrderOption
+from ffcv.transforms import RandomHorizontalFlip
+from ffcv.writer import DatasetWriter
+from PIL import Image
+
+from tools.bench.turns import BATCH, SHAPE, serve
+
+SHARE = (SHAPE[0] / 256) ** 2
+
+
+class Pictures:
+    """The pictures by number, for FFCV's writer."""
+
+    def __init__(self, folder: Path) -> None:
+        self._paths = sorted(folder.glob("*.jpg"))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number: int) -> tuple[Any]:
+        with Image.open(self._paths[number]) as image:
+            return (image.convert("RGB"),)
+
+
+def written(form: str, folder: Path) -> Path:
+    """FFCV's file of the records; made once."""
+    path = folder / f"ffcv-{form}.beton"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        mode = "jpg" if form == "jpeg" else "raw"
+        writer = DatasetWriter(str(partial), {"image": RGBImageField(write_mode=mode, jpeg_quality=90)}, num_workers=1)
+        writer.from_indexed_dataset(Pictures(folder / "files"))
+        partial.rename(path)
+    return path
+
+
+def batches(form: str, folder: Path, workers: int) -> Iterator[Any]:
+    """Batches for ever."""
+    decoder = RandomResizedCropRGBImageDecoder(SHAPE[:2], scale=(SHARE, SHARE), ratio=(1.0, 1.0))
+    loader = Loader(
+        str(written(form, folder)),
+        batch_size=BATCH,
+        num_workers=workers,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        drop_last=True,
+        batches_ahead=3,
+        pipelines={"image": [decoder, RandomHorizontalFlip()]},
+    )
+    while True:
+        for (images,) in loader:
+            yield images
+
+
+if __name__ == "__main__":
+    serve(batches(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])))

@@ -1,0 +1,122 @@
+"""The records that everybody reads: several cuts of each photograph, the same pixels in every form.
+
+``FOLDER/raw/train.lmdb`` and ``FOLDER/jpeg/train.lmdb`` hold them as records; ``FOLDER/files/00012.jpg`` holds the jpeg
+payloads as files, and ``FOLDER/labels.txt`` has a label a line. Peers make their own formats from these.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from loader_service.data.picture import FILTER
+from loader_service.data.records import CODECS, DEFAULT_PARAMETERS, SHAPE, decode, encode
+from loader_service.data.writer import Writer
+from loader_service.spec import RECORD_SIDE_PX
+from tools.command import ToolFailed
+from tools.progress import Progress
+from tools.statistics import Sums, colour_products
+
+Pixels = npt.NDArray[np.uint8]
+
+SIDE_SHARE: Final = (0.6, 1.0)
+"""A cut's side, as a share of the photograph's short side."""
+
+SEED: Final = 1
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """What was made. ``psnr_db``: of the jpeg records' pixels against the raw ones', the mean over the records."""
+
+    records: int
+    photographs: int
+    source: str
+    jpeg_bytes: float
+    psnr_db: float
+    parameters: str
+
+
+def photographs(source: Path) -> list[bytes]:
+    """The files of an archive, or of a folder and those below it, in the order of their names.
+
+    Raises:
+        ToolFailed: there are none.
+    """
+    if source.is_dir():
+        found = [path.read_bytes() for path in sorted(source.rglob("*.jpg"))]
+    else:
+        with tarfile.open(source) as archive:
+            members = sorted((member for member in archive if member.isfile()), key=lambda member: member.name)
+            found = [content.read() for member in members if (content := archive.extractfile(member))]
+    if not found:
+        raise ToolFailed(f"{source} holds no photographs.")
+    return found
+
+
+def cuts(content: bytes, count: int, number: int) -> Iterator[Pixels]:
+    """Square cuts of photograph ``number``, each resized to (256, 256, 3) uint8; a pure function of its arguments."""
+    draws = np.random.Generator(np.random.Philox(key=[SEED, number])).random((count, 3))
+    with Image.open(io.BytesIO(content)) as opened:
+        picture = opened.convert("RGB")
+    low, high = SIDE_SHARE
+    for share, right, down in draws.tolist():
+        side = (low + share * (high - low)) * min(picture.size)
+        left, top = right * (picture.width - side), down * (picture.height - side)
+        box = (left, top, left + side, top + side)
+        yield np.asarray(picture.resize((RECORD_SIDE_PX, RECORD_SIDE_PX), FILTER, box=box))
+
+
+def make(folder: Path, source: Path, records: int) -> Facts:
+    """Make all forms of the records, unless they are there; what they are is read from ``FOLDER/facts.json``, made last."""
+    marker = folder / "facts.json"
+    if marker.exists():
+        return msgspec.json.decode(marker.read_bytes(), type=Facts)
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "files").mkdir(parents=True)
+    contents = photographs(source)[:records]
+    each = -(-records // len(contents))
+    every = ((number, pixels) for number, content in enumerate(contents) for pixels in cuts(content, each, number))
+    labels, sizes, errors = _write(folder, every, records, len(contents))
+    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
+    parameters = ", ".join(f"{name} {value}" for name, value in DEFAULT_PARAMETERS["jpeg"].items())
+    psnr_db = float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-3))))
+    facts = Facts(len(labels), len(contents), source.name, float(np.mean(sizes)), psnr_db, parameters)
+    marker.write_bytes(msgspec.json.encode(facts))
+    return facts
+
+
+def _write(
+    folder: Path, every: Iterator[tuple[int, Pixels]], records: int, classes: int
+) -> tuple[list[int], list[int], list[float]]:
+    """Both environments and the files; returns label, jpeg bytes and mean squared error of each record."""
+    labels, sizes, errors, sums = list[int](), list[int](), list[float](), Sums()
+    names = tuple(f"photograph {number}" for number in range(classes))
+    with (
+        Writer(folder / "raw" / "train.lmdb", codec="raw", class_names=names) as raw,
+        Writer(folder / "jpeg" / "train.lmdb", codec="jpeg", class_names=names) as jpeg,
+        Progress("records", records, "records") as progress,
+    ):
+        for number, (label, pixels) in zip(range(records), every, strict=False):
+            payload = encode(pixels, "jpeg")
+            decoded = decode(payload, CODECS["jpeg"])
+            name = f"{number:05}.jpg"
+            raw.put(label, encode(pixels, "raw"), name)
+            jpeg.put(label, payload, name)
+            (folder / "files" / name).write_bytes(payload)
+            sums.add(1, pixels.reshape(SHAPE), colour_products(pixels))
+            labels.append(label)
+            sizes.append(len(payload))
+            errors.append(float(np.mean((pixels.astype(np.float32) - decoded) ** 2)))
+            progress.advance()
+        for writer in (raw, jpeg):
+            writer.finish(sums.statistics(), made_by={"made by": "tools.bench"})
+    return labels, sizes, errors

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import settings
 
+from loader_service.data.centred import centre_of, encode_centred
 from loader_service.data.records import SHAPE, Codec, Manifest, Statistics, encode
 from loader_service.data.writer import Writer
 
@@ -44,10 +45,14 @@ def _statistics() -> Statistics:
 
 
 def _make_dataset(path: Path, count: int, codec: Codec = "raw", class_names: tuple[str, ...] = CLASSES) -> Manifest:
+    centre = centre_of(_statistics().mean_image)
     with Writer(path, codec=codec, class_names=class_names) as writer:
         for number in range(count):
             name = class_names[number % len(class_names)]
-            writer.put(number % len(class_names), encode(_picture(number), codec), f"{name}/{number}.jpg")
+            payload = (
+                encode_centred(_picture(number), centre) if codec == "centered" else encode(_picture(number), codec)
+            )
+            writer.put(number % len(class_names), payload, f"{name}/{number}.jpg")
         return writer.finish(_statistics(), made_by={"made by": "the tests"})
 
 

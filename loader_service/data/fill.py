@@ -85,13 +85,13 @@ def fill(
             if made < what.count:
                 raise values.refusal(int(numbers[made]))
         else:
-            _fill_jpeg(out, values, draws, numbers, at, mean, watch)
+            _fill_decoded(out, values, draws, numbers, at, mean, watch)
     if (strange := np.flatnonzero(out.labels >= len(records.manifest.class_names))).size:
         i = strange[0]
         raise RecordError(records.path, int(numbers[i]), f"its label {out.labels[i]} is beyond the last class")
 
 
-def _fill_jpeg(
+def _fill_decoded(
     out: Slice,
     values: Values,
     draws: npt.NDArray[np.void],

@@ -10,7 +10,7 @@ sources  record number, 8 bytes BE   the source's name, UTF-8
 manifest ``manifest``                :class:`Manifest` as MessagePack; written last, so none means unfinished
 ======== =========================== =====================================================================
 
-A payload is ``raw``, (256, 256, 3) uint8 RGB in C order, or ``jpeg``. Environments are opened without LMDB's lock file:
+A payload is ``raw``, (256, 256, 3) uint8 RGB in C order, ``jpeg``, or ``centered`` (see :mod:`centred`). Environments are opened without LMDB's lock file:
 a finished environment never changes, so readers need none and read-only mounts work.
 """
 
@@ -32,6 +32,7 @@ import numpy.typing as npt
 import simplejpeg
 import xxhash
 
+from loader_service.data.centred import FRACTION_BITS, centre_of, decode_centred
 from loader_service.errors import DatasetInvalid, DatasetNotFound, DatasetUnfinished, RecordError
 from loader_service.spec import RECORD_SIDE_PX
 
@@ -44,11 +45,12 @@ RAW_BYTES: Final = RECORD_SIDE_PX * RECORD_SIDE_PX * 3
 MAX_CLASSES: Final = 2**20
 DATABASES: Final = (b"records", b"sources", b"manifest")
 
-Codec = Literal["raw", "jpeg"]
-CODECS: Final[dict[Codec, int]] = {"raw": 0, "jpeg": 1}
+Codec = Literal["raw", "jpeg", "centered"]
+CODECS: Final[dict[Codec, int]] = {"raw": 0, "jpeg": 1, "centered": 2}
 DEFAULT_PARAMETERS: Final[dict[Codec, dict[str, int | str]]] = {
     "raw": {},
     "jpeg": {"quality": 90, "subsampling": "420"},
+    "centered": {"fraction_bits": FRACTION_BITS},
 }
 
 Pixels = npt.NDArray[np.uint8]
@@ -132,8 +134,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return ""
 
 
-def encode(pixels: Pixels, codec: Codec, parameters: dict[str, int | str] | None = None) -> bytes:
-    """The payload of a record.
+def encode(pixels: Pixels, codec: Literal["raw", "jpeg"], parameters: dict[str, int | str] | None = None) -> bytes:
+    """The payload of a record; for ``centered`` see :func:`centred.encode_centred`.
 
     Args:
         pixels: (256, 256, 3) uint8, RGB.
@@ -156,11 +158,11 @@ def encode(pixels: Pixels, codec: Codec, parameters: dict[str, int | str] | None
 
 
 def decode(payload: bytes | memoryview, codec: int, into: npt.NDArray[np.uint8] | None = None) -> Pixels:
-    """The pixels of a payload: (256, 256, 3) uint8, RGB; of ``raw`` a view, not a copy.
+    """The pixels of a payload that needs no mean: (256, 256, 3) uint8, RGB; of ``raw`` a view, not a copy.
 
     Args:
         payload: a record's, as it is stored.
-        codec: of :data:`CODECS`.
+        codec: of :data:`CODECS`, ``raw`` or ``jpeg``.
         into: (196608,) uint8, where a ``jpeg`` is decoded to; a new array if None.
 
     Raises:
@@ -230,11 +232,16 @@ class Records:
         mean = self.statistics.mean_image
         return np.ascontiguousarray(np.stack((mean, mean[:, ::-1])))
 
+    @cached_property
+    def _centre(self) -> npt.NDArray[np.int16] | None:
+        """What ``centered`` records lack; None for other codecs."""
+        return centre_of(self.statistics.mean_image) if self.manifest.codec == "centered" else None
+
     @contextmanager
     def values(self) -> Iterator[Values]:
         """A read transaction: the values it gives are views of LMDB's pages and die with it."""
         with self._env.begin(db=self._records, buffers=True) as txn:
-            yield Values(self.path, txn)
+            yield Values(self.path, txn, self.manifest.codec, self._centre)
 
     def pixels(self, number: int) -> tuple[int, Pixels]:
         """Label and pixels, (256, 256, 3) uint8 RGB, of one record; a copy."""
@@ -274,10 +281,10 @@ class Records:
 class Values:
     """The records' values within one read transaction."""
 
-    __slots__ = ("_get", "_path")
+    __slots__ = ("_centre", "_codec", "_get", "_path")
 
-    def __init__(self, path: Path, txn: Any) -> None:
-        self._path, self._get = path, txn.get
+    def __init__(self, path: Path, txn: Any, codec: Codec, centre: npt.NDArray[np.int16] | None) -> None:
+        self._path, self._get, self._codec, self._centre = path, txn.get, codec, centre
 
     def stored(self, numbers: npt.NDArray[np.int64], at: npt.NDArray[np.int64] | None = None) -> list[memoryview]:
         """The values of many records, header and payload, as views of LMDB's pages.
@@ -316,14 +323,16 @@ class Values:
         return label, codec, checksum, value[HEADER.size :]
 
     def decode(self, number: int, payload: memoryview, codec: int, into: npt.NDArray[np.uint8] | None = None) -> Pixels:
-        """:func:`decode`, with the record named when it fails."""
+        """:func:`decode`, for every codec, with the record named when it fails."""
         try:
+            if codec == CODECS["centered"] and self._centre is not None:
+                return decode_centred(payload, self._centre, into)
             return decode(payload, codec, into)
         except ValueError as error:
             raise RecordError(self._path, number, str(error)) from error
 
     def unpack(self, number: int, found: Found, into: npt.NDArray[np.uint8]) -> None:
-        """Make the raw record that a jpeg record stands for.
+        """Make the raw record that a record of another codec stands for.
 
         Args:
             number: the record's.
@@ -331,11 +340,11 @@ class Values:
             into: (16 + 196608,) uint8, written with header and pixels; see :func:`raw_value`.
 
         Raises:
-            RecordError: it cannot be decoded, or is not jpeg.
+            RecordError: it cannot be decoded, or its codec is not its dataset's.
         """
         label, codec, checksum, payload = found
-        if codec != CODECS["jpeg"]:
-            raise self.foreign(number, codec, "jpeg")
+        if codec != CODECS[self._codec]:
+            raise self.foreign(number, codec, self._codec)
         HEADER.pack_into(into.data, 0, label, CODECS["raw"], checksum)
         self.decode(number, payload, codec, into[HEADER.size :])
 

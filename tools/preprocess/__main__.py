@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +13,12 @@ import msgspec
 
 from loader_service import defaults
 from loader_service.data.picture import LIBRARY, RECIPE
-from loader_service.data.records import DEFAULT_PARAMETERS, Codec, Manifest
-from loader_service.data.writer import adopt
+from loader_service.data.records import DEFAULT_PARAMETERS, Codec, Manifest, Records
+from loader_service.data.writer import Writer, adopt
 from loader_service.errors import OptionError
 from tools.command import CONTEXT, Command, ToolFailed
 from tools.preprocess.build import Task, build, clear_unfinished, existing, locked, open_writer, report_rejected
+from tools.preprocess.centring import centre_records, raw_twin, twin_path
 from tools.preprocess.inputs import VALIDATION_SHARE, Inputs, list_splits, scratch_folder
 from tools.preprocess.layouts import LAYOUTS
 from tools.preprocess.plan import check_room, choose_codec, identity, room_bytes, shuffled
@@ -28,7 +32,7 @@ class Options(msgspec.Struct, frozen=True):
     """What the command line asks for."""
 
     inputs: Inputs
-    codec: Literal["raw", "jpeg", "auto"]
+    codec: Literal["raw", "jpeg", "centered", "auto"]
     quality: int
     workers: int
     seed: int
@@ -59,10 +63,11 @@ class Options(msgspec.Struct, frozen=True):
 @click.option("--classes", default="", help="Take only these classes; names with commas between them.")
 @click.option(
     "--codec",
-    type=click.Choice(["raw", "jpeg", "auto"]),
+    type=click.Choice(["raw", "jpeg", "centered", "auto"]),
     default="auto",
     show_default=True,
-    help="Of the records; auto takes raw if all of them fit into half of the memory.",
+    help="Of the records; centered has the mean image subtracted, exactly, in 16 bits. "
+    "auto takes raw if all of them fit into half of the memory.",
 )
 @click.option(
     "--quality",
@@ -133,6 +138,7 @@ def preprocess(out: Path, options: Options) -> None:
             to_come = len(listing.items) + (len(val.items) if val and split == "train" else 0)
             task = plan(listing, out / f"{split}.lmdb", codec, options, manifests.get("train"))
             manifests[split] = make(task, options, to_come)
+            shutil.rmtree(twin_path(task.path), ignore_errors=True)
         report_rejected(out, manifests)
     if options.as_json:
         click.echo(msgspec.json.encode({split: facts(manifest) for split, manifest in manifests.items()}))
@@ -183,15 +189,33 @@ def make(task: Task, options: Options, to_come: int) -> Manifest:
 
 def run(task: Task, options: Options, to_come: int) -> Manifest:
     """Make what is not made yet of one environment."""
-    with open_writer(task) as writer:
-        try:
-            check_room(task.path.parent, to_come - len(writer), task.codec)
-            with Pool(min(options.workers, len(task.items)), task.codec, task.parameters, options.file_timeout) as pool:
-                return build(task, writer, pool)
-        except BaseException:
-            if writer.kept:
-                click.echo(f"{task.path}: what is done is kept, and the same command goes on from there.", err=True)
-            raise
+    if task.codec == "centered":
+        return run_centred(task, options, to_come)
+    with open_writer(task) as writer, telling_what_is_kept(writer):
+        check_room(task.path.parent, to_come - len(writer), task.codec)
+        with Pool(min(options.workers, len(task.items)), task.codec, task.parameters, options.file_timeout) as pool:
+            return build(task, writer, pool)
+
+
+def run_centred(task: Task, options: Options, to_come: int) -> Manifest:
+    """The same for ``centered`` records: raw ones first."""
+    twin = raw_twin(task)
+    if not twin.path.exists():
+        check_room(task.path.parent, to_come, task.codec)
+    make(twin, options, 0)
+    with Records(twin.path) as raw, open_writer(task) as writer, telling_what_is_kept(writer):
+        return centre_records(task, writer, raw)
+
+
+@contextmanager
+def telling_what_is_kept(writer: Writer) -> Iterator[None]:
+    """Where the block fails or is stopped, say that the same command goes on, if it does."""
+    try:
+        yield
+    except BaseException:
+        if writer.kept:
+            click.echo(f"{writer.path}: what is done is kept, and the same command goes on from there.", err=True)
+        raise
 
 
 def facts(manifest: Manifest) -> dict[str, object]:

@@ -142,7 +142,7 @@ def clear_unfinished(task: Task, replace: bool) -> None:
     for partial, count in partials(task.path).items():
         if partial == own:
             continue
-        if not replace:
+        if count and not replace:
             raise ToolFailed(
                 f"{partial} holds {count:,} records of an interrupted run with another source or other options: "
                 "run that command again to go on with it, name another folder, or say --replace to drop it."

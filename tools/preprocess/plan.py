@@ -23,6 +23,15 @@ RAW_RECORD_BYTES: Final = RAW_BYTES + 4096
 JPEG_RECORD_BYTES: Final = 28 * 1024
 """A record of a photograph at quality 90, in whole pages; 23 KB on average."""
 
+CENTRED_RECORD_BYTES: Final = 2 * RAW_BYTES + 4096
+"""A centered record: 16 bits for each of a raw one's 8."""
+
+RECORD_BYTES: Final[dict[Codec, int]] = {
+    "raw": RAW_RECORD_BYTES,
+    "jpeg": JPEG_RECORD_BYTES,
+    "centered": CENTRED_RECORD_BYTES + RAW_RECORD_BYTES,  # made from raw ones, which lie beside them until then
+}
+
 RAW_MEMORY_SHARE: Final = 0.5
 """Raw records should fit into this share of memory: read from disk instead, they come slower than JPEG is decoded."""
 
@@ -76,7 +85,7 @@ def identity(
     return digest.hexdigest()
 
 
-def choose_codec(asked: Literal["raw", "jpeg", "auto"], count: int) -> Codec:
+def choose_codec(asked: Codec | Literal["auto"], count: int) -> Codec:
     """The codec: as asked, or by whether all records fit into memory comfortably when they are raw."""
     if asked != "auto":
         return asked
@@ -92,8 +101,8 @@ def memory_bytes() -> int:
 
 
 def room_bytes(count: int, codec: Codec) -> int:
-    """About how many bytes ``count`` records take on disk."""
-    return math.ceil(1.02 * count * (RAW_RECORD_BYTES if codec == "raw" else JPEG_RECORD_BYTES))
+    """About how many bytes ``count`` records take on disk while they are made."""
+    return math.ceil(1.02 * count * RECORD_BYTES[codec])
 
 
 def check_room(out: Path, count: int, codec: Codec) -> None:
@@ -106,5 +115,5 @@ def check_room(out: Path, count: int, codec: Codec) -> None:
     if need > free:
         raise ToolFailed(
             f"{out} has {free / 1e9:.1f} GB free, and {count:,} {codec} records need about {need / 1e9:.1f} GB: "
-            f"make room, name another folder{', or take --codec jpeg' if codec == 'raw' else ''}."
+            f"make room, name another folder{', or take --codec jpeg' if codec != 'jpeg' else ''}."
         )

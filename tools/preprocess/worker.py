@@ -83,6 +83,7 @@ def make(item: Item, setup: wire.Setup) -> tuple[bytes | memoryview, npt.NDArray
     pixels = load_picture(content, source=item.source)
     if setup.codec == "raw":
         return pixels.data.cast("B"), pixels
+    assert setup.codec == "jpeg", "centered records are made from raw ones"
     payload = encode(pixels, setup.codec, setup.parameters)
     return payload, decode(payload, CODECS[setup.codec])
 

@@ -75,6 +75,29 @@ def test_jpeg_records_decode_to_what_the_statistics_are_of(album: Path, tmp_path
     np.testing.assert_allclose(manifest.statistics.covariance, covariance, rtol=1e-9)
 
 
+def test_centred_records_hold_the_same_pixels(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """--codec centered stores pixel minus mean, loses nothing, keeps both splits' facts, and leaves no raw records."""
+    assert preprocess(album, tmp_path / "raw", "--codec", "raw").exit_code == 0
+    for time in ("first", "second"):
+        result = preprocess(album, tmp_path / "centred", "--codec", "centered")
+        assert result.exit_code == 0
+        assert ("there already" in result.output) == (time == "second")
+    assert sorted(path.name for path in (tmp_path / "centred").iterdir()) == [
+        "rejected.jsonl",
+        "train.lmdb",
+        "val.lmdb",
+    ]
+    for split in ("train.lmdb", "val.lmdb"):
+        verify(tmp_path / "centred" / split)
+        with Records(tmp_path / "raw" / split) as raw, Records(tmp_path / "centred" / split) as centred:
+            assert centred.manifest.codec == "centered"
+            assert centred.manifest.mean_image == raw.manifest.mean_image
+            assert centred.manifest.rejected == raw.manifest.rejected
+            for number in range(len(raw)):
+                assert centred.source(number) == raw.source(number)
+                assert np.array_equal(centred.pixels(number)[1], raw.pixels(number)[1])
+
+
 def test_a_bad_file_is_skipped_and_named(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
     """What is no picture stands in the manifest with its reason, and is shown."""
     result = preprocess(album, tmp_path)

@@ -58,10 +58,10 @@ def fingerprints_of(out: Path) -> tuple[str, str]:
 
 
 @contextmanager
-def full_disk() -> Iterator[None]:
-    """No file of this process and its children grows beyond FULL_BYTES."""
+def full_disk(n_bytes: int = FULL_BYTES) -> Iterator[None]:
+    """No file of this process and its children grows beyond ``n_bytes``."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_BYTES, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:
         yield
     finally:
@@ -122,6 +122,18 @@ def test_a_full_disk_is_survived(
     assert again.exit_code == 0
     assert "train: going on after" in again.output
     assert fingerprints_of(tmp_path) == undisturbed.fingerprints
+
+
+def test_centring_goes_on_too(large_album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """A run that is stopped among its raw or among its centred records ends where an undisturbed one does."""
+    for limit in (40_000_000, 100_000_000):  # the raw records of training take 75 MB, the centred ones 150
+        with full_disk(limit):
+            assert preprocess(large_album, tmp_path / "again", "--codec=centered").exit_code == 3
+    again = preprocess(large_album, tmp_path / "again", "--codec=centered")
+    assert again.exit_code == 0
+    assert "train.raw: going on after" not in again.output
+    assert preprocess(large_album, tmp_path / "once", "--codec=centered").exit_code == 0
+    assert fingerprints_of(tmp_path / "again") == fingerprints_of(tmp_path / "once")
 
 
 def test_other_options_drop_what_is_unfinished_only_when_asked(

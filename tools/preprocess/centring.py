@@ -1,0 +1,47 @@
+"""Records of the codec ``centered``, made from raw ones: what is subtracted is known only when all of them are there."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import msgspec
+
+from loader_service.data.centred import centre_of, encode_centred
+from loader_service.data.records import Manifest, Records
+from loader_service.data.writer import Writer
+from tools.preprocess.build import COMMIT_BYTES, COMMIT_S, Task
+from tools.progress import Progress
+
+
+def raw_twin(task: Task) -> Task:
+    """The task of the raw records that ``task``'s are made from; they lie hidden beside them, for as long as that takes."""
+    return msgspec.structs.replace(task, path=twin_path(task.path), codec="raw", parameters={})
+
+
+def twin_path(path: Path) -> Path:
+    """Where the raw records lie."""
+    return path.with_name(f".{path.stem}.raw.lmdb")
+
+
+def centre_records(task: Task, writer: Writer, raw: Records) -> Manifest:
+    """Write what is not written yet of the centred records, and return their manifest.
+
+    Args:
+        task: of the ``centered`` environment.
+        writer: its writer.
+        raw: the environment of :func:`raw_twin`; its statistics hold for both, since no pixel changes.
+    """
+    centre = centre_of(raw.statistics.mean_image)
+    committed_s = time.monotonic()
+    with Progress(f"{task.path.stem}, centred", len(raw), "records", done=len(writer)) as progress:
+        for number in range(len(writer), len(raw)):
+            label, pixels = raw.pixels(number)
+            writer.put(label, encode_centred(pixels, centre), raw.source(number))
+            progress.advance()
+            if writer.uncommitted_bytes >= COMMIT_BYTES or time.monotonic() - committed_s >= COMMIT_S:
+                writer.commit()
+                committed_s = time.monotonic()
+        for bad in raw.manifest.rejected[len(writer.rejected) :]:
+            writer.reject(bad.source, bad.reason)
+        return writer.finish(raw.statistics, made_by=task.made_by)

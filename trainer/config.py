@@ -27,11 +27,15 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         data: folder of a private node. With neither, a node at the usual address serves, or else a private one on the
             usual folder.
         workers: worker processes of a private node.
+        server_key, client_key: files of a remote node's public key and this trainer's secret one; None for nodes that
+            need none.
     """
 
     loader: str | None = None
     data: str | None = None
     workers: int = 2
+    server_key: str | None = None
+    client_key: str | None = None
 
     def __post_init__(self) -> None:
         if self.loader is not None and self.data is not None:

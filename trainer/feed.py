@@ -51,11 +51,14 @@ class Node:
         address: where it answers.
         about: a sentence that says which node it is.
         timeout_s: how long to wait for it; None for a node that others may start, now or again.
+        server_key, client_key: as in ``trainer.config.Source``.
     """
 
     address: str
     about: str
     timeout_s: float | None = None
+    server_key: str | None = None
+    client_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ class Feed:
             timeout_s=node.timeout_s,
             rank=rank,
             world_size=world_size,
+            server_key=node.server_key,
+            client_key=node.client_key,
         )
         if state is not None:
             self._loader.load_state_dict(state)
@@ -178,7 +183,8 @@ class Feed:
 def open_source(source: Source) -> Iterator[Node]:
     """Find a running node or start a private one, for as long as the context lasts."""
     if source.loader is not None:
-        yield Node(source.loader, f"Batches come from the node at {source.loader}.")
+        about = f"Batches come from the node at {source.loader}."
+        yield Node(source.loader, about, server_key=source.server_key, client_key=source.client_key)
     elif source.data is None and _answers(defaults.ADDRESS):
         yield Node(defaults.ADDRESS, f"Batches come from the node that answers at {defaults.ADDRESS}.")
     else:
@@ -196,7 +202,7 @@ def training_view(preset: Preset, variation: Variation, node: Node) -> View:
         return View(flip=variation.flips, jitter=0.0)
     if not preset.jitter_by_deviation:
         return View(flip=variation.flips)
-    facts = describe(node.address, split="train")
+    facts = describe(node.address, split="train", server_key=node.server_key, client_key=node.client_key)
     deviations = np.sqrt(np.asarray(facts.eigenvalues, np.float64))
     basis = _GREY_LEVELS * np.asarray(facts.eigenvectors, np.float64) * deviations  # column k is axis k
     return View(flip=variation.flips, basis=tuple(basis.flatten().tolist()))

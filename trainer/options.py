@@ -22,6 +22,8 @@ _GROUPS: Final[dict[str, type[msgspec.Struct]]] = {"source": Source, "variation"
 
 _OWNER: Final = {field: name for name, group in _GROUPS.items() for field in group.__struct_fields__}
 
+_TYPED: Final = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+
 Command = Callable[..., Any]
 
 
@@ -56,6 +58,10 @@ SOURCE: Final = (
     click.option("--data", metavar="DIR", help="Start a private node on this folder."),
     click.option("--loader", metavar="ADDRESS", help="Use the node that runs at this address."),
     click.option("--workers", type=int, default=Source().workers, show_default=True, help="Of a private node."),
+    click.option("--server-key", envvar="LOADER_SERVICE_SERVER_KEY", metavar="FILE", help="Public key of the node."),
+    click.option(
+        "--client-key", envvar="LOADER_SERVICE_CLIENT_KEY", metavar="FILE", help="Secret key of this trainer."
+    ),
 )
 NETWORK: Final = (
     _option("--width", float, "Factor of all layers' sizes."),
@@ -123,7 +129,7 @@ def resumed_config(context: click.Context, before: RunConfig, path: Path, given:
     Raises:
         ConfigError: something was typed that a run cannot change.
     """
-    typed = {name: given[name] for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    typed = {name: given[name] for name in given if context.get_parameter_source(name) in _TYPED}
     for name, value in typed.items():
         owner = _OWNER.get(name)
         earlier = getattr(getattr(before, owner) if owner else before, name)
@@ -136,6 +142,7 @@ def resumed_config(context: click.Context, before: RunConfig, path: Path, given:
         if not fields:
             continue
         # Another place replaces the old one whole: an address beside a folder would contradict it.
-        old = group() if name == "source" else getattr(before, name)
+        moves = name == "source" and bool(fields.keys() & {"loader", "data"})
+        old = group() if moves else getattr(before, name)
         changed[name] = msgspec.structs.replace(old, **fields)
     return msgspec.structs.replace(before, **changed)

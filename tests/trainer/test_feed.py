@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from loader_service import LocalNode, defaults, describe
-from loader_service.errors import NoNodeError, PictureError
+from loader_service.errors import LoaderServiceError, NoNodeError, PictureError
 from trainer import feed
 from trainer.config import Source
 from trainer.feed import Feed, Node, load_image, open_source, training_view
@@ -89,6 +89,15 @@ def test_a_named_loader_is_used(node: str) -> None:
     """Without asking whether it is there: it may come later."""
     with open_source(Source(loader="tcp://127.0.0.1:1")) as used:
         assert used == Node("tcp://127.0.0.1:1", "Batches come from the node at tcp://127.0.0.1:1.", timeout_s=None)
+
+
+def test_keys_reach_the_named_loader(tmp_path: Path) -> None:
+    """A key file that is not there is said by the loader, which was given it."""
+    source = Source(
+        loader="tcp://127.0.0.1:1", server_key=str(tmp_path / "no.pub"), client_key=str(tmp_path / "no.key")
+    )
+    with open_source(source) as used, pytest.raises(LoaderServiceError, match=r"no\.(pub|key)"):
+        Feed(used, "train", "train", 32, CPU)
 
 
 def test_a_node_at_the_usual_address_is_used(node: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,8 +269,8 @@ def samples_made(compose: Compose, index: int) -> int:
 
 def exchange_a_loader(compose: Compose, index: int) -> list[int]:
     """Kill a loader and start one more; returns the numbers of those that are new."""
-    before = compose.indices("loader")
     compose.destroy("loader", index)
+    before = compose.indices("loader")  # without the killed one, whose number the new one may take over
     compose.run("up", "--detach", "--no-deps", "--no-recreate", "--scale", "loader=3", "loader")
     return sorted(compose.indices("loader") - before)
 

@@ -29,6 +29,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         workers: worker processes of a private node.
         server_key, client_key: files of a remote node's public key and this trainer's secret one; None for nodes that
             need none.
+        timeout_s: how long a running node may be away before that is an error; None waits for it, and says so.
     """
 
     loader: str | None = None
@@ -36,12 +37,15 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     workers: int = 2
     server_key: str | None = None
     client_key: str | None = None
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.loader is not None and self.data is not None:
             raise ConfigError("--data", self.data, "no --data beside --loader: a running node has its own")
         if self.workers < 1:
             raise ConfigError("--workers", self.workers, "at least 1")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise ConfigError("--timeout", self.timeout_s, "more than 0 seconds")
 
 
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -184,9 +184,11 @@ def open_source(source: Source) -> Iterator[Node]:
     """Find a running node or start a private one, for as long as the context lasts."""
     if source.loader is not None:
         about = f"Batches come from the node at {source.loader}."
-        yield Node(source.loader, about, server_key=source.server_key, client_key=source.client_key)
+        yield Node(source.loader, about, source.timeout_s, source.server_key, source.client_key)
     elif source.data is None and _answers(defaults.ADDRESS):
-        yield Node(defaults.ADDRESS, f"Batches come from the node that answers at {defaults.ADDRESS}.")
+        yield Node(
+            defaults.ADDRESS, f"Batches come from the node that answers at {defaults.ADDRESS}.", source.timeout_s
+        )
     else:
         data = source.data or defaults.DATA
         workers = f"{source.workers} worker{'s' if source.workers > 1 else ''}"

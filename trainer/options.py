@@ -62,6 +62,13 @@ SOURCE: Final = (
     click.option(
         "--client-key", envvar="LOADER_SERVICE_CLIENT_KEY", metavar="FILE", help="Secret key of this trainer."
     ),
+    click.option(
+        "--timeout",
+        "timeout_s",
+        type=float,
+        metavar="SECONDS",
+        help="Give a node up that is away so long; else wait for it.",
+    ),
 )
 NETWORK: Final = (
     _option("--width", float, "Factor of all layers' sizes."),

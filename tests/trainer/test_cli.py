@@ -262,3 +262,10 @@ def test_a_private_node_that_dies_costs_nothing(
     assert [(account["expected"], account["delivered"]) for account in summary(tmp_path / "run")["ledger"]] == [
         (300, 300)
     ] * 2
+
+
+def test_a_node_that_stays_away_is_an_error_where_a_timeout_is_given(tmp_path: Path) -> None:
+    """Without --timeout the trainer waits for its node; with it, the sentence says how to start one."""
+    nobody = ("--loader", "tcp://127.0.0.1:9", "--timeout", "0.3")
+    assert_refused(trainer("run", *nobody, "--run", tmp_path / "run", *SMALL), 4, "no node answered within 0.3 s")
+    assert_refused(trainer("run", *nobody[:3], "0", "--run", tmp_path / "run", *SMALL), 2, "--timeout=0.0 cannot work")

@@ -23,9 +23,18 @@ from tools.preprocess.inputs import VALIDATION_SHARE, Inputs, list_splits, scrat
 from tools.preprocess.layouts import LAYOUTS
 from tools.preprocess.plan import check_room, choose_codec, identity, room_bytes, shuffled
 from tools.preprocess.pool import Pool
+from tools.preprocess.remote import URL, Url
 from tools.preprocess.sources import Listing
 
-_SOURCE = click.Path(path_type=Path, exists=True)
+
+class _Source(click.Path):
+    """A path that is there, or a URL."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return Url(value) if URL.fullmatch(str(value)) else super().convert(value, param, ctx)
+
+
+_SOURCE = _Source(path_type=Path, exists=True)
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -104,13 +113,19 @@ class Options(msgspec.Struct, frozen=True):
 @click.option("--json", "as_json", is_flag=True, help="A summary on stdout, as JSON.")
 @click.option("--replace", is_flag=True, help="Replace a dataset in OUT that was made from something else.")
 def main(
-    src: Path, out: Path, layout: str, val: Path | None, val_fraction: float | None, classes: str, **options: Any
+    src: Path | Url,
+    out: Path,
+    layout: str,
+    val: Path | Url | None,
+    val_fraction: float | None,
+    classes: str,
+    **options: Any,
 ) -> None:
     """Make OUT/train.lmdb and OUT/val.lmdb of the pictures in SRC.
 
     SRC is a folder or a tar archive of CLASS/name.jpg, or of such folders below train/ and val/ (or valid/, validation/,
     test/); ImageNet's archives in a folder, as distributed or from Kaggle; WebDataset shards; CIFAR-10's binary batches; or
-    a table (.csv, .tsv, .jsonl) of path and label.
+    a table (.csv, .tsv, .jsonl) of path and label. Folders and archives may also lie behind a URL (s3://, gs://, https://).
     """
     names = tuple(name.strip() for name in classes.split(",") if name.strip())
     preprocess(out, Options(Inputs(src, layout, val, val_fraction, names), **options))
@@ -119,7 +134,7 @@ def main(
 def preprocess(out: Path, options: Options) -> None:
     """Make both environments, unless they are there already."""
     source = options.inputs.source
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+    if isinstance(source, Path) and source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise OptionError("OUT", str(out), f"a folder that is not inside of {source}, where the pictures are")
     with locked(out), scratch_folder(out) as scratch:
         train, val = list_splits(options.inputs, scratch, options.seed)

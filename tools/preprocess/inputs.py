@@ -18,6 +18,7 @@ import msgspec
 from loader_service.errors import DatasetInvalid, OptionError
 from tools.preprocess.layouts import Found, Pairs, find
 from tools.preprocess.plan import split_off
+from tools.preprocess.remote import Url
 from tools.preprocess.sources import Listing, label_pairs
 
 VALIDATION_SHARE: Final = 0.1
@@ -30,21 +31,23 @@ COMPRESSIONS: Final[dict[bytes, Opener]] = {
     b"\xfd7zXZ\x00": lzma.LZMAFile,
 }
 
+COMPRESSED_SUFFIXES: Final = (".gz", ".tgz", ".bz2", ".xz", ".zst")
+
 
 class Inputs(msgspec.Struct, frozen=True):
     """What is to be preprocessed, as the command line says it.
 
     Fields:
-        source: a folder, an archive or a table.
+        source: a folder, an archive or a table; the first two also behind a URL.
         layout: of :data:`layouts.LAYOUTS`, ``table`` or ``auto``.
         val: a source of its own for validation.
         val_fraction: share of each class to take for validation instead.
         classes: the only classes to take; empty takes all.
     """
 
-    source: Path
+    source: Path | Url
     layout: str
-    val: Path | None
+    val: Path | Url | None
     val_fraction: float | None
     classes: tuple[str, ...]
 
@@ -75,11 +78,11 @@ def list_splits(inputs: Inputs, scratch: Path, seed: int) -> tuple[Listing, List
         return train, None
     train, val = split_off(train, share, seed)
     if not val.items:
-        raise DatasetInvalid(inputs.source, "no class has two pictures, so none can be taken for validation")
+        raise DatasetInvalid(str(inputs.source), "no class has two pictures, so none can be taken for validation")
     return train, val
 
 
-def _validation(root: Path, found: Found, train: Listing, classes: Sequence[str]) -> Listing:
+def _validation(root: Path | Url, found: Found, train: Listing, classes: Sequence[str]) -> Listing:
     return label_pairs(root, _chosen(found.val or [], classes), train.class_names, found.form)
 
 
@@ -94,12 +97,16 @@ def _chosen(pairs: Pairs, classes: Sequence[str]) -> Pairs:
     return [(file, name) for file, name in pairs if name in classes]
 
 
-def plain(source: Path, scratch: Path) -> Path:
+def plain(source: Path | Url, scratch: Path) -> Path | Url:
     """The source itself or, where it is a compressed archive, its decompressed twin in ``scratch``.
 
     Raises:
         DatasetInvalid: it cannot be read or decompressed.
     """
+    if isinstance(source, Url):
+        if source.suffix in COMPRESSED_SUFFIXES:
+            raise DatasetInvalid(str(source), "a compressed archive cannot be read in parts: fetch it first")
+        return source
     if source.is_dir():
         return source
     try:

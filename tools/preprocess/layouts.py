@@ -21,14 +21,15 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from loader_service.data.picture import read_content
 from loader_service.errors import DatasetInvalid, PictureError
+from tools.preprocess.remote import Url
 from tools.preprocess.sources import (
     VALIDATION_FOLDERS,
     File,
     Form,
     class_of,
     list_files,
+    read_bytes,
     split_files,
     subtree,
 )
@@ -55,7 +56,7 @@ class Found(NamedTuple):
     form: Form = "picture"
 
 
-def find(source: Path, layout: str = "auto") -> Found:
+def find(source: Path | Url, layout: str = "auto") -> Found:
     """The splits that a source holds.
 
     Args:
@@ -65,22 +66,25 @@ def find(source: Path, layout: str = "auto") -> Found:
     Raises:
         DatasetInvalid: it is not in that layout, or in none; or it is damaged.
     """
-    if layout == "table" or (layout == "auto" and source.suffix in TABLE_SUFFIXES and source.is_file()):
-        return Found(read_table(source), None)
+    if layout == "table" or (layout == "auto" and source.suffix in TABLE_SUFFIXES):
+        if isinstance(source, Url):
+            raise DatasetInvalid(str(source), "a table must lie on this machine, as the files that it names")
+        if source.is_file():
+            return Found(read_table(source), None)
     files = list_files(source)
     for name, look in LAYOUTS.items():
         if layout in ("auto", name) and (found := look(source, files)) is not None:
             return found
-    raise DatasetInvalid(source, f"it does not look like the layout {layout!r}")
+    raise DatasetInvalid(str(source), f"it does not look like the layout {layout!r}")
 
 
-def find_tree(_source: Path, files: Sequence[File]) -> Found:
+def find_tree(_source: Path | Url, files: Sequence[File]) -> Found:
     """The layout ``tree``: whatever is in no other."""
     train, val = split_files(files)
     return Found(_by_name(train), None if val is None else _by_name(val))
 
 
-def find_imagenet(source: Path, files: Sequence[File]) -> Found | None:
+def find_imagenet(source: Path | Url, files: Sequence[File]) -> Found | None:
     """The layout ``imagenet``: ImageNet's own archives."""
     train = subtree(files, "ILSVRC2012_img_train")
     if not train:
@@ -89,7 +93,7 @@ def find_imagenet(source: Path, files: Sequence[File]) -> Found | None:
     return Found(_by_name(train), _by_table(source, val, files) if val else None)
 
 
-def find_kaggle(source: Path, files: Sequence[File]) -> Found | None:
+def find_kaggle(source: Path | Url, files: Sequence[File]) -> Found | None:
     """The layout ``kaggle``."""
     for prefix in ("", "ILSVRC/"):
         train = subtree(files, f"{prefix}Data/CLS-LOC/train")
@@ -99,7 +103,7 @@ def find_kaggle(source: Path, files: Sequence[File]) -> Found | None:
     return None
 
 
-def find_webdataset(source: Path, files: Sequence[File]) -> Found | None:
+def find_webdataset(source: Path | Url, files: Sequence[File]) -> Found | None:
     """The layout ``webdataset``: a sample is all files whose names agree up to the first dot of their last part."""
     classes = {_key(file): file for file in files if file.name.endswith(".cls")}
     if not classes:
@@ -114,7 +118,7 @@ def find_webdataset(source: Path, files: Sequence[File]) -> Found | None:
     return Found(train, val) if train and val else Found(pairs, None)
 
 
-def find_cifar(source: Path, files: Sequence[File]) -> Found | None:
+def find_cifar(source: Path | Url, files: Sequence[File]) -> Found | None:
     """The layout ``cifar``: each record is a byte of label and a planar picture."""
     by_name = {PurePosixPath(file.name).name: file for file in files}
     if "data_batch_1.bin" not in by_name or "batches.meta.txt" not in by_name:
@@ -130,7 +134,7 @@ def find_cifar(source: Path, files: Sequence[File]) -> Found | None:
     return Found(train, val, "cifar")
 
 
-LAYOUTS: Final[dict[str, Callable[[Path, Sequence[File]], Found | None]]] = {
+LAYOUTS: Final[dict[str, Callable[[Path | Url, Sequence[File]], Found | None]]] = {
     "cifar": find_cifar,
     "webdataset": find_webdataset,
     "imagenet": find_imagenet,
@@ -151,7 +155,7 @@ def read_table(source: Path) -> Pairs:
     pairs = []
     for number, (path, label) in enumerate(_rows(source), 1):
         if not path or not label:
-            raise DatasetInvalid(source, f"row {number} has no {'label' if path else 'path'}")
+            raise DatasetInvalid(str(source), f"row {number} has no {'label' if path else 'path'}")
         on_disk = source.parent / path
         try:
             status = on_disk.stat()
@@ -160,7 +164,7 @@ def read_table(source: Path) -> Pairs:
             stamp_ns, size = 0, 0
         pairs.append((File(path, os.fsencode(on_disk), stamp_ns, 0, size), label))
     if len({file.name for file, _ in pairs}) < len(pairs):
-        raise DatasetInvalid(source, "it names a path twice")
+        raise DatasetInvalid(str(source), "it names a path twice")
     return pairs
 
 
@@ -174,12 +178,12 @@ def _rows(source: Path) -> list[tuple[str, str]]:
     try:
         text = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetInvalid(source, f"it cannot be read as text ({error})") from error
+        raise DatasetInvalid(str(source), f"it cannot be read as text ({error})") from error
     if source.suffix == ".jsonl":
         try:
             return [(row.path, _named(row.label)) for row in msgspec.json.Decoder(_Row).decode_lines(text)]
         except msgspec.MsgspecError as error:
-            raise DatasetInvalid(source, f"a line is not JSON with path and label ({error})") from error
+            raise DatasetInvalid(str(source), f"a line is not JSON with path and label ({error})") from error
     separator = "\t" if source.suffix == ".tsv" else ","
     rows = [row for row in csv.reader(text.splitlines(), delimiter=separator) if row]
     if rows and [cell.strip().lower() for cell in rows[0][:2]] == ["path", "label"]:
@@ -197,7 +201,7 @@ def _by_name(files: Sequence[File]) -> Pairs:
     return [(file, name) for file in files if (name := class_of(file))]
 
 
-def _by_table(source: Path, pictures: Sequence[File], files: Sequence[File]) -> Pairs:
+def _by_table(source: Path | Url, pictures: Sequence[File], files: Sequence[File]) -> Pairs:
     """Validation pictures with the classes that the table beside them gives."""
     for file in files:
         if PurePosixPath(file.name).name in VALIDATION_TABLES:
@@ -205,11 +209,11 @@ def _by_table(source: Path, pictures: Sequence[File], files: Sequence[File]) -> 
             break
     else:
         raise DatasetInvalid(
-            source, f"the labels of its validation pictures are missing: put {VALIDATION_TABLES[0]} there"
+            str(source), f"the labels of its validation pictures are missing: put {VALIDATION_TABLES[0]} there"
         )
     pairs = [(picture, classes.get(PurePosixPath(picture.name).stem)) for picture in pictures]
     if missing := [picture.name for picture, name in pairs if name is None]:
-        raise DatasetInvalid(source, f"{file.name} has no label for {missing[0]} and {len(missing) - 1} others")
+        raise DatasetInvalid(str(source), f"{file.name} has no label for {missing[0]} and {len(missing) - 1} others")
     return [(picture, name) for picture, name in pairs if name is not None]
 
 
@@ -224,21 +228,21 @@ def _key(file: File) -> str:
     return f"{folder}/{name.split('.', 1)[0]}"
 
 
-def _class_number(source: Path, file: File) -> str:
+def _class_number(source: Path | Url, file: File) -> str:
     text = _text(source, file).strip()
     if not text.isdecimal():
-        raise DatasetInvalid(source, f"{file.name} is not the number of a class")
+        raise DatasetInvalid(str(source), f"{file.name} is not the number of a class")
     return _named(text)
 
 
-def _cifar(source: Path, file: File, names: Sequence[str]) -> Pairs:
+def _cifar(source: Path | Url, file: File, names: Sequence[str]) -> Pairs:
     """The records of one batch."""
     content = _read(source, file)
     if not content or len(content) % CIFAR_RECORD_BYTES:
-        raise DatasetInvalid(source, f"{file.name} is not whole records of {CIFAR_RECORD_BYTES} bytes")
+        raise DatasetInvalid(str(source), f"{file.name} is not whole records of {CIFAR_RECORD_BYTES} bytes")
     labels = content[::CIFAR_RECORD_BYTES]
     if max(labels) >= len(names):
-        raise DatasetInvalid(source, f"{file.name} has label {max(labels)}, and {len(names)} classes have names")
+        raise DatasetInvalid(str(source), f"{file.name} has label {max(labels)}, and {len(names)} classes have names")
     return [
         (
             msgspec.structs.replace(
@@ -253,12 +257,12 @@ def _cifar(source: Path, file: File, names: Sequence[str]) -> Pairs:
     ]
 
 
-def _text(source: Path, file: File) -> str:
+def _text(source: Path | Url, file: File) -> str:
     return _read(source, file).decode("utf-8", "replace")
 
 
-def _read(source: Path, file: File) -> bytes:
+def _read(source: Path | Url, file: File) -> bytes:
     try:
-        return read_content(Path(os.fsdecode(file.path)), file.name, file.offset, file.size)
+        return read_bytes(file.path, file.name, file.offset, file.size)
     except PictureError as error:
-        raise DatasetInvalid(source, f"{file.name} in it cannot be read: {error.reason}") from error
+        raise DatasetInvalid(str(source), f"{file.name} in it cannot be read: {error.reason}") from error

@@ -150,7 +150,7 @@ class Pool:
         """The results of all items, chunk by chunk, in their order.
 
         Raises:
-            ToolFailed: workers die before they have begun anything.
+            ToolFailed: workers die before they have begun anything, or cannot reach what is behind a URL.
         """
         run = _Run(self._workers, self._selector, items)
         for number in range(len(run.chunks)):
@@ -202,6 +202,8 @@ class _Run:
                 self._replace(worker)
 
     def _note(self, worker: _Worker, message: wire.FromWorker) -> None:
+        if isinstance(message, wire.Failed):
+            raise ToolFailed(message.sentence)
         if isinstance(message, wire.At):
             worker.at = message.index
         else:

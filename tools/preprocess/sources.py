@@ -16,7 +16,9 @@ from typing import IO, Final, Literal
 
 import msgspec
 
+from loader_service.data.picture import read_content
 from loader_service.errors import DatasetInvalid
+from tools.preprocess.remote import URL, Url, list_remote, open_remote, read_remote
 
 TRAIN_FOLDER: Final = "train"
 VALIDATION_FOLDERS: Final = ("val", "valid", "validation", "test")
@@ -33,8 +35,8 @@ class File(msgspec.Struct, frozen=True):
 
     Fields:
         name: within the tree, with slashes; UTF-8 with other bytes escaped.
-        path: the file on disk that it is or lies in, as the system's bytes.
-        stamp_ns: when that was last changed.
+        path: the file on disk that it is or lies in, as the system's bytes; or its URL.
+        stamp_ns: when that was last changed; of a URL, another number that changes with it.
         offset: where it starts in there.
         size: its bytes.
     """
@@ -68,20 +70,23 @@ class Item(msgspec.Struct, frozen=True, array_like=True):
 class Listing(msgspec.Struct, frozen=True):
     """The items of one split, in the order of their names, and the names of their classes by label."""
 
-    root: Path
+    root: Path | Url
     class_names: tuple[str, ...]
     items: tuple[Item, ...]
 
 
-def list_files(root: Path) -> list[File]:
-    """The files of a folder or an uncompressed tar archive, sorted by name; hidden ones are left out.
+def list_files(root: Path | Url) -> list[File]:
+    """The files of a folder or an uncompressed tar archive, here or behind a URL, by name; hidden ones are left out.
 
     An archive that lies in an archive or directly in the folder is looked into: its files have names below its own.
 
     Raises:
         DatasetInvalid: it cannot be read.
     """
-    files = _files_in_archive(root) if root.is_file() else _files_below(root)
+    if isinstance(root, Url):
+        files = _files_behind(root)
+    else:
+        files = _files_in_archive(root) if root.is_file() else _files_below(root)
     return sorted(files, key=lambda file: file.name)
 
 
@@ -105,7 +110,7 @@ def subtree(files: Sequence[File], folder: str) -> list[File]:
     ]
 
 
-def label_files(root: Path, files: Sequence[File], class_names: Sequence[str] | None = None) -> Listing:
+def label_files(root: Path | Url, files: Sequence[File], class_names: Sequence[str] | None = None) -> Listing:
     """Files as items: ``CLASS/anything/below/name.jpg``, or ImageNet's file names that begin with their class.
 
     Every file in a class counts, whatever it is called: what is no picture is rejected by name later.
@@ -132,16 +137,20 @@ def class_of(file: File) -> str | None:
 
 
 def label_pairs(
-    root: Path, pairs: Sequence[tuple[File, str]], class_names: Sequence[str] | None = None, form: Form = "picture"
+    root: Path | Url,
+    pairs: Sequence[tuple[File, str]],
+    class_names: Sequence[str] | None = None,
+    form: Form = "picture",
 ) -> Listing:
     """Files with their classes' names as items; see :func:`label_files`."""
     own = sorted({name for _, name in pairs})
     if not own:
-        raise DatasetInvalid(root, "it holds no files in folders for classes (CLASS/name.jpg)")
+        raise DatasetInvalid(str(root), "it holds no files in folders for classes (CLASS/name.jpg)")
     labels = {name: label for label, name in enumerate(own if class_names is None else class_names)}
     if unknown := [name for name in own if name not in labels]:
         raise DatasetInvalid(
-            root, f"its class {unknown[0]!r} is not among the {len(labels)} classes of training, whose labels it needs"
+            str(root),
+            f"its class {unknown[0]!r} is not among the {len(labels)} classes of training, whose labels it needs",
         )
     items = (
         Item(file.name, labels[name], file.path, file.stamp_ns, file.offset, file.size, form) for file, name in pairs
@@ -167,6 +176,35 @@ def _files_below(folder: Path, prefix: str = "") -> Iterator[File]:
             yield File(name, os.fsencode(entry.path), stamp_ns, 0, size)
 
 
+def _files_behind(root: Url) -> Iterator[File]:
+    """The files behind a URL; archives count as they do in a folder on disk."""
+    for name, url, stamp, size in list_remote(root):
+        path = url.encode()
+        if not name or ("/" not in name and name.endswith(".tar")):
+            below = f"{name.removesuffix('.tar')}/" if name else ""
+            try:
+                with open_remote(url) as file:
+                    for member, offset, length in _visible_members(file):
+                        yield File(below + member, path, stamp, offset, length)
+            except (tarfile.TarError, OSError) as error:
+                raise DatasetInvalid(url, f"it cannot be read as a tar archive ({error})") from error
+        elif not any(part.startswith(".") for part in name.split("/")):
+            yield File(name, path, stamp, 0, size)
+
+
+def read_bytes(path: bytes, source: str, offset: int, size: int) -> bytes:
+    """The bytes of a :class:`File` or an :class:`Item`.
+
+    Raises:
+        PictureError: it cannot be read.
+        ToolFailed: it lies behind a URL and cannot be had now.
+    """
+    name = os.fsdecode(path)
+    if URL.fullmatch(name):
+        return read_remote(name, source, offset, size)
+    return read_content(Path(name), source, offset, size)
+
+
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     """What a folder holds, without hidden entries."""
     try:
@@ -181,11 +219,15 @@ def _files_in_archive(path: Path) -> Iterator[File]:
     stamp_ns = path.stat().st_mtime_ns
     try:
         with path.open("rb") as file:
-            for name, offset, size in _members(file, 0, ""):
-                if not any(part.startswith(".") for part in name.split("/")):
-                    yield File(name, os.fsencode(path), stamp_ns, offset, size)
+            for name, offset, size in _visible_members(file):
+                yield File(name, os.fsencode(path), stamp_ns, offset, size)
     except (tarfile.TarError, OSError) as error:
         raise DatasetInvalid(path, f"it cannot be read as a tar archive ({error})") from error
+
+
+def _visible_members(file: IO[bytes]) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of each file in an archive that is not hidden."""
+    return (m for m in _members(file, 0, "") if not any(part.startswith(".") for part in m[0].split("/")))
 
 
 def _members(file: IO[bytes], start: int, prefix: str) -> Iterator[tuple[str, int, int]]:

@@ -66,8 +66,14 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     products: list[int]
 
 
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """Worker to pool: the run cannot go on, for a reason that is no picture's fault."""
+
+    sentence: str
+
+
 ToWorker = Setup | Job
-FromWorker = At | Done
+FromWorker = At | Done | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

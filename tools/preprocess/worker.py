@@ -11,23 +11,22 @@ Rules of this file:
 from __future__ import annotations
 
 import mmap
-import os
 import signal
 import socket
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.data.picture import load_picture, read_content
+from loader_service.data.picture import load_picture
 from loader_service.data.records import CODECS, SHAPE, decode, encode
 from loader_service.errors import PictureError
+from tools.command import ToolFailed
 from tools.preprocess import wire
 from tools.preprocess.layouts import CIFAR_SIDE_PX
-from tools.preprocess.sources import Item
+from tools.preprocess.sources import Item, read_bytes
 from tools.statistics import colour_products
 
 CIFAR_HEADER: Final = b"P6 %d %d 255\n" % (CIFAR_SIDE_PX, CIFAR_SIDE_PX)
@@ -43,7 +42,11 @@ def main(connection: socket.socket, memory: mmap.mmap) -> None:
             setup = message
         else:
             assert setup is not None, "the pool sends it first"
-            connection.sendall(wire.encode(work(connection, memory, setup, message)))
+            try:
+                answer: wire.FromWorker = work(connection, memory, setup, message)
+            except ToolFailed as error:
+                answer = wire.Failed(str(error))
+            connection.sendall(wire.encode(answer))
 
 
 def work(connection: socket.socket, memory: mmap.mmap, setup: wire.Setup, job: wire.Job) -> wire.Done:
@@ -77,7 +80,7 @@ def work(connection: socket.socket, memory: mmap.mmap, setup: wire.Setup, job: w
 
 def make(item: Item, setup: wire.Setup) -> tuple[bytes | memoryview, npt.NDArray[np.uint8]]:
     """The payload of one item, and the pixels that a reader will decode from it."""
-    content = read_content(Path(os.fsdecode(item.path)), item.source, item.offset, item.size)
+    content = read_bytes(item.path, item.source, item.offset, item.size)
     if item.form == "cifar":
         content = CIFAR_HEADER + np.frombuffer(content, np.uint8).reshape(3, -1).T.tobytes()  # planes to pixels
     pixels = load_picture(content, source=item.source)

@@ -1,0 +1,151 @@
+"""Pictures behind URLs, as a folder and as an archive; fsspec's own file:// is one more kind of URL."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from loader_service.data.records import Records
+from loader_service.errors import PictureError
+from tools.command import ToolFailed
+from tools.preprocess.remote import Url, list_remote, read_remote
+from tools.preprocess.sources import list_files, read_bytes
+
+Preprocess = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def fingerprints(album: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, ...]]:
+    """What the album is on this machine: sources and pixels' digest, by split."""
+    out = tmp_path_factory.mktemp("local")
+    command = [sys.executable, "-m", "tools.preprocess", str(album), str(out), "--workers=1"]
+    subprocess.run(command, check=True, capture_output=True)
+    return contents(out)
+
+
+def contents(out: Path) -> list[tuple[str, ...]]:
+    """Fingerprint and rejected files of both environments."""
+    found = []
+    for split in ("train.lmdb", "val.lmdb"):
+        with Records(out / split) as records:
+            found.append((records.manifest.fingerprint, *(bad.source for bad in records.manifest.rejected)))
+    return found
+
+
+def tar_of(folder: Path, path: Path) -> Path:
+    """A tar of a folder's content, with a tar of one class inside of it."""
+    with tarfile.open(path, "w") as archive:
+        archive.add(folder, ".")
+    return path
+
+
+def test_a_folder_behind_a_url(
+    album: Path, tmp_path: Path, preprocess: Preprocess, fingerprints: list[tuple[str, ...]]
+) -> None:
+    """A URL gives the records that the folder gives, and is known again."""
+    first, second = (preprocess(album.as_uri(), tmp_path) for _ in range(2))  # type: ignore[arg-type]
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    assert "there already" in second.output
+    assert contents(tmp_path) == fingerprints
+
+
+def test_an_archive_behind_a_url(
+    album: Path, tmp_path: Path, preprocess: Preprocess, fingerprints: list[tuple[str, ...]]
+) -> None:
+    """A tar is read in ranges, where it lies."""
+    url = tar_of(album, tmp_path / "album.tar").as_uri()
+    assert preprocess(url, tmp_path / "out").exit_code == 0  # type: ignore[arg-type]
+    assert contents(tmp_path / "out") == fingerprints
+
+
+def test_each_file_has_its_bytes(album: Path, tmp_path: Path) -> None:
+    """Names, offsets and sizes of a remote tree are those of the tree on disk; hidden files are left out."""
+    (tmp_path / "tree" / "ant").mkdir(parents=True)
+    (tmp_path / "tree" / "ant" / "1.jpg").write_bytes(b"one")
+    (tmp_path / "tree" / "ant" / ".hidden").write_bytes(b"no")
+    (tmp_path / "tree" / "ant" / "empty").write_bytes(b"")
+    tar_of(album / "val", tmp_path / "tree" / "more.tar")
+    here = {f.name: read_bytes(f.path, f.name, f.offset, f.size) for f in list_files(tmp_path / "tree")}
+    there = list_files(Url((tmp_path / "tree").as_uri()))
+    assert {f.name: read_bytes(f.path, f.name, f.offset, f.size) for f in there} == here
+    assert here["ant/1.jpg"] == b"one"
+
+
+def test_a_changed_file_has_another_stamp(tmp_path: Path) -> None:
+    """A second run notices that a file behind a URL has changed."""
+    path = tmp_path / "1.jpg"
+    path.write_bytes(b"one")
+    (before,) = list_remote(Url(tmp_path.as_uri()))
+    os.utime(path, ns=(1, 1))
+    (after,) = list_remote(Url(tmp_path.as_uri()))
+    assert before.stamp != after.stamp
+    assert before._replace(stamp=0) == after._replace(stamp=0)
+
+
+def test_what_is_gone_is_the_pictures_fault_and_an_outage_is_not(tmp_path: Path) -> None:
+    """A file that is gone or shorter is rejected; what cannot be reached now ends the run, to go on later."""
+    path = tmp_path / "1.jpg"
+    with pytest.raises(PictureError, match="it is not there any more"):
+        read_remote(path.as_uri(), "1.jpg", 0, 3)
+    path.write_bytes(b"on")
+    with pytest.raises(PictureError, match="it ends after 2 of 3 bytes"):
+        read_remote(path.as_uri(), "1.jpg", 0, 3)
+    with pytest.raises(ToolFailed, match="cannot be read now"):
+        read_remote(tmp_path.as_uri(), "1.jpg", 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("url", "code", "sentence"),
+    [
+        ("nonsense://bucket/x", 2, "a URL that fsspec can open here"),
+        ("file:///no/such/folder", 3, "it holds no files"),
+        ("file:///no/such.tar.gz", 3, "fetch it first"),
+        ("file:///no/such.csv", 3, "a table must lie on this machine"),
+    ],
+)
+def test_urls_that_cannot_work(url: str, code: int, sentence: str, tmp_path: Path, preprocess: Preprocess) -> None:
+    """Each ends with its exit code and a sentence."""
+    result = preprocess(url, tmp_path / "out")  # type: ignore[arg-type]
+    assert result.exit_code == code
+    assert sentence in " ".join(result.output.split())
+
+
+@pytest.fixture
+def bucket(album: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """``s3://album`` on a server of its own, with the album in it, as a folder and as a tar."""
+    pytest.importorskip("moto.server", reason="moto[s3,server] is not installed: it is too large for every set-up")
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'loader-service[remote]'")
+    with subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-p", "0"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as server:
+        assert server.stderr is not None
+        endpoint = next(m[0] for line in server.stderr if (m := re.search(r"http://127\.0\.0\.1:\d+", line)))
+        for name, value in (
+            ("AWS_ENDPOINT_URL", endpoint),
+            ("AWS_ACCESS_KEY_ID", "test"),
+            ("AWS_SECRET_ACCESS_KEY", "test"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):
+            monkeypatch.setenv(name, value)
+        fs = s3fs.S3FileSystem()
+        fs.mkdir("album")
+        fs.put(str(album), "album/tree", recursive=True)
+        yield "s3://album"
+        server.kill()
+
+
+def test_an_object_store(
+    bucket: str, album: Path, tmp_path: Path, preprocess: Preprocess, fingerprints: list[tuple[str, ...]]
+) -> None:
+    """From an S3-compatible server come the same records."""
+    result = preprocess(f"{bucket}/tree", tmp_path)  # type: ignore[arg-type]
+    assert result.exit_code == 0, result.output
+    assert contents(tmp_path) == fingerprints

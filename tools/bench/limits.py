@@ -50,7 +50,8 @@ def copying(data: Path) -> Iterator[int]:
             chosen = [stored[number] for number in records_at(len(records), os.getpid(), 0, start, BATCH).tolist()]
             addresses.append(first_pixels(chosen, draw(view, os.getpid(), 0, start, BATCH)))
         images = np.frombuffer(mmap.mmap(-1, SLOTS * BATCH * IMAGE_BYTES), np.uint8).reshape(SLOTS, BATCH, *view.shape)
-        images[...] = 0
+        for batch, crops in zip(cycle(images), addresses, strict=False):
+            copy_crops(batch, crops)  # every page is mapped before the clock runs
         for batch, crops in zip(cycle(images), cycle(addresses), strict=False):
             copy_crops(batch, crops)
             yield BATCH

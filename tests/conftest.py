@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from hypothesis import settings
 from loader_service.data.centred import centre_of, encode_centred
 from loader_service.data.records import SHAPE, Codec, Manifest, Statistics, encode
 from loader_service.data.writer import Writer
+
+# A shell that runs tests in the background has SIGINT ignored, and so would every program that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, and no deadline for a busy machine to miss.
 settings.register_profile("project", deadline=None, derandomize=True)

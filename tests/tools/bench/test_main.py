@@ -97,6 +97,12 @@ def test_a_bar_is_reached_at_its_figure(rate: float, reached: bool) -> None:
     assert found[-1].reached
 
 
+def test_more_than_a_limit_is_not_believed() -> None:
+    """Who is faster than what nobody can exceed was measured on a machine that others used."""
+    [bar, *_] = bars({"ours-raw-shm": [turn(120)], "memcpy": [turn(100)]}, None)
+    assert (bar.disturbed, bar.reached) == (True, False)
+
+
 def test_a_contestant_that_breaks_is_named_with_its_last_words() -> None:
     """Its exit code and the end of its log are in the sentence."""
     sentence = r"other ended with exit code 1: no such format"

@@ -26,7 +26,7 @@ class Spread(msgspec.Struct, frozen=True):
 class Bar(msgspec.Struct, frozen=True):
     """A bar and the figure it is for; ``figure`` is None where what it takes was not measured.
 
-    ``disturbed``: the figure is above what it cannot exceed, so others used the machine, and it says nothing.
+    ``disturbed``: the figure is above what it cannot exceed, so something held the limit's turns up, and it says nothing.
     """
 
     what: str

@@ -96,7 +96,7 @@ def _bar_table(found: list[Bar]) -> str:
 
 def _verdict(bar: Bar) -> str:
     if bar.disturbed:
-        return "not shown: above the limit, so others disturbed its turns"
+        return "not shown: above the limit, so its turns were disturbed"
     if bar.reached or bar.figure is None:
         return "yes"
     need = float(bar.need.split()[-1])

@@ -98,7 +98,7 @@ def test_a_bar_is_reached_at_its_figure(rate: float, reached: bool) -> None:
 
 
 def test_more_than_a_limit_is_not_believed() -> None:
-    """Who is faster than what nobody can exceed was measured on a machine that others used."""
+    """Where somebody exceeds what nobody can, the limit's own turns were disturbed, and no bar is claimed."""
     [bar, *_] = bars({"ours-raw-shm": [turn(120)], "memcpy": [turn(100)]}, None)
     assert (bar.disturbed, bar.reached) == (True, False)
 

@@ -114,9 +114,10 @@ def test_leaving_ends_all_processes_of_a_contestant() -> None:
     """Also those that it started itself."""
     program = "import subprocess, sys; subprocess.Popen(['cat'], stdin=subprocess.PIPE); print('ready', flush=True)"
     program += "; sys.stdin.read()"
+    others = psutil.Process().children()  # of the session's fixtures
     with Running(contestant(program)) as running:
         running.wait()
-        [child] = psutil.Process().children()
+        [child] = [process for process in psutil.Process().children() if process not in others]
         tree = [child, *child.children(recursive=True)]
         assert len(tree) == 2
     assert not any(process.is_running() for process in tree)

@@ -35,6 +35,7 @@ from trainer.options import (
 )
 from trainer.predict import predict
 from trainer.run_folder import RunFolder, newest_run
+from trainer.scores import class_errors, tables
 from trainer.stop import Stopped, StopRequest
 from trainer.summary import Summary
 from trainer.world import World, join
@@ -84,9 +85,11 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **give
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @options(SOURCE, (BATCH_SIZE, DEVICES, JSON))
 @click.option("--views", type=click.Choice(VIEWS), default=VIEWS[0], show_default=True)
+@click.option("--classes", "by_class", is_flag=True, help="Also each class's errors, and which are taken for which.")
 def evaluate(
     runs: tuple[Path, ...],
     views: str,
+    by_class: bool,
     batch_size: int,
     devices: tuple[str, ...],
     as_json: bool,
@@ -98,14 +101,19 @@ def evaluate(
     """
     with _one_sentence(), open_source(Source(**places)) as node:
         click.echo(node.about, err=True)
-        result = evaluate_runs(runs, node, views, batch_size, devices)
+        result, names = evaluate_runs(runs, node, views, batch_size, devices)
     if as_json:
-        click.echo(msgspec.json.encode(result).decode())
-    else:
-        click.echo(
-            f"{result.images} images, {views}: top-1 error {result.top1_error:.2%}, top-5 error {result.top5_error:.2%}, "
-            f"loss {result.loss:.4f}"
-        )
+        about = {"views": views, "classes": class_errors(result, names)}
+        click.echo(msgspec.json.encode(msgspec.structs.asdict(result) | about).decode())
+        return
+    click.echo(
+        f"{result.images} images, {views}: top-1 error {result.top1_error:.2%}, top-5 error {result.top5_error:.2%}, "
+        f"loss {result.loss:.4f}"
+    )
+    if by_class:
+        console = Console(soft_wrap=True)
+        for table in tables(result, names):
+            console.print(table)
 
 
 @main.command("predict")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -25,14 +24,12 @@ from trainer.exchange import Share
 from trainer.feed import Batch, Feed, Node
 from trainer.model import AlexNet
 from trainer.run_folder import find_checkpoint
+from trainer.scores import Counter, Evaluation
 from trainer.world import World
 
 VIEWS_PER_RECORD: Final = {"center": 1, "ten-crop": 10}
 VIEWS: Final = tuple(VIEWS_PER_RECORD)
 """How a picture is looked at: its centre crop, or four corners and the centre, and their mirror images."""
-
-TOP: Final = 5
-"""The benchmark's other error counts a picture as right if its class is among the five best guesses."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +57,6 @@ class Member:
         return probabilities.view(-1, views, probabilities.shape[1]).mean(1)
 
 
-class Evaluation(msgspec.Struct, frozen=True):
-    """Results on a split; errors are shares of 1, ``loss`` the mean of -log(averaged probability)."""
-
-    images: int
-    loss: float
-    top1_error: float
-    top5_error: float
-
-
 def evaluate(members: Sequence[Member], batches: Iterable[Batch], world: World | None = None) -> Evaluation:
     """Run the networks over all batches and compare with the labels.
 
@@ -76,8 +64,7 @@ def evaluate(members: Sequence[Member], batches: Iterable[Batch], world: World |
     """
     for member in members:
         member.model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)
-    images = 0
+    counter = Counter()
     with torch.inference_mode():
         for batch in batches:
             if not len(batch.labels):
@@ -85,17 +72,13 @@ def evaluate(members: Sequence[Member], batches: Iterable[Batch], world: World |
             outputs = [member.probabilities(batch.images, batch.windows, batch.views) for member in members]
             if world and not world.has_head:
                 continue  # tower 0's process has the outputs
-            mean = torch.stack(outputs).mean(0)
-            sums += _sums(mean, batch.labels).cpu()
-            images += len(batch.labels)
-    if world:
-        everyone = torch.tensor(world.gather([*sums.tolist(), images]), dtype=torch.float64).sum(0)
-        sums, images = everyone[:3], int(everyone[3])
-    loss, wrong1, wrong5 = (sums / max(1, images)).tolist()
-    return Evaluation(images, loss, wrong1, wrong5)
+            counter.add(torch.stack(outputs).mean(0), batch.labels)
+    return counter.evaluation(world)
 
 
-def evaluate_runs(paths: Sequence[Path], node: Node, views: str, batch_size: int, devices: Sequence[str]) -> Evaluation:
+def evaluate_runs(
+    paths: Sequence[Path], node: Node, views: str, batch_size: int, devices: Sequence[str]
+) -> tuple[Evaluation, tuple[str, ...]]:
     """Errors on the validation split of several runs' networks, their outputs averaged.
 
     Args:
@@ -104,6 +87,9 @@ def evaluate_runs(paths: Sequence[Path], node: Node, views: str, batch_size: int
         views: one of VIEWS.
         batch_size: pictures per batch, each view counted.
         devices: at most one; empty means what the machine has.
+
+    Returns:
+        The errors, and the names of the classes.
 
     Raises:
         ConfigError: networks that were trained on other classes than the split's.
@@ -117,7 +103,7 @@ def evaluate_runs(paths: Sequence[Path], node: Node, views: str, batch_size: int
         for path, (_, facts) in zip(paths, loaded, strict=True):
             if facts.class_names != feed.facts.class_names:
                 raise ConfigError("RUN", path, "a network of the same classes as the validation split's")
-        return evaluate([member for member, _ in loaded], feed)
+        return evaluate([member for member, _ in loaded], feed), feed.facts.class_names
 
 
 def load_member(path: Path, device: torch.device) -> tuple[Member, Facts]:
@@ -153,12 +139,3 @@ def restore(model: AlexNet, saved: checkpoint.Checkpoint, path: Path) -> None:
         model.load_state_dict({name: tensor for name, tensor in saved.model.items() if model.owns(name)})
     except RuntimeError as error:
         raise CheckpointError(path, "its weights do not fit the network that it describes") from error
-
-
-def _sums(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """(3,) float64 over a batch: -log p of the label, and how often it is not the best, or not among the best TOP."""
-    of_label = probabilities.gather(1, labels[:, None])
-    best = probabilities.topk(min(TOP, probabilities.shape[1])).indices  # (B, TOP)
-    hits = best == labels[:, None]
-    loss = -of_label.clamp_min(torch.finfo(of_label.dtype).tiny).log().double().sum()
-    return torch.stack([loss, (~hits[:, 0]).double().sum(), (~hits.any(1)).double().sum()])

@@ -32,7 +32,7 @@ from trainer.checkpoint import Checkpoint, Plain
 from trainer.config import RunConfig
 from trainer.dataset import Facts
 from trainer.errors import ConfigError, TrainingDiverged
-from trainer.evaluate import Evaluation, Member, build, evaluate, restore
+from trainer.evaluate import Member, build, evaluate, restore
 from trainer.exchange import BetweenProcesses, Share
 from trainer.feed import Batch, Feed, LoaderServiceError, Node, training_view
 from trainer.ledger import Account, as_numbers, from_numbers, merge_accounts
@@ -42,6 +42,7 @@ from trainer.preset import preset_named
 from trainer.progress import EpochRecord, Meter, Progress, StepRecord, Tally
 from trainer.report import Reporter
 from trainer.run_folder import RunFolder
+from trainer.scores import Evaluation
 from trainer.stop import Stopped, StopRequest
 from trainer.summary import Summary
 from trainer.twins import TwinFeed, share_facts

@@ -9,8 +9,9 @@ import msgspec
 import torch
 
 from trainer.devices import choose_device
-from trainer.evaluate import TOP, load_member
+from trainer.evaluate import load_member
 from trainer.feed import load_image
+from trainer.scores import TOP
 
 
 class Guess(msgspec.Struct, frozen=True):

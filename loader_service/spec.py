@@ -13,16 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 RECORD_SIDE_PX: Final = 256
-"""A record is RECORD_SIDE_PX x RECORD_SIDE_PX x 3 (AlexNet paper, section 2)."""
+"""How wide and high records are unless preprocessing is told otherwise (AlexNet paper, section 2)."""
+
+MIN_SIDE_PX: Final = 8
+MAX_SIDE_PX: Final = 1024
+"""Bounds of a record's side: its mean image goes with every Welcome, 12 MiB at most."""
 
 CROP_SIDE_PX: Final = 224
-"""What the network sees of a record (section 4.1)."""
+"""What the network sees of a record of the usual side (section 4.1)."""
 
 JITTER_SIGMA: Final = 0.1
 """Standard deviation of the colour jitter's alpha (section 4.1)."""
-
-MEAN_BYTES: Final = RECORD_SIDE_PX * RECORD_SIDE_PX * 3 * 4
-"""Bytes of the mean image, float32."""
 
 MAX_SLICE: Final = 4096
 """Most positions that one request may ask for; a bound for what arrives from a socket."""
@@ -43,13 +44,23 @@ DRAWS: Final = np.dtype(
 and the colour shift of each channel (R, G, B) in grey levels. 12 bytes."""
 
 
+def mean_bytes(side: int) -> int:
+    """Bytes of the mean image of records of ``side`` pixels: (side, side, 3) float32."""
+    return side * side * 3 * 4
+
+
+def default_crop(side: int) -> int:
+    """The side of the crops of records of ``side`` pixels where nobody asks for another: 224 of 256, else in proportion."""
+    return (CROP_SIDE_PX * side + RECORD_SIDE_PX // 2) // RECORD_SIDE_PX
+
+
 class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which augmentation policy makes a sample. A value: equal views give equal bytes.
 
     Fields:
         kind: ``train`` (random crop, flip, colour jitter), ``center`` (the centre crop), ``ten-crop`` (four corners
             and the centre, then their mirror images), ``whole`` (the record as it is).
-        crop: side of the crop, in pixels; 224 in the paper. Without meaning for ``whole``.
+        crop: side of the crop, in pixels; 224 in the paper. Of ``whole`` the record's, which a client fills in.
         flip: whether half of the samples are mirrored (``train`` only).
         jitter: standard deviation of alpha in the colour jitter; 0 switches it off (``train`` only).
         basis: nine numbers, row by row: ``basis[c][k]`` is what one unit of alpha_k adds to channel c, in grey levels.
@@ -66,8 +77,8 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     order: Order = "shuffled"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.crop <= RECORD_SIDE_PX:
-            raise ValueError(f"a view's crop is 1 to {RECORD_SIDE_PX} pixels, not {self.crop}")
+        if not 1 <= self.crop <= MAX_SIDE_PX:
+            raise ValueError(f"a view's crop is 1 to {MAX_SIDE_PX} pixels, not {self.crop}")
         if not (math.isfinite(self.jitter) and 0 <= self.jitter <= 100):
             raise ValueError(f"a view's jitter is a standard deviation from 0 to 100, not {self.jitter}")
         if len(self.basis) not in (0, 9) or not all(math.isfinite(b) and abs(b) <= 1e4 for b in self.basis):
@@ -76,12 +87,25 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"a view of kind {self.kind} has no flip and no jitter")
 
     @classmethod
-    def named(cls, name: str) -> View:
-        """The view that a name stands for: ``train``, ``center``, ``ten-crop`` or ``whole``."""
+    def named(cls, name: str, side: int = RECORD_SIDE_PX) -> View:
+        """The view that a name stands for, ``train``, ``center``, ``ten-crop`` or ``whole``, of records of ``side`` pixels."""
         try:
-            return VIEWS[name]
+            view = VIEWS[name]
         except KeyError:
             raise ValueError(f"there is no view named {name!r}; there are {', '.join(VIEWS)}") from None
+        return msgspec.structs.replace(view, crop=default_crop(side)).of_records(side)
+
+    def of_records(self, side: int) -> View:
+        """This view of records of ``side`` pixels: ``whole`` has their side.
+
+        Raises:
+            ValueError: the crop is larger than they are.
+        """
+        if self.kind == "whole":
+            return self if self.crop == side else msgspec.structs.replace(self, crop=side)
+        if self.crop > side:
+            raise ValueError(f"a crop of {self.crop} pixels does not fit into records of {side}")
+        return self
 
     @property
     def samples_per_record(self) -> int:
@@ -90,9 +114,7 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one sample's pixels: (crop, crop, 3), (10, crop, crop, 3) or (256, 256, 3)."""
-        if self.kind == "whole":
-            return (RECORD_SIDE_PX, RECORD_SIDE_PX, 3)
+        """Shape of one sample's pixels: (crop, crop, 3) or, for ``ten-crop``, (10, crop, crop, 3)."""
         side = (self.crop, self.crop, 3)
         return (10, *side) if self.kind == "ten-crop" else side
 
@@ -199,7 +221,7 @@ class DatasetFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Fields:
         count: number of records.
         class_names: by label.
-        mean_image: (256, 256, 3) little-endian float32, 0..255, as bytes.
+        mean_image: (side, side, 3) little-endian float32, 0..255, as bytes; its length tells the records' side.
         channel_means: three means, 0..255.
         eigenvalues: three, of the covariance of RGB in 0..1, the largest first.
         eigenvectors: nine numbers, (3, 3) row by row; column k belongs to eigenvalue k.
@@ -209,9 +231,18 @@ class DatasetFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     count: Annotated[int, msgspec.Meta(ge=1, le=2**48)]
     class_names: tuple[str, ...]
-    mean_image: Annotated[bytes, msgspec.Meta(min_length=MEAN_BYTES, max_length=MEAN_BYTES)]
+    mean_image: Annotated[bytes, msgspec.Meta(min_length=mean_bytes(MIN_SIDE_PX), max_length=mean_bytes(MAX_SIDE_PX))]
     channel_means: Annotated[tuple[float, ...], msgspec.Meta(min_length=3, max_length=3)]
     eigenvalues: Annotated[tuple[float, ...], msgspec.Meta(min_length=3, max_length=3)]
     eigenvectors: Annotated[tuple[float, ...], msgspec.Meta(min_length=9, max_length=9)]
     fingerprint: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
     golden: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
+
+    def __post_init__(self) -> None:
+        if mean_bytes(self.side) != len(self.mean_image):
+            raise ValueError(f"a mean image of {len(self.mean_image)} bytes is not a square one of float32 RGB")
+
+    @property
+    def side(self) -> int:
+        """How wide and high the records are, in pixels."""
+        return math.isqrt(len(self.mean_image) // 12)

@@ -32,7 +32,7 @@ class TensorBatch(NamedTuple):
     Fields:
         images: (B, [V,] side, side, 3) uint8 or float32, as the loader's dtype says; RGB, channels last.
         labels, ids, sources: (B,) int64.
-        y, x: (B, [V]) int64, the crop's place in the 256 x 256 record.
+        y, x: (B, [V]) int64, the crop's place in its record.
         flip: (B, [V]) bool.
         shift: (B, [V,] 3) int16, the colour shift in grey levels.
         epoch, start: the epoch, and the position of the first sample in it.

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import settings
 
 from loader_service.data.centred import centre_of, encode_centred
-from loader_service.data.records import SHAPE, Codec, Manifest, Statistics, encode
+from loader_service.data.codecs import Codec, encode
+from loader_service.data.manifest import Manifest, Statistics
 from loader_service.data.writer import Writer
+from loader_service.spec import RECORD_SIDE_PX
 
 # A shell that runs tests in the background has SIGINT ignored, and so would every program that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,15 +30,15 @@ CLASSES = ("ant", "bee", "cat")
 MakeDataset = Callable[..., Manifest]
 
 
-def _picture(number: int) -> npt.NDArray[np.uint8]:
-    """The pixels of record ``number``, (256, 256, 3) uint8: smooth, without symmetry, unlike any other number's."""
-    y, x, channel = np.ogrid[: SHAPE[0], : SHAPE[1], : SHAPE[2]]
+def _picture(number: int, side: int = RECORD_SIDE_PX) -> npt.NDArray[np.uint8]:
+    """The pixels of record ``number``, (side, side, 3) uint8: smooth, without symmetry, unlike any other number's."""
+    y, x, channel = np.ogrid[:side, :side, :3]
     return ((3 * y + 5 * x + 80 * channel + 37 * number + (y * x) // 64) // 2 % 256).astype(np.uint8)
 
 
-def _statistics() -> Statistics:
+def _statistics(side: int = RECORD_SIDE_PX) -> Statistics:
     """The colour statistics usual for ImageNet, and a mean image whose every window is another."""
-    y, x, channel = np.ogrid[: SHAPE[0], : SHAPE[1], : SHAPE[2]]
+    y, x, channel = np.ogrid[:side, :side, :3]
     values = np.array([0.2281, 0.0212, 0.0060])
     vectors = np.array([[0.5675, 0.7192, 0.4009], [0.5808, -0.0045, -0.8140], [0.5836, -0.6948, 0.4203]])
     return Statistics(
@@ -48,21 +50,25 @@ def _statistics() -> Statistics:
     )
 
 
-def _make_dataset(path: Path, count: int, codec: Codec = "raw", class_names: tuple[str, ...] = CLASSES) -> Manifest:
-    centre = centre_of(_statistics().mean_image)
+def _make_dataset(
+    path: Path,
+    count: int,
+    codec: Codec = "raw",
+    class_names: tuple[str, ...] = CLASSES,
+    side: int = RECORD_SIDE_PX,
+) -> Manifest:
+    centre = centre_of(_statistics(side).mean_image)
     with Writer(path, codec=codec, class_names=class_names) as writer:
         for number in range(count):
-            name = class_names[number % len(class_names)]
-            payload = (
-                encode_centred(_picture(number), centre) if codec == "centered" else encode(_picture(number), codec)
-            )
+            name, pixels = class_names[number % len(class_names)], _picture(number, side)
+            payload = encode_centred(pixels, centre) if codec == "centered" else encode(pixels, codec)
             writer.put(number % len(class_names), payload, f"{name}/{number}.jpg")
-        return writer.finish(_statistics(), made_by={"made by": "the tests"})
+        return writer.finish(_statistics(side), made_by={"made by": "the tests"})
 
 
 @pytest.fixture(scope="session")
-def picture() -> Callable[[int], npt.NDArray[np.uint8]]:
-    """``picture(number)``: the pixels that ``make_dataset`` gives record ``number``, (256, 256, 3) uint8."""
+def picture() -> Callable[..., npt.NDArray[np.uint8]]:
+    """``picture(number, side=256)``: the pixels that ``make_dataset`` gives record ``number``, (side, side, 3) uint8."""
     return _picture
 
 
@@ -74,7 +80,7 @@ def statistics() -> Statistics:
 
 @pytest.fixture(scope="session")
 def make_dataset() -> MakeDataset:
-    """``make_dataset(path, count, codec="raw", class_names=CLASSES) -> Manifest``: record i has label i modulo classes."""
+    """``make_dataset(path, count, codec="raw", class_names=CLASSES, side=256)``: record i has label i modulo classes."""
     return _make_dataset
 
 

@@ -19,7 +19,8 @@ from typing import Final, Literal
 import click
 from PIL import Image
 
-from loader_service.data.records import CODECS, Records
+from loader_service.data.codecs import CODECS
+from loader_service.data.records import Records
 from loader_service.errors import OptionError, RecordError
 from tools.command import CONTEXT, Command
 from tools.progress import Progress

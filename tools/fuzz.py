@@ -22,7 +22,7 @@ from loader_service.errors import MessageError
 from loader_service.link import messages
 from loader_service.link.messages import FromClient, FromNode, Place, Request
 from loader_service.link.slots import Segment
-from loader_service.spec import MEAN_BYTES, VIEWS, DatasetFacts, SliceId
+from loader_service.spec import RECORD_SIDE_PX, VIEWS, DatasetFacts, SliceId, mean_bytes
 from tools.chaos.__main__ import dataset
 from tools.chaos.client import digest
 from tools.chaos.processes import in_session
@@ -68,7 +68,9 @@ def from_client(instance: str = INSTANCE, segment: str = SEGMENT, data_offset: i
 
 def from_node() -> list[FromNode]:
     """Every message of a node but its status, whose decoder is the same."""
-    facts = DatasetFacts(5, ("a",), bytes(MEAN_BYTES), (1.0,) * 3, (1.0,) * 3, (1.0,) * 9, INSTANCE, INSTANCE)
+    facts = DatasetFacts(
+        5, ("a",), bytes(mean_bytes(RECORD_SIDE_PX)), (1.0,) * 3, (1.0,) * 3, (1.0,) * 9, INSTANCE, INSTANCE
+    )
     return [
         messages.Welcome(messages.PROTOCOL, INSTANCE, 2, 2**24, {"train": facts}),
         messages.Attached(SEGMENT, bytes(16)),

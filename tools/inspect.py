@@ -14,7 +14,8 @@ import click
 import msgspec
 import numpy as np
 
-from loader_service.data.records import Manifest, Records
+from loader_service.data.manifest import Manifest
+from loader_service.data.records import Records
 from tools.command import CONTEXT, Command
 from tools.sheets import colour_sheet, mean_picture, record_sheet, sample_sheet
 

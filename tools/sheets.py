@@ -10,8 +10,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from loader_service.data.augment import complete_view
+from loader_service.data.codecs import Pixels
 from loader_service.data.fill import empty_slice, fill
-from loader_service.data.records import Pixels, Records
+from loader_service.data.records import Records
 from loader_service.spec import SampleLayout, SliceId, View
 
 TILE_PX: Final = 128

@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.data.records import SHAPE, Statistics
+from loader_service.data.codecs import SHAPE
+from loader_service.data.manifest import Statistics
 
 PIXELS: Final = SHAPE[0] * SHAPE[1]
 GREY_LEVELS: Final = 255

@@ -14,14 +14,14 @@ import click
 
 from loader_service.link import messages
 from loader_service.link.messages import FromClient, FromNode, Place, Request
-from loader_service.spec import MEAN_BYTES, VIEWS, DatasetFacts, SliceId
+from loader_service.spec import RECORD_SIDE_PX, VIEWS, DatasetFacts, SliceId, mean_bytes
 
 INSTANCE: Final = "0123456789abcdef" * 2
 SEGMENT: Final = f"loader-service-{'fedcba9876543210' * 2}"
 FACTS: Final = DatasetFacts(
     count=2,
     class_names=("ant", "bee"),
-    mean_image=bytes(MEAN_BYTES),
+    mean_image=bytes(mean_bytes(RECORD_SIDE_PX)),
     channel_means=(123.5, 124.5, 125.5),
     eigenvalues=(0.25, 0.0625, 0.015625),
     eigenvectors=(1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0),

@@ -13,8 +13,10 @@ import click
 import msgspec
 import numpy as np
 
+from loader_service.data.codecs import SHAPE
 from loader_service.data.fill import golden
-from loader_service.data.records import SHAPE, Manifest, Records, Statistics, digest_headers, fingerprint
+from loader_service.data.manifest import Manifest, Statistics, digest_headers, fingerprint
+from loader_service.data.records import Records
 from loader_service.errors import DatasetInvalid, RecordError
 from tools.command import CONTEXT, Command
 from tools.progress import Progress

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.data.records import SHAPE, Statistics
+from loader_service.data.manifest import Statistics
 from loader_service.spec import DatasetFacts
 
 
@@ -18,7 +18,7 @@ class Dataset:
     Fields:
         count: number of records.
         class_names: by label.
-        mean: (256, 256, 3) float32, the training split's mean image, 0..255.
+        mean: (side, side, 3) float32, the training split's mean image, 0..255.
         channel_means: (3,) float64, 0..255.
         eigenvalues: (3,) float64, of the covariance of RGB in 0..1, the largest first.
         eigenvectors: (3, 3) float64, column k belongs to eigenvalue k.
@@ -39,12 +39,17 @@ class Dataset:
         return cls(
             count=facts.count,
             class_names=facts.class_names,
-            mean=np.frombuffer(facts.mean_image, "<f4").reshape(SHAPE),
+            mean=np.frombuffer(facts.mean_image, "<f4").reshape(facts.side, facts.side, 3),
             channel_means=np.array(facts.channel_means),
             eigenvalues=np.array(facts.eigenvalues),
             eigenvectors=np.array(facts.eigenvectors).reshape(3, 3),
             fingerprint=facts.fingerprint,
         )
+
+    @property
+    def side(self) -> int:
+        """How wide and high the records are, in pixels."""
+        return len(self.mean)
 
     @property
     def statistics(self) -> Statistics:

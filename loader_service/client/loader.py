@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, get_args
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -29,7 +30,7 @@ from loader_service.data.fill import slice_numbers, slice_sources
 from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld
 from loader_service.link.keys import chosen_keys
 from loader_service.metrics import LoaderHook, LoaderMetrics
-from loader_service.spec import MAX_EXCLUDED, Dtype, SampleLayout, Split, View
+from loader_service.spec import MAX_EXCLUDED, VIEWS, Dtype, SampleLayout, Split, View
 
 log = logging.getLogger("loader_service.client")
 
@@ -40,7 +41,8 @@ class Batch(NamedTuple):
     """What a training loop receives. The arrays are views of a slot, which is used again once all of them are gone.
 
     Fields:
-        images: (B, 224, 224, 3) uint8 RGB, or float32 minus the mean; ten-crop (B, 10, 224, 224, 3); whole (B, 256, 256, 3).
+        images: (B, crop, crop, 3) uint8 RGB, or float32 minus the mean; ten-crop (B, 10, crop, crop, 3); whole
+            (B, side, side, 3). Of usual records crop is 224 and side 256.
         labels: (B,) int64, the class.
         ids: (B,) int64, the record number that the position stands for.
         sources: (B,) int64, the record whose pixels these are; differs only where a bad record was replaced.
@@ -68,6 +70,7 @@ class Loader:
         address: of a node, or several with commas between.
         split: ``train`` or ``val``.
         view: a name (``train``, ``center``, ``ten-crop``, ``whole``) or a :class:`View`.
+        crop: side of the crops, in pixels; None takes a View's own, and with a name 7/8 of the records' side: 224 of 256.
         batch_size: samples per batch and rank.
         seed: decides the order and all augmentation; 0 .. 2**63 - 1.
         epochs: how many.
@@ -98,6 +101,7 @@ class Loader:
         *,
         split: Split = "train",
         view: str | View = "train",
+        crop: int | None = None,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int = 0,
         epochs: int = 1,
@@ -114,7 +118,7 @@ class Loader:
         client_key: str | Path | None = None,
         hook: LoaderHook | None = None,
     ) -> None:
-        chosen = _check_view(view)
+        _check_view(view)
         _check_choice("split", split, get_args(Split))
         _check_choice("dtype", dtype, get_args(Dtype))
         _check_choice("transport", transport, get_args(Transport))
@@ -136,7 +140,7 @@ class Loader:
         try:
             self._facts = self._session.wait_for_facts(timeout_s)
             self.dataset = Dataset.of(self._facts)
-            self._view = complete_view(chosen, self.dataset.statistics)
+            self._view = complete_view(_view_of(view, crop, self.dataset.side), self.dataset.statistics)
             self._schedule = Schedule(self._facts.count, batch_size, rank, world_size, epochs, drop_last)
             self._room = self._make_room(
                 SampleLayout(self._view, dtype), seed, batch_size, prefetch + defaults.SPARE_SLOTS
@@ -372,13 +376,20 @@ def _close(session: Session, room: Room) -> None:
     room.close()
 
 
-def _check_view(view: str | View) -> View:
-    if isinstance(view, View):
-        return view
-    try:
-        return View.named(view)
-    except ValueError as error:
-        raise OptionError("view", view, "a View, or the name of one: train, center, ten-crop, whole") from error
+def _check_view(view: str | View) -> None:
+    if not isinstance(view, View) and view not in VIEWS:
+        raise OptionError("view", view, "a View, or the name of one: train, center, ten-crop, whole")
+
+
+def _view_of(view: str | View, crop: int | None, side: int) -> View:
+    """The view that is asked for, of records of ``side`` pixels."""
+    chosen = view if isinstance(view, View) else View.named(view, side)
+    if crop is not None and chosen.kind == "whole":
+        raise OptionError("crop", crop, "no crop beside the view whole, which shows all of a record")
+    wanted = chosen.crop if crop is None else crop
+    if chosen.kind != "whole" and not 1 <= wanted <= side:
+        raise OptionError("crop", wanted, f"1 to {side} pixels, the side of this dataset's records")
+    return chosen if crop is None else msgspec.structs.replace(chosen, crop=crop)
 
 
 def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:

@@ -15,11 +15,9 @@
 #include "_rows.h"
 
 enum {
-    SIDE = 256,              /* a record is SIDE x SIDE pixels of 3 bytes */
-    RECORD_ROW = 3 * SIDE,   /* bytes */
+    MAX_SIDE = 1024,         /* spec.MAX_SIDE_PX: records are squares of at most so many pixels of 3 bytes */
     HEADER_BYTES = 16,       /* little endian: u32 label, u8 codec, 3 bytes of padding, u64 checksum */
     CODEC_RAW = 0,
-    VALUE_BYTES = HEADER_BYTES + SIDE * RECORD_ROW,
     CACHE_LINE = 64,         /* bytes */
 
     /* How far ahead rows are fetched, which a crop needs: its rows are too short, and its pages too many, for the
@@ -41,8 +39,9 @@ typedef struct {
     const uint8_t *from;     /* the crop's first pixel in its record */
     const uint8_t *next;     /* the next sample's: only fetched ahead, never believed to be there */
     void *out;               /* side x side x 3 uint8, or float */
-    const float *mean;       /* the mean's window in the same orientation, rows of RECORD_ROW floats; NULL for uint8 */
+    const float *mean;       /* the mean's window in the same orientation, rows of `row` floats; NULL for uint8 */
     ptrdiff_t side;
+    ptrdiff_t row;           /* bytes in a row of the record */
     int mirrored;
     Shift shift;
 } Sample;
@@ -55,7 +54,7 @@ typedef void Row(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mirrored, con
 ALWAYS_INLINE void fetch_ahead(const Sample *s, ptrdiff_t r, ptrdiff_t out_row)
 {
     const ptrdiff_t ahead = r + SOURCE_AHEAD;
-    const uint8_t *row = ahead < s->side ? s->from + ahead * RECORD_ROW : s->next + (ahead - s->side) * RECORD_ROW;
+    const uint8_t *row = ahead < s->side ? s->from + ahead * s->row : s->next + (ahead - s->side) * s->row;
     for (ptrdiff_t i = 0; i < 3 * s->side; i += CACHE_LINE)
         __builtin_prefetch(row + i, 0, 2);
     const char *out = (const char *)s->out + (r + OUT_AHEAD) * out_row;
@@ -66,17 +65,17 @@ ALWAYS_INLINE void fetch_ahead(const Sample *s, ptrdiff_t r, ptrdiff_t out_row)
 ALWAYS_INLINE void make_sample(Row *row, const Sample *s)
 {
     const ptrdiff_t n = 3 * s->side;
-    uint8_t pixels[RECORD_ROW];
+    uint8_t pixels[3 * MAX_SIDE];
     for (ptrdiff_t r = 0; r < s->side; r++) {
         fetch_ahead(s, r, n * (s->mean == NULL ? 1 : (ptrdiff_t)sizeof(float)));
-        const uint8_t *in = s->from + r * RECORD_ROW;
+        const uint8_t *in = s->from + r * s->row;
         if (s->mean == NULL) {
             row((uint8_t *)s->out + r * n, in, n, s->mirrored, &s->shift);
             continue;
         }
         row(pixels, in, n, s->mirrored, &s->shift);
         float *out = (float *)s->out + r * n;
-        const float *mean = s->mean + r * RECORD_ROW;
+        const float *mean = s->mean + r * s->row;
         for (ptrdiff_t i = 0; i < n; i++)
             out[i] = (float)pixels[i] - mean[i];
     }
@@ -125,13 +124,15 @@ typedef struct {
     Py_buffer *values;
     Py_ssize_t n, held;      /* records; how many of their values are held */
     Py_ssize_t samples;      /* per record */
-    ptrdiff_t side;
+    ptrdiff_t side;          /* of a crop, in pixels */
+    ptrdiff_t record_side;   /* of a record */
 } Slice;
 
 static const uint8_t *crop_of(const Slice *s, Py_ssize_t sample)
 {
     const Draw *draw = (const Draw *)s->draws.buf + sample;
-    return (const uint8_t *)s->values[sample / s->samples].buf + HEADER_BYTES + draw->y * RECORD_ROW + 3 * draw->x;
+    return (const uint8_t *)s->values[sample / s->samples].buf + HEADER_BYTES +
+           3 * (draw->y * s->record_side + draw->x);
 }
 
 static void make_record(const Slice *s, Py_ssize_t record)
@@ -144,11 +145,13 @@ static void make_record(const Slice *s, Py_ssize_t record)
             .next = crop_of(s, i + 1 < s->n * s->samples ? i + 1 : i),
             .out = (char *)s->images.buf + i * image_items * s->images.itemsize,
             .side = s->side,
+            .row = 3 * s->record_side,
             .mirrored = draw->flip != 0,
         };
         if (s->mean.obj != NULL) { /* the mean image, then its mirror image: the window is mirrored by its place */
-            ptrdiff_t x = draw->flip ? SIDE - s->side - draw->x : draw->x;
-            sample.mean = (const float *)s->mean.buf + (draw->flip ? SIDE * RECORD_ROW : 0) + draw->y * RECORD_ROW + 3 * x;
+            ptrdiff_t x = draw->flip ? s->record_side - s->side - draw->x : draw->x;
+            ptrdiff_t y = draw->y + (draw->flip ? s->record_side : 0);
+            sample.mean = (const float *)s->mean.buf + 3 * (y * s->record_side + x);
         }
         spread(&sample.shift, draw->shift);
         s->form->sample(&sample);
@@ -158,6 +161,7 @@ static void make_record(const Slice *s, Py_ssize_t record)
 /* Make records until one is not raw; returns how many were made. */
 static Py_ssize_t make_slice(const Slice *s)
 {
+    const Py_ssize_t value_bytes = HEADER_BYTES + 3 * s->record_side * s->record_side;
     for (Py_ssize_t i = 0; i < s->n; i++) {
         if (s->at.obj != NULL) {
             /* Before its first byte is read: a page that cannot be read kills the process here. */
@@ -165,7 +169,7 @@ static Py_ssize_t make_slice(const Slice *s)
             __atomic_signal_fence(__ATOMIC_SEQ_CST);
         }
         const uint8_t *value = s->values[i].buf;
-        if (s->values[i].len != VALUE_BYTES || value[4] != CODEC_RAW)
+        if (s->values[i].len != value_bytes || value[4] != CODEC_RAW)
             return i;
         ((int64_t *)s->labels.buf)[i] =
             (int64_t)value[0] | (int64_t)value[1] << 8 | (int64_t)value[2] << 16 | (int64_t)value[3] << 24;
@@ -193,13 +197,13 @@ static int check_draws(const Slice *s)
     const Draw *draws = s->draws.buf;
     for (Py_ssize_t i = 0; i < s->n * s->samples; i++) {
         const Draw *d = draws + i;
-        int inside = d->y >= 0 && d->x >= 0 && d->y + s->side <= SIDE && d->x + s->side <= SIDE;
+        int inside = d->y >= 0 && d->x >= 0 && d->y + s->side <= s->record_side && d->x + s->side <= s->record_side;
         int shifts = 1;
         for (int c = 0; c < 3; c++)
             shifts &= d->shift[c] >= -255 && d->shift[c] <= 255;
         if (!inside || !shifts) {
-            PyErr_Format(PyExc_ValueError, "draw %zd (y %d, x %d, shift %d %d %d) does not fit a crop of %zd in %d", i, d->y,
-                         d->x, d->shift[0], d->shift[1], d->shift[2], (Py_ssize_t)s->side, SIDE);
+            PyErr_Format(PyExc_ValueError, "draw %zd (y %d, x %d, shift %d %d %d) does not fit a crop of %zd in %zd", i, d->y,
+                         d->x, d->shift[0], d->shift[1], d->shift[2], (Py_ssize_t)s->side, (Py_ssize_t)s->record_side);
             return -1;
         }
     }
@@ -225,7 +229,7 @@ static int get_images(Slice *s, PyObject *images, int floats)
         return -1;
     const Py_ssize_t *shape = s->images.shape + s->images.ndim - 3;
     if ((s->images.ndim != 4 && s->images.ndim != 5) || shape[0] != shape[1] || shape[2] != 3 || shape[0] < 1 ||
-        shape[0] > SIDE || s->images.shape[0] != s->n) {
+        shape[0] > s->record_side || s->images.shape[0] != s->n) {
         PyErr_Format(PyExc_ValueError, "images must be (%zd, side, side, 3) or (%zd, samples, side, side, 3)", s->n, s->n);
         return -1;
     }
@@ -244,16 +248,20 @@ static void release(Slice *s)
     PyMem_Free(s->values);
 }
 
-PyDoc_STRVAR(augment_doc, "augment(form, images, values, draws, labels, numbers, at, mean): see augment.augment_records.");
+PyDoc_STRVAR(augment_doc, "augment(form, images, values, draws, labels, numbers, at, mean, record_side): see augment.augment_records.");
 
 static PyObject *augment(PyObject *module, PyObject *args)
 {
     (void)module;
     const char *name;
     PyObject *images, *values, *draws, *labels, *numbers, *at, *mean;
-    if (!PyArg_ParseTuple(args, "sOO!OOOOO", &name, &images, &PyList_Type, &values, &draws, &labels, &numbers, &at, &mean))
+    Py_ssize_t side;
+    if (!PyArg_ParseTuple(args, "sOO!OOOOOn", &name, &images, &PyList_Type, &values, &draws, &labels, &numbers, &at, &mean,
+                          &side))
         return NULL;
-    Slice s = {.n = PyList_GET_SIZE(values)};
+    if (side < 1 || side > MAX_SIDE)
+        return PyErr_Format(PyExc_ValueError, "records are 1 to %d pixels wide, not %zd", MAX_SIDE, side);
+    Slice s = {.n = PyList_GET_SIZE(values), .record_side = side};
     for (int i = 0; i < N_FORMS; i++)
         if (strcmp(FORMS[i].name, name) == 0 && FORMS[i].runs_here())
             s.form = &FORMS[i];
@@ -265,7 +273,7 @@ static PyObject *augment(PyObject *module, PyObject *args)
              get_array(labels, &s.labels, "labels", 8, s.n, PyBUF_WRITABLE) == 0 &&
              get_array(numbers, &s.numbers, "numbers", 8, s.n, 0) == 0 &&
              (at == Py_None || get_array(at, &s.at, "at", 8, 1, PyBUF_WRITABLE) == 0) &&
-             (mean == Py_None || get_array(mean, &s.mean, "mean", 4, 2 * SIDE * RECORD_ROW, 0) == 0) &&
+             (mean == Py_None || get_array(mean, &s.mean, "mean", 4, 6 * side * side, 0) == 0) &&
              get_values(&s, values) == 0 && check_draws(&s) == 0) {
         Py_BEGIN_ALLOW_THREADS
         made = make_slice(&s);

@@ -14,5 +14,6 @@ def augment(
     numbers: npt.NDArray[Any],
     at: npt.NDArray[Any] | None,
     mean: npt.NDArray[Any] | None,
+    record_side: int,
 ) -> int: ...
 def walk(out: npt.NDArray[Any], start: int, count: int, keys: npt.NDArray[Any]) -> None: ...

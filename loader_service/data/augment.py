@@ -10,17 +10,24 @@ import numpy as np
 import numpy.typing as npt
 
 from loader_service.data import kernel
+from loader_service.data.codecs import CODECS, HEADER, Pixels, raw_bytes
 from loader_service.data.draws import MAX_SHIFT
-from loader_service.data.records import CODECS, HEADER, RAW_BYTES, SHAPE, Pixels, Statistics
+from loader_service.data.manifest import Statistics
 from loader_service.spec import RECORD_SIDE_PX, View
 
 
 def complete_view(view: View, statistics: Statistics) -> View:
-    """Fill in the dataset's own jitter basis: eigenvector times eigenvalue, in grey levels (paper section 4.1).
+    """Fill in what a view leaves to the dataset: the side of ``whole``, and of the jitter the basis.
+
+    That is eigenvector times eigenvalue, in grey levels (paper section 4.1).
 
     The paper's formula makes sense for values in 0..1, where ImageNet's eigenvalues are .2281, .0212 and .0060; the
     shift is then scaled by 255 to grey levels: a standard deviation of about 5.8 along the first axis.
+
+    Raises:
+        ValueError: the crop is larger than the records.
     """
+    view = view.of_records(statistics.side)
     if view.kind != "train" or not view.jitter or view.basis:
         return view
     basis = 255.0 * statistics.eigenvectors * statistics.eigenvalues
@@ -36,6 +43,7 @@ def augment_records(
     at: npt.NDArray[np.int64] | None = None,
     mean: npt.NDArray[np.float32] | None = None,
     *,
+    record_side: int = RECORD_SIDE_PX,
     form: str | None = None,
 ) -> int:
     """Write the samples and labels of raw records, until one is not a raw record. All arrays are C-contiguous.
@@ -47,7 +55,8 @@ def augment_records(
         labels: (n,) int64, written.
         numbers: (n,) int64, the records' numbers.
         at: (1,) int64; holds the number of the record being read, before its first byte is.
-        mean: (2, 256, 256, 3) float32, the mean image and its mirror image (see :attr:`Records.mean_pair`).
+        mean: (2, record_side, record_side, 3) float32, the mean image and its mirror image (see :attr:`Records.mean_pair`).
+        record_side: of the records, in pixels.
         form: of :data:`kernel.FORMS`; the chosen one if None.
 
     Returns:
@@ -59,15 +68,16 @@ def augment_records(
     form = form or kernel.chosen()
     if form != "numpy":
         assert kernel.compiled is not None
-        return kernel.compiled.augment(form, images, values, draws, labels, numbers, at, mean)
-    check_draws(draws, images.shape[-2])
+        return kernel.compiled.augment(form, images, values, draws, labels, numbers, at, mean, record_side)
+    check_draws(draws, images.shape[-2], record_side)
+    size, shape = raw_bytes(record_side), (record_side, record_side, 3)
     for i, value in enumerate(values):
         if at is not None:
             at[0] = numbers[i]
-        if len(value) != HEADER.size + RAW_BYTES or value[4] != CODECS["raw"]:
+        if len(value) != HEADER.size + size or value[4] != CODECS["raw"]:
             return i
         labels[i] = HEADER.unpack_from(value)[0]
-        pixels = np.frombuffer(value, np.uint8, RAW_BYTES, HEADER.size).reshape(SHAPE)
+        pixels = np.frombuffer(value, np.uint8, size, HEADER.size).reshape(shape)
         targets = images[i] if images.ndim == 5 else images[i : i + 1]
         for target, drawn in zip(targets, np.atleast_1d(draws[i]), strict=True):
             if mean is None:
@@ -79,14 +89,14 @@ def augment_records(
     return len(values)
 
 
-def check_draws(draws: npt.NDArray[np.void], side: int) -> None:
-    """Refuse draws that do not fit a crop of ``side`` pixels; ValueError names the first."""
-    last = RECORD_SIDE_PX - side
+def check_draws(draws: npt.NDArray[np.void], side: int, record_side: int) -> None:
+    """Refuse draws that do not fit a crop of ``side`` pixels in records of ``record_side``; ValueError names the first."""
+    last = record_side - side
     y, x, shift = draws["y"], draws["x"], draws["shift"]
     wrong = (y < 0) | (y > last) | (x < 0) | (x > last) | ((shift < -MAX_SHIFT) | (shift > MAX_SHIFT)).any(axis=-1)
     if wrong.any():
         i = int(np.flatnonzero(wrong)[0])
-        raise ValueError(f"draw {i} ({draws.ravel()[i]}) does not fit a crop of {side} in {RECORD_SIDE_PX}")
+        raise ValueError(f"draw {i} ({draws.ravel()[i]}) does not fit a crop of {side} in {record_side}")
 
 
 def augment(out: Pixels, pixels: Pixels, draw: npt.NDArray[np.void] | np.void) -> None:
@@ -94,7 +104,7 @@ def augment(out: Pixels, pixels: Pixels, draw: npt.NDArray[np.void] | np.void) -
 
     Args:
         out: (side, side, 3) uint8, written whole; C-contiguous.
-        pixels: (256, 256, 3) uint8, a record; C-contiguous.
+        pixels: (record side, record side, 3) uint8, a record; C-contiguous.
         draw: one DRAWS: the crop's place, flip and colour shift. The shift is added with saturation.
     """
     side = out.shape[0]
@@ -130,7 +140,7 @@ def centre(
     Args:
         out: (side, side, 3) float32.
         sample: (side, side, 3) uint8, already cropped, flipped and shifted.
-        mean_image: (256, 256, 3) float32.
+        mean_image: (record side, record side, 3) float32.
         draw: the sample's DRAWS.
     """
     side = sample.shape[0]

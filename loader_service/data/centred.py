@@ -1,6 +1,6 @@
 """The codec ``centered``: mean subtraction as stored pixels, without losing any of them.
 
-A payload is (256, 256, 3) little-endian int16 in C order: pixel minus the training split's mean image, in units of
+A payload is (side, side, 3) little-endian int16 in C order: pixel minus the training split's mean image, in units of
 1 / 2**FRACTION_BITS grey levels. The mean is rounded to that unit first, so that adding it again gives the pixel exactly;
 it is within 1/256 of a grey level of the manifest's. The largest difference, 255 * 128, fits into 16 bits.
 """
@@ -19,10 +19,10 @@ def centre_of(mean_image: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
     """What is subtracted, in the payload's units.
 
     Args:
-        mean_image: (256, 256, 3) float32, 0..255.
+        mean_image: (side, side, 3) float32, 0..255.
 
     Returns:
-        (256, 256, 3) int16, 0 .. 255 * 2**FRACTION_BITS; scaling by a power of two is exact, so it is the same anywhere.
+        (side, side, 3) int16, 0 .. 255 * 2**FRACTION_BITS; scaling by a power of two is exact, so it is the same anywhere.
     """
     return np.rint(np.ldexp(np.clip(mean_image, 0, 255), FRACTION_BITS)).astype(np.int16)
 
@@ -31,7 +31,7 @@ def encode_centred(pixels: npt.NDArray[np.uint8], centre: npt.NDArray[np.int16])
     """The payload of a record.
 
     Args:
-        pixels: (256, 256, 3) uint8, RGB.
+        pixels: (side, side, 3) uint8, RGB.
         centre: of :func:`centre_of`.
     """
     scaled = np.left_shift(pixels.astype(np.int16), FRACTION_BITS)
@@ -41,12 +41,12 @@ def encode_centred(pixels: npt.NDArray[np.uint8], centre: npt.NDArray[np.int16])
 def decode_centred(
     payload: bytes | memoryview, centre: npt.NDArray[np.int16], into: npt.NDArray[np.uint8] | None = None
 ) -> npt.NDArray[np.uint8]:
-    """The pixels of a payload: (256, 256, 3) uint8, RGB.
+    """The pixels of a payload: (side, side, 3) uint8, RGB.
 
     Args:
         payload: a record's, as it is stored.
         centre: of :func:`centre_of`, for the mean image that was subtracted.
-        into: (196608,) uint8, where they are written; a new array if None.
+        into: (centre.size,) uint8, where they are written; a new array if None.
 
     Raises:
         ValueError: the payload has another length.

@@ -72,14 +72,19 @@ def position_words(seed: int, epoch: int, stream: int, start: int, n: int) -> np
     return words.reshape(n, WORDS_PER_POSITION)
 
 
-def draw(view: View, seed: int, epoch: int, start: int, n: int) -> npt.NDArray[np.void]:
-    """What chance, or the view, decides for positions start .. start + n - 1.
+def draw(view: View, seed: int, epoch: int, start: int, n: int, side: int = RECORD_SIDE_PX) -> npt.NDArray[np.void]:
+    """What chance, or the view, decides for positions start .. start + n - 1, of records of ``side`` pixels.
 
     Returns:
         (n, *view.draws_shape) DRAWS.
+
+    Raises:
+        ValueError: the view is not one of such records; see :meth:`View.of_records`.
     """
     draws = np.zeros((n, *view.draws_shape), DRAWS)
-    places = RECORD_SIDE_PX - view.crop + 1
+    places = side - view.crop + 1
+    if places < 1 or (view.kind == "whole" and places > 1):
+        raise ValueError(f"a view {view.kind} of {view.crop} pixels does not fit records of {side}")
     if view.kind == "train":
         words = position_words(seed, epoch, STREAM_AUGMENT, start, n)
         draws["y"] = scale(words[:, WORD_Y], places)

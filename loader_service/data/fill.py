@@ -9,16 +9,17 @@ import numpy.typing as npt
 import xxhash
 
 from loader_service.data.augment import augment_records, complete_view
+from loader_service.data.codecs import raw_value
 from loader_service.data.draws import draw
 from loader_service.data.order import records_at, substitute
-from loader_service.data.records import Records, Values, raw_value
+from loader_service.data.records import Records, Values
 from loader_service.data.stopwatch import AUGMENT, DECODE, READ, Stopwatch
 from loader_service.errors import RecordError
 from loader_service.spec import DRAWS, SampleLayout, Slice, SliceId, View
 
 GOLDEN_SAMPLES = 16
 _GOLDEN_SEED, _GOLDEN_EPOCH = 2012, 60
-_GOLDEN_VIEWS = (View(), View.named("center"))
+_GOLDEN_VIEWS = ("train", "center")
 
 
 def slice_numbers(count: int, what: SliceId) -> npt.NDArray[np.int64]:
@@ -73,7 +74,7 @@ def fill(
     watch = stopwatch or Stopwatch()
     watch.enter(AUGMENT)  # deciding what to read, and where to cut it
     numbers = slice_sources(len(records), what)
-    draws = draw(what.view, what.seed, what.epoch, what.start, what.count)
+    draws = draw(what.view, what.seed, what.epoch, what.start, what.count, records.side)
     out.draws.view(np.uint8)[...] = draws.view(np.uint8)  # as bytes: NumPy's own copy would leave the padding as it was
     mean = records.mean_pair if out.images.dtype == np.float32 else None
     with records.values() as values:
@@ -81,11 +82,11 @@ def fill(
             watch.enter(READ)
             stored = values.stored(numbers, at)
             watch.enter(AUGMENT)
-            made = augment_records(out.images, stored, draws, out.labels, numbers, at, mean)
+            made = augment_records(out.images, stored, draws, out.labels, numbers, at, mean, record_side=records.side)
             if made < what.count:
                 raise values.refusal(int(numbers[made]))
         else:
-            _fill_decoded(out, values, draws, numbers, at, mean, watch)
+            _fill_decoded(out, values, records.side, draws, numbers, at, mean, watch)
     if (strange := np.flatnonzero(out.labels >= len(records.manifest.class_names))).size:
         i = strange[0]
         raise RecordError(records.path, int(numbers[i]), f"its label {out.labels[i]} is beyond the last class")
@@ -94,6 +95,7 @@ def fill(
 def _fill_decoded(
     out: Slice,
     values: Values,
+    side: int,
     draws: npt.NDArray[np.void],
     numbers: npt.NDArray[np.int64],
     at: npt.NDArray[np.int64] | None,
@@ -101,7 +103,7 @@ def _fill_decoded(
     watch: Stopwatch,
 ) -> None:
     """Decode record by record to a raw one, which is cut while it lies in the cache."""
-    value = raw_value()
+    value = raw_value(side)
     for i, number in enumerate(numbers.tolist()):
         if at is not None:
             at[0] = number
@@ -111,7 +113,9 @@ def _fill_decoded(
         values.unpack(number, found, value)
         watch.enter(AUGMENT)
         one = slice(i, i + 1)
-        augment_records(out.images[one], [value.data], draws[one], out.labels[one], numbers[one], at, mean)
+        augment_records(
+            out.images[one], [value.data], draws[one], out.labels[one], numbers[one], at, mean, record_side=side
+        )
 
 
 def empty_slice(layout: SampleLayout, count: int) -> Slice:
@@ -127,11 +131,11 @@ def golden(records: Records) -> str:
     """The hash of sixteen fixed samples of this dataset: what a node shows to prove that it makes the same bytes."""
     digest = xxhash.xxh3_128()
     count = min(GOLDEN_SAMPLES, len(records))
-    for view in _GOLDEN_VIEWS:
-        complete = complete_view(view, records.statistics)
+    for name in _GOLDEN_VIEWS:
+        complete = complete_view(View.named(name, records.side), records.statistics)
         out = empty_slice(SampleLayout(complete, "uint8"), count)
         fill(out, records, SliceId(complete, _GOLDEN_SEED, _GOLDEN_EPOCH, 0, count))
-        for array in (out.images, out.labels, *(out.draws[name] for name in ("y", "x", "flip", "shift"))):
+        for array in (out.images, out.labels, *(out.draws[field] for field in ("y", "x", "flip", "shift"))):
             digest.update(array.tobytes())
         digest.update(struct.pack("<Q", count))
     return digest.hexdigest()

@@ -23,7 +23,9 @@ import msgspec
 import numpy as np
 import xxhash
 
-from loader_service.data.records import HEADER, KEY, MAX_CLASSES, Records, Rejected
+from loader_service.data.codecs import HEADER
+from loader_service.data.manifest import MAX_CLASSES, Rejected
+from loader_service.data.records import KEY, Records
 from loader_service.errors import DatasetError
 
 PROGRESS: Final = b"progress"

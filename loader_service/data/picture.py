@@ -2,9 +2,10 @@
 
 What is made of each kind of file:
 
-- The short side becomes 256 by a bicubic filter with antialiasing, and the centre square is kept. Both happen at once: the
-  centre square of the original is resized, nothing else. A JPEG at least twice as large is decoded at 1/2, 1/4 or 1/8 of
-  its size (DCT scaling), as near to 256 from above as that goes; against a full decode this keeps 42 dB on photographs.
+- The short side becomes 256, or what the caller says, by a bicubic filter with antialiasing, and the centre square is kept.
+  Both happen at once: the centre square of the original is resized, nothing else. A JPEG at least twice as large is decoded
+  at 1/2, 1/4 or 1/8 of its size (DCT scaling), as near to the wanted one from above as that goes; against a full decode this
+  keeps 42 dB on photographs.
 - EXIF orientation is applied: the record stands as a viewer would show the file.
 - Grey becomes three equal channels; 16-bit grey is scaled to 8 bits; palettes are looked up; what is transparent is laid
   on white; CMYK and YCCK (Adobe's inverted ones too) become RGB. Colour profiles are not applied: Pillow-SIMD is mostly

@@ -10,179 +10,36 @@ sources  record number, 8 bytes BE   the source's name, UTF-8
 manifest ``manifest``                :class:`Manifest` as MessagePack; written last, so none means unfinished
 ======== =========================== =====================================================================
 
-A payload is ``raw``, (256, 256, 3) uint8 RGB in C order, ``jpeg``, or ``centered`` (see :mod:`centred`). Environments are opened without LMDB's lock file:
-a finished environment never changes, so readers need none and read-only mounts work.
+Payloads are told in :mod:`codecs`. Environments are opened without LMDB's lock file: a finished environment never changes,
+so readers need none and read-only mounts work.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final
 
 import lmdb
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 import xxhash
 
-from loader_service.data.centred import FRACTION_BITS, centre_of, decode_centred
+from loader_service.data.centred import centre_of, decode_centred
+from loader_service.data.codecs import CODECS, HEADER, Codec, Pixels, decode
+from loader_service.data.manifest import Manifest
 from loader_service.errors import DatasetInvalid, DatasetNotFound, DatasetUnfinished, RecordError
-from loader_service.spec import RECORD_SIDE_PX
 
-FORMAT: Final = 1
-HEADER: Final = struct.Struct("<IBxxxQ")
-"""label, codec number, xxh3-64 of the payload: 16 bytes."""
 KEY: Final = struct.Struct(">Q")
-SHAPE: Final = (RECORD_SIDE_PX, RECORD_SIDE_PX, 3)
-RAW_BYTES: Final = RECORD_SIDE_PX * RECORD_SIDE_PX * 3
-MAX_CLASSES: Final = 2**20
 DATABASES: Final = (b"records", b"sources", b"manifest")
 
-Codec = Literal["raw", "jpeg", "centered"]
-CODECS: Final[dict[Codec, int]] = {"raw": 0, "jpeg": 1, "centered": 2}
-DEFAULT_PARAMETERS: Final[dict[Codec, dict[str, int | str]]] = {
-    "raw": {},
-    "jpeg": {"quality": 90, "subsampling": "420"},
-    "centered": {"fraction_bits": FRACTION_BITS},
-}
-
-Pixels = npt.NDArray[np.uint8]
 Found = tuple[int, int, int, memoryview]
 """A record as it lies: label, codec number, checksum, payload."""
-Floats = Annotated[tuple[float, ...], msgspec.Meta(max_length=9)]
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What the training split's pixels say about colour; computed from exact integer sums.
-
-    Fields:
-        mean_image: (256, 256, 3) float32, the mean of each pixel, 0..255.
-        channel_means: (3,) float64, 0..255.
-        covariance: (3, 3) float64, of RGB values in 0..1 over all pixels.
-        eigenvalues: (3,) float64, of the covariance, the largest first.
-        eigenvectors: (3, 3) float64; column k belongs to eigenvalue k; its component of largest magnitude is positive.
-    """
-
-    mean_image: npt.NDArray[np.float32]
-    channel_means: npt.NDArray[np.float64]
-    covariance: npt.NDArray[np.float64]
-    eigenvalues: npt.NDArray[np.float64]
-    eigenvectors: npt.NDArray[np.float64]
-
-
-class Rejected(msgspec.Struct, frozen=True):
-    """A source that became no record, and why."""
-
-    source: str
-    reason: str
-
-
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an environment says of itself.
-
-    ``fingerprint`` covers the logical records and the statistics, not the file's bytes; ``golden`` is the hash of
-    sixteen fixed samples, by which a node shows that it would make the same bytes.
-    """
-
-    format: int
-    count: Annotated[int, msgspec.Meta(ge=1, le=2**48)]
-    size: int
-    codec: Codec
-    codec_parameters: dict[str, int | str]
-    class_names: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=MAX_CLASSES)]
-    class_counts: tuple[int, ...]
-    mean_image: bytes
-    channel_means: Floats
-    covariance: Floats
-    eigenvalues: Floats
-    eigenvectors: Floats
-    made_by: dict[str, str]
-    rejected: tuple[Rejected, ...]
-    fingerprint: str
-    golden: str
-
-    @property
-    def statistics(self) -> Statistics:
-        """The statistics as arrays."""
-        return Statistics(
-            mean_image=np.frombuffer(self.mean_image, "<f4").reshape(SHAPE),
-            channel_means=np.array(self.channel_means),
-            covariance=np.array(self.covariance).reshape(3, 3),
-            eigenvalues=np.array(self.eigenvalues),
-            eigenvectors=np.array(self.eigenvectors).reshape(3, 3),
-        )
-
-    def flaw(self) -> str:
-        """What is wrong with this manifest beyond its types; empty if nothing."""
-        if self.format != FORMAT:
-            return f"it is of format {self.format}, and this version reads format {FORMAT}: preprocess the images again"
-        if self.size != RECORD_SIDE_PX or len(self.mean_image) != RAW_BYTES * 4:
-            return f"its records are {self.size} pixels wide, not {RECORD_SIDE_PX}"
-        lengths = [len(v) for v in (self.channel_means, self.covariance, self.eigenvalues, self.eigenvectors)]
-        if lengths != [3, 9, 3, 9] or len(self.class_counts) != len(self.class_names):
-            return "its manifest is incomplete"
-        if sum(self.class_counts) != self.count:
-            return f"its classes have {sum(self.class_counts)} records together, its count says {self.count}"
-        return ""
-
-
-def encode(pixels: Pixels, codec: Literal["raw", "jpeg"], parameters: dict[str, int | str] | None = None) -> bytes:
-    """The payload of a record; for ``centered`` see :func:`centred.encode_centred`.
-
-    Args:
-        pixels: (256, 256, 3) uint8, RGB.
-        codec: ``raw`` or ``jpeg``.
-        parameters: for jpeg ``quality`` (1..100) and ``subsampling`` ("420", "422", "444"); the default is 90, "420".
-    """
-    if pixels.shape != SHAPE or pixels.dtype != np.uint8:
-        raise ValueError(f"a record is {SHAPE} uint8, not {pixels.shape} {pixels.dtype}")
-    if codec == "raw":
-        return pixels.tobytes()
-    chosen = DEFAULT_PARAMETERS["jpeg"] | (parameters or {})
-    return bytes(
-        simplejpeg.encode_jpeg(
-            np.ascontiguousarray(pixels),
-            quality=int(chosen["quality"]),
-            colorspace="RGB",
-            colorsubsampling=str(chosen["subsampling"]),
-        )
-    )
-
-
-def decode(payload: bytes | memoryview, codec: int, into: npt.NDArray[np.uint8] | None = None) -> Pixels:
-    """The pixels of a payload that needs no mean: (256, 256, 3) uint8, RGB; of ``raw`` a view, not a copy.
-
-    Args:
-        payload: a record's, as it is stored.
-        codec: of :data:`CODECS`, ``raw`` or ``jpeg``.
-        into: (196608,) uint8, where a ``jpeg`` is decoded to; a new array if None.
-
-    Raises:
-        ValueError: the payload is not what the codec says.
-    """
-    if codec == CODECS["raw"]:
-        if len(payload) != RAW_BYTES:
-            raise ValueError(f"a raw payload has {RAW_BYTES} bytes, this one {len(payload)}")
-        return np.frombuffer(payload, np.uint8).reshape(SHAPE)
-    if codec == CODECS["jpeg"]:
-        try:
-            # Into a buffer of this size even where none is given: a JPEG that says it is huge is then refused.
-            buffer = np.empty(RAW_BYTES, np.uint8) if into is None else into
-            pixels: Pixels = simplejpeg.decode_jpeg(payload, colorspace="RGB", buffer=buffer)
-        except ValueError as error:
-            raise ValueError(f"its JPEG cannot be decoded ({error})") from error
-        if pixels.shape != SHAPE:
-            raise ValueError(f"the JPEG decodes to {pixels.shape}, not {SHAPE}")
-        return pixels
-    raise ValueError(f"codec number {codec} is unknown")
 
 
 class Records:
@@ -226,9 +83,14 @@ class Records:
         """Close the environment; views of its pages must be gone."""
         self._env.close()
 
+    @property
+    def side(self) -> int:
+        """How wide and high the records are, in pixels."""
+        return self.manifest.size
+
     @cached_property
     def mean_pair(self) -> npt.NDArray[np.float32]:
-        """The mean image and its mirror image: (2, 256, 256, 3) float32; a mirrored sample's window is of the second."""
+        """The mean image and its mirror image: (2, side, side, 3) float32; a mirrored sample's window is of the second."""
         mean = self.statistics.mean_image
         return np.ascontiguousarray(np.stack((mean, mean[:, ::-1])))
 
@@ -241,10 +103,10 @@ class Records:
     def values(self) -> Iterator[Values]:
         """A read transaction: the values it gives are views of LMDB's pages and die with it."""
         with self._env.begin(db=self._records, buffers=True) as txn:
-            yield Values(self.path, txn, self.manifest.codec, self._centre)
+            yield Values(self.path, txn, self.manifest, self._centre)
 
     def pixels(self, number: int) -> tuple[int, Pixels]:
-        """Label and pixels, (256, 256, 3) uint8 RGB, of one record; a copy."""
+        """Label and pixels, (side, side, 3) uint8 RGB, of one record; a copy."""
         with self.values() as values:
             label, codec, _, payload = values.read(number)
             return label, values.decode(number, payload, codec).copy()
@@ -281,10 +143,11 @@ class Records:
 class Values:
     """The records' values within one read transaction."""
 
-    __slots__ = ("_centre", "_codec", "_get", "_path")
+    __slots__ = ("_centre", "_codec", "_get", "_path", "_side")
 
-    def __init__(self, path: Path, txn: Any, codec: Codec, centre: npt.NDArray[np.int16] | None) -> None:
-        self._path, self._get, self._codec, self._centre = path, txn.get, codec, centre
+    def __init__(self, path: Path, txn: Any, manifest: Manifest, centre: npt.NDArray[np.int16] | None) -> None:
+        self._path, self._get, self._centre = path, txn.get, centre
+        self._codec, self._side = manifest.codec, manifest.size
 
     def stored(self, numbers: npt.NDArray[np.int64], at: npt.NDArray[np.int64] | None = None) -> list[memoryview]:
         """The values of many records, header and payload, as views of LMDB's pages.
@@ -323,11 +186,11 @@ class Values:
         return label, codec, checksum, value[HEADER.size :]
 
     def decode(self, number: int, payload: memoryview, codec: int, into: npt.NDArray[np.uint8] | None = None) -> Pixels:
-        """:func:`decode`, for every codec, with the record named when it fails."""
+        """:func:`codecs.decode`, for every codec, with the record named when it fails."""
         try:
             if codec == CODECS["centered"] and self._centre is not None:
                 return decode_centred(payload, self._centre, into)
-            return decode(payload, codec, into)
+            return decode(payload, codec, into, side=self._side)
         except ValueError as error:
             raise RecordError(self._path, number, str(error)) from error
 
@@ -337,7 +200,7 @@ class Values:
         Args:
             number: the record's.
             found: what :meth:`read` gave for it.
-            into: (16 + 196608,) uint8, written with header and pixels; see :func:`raw_value`.
+            into: (16 + raw_bytes(side),) uint8, written with header and pixels; see :func:`codecs.raw_value`.
 
         Raises:
             RecordError: it cannot be decoded, or its codec is not its dataset's.
@@ -358,38 +221,6 @@ class Values:
     def foreign(self, number: int, codec: int, needed: Codec) -> RecordError:
         """The error of a record whose codec is not its dataset's."""
         return RecordError(self._path, number, f"its codec number is {codec}, where the manifest says {needed}")
-
-
-def raw_value() -> npt.NDArray[np.uint8]:
-    """Memory for one raw record, header and payload: (16 + 196608,) uint8.
-
-    Its payload lies 16 bytes beyond a multiple of 32 on purpose: to a buffer that is aligned to 32 bytes libjpeg-turbo
-    writes past the caches, which is 8 % slower for pixels that are read at once.
-    """
-    memory = np.empty(HEADER.size + RAW_BYTES + 32, np.uint8)
-    start = -memory.ctypes.data % 32
-    return memory[start : start + HEADER.size + RAW_BYTES]
-
-
-def fingerprint(manifest: Manifest, headers_digest: bytes) -> str:
-    """The identity of a dataset: equal fingerprints mean equal samples. 32 hexadecimal digits."""
-    digest = xxhash.xxh3_128(b"loader-service dataset 1\n")
-    digest.update(
-        msgspec.msgpack.encode((manifest.format, manifest.count, manifest.size, manifest.codec, manifest.class_names))
-    )
-    digest.update(manifest.mean_image)
-    numbers = (manifest.channel_means, manifest.covariance, manifest.eigenvalues, manifest.eigenvectors)
-    digest.update(msgspec.msgpack.encode(numbers))
-    digest.update(headers_digest)
-    return digest.hexdigest()
-
-
-def digest_headers(headers: Iterator[bytes] | Sequence[bytes]) -> bytes:
-    """The digest of all record headers that :func:`fingerprint` takes."""
-    digest = xxhash.xxh3_128()
-    for header in headers:
-        digest.update(header)
-    return digest.digest()
 
 
 def _open_environment(path: Path) -> Any:

@@ -16,24 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from loader_service.data.codecs import CODECS, DEFAULT_PARAMETERS, HEADER, Codec
 from loader_service.data.fill import golden
+from loader_service.data.manifest import FORMAT, Manifest, Rejected, Statistics, fingerprint
 from loader_service.data.partial import PROGRESS, Progress, load, partial_path, store
-from loader_service.data.records import (
-    CODECS,
-    DATABASES,
-    DEFAULT_PARAMETERS,
-    FORMAT,
-    HEADER,
-    KEY,
-    Codec,
-    Manifest,
-    Records,
-    Rejected,
-    Statistics,
-    fingerprint,
-)
+from loader_service.data.records import DATABASES, KEY, Records
 from loader_service.errors import DatasetError, DatasetInvalid
-from loader_service.spec import RECORD_SIDE_PX
 
 _MAP_BYTES: Final = 2**42
 """Largest environment, 4 TiB: address space only, the file grows as it is written."""
@@ -56,8 +44,8 @@ class Writer:
 
     Args:
         path: the environment's final name.
-        codec: of :data:`records.CODECS`; what the payloads given to :meth:`put` are.
-        codec_parameters: as for :func:`records.encode`.
+        codec: of :data:`codecs.CODECS`; what the payloads given to :meth:`put` are.
+        codec_parameters: as for :func:`codecs.encode`.
         class_names: by label.
         identity: 16 to 64 hexadecimal digits that stand for everything that decides the records, the other arguments
             included; None if what is left unfinished is of no use.
@@ -140,7 +128,7 @@ class Writer:
 
         Args:
             label: 0 .. number of classes - 1.
-            payload: what :func:`records.encode` made.
+            payload: what :func:`codecs.encode` made.
             source: the name of the file that it was made from.
         """
         header = HEADER.pack(label, CODECS[self._codec], xxhash.xxh3_64_intdigest(payload))
@@ -192,7 +180,7 @@ class Writer:
         """Write the manifest, flush everything to the disk, and give the environment its name.
 
         Args:
-            statistics: the training split's, also for a validation split.
+            statistics: the training split's, also for a validation split; as wide as their mean image are the records.
             made_by: how and with which libraries the records were made.
         """
         self.commit(self.state)
@@ -223,7 +211,7 @@ class Writer:
         manifest = Manifest(
             format=FORMAT,
             count=self._count,
-            size=RECORD_SIDE_PX,
+            size=statistics.side,
             codec=self._codec,
             codec_parameters=self._parameters,
             class_names=self._class_names,

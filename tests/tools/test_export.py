@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from loader_service.data.codecs import Codec
+from loader_service.data.manifest import Manifest, Statistics
 from loader_service.data.picture import load_picture
-from loader_service.data.records import Codec, Manifest, Records, Statistics
+from loader_service.data.records import Records
 from loader_service.data.writer import Writer
 from tools.export import folder_names, main
 from tools.preprocess.__main__ import main as preprocess

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader_service.data.records import SHAPE, Statistics
+from loader_service.data.codecs import SHAPE
+from loader_service.data.manifest import Statistics
 from tools.statistics import Sums, colour_products, eigen
 
 

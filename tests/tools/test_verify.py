@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from loader_service.data.records import HEADER, KEY, Codec, Manifest, encode
+from loader_service.data.codecs import HEADER, Codec, encode
+from loader_service.data.manifest import Manifest
+from loader_service.data.records import KEY
 from loader_service.data.writer import Writer
 from tools.statistics import Sums, colour_products
 from tools.verify import main

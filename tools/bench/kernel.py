@@ -30,10 +30,12 @@ from rich.table import Table
 
 from loader_service.data import kernel
 from loader_service.data.augment import augment_records, complete_view
+from loader_service.data.codecs import RAW_BYTES, SHAPE
 from loader_service.data.draws import draw
 from loader_service.data.fill import fill
+from loader_service.data.manifest import Statistics
 from loader_service.data.order import records_at
-from loader_service.data.records import RAW_BYTES, SHAPE, Records, Statistics
+from loader_service.data.records import Records
 from loader_service.data.writer import Writer
 from loader_service.spec import DRAWS, SampleLayout, Slice, SliceId, View
 from tools.bench.limit import copy_crops, first_pixels

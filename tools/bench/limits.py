@@ -20,9 +20,10 @@ import simplejpeg
 import zmq
 
 from loader_service.data.augment import complete_view
+from loader_service.data.codecs import HEADER, RAW_BYTES
 from loader_service.data.draws import draw
 from loader_service.data.order import records_at
-from loader_service.data.records import HEADER, RAW_BYTES, Records
+from loader_service.data.records import Records
 from loader_service.node.worker import die_with_parent
 from loader_service.spec import SampleLayout, View
 from tools.bench.limit import copy_crops, first_pixels

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from loader_service.data.codecs import CODECS, DEFAULT_PARAMETERS, SHAPE, decode, encode
 from loader_service.data.picture import FILTER
-from loader_service.data.records import CODECS, DEFAULT_PARAMETERS, SHAPE, decode, encode
 from loader_service.data.writer import Writer
 from loader_service.spec import RECORD_SIDE_PX
 from tools.command import ToolFailed

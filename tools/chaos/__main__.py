@@ -23,7 +23,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from loader_service.data.records import SHAPE, Statistics
+from loader_service.data.codecs import SHAPE
+from loader_service.data.manifest import Statistics
 from loader_service.data.writer import Writer
 from loader_service.link.slots import sweep
 from tools.chaos.account import EpochResult, results

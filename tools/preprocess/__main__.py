@@ -12,8 +12,10 @@ import click
 import msgspec
 
 from loader_service import defaults
+from loader_service.data.codecs import DEFAULT_PARAMETERS, Codec
+from loader_service.data.manifest import Manifest
 from loader_service.data.picture import LIBRARY, RECIPE
-from loader_service.data.records import DEFAULT_PARAMETERS, Codec, Manifest, Records
+from loader_service.data.records import Records
 from loader_service.data.writer import Writer, adopt
 from loader_service.errors import OptionError
 from tools.command import CONTEXT, Command, ToolFailed

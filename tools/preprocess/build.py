@@ -15,8 +15,10 @@ from typing import Final
 
 import msgspec
 
+from loader_service.data.codecs import Codec
+from loader_service.data.manifest import Manifest, Statistics
 from loader_service.data.partial import partial_path, partials
-from loader_service.data.records import Codec, Manifest, Records, Statistics
+from loader_service.data.records import Records
 from loader_service.data.writer import Writer
 from loader_service.errors import DatasetError, DatasetInvalid
 from tools.command import ToolFailed

@@ -8,7 +8,8 @@ from pathlib import Path
 import msgspec
 
 from loader_service.data.centred import centre_of, encode_centred
-from loader_service.data.records import Manifest, Records
+from loader_service.data.manifest import Manifest
+from loader_service.data.records import Records
 from loader_service.data.writer import Writer
 from tools.preprocess.build import COMMIT_BYTES, COMMIT_S, Task
 from tools.progress import Progress

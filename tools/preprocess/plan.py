@@ -12,8 +12,8 @@ from typing import Final, Literal
 import msgspec
 import xxhash
 
+from loader_service.data.codecs import RAW_BYTES, Codec
 from loader_service.data.picture import LIBRARY, RECIPE
-from loader_service.data.records import RAW_BYTES, Codec
 from tools.command import ToolFailed
 from tools.preprocess.sources import Item, Listing
 

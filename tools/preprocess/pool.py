@@ -30,7 +30,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.data.records import SHAPE, Codec
+from loader_service.data.codecs import SHAPE, Codec
 from tools.command import ToolFailed
 from tools.preprocess import wire
 from tools.preprocess.sources import Item

@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from loader_service.data.records import RAW_BYTES, Codec
+from loader_service.data.codecs import RAW_BYTES, Codec
 from tools.preprocess.sources import Item
 
 CHUNK_ITEMS: Final = 32

@@ -20,8 +20,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from loader_service.data.codecs import CODECS, SHAPE, decode, encode
 from loader_service.data.picture import load_picture
-from loader_service.data.records import CODECS, SHAPE, decode, encode
 from loader_service.errors import PictureError
 from tools.command import ToolFailed
 from tools.preprocess import wire

@@ -16,7 +16,8 @@ import pytest
 from loader_service import DRAWS, Batch, Loader, LocalNode, View, describe, errors
 from loader_service.data.augment import complete_view
 from loader_service.data.fill import empty_slice, fill
-from loader_service.data.records import Records, Statistics
+from loader_service.data.manifest import Statistics
+from loader_service.data.records import Records
 from loader_service.spec import SampleLayout, SliceId
 
 RECORDS = 300
@@ -58,6 +59,30 @@ def test_shared_memory_and_frames_give_the_pure_functions_bytes(
         np.testing.assert_array_equal(labels, direct.labels)
         np.testing.assert_array_equal(draws, direct.draws)
         assert (images.dtype, draws.dtype) == (np.dtype(dtype), DRAWS)
+
+
+def test_records_of_another_side(tmp_path: Path, make_dataset: Callable[..., Any], picture: Callable[..., Any]) -> None:
+    """Both transports serve 64-pixel records: 56-pixel crops unless another is asked for, whole ones, and no larger crop."""
+    make_dataset(tmp_path / "train.lmdb", 20, side=64)
+    with LocalNode(tmp_path, 1) as node:
+        for transport in ("shm", "tcp"):
+            for options, side in (({}, 56), ({"crop": 40}, 40), ({"view": View(crop=33, flip=False)}, 33)):
+                with _load(node.address, transport=transport, **options) as loader:
+                    assert (loader.dataset.side, loader.dataset.mean.shape) == (64, (64, 64, 3))
+                    assert next(loader).images.shape == (20, side, side, 3)
+            with _load(node.address, transport=transport, view="whole") as loader:
+                batch = next(loader)
+                assert np.array_equal(batch.images, [picture(number, 64) for number in batch.ids.tolist()])
+            with _load(node.address, transport=transport, view="ten-crop", crop=64) as loader:
+                assert next(loader).images.shape == (20, 10, 64, 64, 3)
+        for options, sentence in (
+            ({"crop": 65}, "1 to 64 pixels, the side of this dataset's records"),
+            ({"crop": 0}, "1 to 64 pixels"),
+            ({"view": View()}, "1 to 64 pixels"),
+            ({"view": "whole", "crop": 64}, "no crop beside the view whole"),
+        ):
+            with pytest.raises(errors.OptionError, match=sentence):
+                _load(node.address, **options)
 
 
 def test_any_number_of_workers_gives_the_same_epoch(dataset_dir: Path) -> None:

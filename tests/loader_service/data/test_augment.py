@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from loader_service.data import kernel
 from loader_service.data.augment import augment, augment_records, centre, complete_view
-from loader_service.data.records import HEADER, RAW_BYTES, SHAPE, Statistics
+from loader_service.data.codecs import HEADER, RAW_BYTES, SHAPE
+from loader_service.data.manifest import Statistics
 from loader_service.spec import DRAWS, VIEWS, View
 
 COMPILED = [form for form in kernel.FORMS if form != "numpy"]
@@ -63,9 +64,10 @@ def test_centring_subtracts_the_window_that_was_cut(case: tuple[int, npt.NDArray
     assert np.array_equal(out, sample.astype(np.float32) - mean[y : y + side, list(columns)])
 
 
-def raw(label: int, roll: int = 0, codec: int = 0) -> memoryview:
+def raw(label: int, roll: int = 0, codec: int = 0, side: int = 256) -> memoryview:
     """A record as it is stored."""
-    return memoryview(HEADER.pack(label, codec, 0) + np.roll(PIXELS, roll, axis=0).tobytes())
+    pixels = np.roll(np.resize(PIXELS, (side, side, 3)), roll, axis=0)
+    return memoryview(HEADER.pack(label, codec, 0) + pixels.tobytes())
 
 
 class Case:
@@ -73,38 +75,48 @@ class Case:
 
     GUARD_BYTES = 128
 
-    def __init__(self, drawn: npt.NDArray[np.void], side: int, floats: bool) -> None:
+    def __init__(self, drawn: npt.NDArray[np.void], side: int, floats: bool, record_side: int = 256) -> None:
         n, itemsize = len(drawn), 4 if floats else 1
         self.memory = np.full(drawn.size * side * side * 3 * itemsize + 2 * self.GUARD_BYTES, 0xA5, np.uint8)
         inner = self.memory[self.GUARD_BYTES : -self.GUARD_BYTES].view(np.float32 if floats else np.uint8)
         self.images = inner.reshape(*drawn.shape, side, side, 3)
-        self.values = [raw(label=3 * i + 2**31, roll=i) for i in range(n)]
+        self.values = [raw(label=3 * i + 2**31, roll=i, side=record_side) for i in range(n)]
         self.draws, self.labels, self.numbers = drawn, np.zeros(n, np.int64), np.arange(100, 100 + n)
-        self.at = np.full(1, -1, np.int64)
-        mean = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE) / 1024
+        self.at, self.record_side = np.full(1, -1, np.int64), record_side
+        mean = np.arange(3 * record_side**2, dtype=np.float32).reshape(record_side, record_side, 3) / 1024
         self.mean = np.ascontiguousarray(np.stack((mean, mean[:, ::-1]))) if floats else None
 
     def run(self, form: str) -> int:
         return augment_records(
-            self.images, self.values, self.draws, self.labels, self.numbers, self.at, self.mean, form=form
+            self.images,
+            self.values,
+            self.draws,
+            self.labels,
+            self.numbers,
+            self.at,
+            self.mean,
+            record_side=self.record_side,
+            form=form,
         )
 
 
 @st.composite
-def slices(draw: st.DrawFn) -> tuple[npt.NDArray[np.void], int, bool]:
-    """DRAWS of (n,) or (n, samples), a crop's side, and whether floats are wanted."""
-    side = draw(st.integers(1, 100) | st.sampled_from([224, 256]))
-    places = st.integers(0, 256 - side) | st.sampled_from([0, 256 - side])
+def slices(draw: st.DrawFn) -> tuple[npt.NDArray[np.void], int, bool, int]:
+    """DRAWS of (n,) or (n, samples), a crop's side, whether floats are wanted, and the records' side."""
+    record_side = draw(st.just(256) | st.integers(8, 320))
+    whole = min(224, record_side)
+    side = draw(st.integers(1, min(100, record_side)) | st.sampled_from([whole, record_side]))
+    places = st.integers(0, record_side - side) | st.sampled_from([0, record_side - side])
     shape = draw(st.sampled_from([(1,), (3,), (2, 2)]))
     n = int(np.prod(shape))
     sample = st.tuples(places, places, st.booleans(), st.tuples(shifts, shifts, shifts))
     values = draw(st.lists(sample, min_size=n, max_size=n))
-    return np.array(values, DRAWS).reshape(shape), side, draw(st.booleans())
+    return np.array(values, DRAWS).reshape(shape), side, draw(st.booleans()), record_side
 
 
 @pytest.mark.parametrize("form", COMPILED)
 @given(slices())
-def test_every_form_makes_the_same_bytes(form: str, case: tuple[npt.NDArray[np.void], int, bool]) -> None:
+def test_every_form_makes_the_same_bytes(form: str, case: tuple[npt.NDArray[np.void], int, bool, int]) -> None:
     """Each compiled form writes, bit for bit, what the NumPy form writes, and not a byte beside it."""
     ours, theirs = Case(*case), Case(*case)
     assert ours.run(form) == theirs.run("numpy") == len(ours.values)

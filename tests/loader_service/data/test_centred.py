@@ -11,8 +11,10 @@ import pytest
 
 from loader_service.data.augment import complete_view
 from loader_service.data.centred import FRACTION_BITS, centre_of, decode_centred, encode_centred
+from loader_service.data.codecs import RAW_BYTES, SHAPE
 from loader_service.data.fill import empty_slice, fill
-from loader_service.data.records import RAW_BYTES, SHAPE, Manifest, Records, Statistics
+from loader_service.data.manifest import Manifest, Statistics
+from loader_service.data.records import Records
 from loader_service.errors import RecordError
 from loader_service.spec import Dtype, SampleLayout, SliceId, View
 
@@ -37,22 +39,25 @@ def test_what_is_stored_is_pixel_minus_mean(
     assert np.abs(stored - difference).max() <= 0.5 / 2**FRACTION_BITS
 
 
+@pytest.mark.parametrize("side", [256, 75])
 @pytest.mark.parametrize("view", ["train", "center", "ten-crop", "whole"])
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_all_codecs_serve_the_same_slices(view: str, dtype: Dtype, tmp_path: Path, make_dataset: MakeDataset) -> None:
+def test_all_codecs_serve_the_same_slices(
+    view: str, dtype: Dtype, side: int, tmp_path: Path, make_dataset: MakeDataset
+) -> None:
     """Of equal pictures, centred records give the same bytes as raw ones, and JPEG ones nearly the same."""
     slices = {}
     for codec in ("raw", "centered", "jpeg"):
-        make_dataset(tmp_path / codec, 12, codec)
+        make_dataset(tmp_path / codec, 12, codec, side=side)
         with Records(tmp_path / codec) as records:
-            complete = complete_view(View.named(view), records.statistics)
+            complete = complete_view(View.named(view, side), records.statistics)
             slices[codec] = empty_slice(SampleLayout(complete, dtype), 12)
             fill(slices[codec], records, SliceId(complete, 5, 1, 0, 12))
     assert np.array_equal(slices["centered"].images, slices["raw"].images)
     assert np.array_equal(slices["centered"].labels, slices["raw"].labels)
     assert np.array_equal(slices["centered"].draws, slices["raw"].draws)
     difference = np.abs(slices["jpeg"].images.astype(np.float64) - slices["raw"].images)
-    assert 0 < difference.mean() < 20  # these pictures have edges between black and white, which JPEG smears
+    assert 0 < difference.mean() < 32  # these pictures have edges between black and white, which JPEG smears
 
 
 def test_a_payload_of_another_length_is_refused() -> None:

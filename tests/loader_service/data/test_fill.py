@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lmdb
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -14,13 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loader_service.data.augment import complete_view
+from loader_service.data.codecs import RAW_BYTES
 from loader_service.data.draws import draw
 from loader_service.data.fill import empty_slice, fill, golden, slice_numbers
-from loader_service.data.records import KEY, RAW_BYTES, Records
+from loader_service.data.manifest import Manifest
+from loader_service.data.records import KEY, Records
 from loader_service.errors import RecordError
 from loader_service.spec import VIEWS, Dtype, SampleLayout, Slice, SliceId, View
 
-Picture = Callable[[int], npt.NDArray[np.uint8]]
+MakeDataset = Callable[..., Manifest]
+Picture = Callable[..., npt.NDArray[np.uint8]]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,43 @@ def test_an_epoch_has_every_record_once(records: Records) -> None:
 def test_seed_and_epoch_are_not_added(records: Records) -> None:
     """Seed 0 in epoch 1 and seed 1 in epoch 0 give different samples."""
     assert digest(made(records, View(), 0, 4, seed=0, epoch=1)) != digest(made(records, View(), 0, 4, seed=1, epoch=0))
+
+
+@pytest.mark.parametrize(("side", "crop"), [(8, 7), (64, 56), (99, 87), (320, 280)])
+def test_records_of_other_sides(
+    side: int, crop: int, tmp_path: Path, make_dataset: MakeDataset, picture: Picture
+) -> None:
+    """A record of any side is cut by its draws, 7/8 of it unless a crop is given, and loses the mean's window."""
+    make_dataset(tmp_path / "d", 5, side=side)
+    with Records(tmp_path / "d") as records:
+        mean = records.statistics.mean_image
+        for view, cut in ((View.named("train", side), crop), (View(crop=5), 5), (View.named("ten-crop", side), crop)):
+            out, floats = made(records, view, 0, 5), made(records, view, 0, 5, "float32")
+            numbers = slice_numbers(5, SliceId(view, 2012, 60, 0, 5)).repeat(view.samples_per_record)
+            draws, images = out.draws.ravel(), out.images.reshape(-1, cut, cut, 3)
+            centred = floats.images.reshape(images.shape)
+            for i, number in enumerate(numbers.tolist()):
+                y, x, flip, shift = draws[i].tolist()
+                step = -1 if flip else 1
+                window = picture(number, side)[y : y + cut, x : x + cut].astype(int)[:, ::step]
+                assert np.array_equal(images[i], np.clip(window + shift, 0, 255))
+                assert np.array_equal(centred[i], images[i] - mean[y : y + cut, x : x + cut][:, ::step])
+        assert np.array_equal(made(records, VIEWS["whole"], 2, 1).images[0], picture(2, side))
+        places = {
+            draw for epoch in range(60) for draw in made(records, View(crop=side - 2), 0, 5, epoch=epoch).draws["x"]
+        }
+        assert places == {0, 1, 2}
+
+
+def test_a_view_that_does_not_fit_the_records_is_refused(tmp_path: Path, make_dataset: MakeDataset) -> None:
+    """A crop larger than the records, or a part of them as the whole, is an error before anything is read."""
+    make_dataset(tmp_path / "d", 2, side=64)
+    with Records(tmp_path / "d") as records:
+        with pytest.raises(ValueError, match="a crop of 65 pixels does not fit into records of 64"):
+            made(records, View(crop=65), 0, 1)
+        for view in (View(crop=65, jitter=0), msgspec.structs.replace(VIEWS["whole"], crop=63)):
+            with pytest.raises(ValueError, match=rf"of {view.crop} pixels does not fit records of 64"):
+                fill(empty_slice(SampleLayout(view, "uint8"), 1), records, SliceId(view, 0, 0, 0, 1))
 
 
 def test_a_training_sample_is_its_draws_applied_to_its_record(records: Records, picture: Picture) -> None:

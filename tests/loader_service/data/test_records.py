@@ -13,7 +13,9 @@ import numpy.typing as npt
 import pytest
 import simplejpeg
 
-from loader_service.data.records import KEY, RAW_BYTES, Manifest, Records, decode, digest_headers, encode, fingerprint
+from loader_service.data.codecs import RAW_BYTES, decode, encode
+from loader_service.data.manifest import Manifest, digest_headers, fingerprint
+from loader_service.data.records import KEY, Records
 from loader_service.errors import DatasetInvalid, DatasetNotFound, DatasetUnfinished, RecordError
 
 Picture = Callable[[int], npt.NDArray[np.uint8]]
@@ -113,8 +115,10 @@ def test_no_databases_mean_unfinished(tmp_path: Path) -> None:
     ("fields", "sentence"),
     [
         ({"format": 2}, "it is of format 2, and this version reads format 1"),
-        ({"size": 128}, "its records are 128 pixels wide, not 256"),
-        ({"mean_image": b"short"}, "not 256"),
+        ({"size": 128}, "its mean image has 786432 bytes, records of 128 pixels need 196608"),
+        ({"size": 7}, "its records are 7 pixels wide, and this version reads 8 to 1024"),
+        ({"size": 2**40}, "pixels wide, and this version reads 8 to 1024"),
+        ({"mean_image": b"short"}, "its mean image has 5 bytes"),
         ({"class_counts": (2, 2, 3)}, "its classes have 7 records together, its count says 6"),
         ({"class_counts": (6,)}, "its manifest is incomplete"),
         ({"eigenvalues": (1.0,)}, "its manifest is incomplete"),
@@ -199,7 +203,7 @@ def test_a_golden_fingerprint(dataset: Path) -> None:
 @pytest.mark.parametrize("pixels", [np.zeros((256, 255, 3), np.uint8), np.zeros((256, 256, 3), np.int16)])
 def test_only_records_can_be_encoded(pixels: npt.NDArray[np.uint8]) -> None:
     """Another shape or dtype is refused with what is needed."""
-    with pytest.raises(ValueError, match=r"a record is \(256, 256, 3\) uint8"):
+    with pytest.raises(ValueError, match=r"a record is \(side, side, 3\) uint8"):
         encode(pixels, "raw")
 
 

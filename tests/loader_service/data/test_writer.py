@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loader_service.data.codecs import encode
+from loader_service.data.manifest import Manifest, Rejected, Statistics
 from loader_service.data.partial import partial_path, partials
-from loader_service.data.records import Manifest, Records, Rejected, Statistics, encode
+from loader_service.data.records import Records
 from loader_service.data.writer import Writer, adopt
 from loader_service.errors import DatasetInvalid
 

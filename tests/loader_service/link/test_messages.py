@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from loader_service.errors import MessageError
 from loader_service.link import messages
 from loader_service.link.messages import Place, Request
-from loader_service.spec import MEAN_BYTES, DatasetFacts, SliceId, View
+from loader_service.spec import RECORD_SIDE_PX, DatasetFacts, SliceId, View, mean_bytes
 
 INSTANCE = "0" * 32
 SEGMENT = "loader-service-" + "a" * 32
@@ -20,7 +20,7 @@ REQUEST = Request(INSTANCE, 7, "train", SliceId(View(basis=(1.0,) * 9), 3, 2, 1,
 FACTS = DatasetFacts(
     count=5,
     class_names=("a",),
-    mean_image=bytes(MEAN_BYTES),
+    mean_image=bytes(mean_bytes(RECORD_SIDE_PX)),
     channel_means=(1.0,) * 3,
     eigenvalues=(1.0,) * 3,
     eigenvectors=(1.0,) * 9,
@@ -78,7 +78,7 @@ def test_a_nodes_message_is_not_a_clients() -> None:
         {"what": {"view": {}, "seed": 0, "epoch": 0, "start": 0, "count": 0}},
         {"what": {"view": {}, "seed": 0, "epoch": 0, "start": 0, "count": 1 << 20}},
         {"what": {"view": {"crop": 0}, "seed": 0, "epoch": 0, "start": 0, "count": 1}},
-        {"what": {"view": {"crop": 257}, "seed": 0, "epoch": 0, "start": 0, "count": 1}},
+        {"what": {"view": {"crop": 1025}, "seed": 0, "epoch": 0, "start": 0, "count": 1}},
         {"what": {"view": {"jitter": float("nan")}, "seed": 0, "epoch": 0, "start": 0, "count": 1}},
         {"what": {"view": {"basis": [1.0] * 8}, "seed": 0, "epoch": 0, "start": 0, "count": 1}},
         {"place": {"part": -1, "generation": 0, "images": 0, "labels": 0, "draws": 0}},

@@ -19,8 +19,9 @@ import psutil
 import pytest
 from click.testing import Result
 
+from loader_service.data.codecs import encode
 from loader_service.data.picture import load_picture
-from loader_service.data.records import Records, encode
+from loader_service.data.records import Records
 from tools.verify import verify
 
 Preprocess = Callable[..., Result]

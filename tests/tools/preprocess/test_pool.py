@@ -13,8 +13,8 @@ import numpy as np
 import psutil
 import pytest
 
+from loader_service.data.codecs import RAW_BYTES, SHAPE
 from loader_service.data.picture import load_picture
-from loader_service.data.records import RAW_BYTES, SHAPE
 from tools.preprocess.pool import Pool, Result
 from tools.preprocess.sources import Item, label_files, list_files
 from tools.statistics import colour_products

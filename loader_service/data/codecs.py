@@ -1,0 +1,110 @@
+"""The payloads of records: what ``raw`` and ``jpeg`` are; for ``centered`` see :mod:`centred`.
+
+A stored value is HEADER, then the payload. ``raw`` is (side, side, 3) uint8 RGB in C order, and ``jpeg`` a JPEG of the same
+pixels; how wide records are, the manifest says.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+
+from loader_service.data.centred import FRACTION_BITS
+from loader_service.spec import RECORD_SIDE_PX
+
+HEADER: Final = struct.Struct("<IBxxxQ")
+"""label, codec number, xxh3-64 of the payload: 16 bytes."""
+
+SHAPE: Final = (RECORD_SIDE_PX, RECORD_SIDE_PX, 3)
+"""Of a record of the usual side."""
+
+Codec = Literal["raw", "jpeg", "centered"]
+CODECS: Final[dict[Codec, int]] = {"raw": 0, "jpeg": 1, "centered": 2}
+DEFAULT_PARAMETERS: Final[dict[Codec, dict[str, int | str]]] = {
+    "raw": {},
+    "jpeg": {"quality": 90, "subsampling": "420"},
+    "centered": {"fraction_bits": FRACTION_BITS},
+}
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def raw_bytes(side: int) -> int:
+    """Bytes of a ``raw`` payload of ``side`` x ``side`` pixels."""
+    return 3 * side * side
+
+
+RAW_BYTES: Final = raw_bytes(RECORD_SIDE_PX)
+"""Of a record of the usual side."""
+
+
+def encode(pixels: Pixels, codec: Literal["raw", "jpeg"], parameters: dict[str, int | str] | None = None) -> bytes:
+    """The payload of a record; for ``centered`` see :func:`centred.encode_centred`.
+
+    Args:
+        pixels: (side, side, 3) uint8, RGB.
+        codec: ``raw`` or ``jpeg``.
+        parameters: for jpeg ``quality`` (1..100) and ``subsampling`` ("420", "422", "444"); the default is 90, "420".
+    """
+    side = pixels.shape[0]
+    if pixels.shape != (side, side, 3) or pixels.dtype != np.uint8:
+        raise ValueError(f"a record is (side, side, 3) uint8, not {pixels.shape} {pixels.dtype}")
+    if codec == "raw":
+        return pixels.tobytes()
+    chosen = DEFAULT_PARAMETERS["jpeg"] | (parameters or {})
+    return bytes(
+        simplejpeg.encode_jpeg(
+            np.ascontiguousarray(pixels),
+            quality=int(chosen["quality"]),
+            colorspace="RGB",
+            colorsubsampling=str(chosen["subsampling"]),
+        )
+    )
+
+
+def decode(
+    payload: bytes | memoryview, codec: int, into: npt.NDArray[np.uint8] | None = None, *, side: int = RECORD_SIDE_PX
+) -> Pixels:
+    """The pixels of a payload that needs no mean: (side, side, 3) uint8, RGB; of ``raw`` a view, not a copy.
+
+    Args:
+        payload: a record's, as it is stored.
+        codec: of :data:`CODECS`, ``raw`` or ``jpeg``.
+        into: (raw_bytes(side),) uint8, where a ``jpeg`` is decoded to; a new array if None.
+        side: of the record, in pixels.
+
+    Raises:
+        ValueError: the payload is not what the codec says.
+    """
+    size, shape = raw_bytes(side), (side, side, 3)
+    if codec == CODECS["raw"]:
+        if len(payload) != size:
+            raise ValueError(f"a raw payload has {size} bytes, this one {len(payload)}")
+        return np.frombuffer(payload, np.uint8).reshape(shape)
+    if codec == CODECS["jpeg"]:
+        try:
+            # Into a buffer of this size even where none is given: a JPEG that says it is huge is then refused.
+            buffer = np.empty(size, np.uint8) if into is None else into
+            pixels: Pixels = simplejpeg.decode_jpeg(payload, colorspace="RGB", buffer=buffer)
+        except ValueError as error:
+            raise ValueError(f"its JPEG cannot be decoded ({error})") from error
+        if pixels.shape != shape:
+            raise ValueError(f"the JPEG decodes to {pixels.shape}, not {shape}")
+        return pixels
+    raise ValueError(f"codec number {codec} is unknown")
+
+
+def raw_value(side: int = RECORD_SIDE_PX) -> npt.NDArray[np.uint8]:
+    """Memory for one raw record, header and payload: (16 + raw_bytes(side),) uint8.
+
+    Its payload lies 16 bytes beyond a multiple of 32 on purpose: to a buffer that is aligned to 32 bytes libjpeg-turbo
+    writes past the caches, which is 8 % slower for pixels that are read at once.
+    """
+    size = HEADER.size + raw_bytes(side)
+    memory = np.empty(size + 32, np.uint8)
+    start = -memory.ctypes.data % 32
+    return memory[start : start + size]

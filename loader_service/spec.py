@@ -60,7 +60,8 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Fields:
         kind: ``train`` (random crop, flip, colour jitter), ``center`` (the centre crop), ``ten-crop`` (four corners
             and the centre, then their mirror images), ``whole`` (the record as it is).
-        crop: side of the crop, in pixels; 224 in the paper. Of ``whole`` the record's, which a client fills in.
+        crop: side of the crop, in pixels; 224 in the paper. 0 means 7/8 of the records' side, and ``whole`` always has
+            that side, which a client fills in before the view leaves it.
         flip: whether half of the samples are mirrored (``train`` only).
         jitter: standard deviation of alpha in the colour jitter; 0 switches it off (``train`` only).
         basis: nine numbers, row by row: ``basis[c][k]`` is what one unit of alpha_k adds to channel c, in grey levels.
@@ -77,8 +78,8 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     order: Order = "shuffled"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.crop <= MAX_SIDE_PX:
-            raise ValueError(f"a view's crop is 1 to {MAX_SIDE_PX} pixels, not {self.crop}")
+        if not 0 <= self.crop <= MAX_SIDE_PX:
+            raise ValueError(f"a view's crop is 0 to {MAX_SIDE_PX} pixels, not {self.crop}")
         if not (math.isfinite(self.jitter) and 0 <= self.jitter <= 100):
             raise ValueError(f"a view's jitter is a standard deviation from 0 to 100, not {self.jitter}")
         if len(self.basis) not in (0, 9) or not all(math.isfinite(b) and abs(b) <= 1e4 for b in self.basis):
@@ -93,19 +94,18 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             view = VIEWS[name]
         except KeyError:
             raise ValueError(f"there is no view named {name!r}; there are {', '.join(VIEWS)}") from None
-        return msgspec.structs.replace(view, crop=default_crop(side)).of_records(side)
+        return msgspec.structs.replace(view, crop=0).of_records(side)
 
     def of_records(self, side: int) -> View:
-        """This view of records of ``side`` pixels: ``whole`` has their side.
+        """This view of records of ``side`` pixels, its crop filled in.
 
         Raises:
             ValueError: the crop is larger than they are.
         """
-        if self.kind == "whole":
-            return self if self.crop == side else msgspec.structs.replace(self, crop=side)
-        if self.crop > side:
-            raise ValueError(f"a crop of {self.crop} pixels does not fit into records of {side}")
-        return self
+        crop = side if self.kind == "whole" else self.crop or default_crop(side)
+        if crop > side:
+            raise ValueError(f"a crop of {crop} pixels does not fit into records of {side}")
+        return self if crop == self.crop else msgspec.structs.replace(self, crop=crop)
 
     @property
     def samples_per_record(self) -> int:

@@ -18,7 +18,7 @@ from trainer.preset import Preset
 
 @dataclass(frozen=True)
 class Windows:
-    """Where in its 256x256 record each picture of a batch was cut.
+    """Where in its record each picture of a batch was cut.
 
     Fields:
         y, x: (P,) integers, the first row and column.
@@ -40,14 +40,14 @@ class Centre:
     """Subtracts the mean image.
 
     Args:
-        mean: (256, 256, 3) float32, the training split's.
+        mean: (side, side, 3) float32, the training split's.
         preset: whether the window that is subtracted follows the crop and its mirroring, or stays at the centre.
         devices: where batches will be.
     """
 
     def __init__(self, mean: Tensor, preset: Preset, devices: Sequence[torch.device]) -> None:
         self._follows_crop = preset.mean_follows_crop
-        both = torch.stack([mean, mean.flip(1)])  # (2, 256, 256, 3): as it is, and mirrored
+        both = torch.stack([mean, mean.flip(1)])  # (2, side, side, 3): as it is, and mirrored
         self._means = {device: both.to(device) for device in devices}
 
     def __call__(self, images: Sequence[Tensor], windows: Windows) -> list[Tensor]:

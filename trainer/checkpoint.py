@@ -43,6 +43,7 @@ class Plain(msgspec.Struct, forbid_unknown_fields=True):
         ledger: of each epoch begun.
         history: of each epoch ended.
         class_names, fingerprint, count: of the training split.
+        crop: side of what the network sees of a record, in pixels.
     """
 
     config: RunConfig
@@ -54,6 +55,7 @@ class Plain(msgspec.Struct, forbid_unknown_fields=True):
     class_names: tuple[str, ...]
     fingerprint: str
     count: int
+    crop: int = 224
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Checkpoint:
         plain: everything but tensors.
         model: parameters by name, on any device.
         momentum: the optimiser's, by the name of the parameter.
-        mean: (256, 256, 3) float32, the training split's mean image.
+        mean: (side, side, 3) float32, the training split's mean image.
         random: states of torch's generators, by device. The trainer draws nothing from them; layers of others may.
     """
 
@@ -78,7 +80,7 @@ class Checkpoint:
     def facts(self) -> Facts:
         """The training split that the run was made with."""
         plain = self.plain
-        return Facts(plain.count, plain.class_names, plain.fingerprint, self.mean)
+        return Facts(plain.count, plain.class_names, plain.fingerprint, self.mean, plain.crop)
 
 
 def save(folder: Path, checkpoint: Checkpoint, is_best: bool) -> Path:

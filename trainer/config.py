@@ -54,6 +54,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Fields:
         preset, width, towers, seed: the network's, as in ``trainer.model.AlexNet``; the seed also decides the order of
             the data and every augmentation and dropout mask.
+        crop: side of what the network sees of a record, in pixels; None takes 7/8 of the record's, 224 of 256.
         epochs: passes over the training split; 90 in the paper.
         batch_size: images per update; 128 in the paper.
         lr: learning rate at the start; .01 in the paper.
@@ -69,6 +70,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     width: float = 1.0
     towers: int = 2
     seed: int = 0
+    crop: int | None = None
     epochs: int = 90
     batch_size: int = 128
     lr: float = 0.01
@@ -95,6 +97,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ("--patience", self.patience, 1),
             ("--checkpoint-every", self.checkpoint_every, 0),
             ("--log-every", self.log_every, 1),
+            ("--crop", 1 if self.crop is None else self.crop, 1),
         ):
             if value < least:
                 raise ConfigError(option, value, f"at least {least}")
@@ -110,6 +113,7 @@ FIXED_FOR_A_RUN: Final = (
     "width",
     "towers",
     "seed",
+    "crop",
     "lr",
     "schedule",
     "patience",

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from torch import Tensor
-
-RECORD_SHAPE: Final = (256, 256, 3)
-"""Of every record, and of their mean."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +15,12 @@ class Facts:
         count: records in the split.
         class_names: in the order of the labels.
         fingerprint: of the split's logical records.
-        mean: (256, 256, 3) float32, the training split's mean image, R, G, B in 0 to 255.
+        mean: (side, side, 3) float32, the training split's mean image, R, G, B in 0 to 255; as wide as the records.
+        crop: the side of what the network sees of a record, in pixels.
     """
 
     count: int
     class_names: tuple[str, ...]
     fingerprint: str
     mean: Tensor
+    crop: int

@@ -92,17 +92,20 @@ def evaluate_runs(
         The errors, and the names of the classes.
 
     Raises:
-        ConfigError: networks that were trained on other classes than the split's.
+        ConfigError: networks that were trained on other classes, or on records or crops of other sides.
         TrainerError: otherwise, a checkpoint or device that cannot be used.
         LoaderServiceError: the node cannot serve.
     """
     device = choose_device(devices)
     loaded = [load_member(path, device) for path in paths]
     records = max(1, batch_size // VIEWS_PER_RECORD[views])
-    with Feed(node, "val", views, records, (device,)) as feed:
+    with Feed(node, "val", views, records, (device,), crop=loaded[0][1].crop) as feed:
+        sees = (len(feed.facts.mean), feed.facts.crop)
         for path, (_, facts) in zip(paths, loaded, strict=True):
             if facts.class_names != feed.facts.class_names:
                 raise ConfigError("RUN", path, "a network of the same classes as the validation split's")
+            if (len(facts.mean), facts.crop) != sees:
+                raise ConfigError("RUN", path, f"a network for records of {sees[0]} pixels and crops of {sees[1]}")
         return evaluate([member for member, _ in loaded], feed), feed.facts.class_names
 
 
@@ -118,14 +121,24 @@ def load_member(path: Path, device: torch.device) -> tuple[Member, Facts]:
     path = find_checkpoint(path)
     saved = checkpoint.load(path)
     config, facts = saved.plain.config, saved.facts
-    model = build(config, len(facts.class_names), (device,))
+    model = build(config, facts, (device,))
     restore(model, saved, path)
     return Member(model.eval(), Centre(facts.mean, model.preset, (device,))), facts
 
 
-def build(config: RunConfig, classes: int, devices: Sequence[torch.device], share: Share | None = None) -> AlexNet:
-    """The network that a configuration describes, with the weights it starts with."""
-    return AlexNet(classes, config.width, config.preset, devices, config.towers, config.seed, config.variation, share)
+def build(config: RunConfig, facts: Facts, devices: Sequence[torch.device], share: Share | None = None) -> AlexNet:
+    """The network that a configuration describes, for the classes and crops of a split, with the weights it starts with."""
+    return AlexNet(
+        num_classes=len(facts.class_names),
+        width=config.width,
+        preset=config.preset,
+        devices=devices,
+        towers=config.towers,
+        seed=config.seed,
+        variation=config.variation,
+        share=share,
+        crop=facts.crop,
+    )
 
 
 def restore(model: AlexNet, saved: checkpoint.Checkpoint, path: Path) -> None:

@@ -26,7 +26,7 @@ from trainer.run_folder import find_checkpoint, write_atomically
 class Grouped(nn.Module):
     """The network of ``model`` without towers: grouped convolutions and whole layers, for use, not for training.
 
-    Maps (B, 3, 224, 224) float32, 0 to 255 minus the mean, to (B, classes) logits.
+    Maps (B, 3, crop, crop) float32, 0 to 255 minus the mean, to (B, classes) logits.
     """
 
     def __init__(self, model: AlexNet) -> None:
@@ -111,13 +111,14 @@ def export_run(run: Path, target: Path) -> None:
     if target.exists():
         raise RunFolderError(target, "there is a file of that name already; name another")
     config, facts = saved.plain.config, saved.facts
-    model = build(config, len(facts.class_names), (torch.device("cpu"),))
+    model = build(config, facts, (torch.device("cpu"),))
     restore(model, saved, path)
     about = {
         "architecture": "AlexNet; see trainer.export.Grouped",
         "config": msgspec.json.encode(config).decode(),
         "class_names": msgspec.json.encode(facts.class_names).decode(),
         "fingerprint": facts.fingerprint,
+        "crop": str(facts.crop),
     }
     content = save(merge(model) | {"mean": facts.mean.contiguous()}, metadata=about)
     try:

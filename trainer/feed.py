@@ -22,7 +22,7 @@ from torch import Tensor
 from loader_service import Loader, LocalNode, View, defaults, describe
 from loader_service.data.picture import load_picture
 from loader_service.errors import LoaderServiceError, NoNodeError
-from loader_service.spec import CROP_SIDE_PX, RECORD_SIDE_PX, Split
+from loader_service.spec import Split
 from trainer.centre import Windows
 from trainer.config import Source
 from trainer.dataset import Facts
@@ -95,6 +95,7 @@ class Feed:
         epochs: how many passes, counted from the first.
         state: what ``state`` gave of an earlier feed, to go on from there.
         rank, world_size: which part of each batch, of how many.
+        crop: side of the pictures, in pixels; None takes what the view says, and with a name 7/8 of the records' side.
 
     A CPU batch's images are views of the loader's memory: use them before asking for many more.
     """
@@ -111,11 +112,13 @@ class Feed:
         state: dict[str, Any] | None = None,
         rank: int = 0,
         world_size: int = 1,
+        crop: int | None = None,
     ) -> None:
         self._loader = Loader(
             node.address,
             split=split,
             view=view,
+            crop=crop,
             batch_size=batch_size,
             seed=seed,
             epochs=epochs,
@@ -164,7 +167,14 @@ class Feed:
     @property
     def facts(self) -> Facts:
         """What the node said of the dataset."""
-        return _facts(self._loader.dataset)
+        dataset = self._loader.dataset
+        return Facts(
+            count=dataset.count,
+            class_names=tuple(dataset.class_names),
+            fingerprint=dataset.fingerprint,
+            mean=torch.from_numpy(np.array(dataset.mean, np.float32)),
+            crop=self._loader.view.crop,
+        )
 
     def state(self) -> dict[str, Any]:
         """The position of the first sample that has not been handed out, as plain values."""
@@ -197,24 +207,28 @@ def open_source(source: Source) -> Iterator[Node]:
 
 
 def training_view(preset: Preset, variation: Variation, node: Node) -> View:
-    """The random crops, mirror images and colour jitter of the paper's section 4.1, as preset and variation have it."""
+    """The random crops, mirror images and colour jitter of the paper's section 4.1, as preset and variation have it.
+
+    Its crop is left to the dataset.
+    """
     if not variation.crops:
-        return View(kind="center", flip=False, jitter=0.0)  # in shuffled order all the same
+        return View(kind="center", crop=0, flip=False, jitter=0.0)  # in shuffled order all the same
     if not variation.jitter:
-        return View(flip=variation.flips, jitter=0.0)
+        return View(crop=0, flip=variation.flips, jitter=0.0)
     if not preset.jitter_by_deviation:
-        return View(flip=variation.flips)
+        return View(crop=0, flip=variation.flips)
     facts = describe(node.address, split="train", server_key=node.server_key, client_key=node.client_key)
     deviations = np.sqrt(np.asarray(facts.eigenvalues, np.float64))
     basis = _GREY_LEVELS * np.asarray(facts.eigenvectors, np.float64) * deviations  # column k is axis k
-    return View(flip=variation.flips, basis=tuple(basis.flatten().tolist()))
+    return View(crop=0, flip=variation.flips, basis=tuple(basis.flatten().tolist()))
 
 
-def load_image(path: Path) -> tuple[Tensor, Windows]:
-    """The centre crop of any picture file, prepared as the dataset was: (1, 224, 224, 3) uint8, and its window."""
-    windows = Windows.centre(1, RECORD_SIDE_PX, CROP_SIDE_PX)
+def load_image(path: Path, facts: Facts) -> tuple[Tensor, Windows]:
+    """The centre crop of any picture file, prepared as the dataset was: (1, crop, crop, 3) uint8, and its window."""
+    side, crop = len(facts.mean), facts.crop
+    windows = Windows.centre(1, side, crop)
     top, left = int(windows.y[0]), int(windows.x[0])
-    picture = load_picture(path)[top : top + CROP_SIDE_PX, left : left + CROP_SIDE_PX]
+    picture = load_picture(path, side=side)[top : top + crop, left : left + crop]
     return torch.from_numpy(np.ascontiguousarray(picture))[None], windows
 
 
@@ -224,12 +238,3 @@ def _answers(address: str) -> bool:
     except NoNodeError:
         return False
     return True
-
-
-def _facts(dataset: Any) -> Facts:
-    return Facts(
-        count=dataset.count,
-        class_names=tuple(dataset.class_names),
-        fingerprint=dataset.fingerprint,
-        mean=torch.from_numpy(np.array(dataset.mean, np.float32)),
-    )

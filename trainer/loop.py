@@ -116,6 +116,7 @@ def _open_feed(config: RunConfig, node: Node, stop: StopRequest, resume: Resume 
             state,
             world.replica,
             world.replicas,
+            config.crop,
         )
 
 
@@ -140,7 +141,7 @@ class Training:
             raise ConfigError("--data", node.address if node else "", "a training split with at least one image")
         self._batches = TwinFeed(feed, world, stop)
         share = Share((world.pair.tower,), BetweenProcesses(world.pair)) if world.pair else None
-        self._model = build(config, len(facts.class_names), world.devices, share)
+        self._model = build(config, facts, world.devices, share)
         self._centre = Centre(facts.mean, self._model.preset, world.devices)
         self._schedule = config.first_schedule()
         self._progress = Progress()
@@ -302,7 +303,14 @@ class Training:
             return evaluate([member], TwinFeed(None, world, self._stop), world)
         size = self._config.batch_size // world.replicas
         with Feed(
-            self._node, "val", "center", size, world.devices, rank=world.replica, world_size=world.replicas
+            self._node,
+            "val",
+            "center",
+            size,
+            world.devices,
+            rank=world.replica,
+            world_size=world.replicas,
+            crop=self._facts.crop,
         ) as feed:
             return evaluate([member], TwinFeed(feed, world, self._stop), world)
 
@@ -328,6 +336,7 @@ class Training:
             class_names=self._facts.class_names,
             fingerprint=self._facts.fingerprint,
             count=self._facts.count,
+            crop=self._facts.crop,
         )
         if not self._world.is_first:
             return checkpoint.path_of(self._folder.checkpoints, self.step)

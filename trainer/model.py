@@ -10,6 +10,7 @@ Maps at width 1, of all towers: 55x55x96, 27x27x256, 13x13x384, 13x13x384, 13x13
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,9 +47,24 @@ NUMBERS: Final = {
 KERNELS: Final = {"conv1": (11, 4, 0), "conv2": (5, 1, 2), "conv3": (3, 1, 1), "conv4": (3, 1, 1), "conv5": (3, 1, 1)}
 """Side, stride and padding of each convolution."""
 
-_POOLED_SIDE: Final = 6
 CONV1_ZEROS: Final = (0, 3, 0, 3)
 """Columns at the right and rows at the bottom: 224 + 3 gives 55 places for kernels of 11 at stride 4."""
+
+
+_POOLINGS: Final = {"overlapping": 3, "plain": 2}
+"""The side of a pooling's windows, which are two apart."""
+
+
+def pooled_side(crop: int, pooling: str) -> int:
+    """The side of conv5's maps after pooling, 6 for crops of 224; below 1 where the network has no room for its kernels.
+
+    conv2 to conv5 keep the side of their maps; conv1 and the three poolings shrink it.
+    """
+    kernel, stride, _ = KERNELS["conv1"]
+    side = (crop + CONV1_ZEROS[1] - kernel) // stride + 1
+    for _ in range(3):
+        side = (side - _POOLINGS[pooling]) // 2 + 1
+    return side
 
 
 @dataclass(frozen=True)
@@ -60,23 +76,37 @@ class Sizes:
         kernels: of conv1 to conv5, per tower.
         units: of fc6 and fc7, per tower.
         without: layers that are left out.
+        pooled: side of conv5's maps after pooling.
     """
 
     towers: int
     kernels: tuple[int, int, int, int, int]
     units: tuple[int, int]
     without: tuple[str, ...] = ()
+    pooled: int = pooled_side(IMAGE_SIDE_PX, "overlapping")
 
     @classmethod
-    def of(cls, towers: int, width: float, without: tuple[str, ...] = ()) -> Sizes:
+    def of(
+        cls,
+        towers: int,
+        width: float,
+        without: tuple[str, ...] = (),
+        crop: int = IMAGE_SIDE_PX,
+        pooling: str = "overlapping",
+    ) -> Sizes:
         """The paper's net (two towers), or its smaller one of section 3.2: half the kernels, but the last ones whole."""
         if towers not in (1, 2):
             raise ConfigError("--towers", towers, "1 or 2")
         if not (math.isfinite(width) and 0 < width <= 4):
             raise ConfigError("--width", width, "a number above 0, at most 4")
+        if (pooled := pooled_side(crop, pooling)) < 1:
+            least = next(side for side in itertools.count(crop) if pooled_side(side, pooling) == 1)
+            raise ConfigError(
+                "--crop", crop, f"at least {least} pixels, or nothing is left after the last {pooling} pooling"
+            )
         conv5, hidden = (128, 2048) if towers == 2 else (256, 4096)
         c1, c2, c3, c4, c5, f6, f7 = (max(1, round(n * width)) for n in (48, 128, 192, 192, conv5, hidden, hidden))
-        return cls(towers, (c1, c2, c3, c4, c5), (f6, f7), without)
+        return cls(towers, (c1, c2, c3, c4, c5), (f6, f7), without, pooled)
 
     def counts(self) -> dict[str, int]:
         """How many kernels or units each layer has in each tower, in the order of the layers; fc8 is not a tower's."""
@@ -98,7 +128,7 @@ class Sizes:
         for name in ("conv3", "conv4", "conv5"):
             if name in counts:
                 fan_ins[name], channels = channels * 3 * 3, counts[name]
-        units = self.towers * channels * _POOLED_SIDE**2
+        units = self.towers * channels * self.pooled**2
         for name in ("fc6", "fc7"):
             if name in counts:
                 fan_ins[name], units = units, self.towers * counts[name]
@@ -123,7 +153,7 @@ class Tower(nn.Module):
             self.add_module(name, layer)
 
     def lower(self, images: Tensor) -> Tensor:
-        """conv1 and conv2: (B, 3, 224, 224) -> (B, C2, 13, 13)."""
+        """conv1 and conv2: (B, 3, crop, crop) -> (B, C2, S, S); S is 13 for crops of 224, and maps in comments are theirs."""
         maps = self._layers["conv1"](functional.pad(images, CONV1_ZEROS))  # (B, C1, 55, 55)
         if self._preset.relu_before_lrn1:
             maps = self._pool(self._normalise(self._activate(maps)))
@@ -134,7 +164,7 @@ class Tower(nn.Module):
         return self._pool(maps)
 
     def upper(self, whole: Tensor) -> Tensor:
-        """conv3 to conv5: (B, towers * C2, 13, 13) -> (B, C5 * 36), in the order (kernel, row, column)."""
+        """conv3 to conv5: (B, towers * C2, 13, 13) -> (B, C5 * 6 * 6), in the order (kernel, row, column)."""
         maps = whole
         for name in ("conv3", "conv4", "conv5"):
             if name in self._layers:
@@ -172,8 +202,8 @@ class Tower(nn.Module):
         return local_response_norm(maps, self._preset.lrn_alpha) if self._variation.lrn else maps
 
     def _pool(self, maps: Tensor) -> Tensor:
-        """Overlapping pooling (paper section 3.4): windows of 3, two apart; or plain. Maps get equally large by both."""
-        return functional.max_pool2d(maps, 3 if self._variation.pooling == "overlapping" else 2, 2)
+        """Overlapping pooling (paper section 3.4): windows of 3, two apart; or plain. Of crops of 224, maps get equally large by both."""
+        return functional.max_pool2d(maps, _POOLINGS[self._variation.pooling], 2)
 
 
 class AlexNet(nn.Module):
@@ -182,7 +212,8 @@ class AlexNet(nn.Module):
     Args:
         num_classes: how many logits.
         width: factor of the numbers of kernels and units; 1 is the paper's. Narrower nets get wider weights, by
-            sqrt(full fan-in / fan-in), which keeps the signal as strong; without it they do not start to learn.
+            sqrt(full fan-in / fan-in), which keeps the signal as strong; without it they do not start to learn. So do
+            smaller maps' units in fc6.
         preset: ``paper`` (its text) or ``original`` (its authors' code); see ``trainer.preset``.
         devices: where the towers live: one device for all, or one for each.
         towers: 2, or 1 for the paper's smaller net.
@@ -190,6 +221,7 @@ class AlexNet(nn.Module):
         variation: what is otherwise than in the paper's net.
         share: of a network spread over processes, the towers that live in this one and the way they meet the others;
             None for all of them. ``devices`` is then this process's one.
+        crop: side of the pictures, in pixels; the paper's is 224.
 
     At width 1 with 1,000 classes it has 60,965,224 parameters; with one tower 59,798,312.
     """
@@ -204,10 +236,11 @@ class AlexNet(nn.Module):
         seed: int = 0,
         variation: Variation | None = None,
         share: Share | None = None,
+        crop: int = IMAGE_SIDE_PX,
     ) -> None:
         super().__init__()
         self.preset, self.variation = preset_named(preset), variation or Variation()
-        self.sizes = Sizes.of(towers, width, self.variation.without)
+        self.sizes = Sizes.of(towers, width, self.variation.without, crop, self.variation.pooling)
         self.devices = tuple(torch.device(device) for device in devices)
         if len(self.devices) not in (1, towers):
             raise ConfigError(
@@ -244,7 +277,7 @@ class AlexNet(nn.Module):
         """The logits of a batch.
 
         Args:
-            images: (B, 3, 224, 224) float32, 0 to 255 minus the mean, channels R, G, B; or one such tensor for each
+            images: (B, 3, crop, crop) float32, 0 to 255 minus the mean, channels R, G, B; or one such tensor for each
                 entry of ``devices``, already there. Channels-last is fastest.
             dropout: which masks to draw in training mode; None takes them from torch's own generator.
 

@@ -74,6 +74,9 @@ NETWORK: Final = (
     _option("--width", float, "Factor of all layers' sizes."),
     _option("--towers", int, "2, or 1: the smaller net."),
     _option("--seed", int, "Of weights, order, augmentation and dropout."),
+    click.option(
+        "--crop", type=click.IntRange(1), metavar="PIXELS", help="What the net sees of a record. [default: 224 of 256]"
+    ),
     _option("--preset", click.Choice(list(PRESETS)), "The paper's text, or its authors' code."),
 )
 RECIPE: Final = (

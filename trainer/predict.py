@@ -29,7 +29,7 @@ class Prediction(msgspec.Struct, frozen=True):
 
 
 def predict(run: Path, images: Sequence[Path], devices: Sequence[str]) -> Iterator[Prediction]:
-    """Classify pictures by a run's newest checkpoint: short side to 256, centre crop, as the training data were made.
+    """Classify pictures by a run's newest checkpoint: prepared as the training data were.
 
     Raises:
         TrainerError: there is no such checkpoint, or it cannot be used.
@@ -38,7 +38,7 @@ def predict(run: Path, images: Sequence[Path], devices: Sequence[str]) -> Iterat
     device = choose_device(devices)
     member, facts = load_member(run, device)
     for path in images:
-        pixels, windows = load_image(path)
+        pixels, windows = load_image(path, facts)
         with torch.inference_mode():
             probabilities = member.probabilities([pixels.to(device)], windows, views=1)[0]
         best = probabilities.topk(min(TOP, len(facts.class_names)))

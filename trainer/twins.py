@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.centre import Windows
-from trainer.dataset import RECORD_SHAPE, Facts
+from trainer.dataset import Facts
 from trainer.feed import Batch, Feed
 from trainer.stop import Stopped, StopRequest
 from trainer.world import Pair, World
@@ -35,12 +35,12 @@ def share_facts(facts: Facts | None, world: World) -> Facts:
         assert facts is not None
         return facts
     if facts is not None:
-        pair.send(torch.tensor([facts.count, len(facts.class_names)]))
+        pair.send(torch.tensor([facts.count, len(facts.class_names), len(facts.mean), facts.crop]))
         pair.send(facts.mean.contiguous())
         return facts
-    count, classes = pair.receive(torch.empty(2, dtype=torch.int64)).tolist()
-    mean = pair.receive(torch.empty(RECORD_SHAPE))
-    return Facts(count, ("",) * classes, "", mean)
+    count, classes, side, crop = pair.receive(torch.empty(4, dtype=torch.int64)).tolist()
+    mean = pair.receive(torch.empty(side, side, 3))
+    return Facts(count, ("",) * classes, "", mean, crop)
 
 
 class TwinFeed:

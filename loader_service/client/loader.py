@@ -214,6 +214,11 @@ class Loader:
         self._deliveries = None
 
     @property
+    def view(self) -> View:
+        """The view, with everything filled in that it leaves to the dataset."""
+        return self._view
+
+    @property
     def ledger(self) -> list[EpochAccount]:
         """The account of each epoch begun so far; see :class:`EpochAccount`."""
         ledger = self._session.ledger
@@ -386,8 +391,8 @@ def _view_of(view: str | View, crop: int | None, side: int) -> View:
     chosen = view if isinstance(view, View) else View.named(view, side)
     if crop is not None and chosen.kind == "whole":
         raise OptionError("crop", crop, "no crop beside the view whole, which shows all of a record")
-    wanted = chosen.crop if crop is None else crop
-    if chosen.kind != "whole" and not 1 <= wanted <= side:
+    least, wanted = (0, chosen.crop) if crop is None else (1, crop)
+    if chosen.kind != "whole" and not least <= wanted <= side:
         raise OptionError("crop", wanted, f"1 to {side} pixels, the side of this dataset's records")
     return chosen if crop is None else msgspec.structs.replace(chosen, crop=crop)
 

@@ -83,7 +83,7 @@ def draw(view: View, seed: int, epoch: int, start: int, n: int, side: int = RECO
     """
     draws = np.zeros((n, *view.draws_shape), DRAWS)
     places = side - view.crop + 1
-    if places < 1 or (view.kind == "whole" and places > 1):
+    if not 1 <= view.crop <= side or (view.kind == "whole" and places > 1):
         raise ValueError(f"a view {view.kind} of {view.crop} pixels does not fit records of {side}")
     if view.kind == "train":
         words = position_words(seed, epoch, STREAM_AUGMENT, start, n)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from loader_service import LocalNode
 from trainer import checkpoint, feed
 from trainer.cli import main
 from trainer.progress import StepRecord
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, find_checkpoint
 
 SMALL = ["--width", "0.05", "--epochs", "2", "--batch-size", "64", "--devices", "cpu", "--log-every", "2"]
 
@@ -284,3 +285,30 @@ def test_a_node_that_stays_away_is_an_error_where_a_timeout_is_given(tmp_path: P
     nobody = ("--loader", "tcp://127.0.0.1:9", "--timeout", "0.3")
     assert_refused(trainer("run", *nobody, "--run", tmp_path / "run", *SMALL), 4, "no node answered within 0.3 s")
     assert_refused(trainer("run", *nobody[:3], "0", "--run", tmp_path / "run", *SMALL), 2, "--timeout=0.0 cannot work")
+
+
+def test_records_of_another_side(tmp_path: Path, make_dataset: Callable[..., Any]) -> None:
+    """Trained, evaluated, used and exported on crops of 84 of 96 pixels; a net for crops of 70 is not mixed with it."""
+    for split, count in (("train", 12), ("val", 6)):
+        make_dataset(tmp_path / f"{split}.lmdb", count, side=96)
+    Image.new("RGB", (100, 120), "red").save(tmp_path / "red.png")
+    one, other = tmp_path / "one", tmp_path / "other"
+    small = ("--data", tmp_path, "--epochs", "1", "--batch-size", "6", "--width", "0.05", "--devices", "cpu")
+    for run, options in ((one, ()), (other, ("--crop", "70"))):
+        result = trainer("run", *small, "--workers", "1", "--run", run, *options)
+        assert result.exit_code == 0, result.output
+    assert checkpoint.load(find_checkpoint(one)).facts.crop == 84
+    assert checkpoint.load(find_checkpoint(other)).facts.crop == 70
+    assert trainer("predict", other, tmp_path / "red.png").exit_code == 0
+    assert trainer("export", other, tmp_path / "net.safetensors").exit_code == 0
+    assert trainer("evaluate", other, "--data", tmp_path, "--views", "ten-crop", "--json").exit_code == 0
+    mixed = trainer("evaluate", one, other, "--data", tmp_path)
+    assert mixed.exit_code == 2
+    assert "a network for records of 96 pixels and crops of 84" in mixed.stderr
+    for crop, sentence in (
+        ("63", "--crop=63 cannot work: expected at least 64 pixels"),
+        ("97", "expected 1 to 96 pixels"),
+    ):
+        result = trainer("run", *small, "--run", tmp_path / f"bad{crop}", "--crop", crop)
+        assert result.exit_code == 2
+        assert sentence in result.stderr

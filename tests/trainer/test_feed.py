@@ -15,6 +15,7 @@ from loader_service import LocalNode, defaults, describe
 from loader_service.errors import LoaderServiceError, NoNodeError, PictureError
 from trainer import feed
 from trainer.config import Source
+from trainer.dataset import Facts
 from trainer.feed import Feed, Node, load_image, open_source, training_view
 from trainer.preset import PRESETS
 from trainer.variation import Variation
@@ -128,20 +129,28 @@ def test_else_a_private_node_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         assert used.about == f"Batches come from a private node on {dataset_dir} with 1 worker."
 
 
+def facts(side: int, crop: int) -> Facts:
+    """Of a dataset of records of ``side`` pixels."""
+    return Facts(1, ("ant",), "", torch.zeros(side, side, 3), crop)
+
+
 def test_any_picture_can_be_loaded(tmp_path: Path) -> None:
     """Short side to 256, then the centre 224, as (1, 224, 224, 3) uint8."""
     Image.new("RGB", (640, 480), (10, 20, 30)).save(tmp_path / "p.png")
-    pixels, windows = load_image(tmp_path / "p.png")
+    pixels, windows = load_image(tmp_path / "p.png", facts(256, 224))
     assert pixels.shape == (1, 224, 224, 3)
     assert pixels[0, 100, 100].tolist() == [10, 20, 30]
     assert (windows.y[0], windows.x[0], windows.flip[0]) == (16, 16, False)
+    pixels, windows = load_image(tmp_path / "p.png", facts(96, 71))
+    assert pixels.shape == (1, 71, 71, 3)
+    assert (windows.y[0], windows.x[0], windows.flip[0]) == (12, 12, False)
 
 
 def test_a_file_that_is_no_picture_is_said(tmp_path: Path) -> None:
     """By its name."""
     (tmp_path / "p.png").write_text("no picture")
     with pytest.raises(PictureError, match=r"p\.png"):
-        load_image(tmp_path / "p.png")
+        load_image(tmp_path / "p.png", facts(256, 224))
 
 
 def test_a_private_node_that_died_is_not_waited_for(dataset_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

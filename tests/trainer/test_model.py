@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from trainer.chance import DropoutKey
 from trainer.errors import ConfigError
 from trainer.model import AlexNet, Sizes
 from trainer.optimizer import PaperSGD
+from trainer.variation import Variation
 
 PER_LAYER = {
     "conv1": 34_944,
@@ -205,6 +207,14 @@ def test_weights_hang_on_the_seed_and_not_on_devices() -> None:
             {"towers": 1, "devices": ("cpu", "cpu")},
             "--devices=cpu,cpu cannot work: expected one device, or one for each of 1 towers.",
         ),
+        (
+            {"crop": 63},
+            "--crop=63 cannot work: expected at least 64 pixels, or nothing is left after the last overlapping pooling.",
+        ),
+        (
+            {"crop": 5, "variation": Variation(pooling="plain")},
+            "--crop=5 cannot work: expected at least 36 pixels, or nothing is left after the last plain pooling.",
+        ),
     ],
 )
 def test_impossible_networks_are_refused(options: dict[str, object], sentence: str) -> None:
@@ -212,6 +222,21 @@ def test_impossible_networks_are_refused(options: dict[str, object], sentence: s
     with pytest.raises(ConfigError) as caught:
         AlexNet(2, **options)
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(("crop", "pooled"), [(64, 1), (84, 1), (112, 2), (227, 6), (256, 7)])
+@pytest.mark.parametrize("pooling", ["overlapping", "plain"])
+def test_other_crops_have_a_network_that_fits(crop: int, pooled: int, pooling: Literal["overlapping", "plain"]) -> None:
+    """fc6 reads as many maps as there are, gradients reach every layer, and fc6's weights make up for fewer inputs."""
+    model = AlexNet(3, width=0.05, crop=crop, variation=Variation(pooling=pooling))
+    pictures = torch.from_numpy(np.random.default_rng(0).normal(0, 60, (2, 3, crop, crop)).astype(np.float32))
+    functional.cross_entropy(model(pictures), torch.arange(2)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    inputs = model.each_tower[0].fc6.in_features
+    if pooling == "overlapping":
+        assert inputs == 2 * 6 * pooled**2
+    paper = 256 * 6**2
+    assert model.each_tower[0].fc6.weight.std().item() == pytest.approx(0.01 * math.sqrt(paper / inputs), rel=0.1)
 
 
 def test_the_narrowest_layers_have_one_kernel() -> None:

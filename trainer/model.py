@@ -51,7 +51,7 @@ CONV1_ZEROS: Final = (0, 3, 0, 3)
 """Columns at the right and rows at the bottom: 224 + 3 gives 55 places for kernels of 11 at stride 4."""
 
 
-_POOLINGS: Final = {"overlapping": 3, "plain": 2}
+POOLINGS: Final = {"overlapping": 3, "plain": 2}
 """The side of a pooling's windows, which are two apart."""
 
 
@@ -63,7 +63,7 @@ def pooled_side(crop: int, pooling: str) -> int:
     kernel, stride, _ = KERNELS["conv1"]
     side = (crop + CONV1_ZEROS[1] - kernel) // stride + 1
     for _ in range(3):
-        side = (side - _POOLINGS[pooling]) // 2 + 1
+        side = (side - POOLINGS[pooling]) // 2 + 1
     return side
 
 
@@ -203,7 +203,7 @@ class Tower(nn.Module):
 
     def _pool(self, maps: Tensor) -> Tensor:
         """Overlapping pooling (paper section 3.4): windows of 3, two apart; or plain. Of crops of 224, maps get equally large by both."""
-        return functional.max_pool2d(maps, _POOLINGS[self._variation.pooling], 2)
+        return functional.max_pool2d(maps, POOLINGS[self._variation.pooling], 2)
 
 
 class AlexNet(nn.Module):

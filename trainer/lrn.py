@@ -49,20 +49,73 @@ class _LocalResponseNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: _Saved, maps: Tensor, alpha: float) -> Tensor:
-        rows = _as_rows(maps)
-        scale = torch.addmm(rows.new_tensor(K), rows * rows, _band(rows), alpha=alpha)
+        rows = as_rows(maps)
+        normalised, scale = normalise(rows, alpha)
         ctx.save_for_backward(rows, scale)
         ctx.alpha = alpha
-        return _as_maps(rows * _power(scale), maps)
+        return as_maps(normalised, maps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Saved, gradient: Tensor) -> tuple[Tensor, None]:
-        # With p = s^-beta:  da_j = g_j p_j - 2 alpha beta a_j * sum over i near j of (g_i a_i p_i / s_i)
         rows, scale = ctx.saved_tensors
-        direct = _as_rows(gradient) * _power(scale)
-        around = torch.mm((direct * rows).div_(scale), _band(rows))
-        return _as_maps(direct.addcmul_(rows, around, value=-2 * ctx.alpha * BETA), gradient), None
+        return as_maps(gradient_of_normalise(as_rows(gradient), rows, scale, ctx.alpha), gradient), None
+
+
+def normalise(rows: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """The formula, on the units of many places.
+
+    Squares and their sums have at least float32's accuracy, also under autocast: in bfloat16, whose numbers have eight
+    bits, alpha times a square would often vanish beside k.
+
+    Args:
+        rows: (P, C), the C maps at P places; any floating dtype.
+        alpha: weight of each square.
+
+    Returns:
+        The normalised units, (P, C) like ``rows``; and s = k + alpha * (sum of squares), (P, C), float32 or wider.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        wide = _wide(rows)
+        scale = torch.addmm(wide.new_tensor(K), wide * wide, _band(wide), alpha=alpha)
+        return (wide * _power(scale)).to(rows.dtype), scale
+
+
+def gradient_of_normalise(gradient: Tensor, rows: Tensor, scale: Tensor, alpha: float) -> Tensor:
+    """Back through ``normalise``.
+
+    With p = s^-beta:  da_j = g_j p_j - 2 alpha beta a_j * sum over i near j of (g_i a_i p_i / s_i).
+
+    Args:
+        gradient: (P, C), of the normalised units.
+        rows: what went in, (P, C).
+        scale: what came out beside, (P, C).
+        alpha: weight of each square.
+
+    Returns:
+        (P, C), of ``rows`` and of their dtype.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        wide = _wide(rows)
+        direct = _wide(gradient) * _power(scale)
+        around = torch.mm((direct * wide).div_(scale), _band(wide))
+        return direct.addcmul_(wide, around, value=-2 * alpha * BETA).to(rows.dtype)
+
+
+def as_rows(maps: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B H W, C): free for channels-last maps."""
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+
+
+def as_maps(rows: Tensor, like: Tensor) -> Tensor:
+    """(B H W, C) -> (B, C, H, W), in the memory layout of ``like``: free if that is channels-last."""
+    batch, channels, height, width = like.shape
+    maps = rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return maps if like.is_contiguous(memory_format=torch.channels_last) else maps.contiguous()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _power(scale: Tensor) -> Tensor:
@@ -75,14 +128,3 @@ def _band(rows: Tensor) -> Tensor:
     """(C, C): 1 where two maps are neighbours, else 0."""
     index = torch.arange(rows.shape[1], device=rows.device)
     return ((index[:, None] - index).abs() <= SIZE // 2).to(rows.dtype)
-
-
-def _as_rows(maps: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B H W, C): free for channels-last maps."""
-    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
-
-
-def _as_maps(rows: Tensor, like: Tensor) -> Tensor:
-    """(B H W, C) -> (B, C, H, W), channels-last."""
-    batch, channels, height, width = like.shape
-    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)

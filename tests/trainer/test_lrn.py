@@ -47,3 +47,13 @@ def test_any_memory_layout_gives_the_same(layout: torch.memory_format) -> None:
         (local_response_norm(a) * weights).sum().backward()
     assert torch.equal(local_response_norm(one), local_response_norm(other))
     assert torch.equal(one.grad, other.grad)
+
+
+def test_squares_are_float32_under_autocast() -> None:
+    """In bfloat16 the sum of squares would be out by a percent; from bfloat16 maps, the result is rounded once alone."""
+    a = torch.from_numpy(np.random.default_rng(0).normal(0, 300, (2, 12, 4, 3)).astype(np.float32)).to(torch.bfloat16)
+    exact = local_response_norm(a.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = local_response_norm(a)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, exact.to(torch.bfloat16), rtol=2**-8, atol=0)

@@ -34,7 +34,7 @@ PICTURES: Final = {
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """What an environment holds, for programs.
+    """What an environment holds, for programs. ``size`` is the records' side in pixels.
 
     ``deviations`` are the square roots of the covariance's eigenvalues in grey levels, largest first, as AlexNet's authors
     gave them: 121.78, 37.09, 19.72 for ImageNet; ``direction`` is the leading eigenvector, (.5635, .5762, .5920) there;
@@ -44,6 +44,7 @@ class Summary(msgspec.Struct, frozen=True):
     path: str
     fingerprint: str
     count: int
+    size: int
     codec: str
     bytes_on_disk: int
     class_counts: dict[str, int]
@@ -77,6 +78,7 @@ def summarise(path: Path, manifest: Manifest) -> Summary:
         path=str(path),
         fingerprint=manifest.fingerprint,
         count=manifest.count,
+        size=manifest.size,
         codec=" ".join([manifest.codec, *(f"{k}={v}" for k, v in sorted(manifest.codec_parameters.items()))]),
         bytes_on_disk=(path / "data.mdb").stat().st_size,
         class_counts=dict(zip(manifest.class_names, manifest.class_counts, strict=True)),
@@ -91,7 +93,7 @@ def summarise(path: Path, manifest: Manifest) -> Summary:
 def describe(summary: Summary) -> str:
     """The same for a person."""
     facts = {
-        "records": f"{summary.count:,}, {summary.codec}, {summary.bytes_on_disk / 1e6:,.0f} MB",
+        "records": f"{summary.count:,} of {summary.size} x {summary.size} pixels, {summary.codec}, {summary.bytes_on_disk / 1e6:,.0f} MB",
         "classes": f"{len(summary.class_counts):,}",
         "channel means": f"{_numbers(summary.channel_means, 1)} (R, G, B; ImageNet: 127.3, 119.7, 104.9)",
         "colour deviations": f"{_numbers(summary.deviations, 2)} (ImageNet: 121.78, 37.09, 19.72)",

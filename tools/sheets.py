@@ -53,7 +53,7 @@ def record_sheet(records: Records) -> Image.Image:
 def sample_sheet(records: Records) -> Image.Image:
     """What training sees: in each row a record, then samples of it from several epochs."""
     # In the records' own order, so that a position is its record in every epoch.
-    view = complete_view(View(order="sequential"), records.statistics)
+    view = complete_view(View(crop=0, order="sequential"), records.statistics)
     count = min(TILES // COLUMNS, len(records))
     epochs = []
     for epoch in range(SAMPLE_EPOCHS):

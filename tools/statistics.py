@@ -14,26 +14,31 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.data.codecs import SHAPE
 from loader_service.data.manifest import Statistics
+from loader_service.spec import RECORD_SIDE_PX
 
-PIXELS: Final = SHAPE[0] * SHAPE[1]
 GREY_LEVELS: Final = 255
 
 Matrix = list[list[float]]
+
+
+EXACT_PRODUCTS: Final = 256
+"""So many products of two pixels, each at most 255 * 255, sum to less than 2**24, up to which float32 is exact."""
 
 
 def colour_products(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     """The sum over all pixels of each product of two channels, exactly.
 
     Args:
-        pixels: (256, 256, 3) uint8.
+        pixels: (side, side, 3) uint8.
 
     Returns:
         (3, 3) int64, symmetric.
     """
-    # float32 sums are exact up to 2**24, and 256 products of 255 * 255 stay below that: so row by row.
-    planes = np.ascontiguousarray(np.moveaxis(pixels, -1, 0), np.float32)
+    flat = pixels.astype(np.float32).reshape(-1, 3)
+    planes = np.zeros((3, -(-len(flat) // EXACT_PRODUCTS), EXACT_PRODUCTS), np.float32)
+    for channel in range(3):
+        planes[channel].reshape(-1)[: len(flat)] = flat[:, channel]
     out = np.empty((3, 3), np.int64)
     for i in range(3):
         for j in range(i, 3):
@@ -43,7 +48,7 @@ def colour_products(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
 
 
 class _Stored(msgspec.Struct, frozen=True, array_like=True):
-    """Sums on disk: the pictures, (256, 256, 3) little-endian uint64, and the nine sums of products, row by row."""
+    """Sums on disk: the pictures, (side, side, 3) little-endian uint64, and the nine sums of products, row by row."""
 
     count: int
     image: bytes
@@ -51,15 +56,15 @@ class _Stored(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Sums:
-    """What the statistics are made of; sums of parts add up to the sums of the whole."""
+    """What the statistics are made of, of pictures of ``side`` pixels; sums of parts add up to the sums of the whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, side: int = RECORD_SIDE_PX) -> None:
         self.count = 0
-        self.image = np.zeros(SHAPE, np.uint64)
+        self.image = np.zeros((side, side, 3), np.uint64)
         self.products = np.zeros((3, 3), np.int64)  # of 2**31 pictures at most
 
     def add(self, count: int, image: npt.NDArray[np.unsignedinteger], products: npt.NDArray[np.int64]) -> None:
-        """Add a part: ``count`` pictures, the (256, 256, 3) sum of their pixels, and of their colour products."""
+        """Add a part: ``count`` pictures, the (side, side, 3) sum of their pixels, and of their colour products."""
         self.count += count
         self.image += image
         self.products += products
@@ -71,22 +76,22 @@ class Sums:
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Sums:
-        """The sums that :meth:`to_bytes` stored.
+    def from_bytes(cls, data: bytes, side: int = RECORD_SIDE_PX) -> Sums:
+        """The sums that :meth:`to_bytes` stored, of pictures of ``side`` pixels.
 
         Raises:
             ValueError: the bytes are not such sums.
         """
         stored = msgspec.msgpack.decode(data, type=_Stored)  # its errors are ValueErrors
-        sums = cls()
+        sums = cls(side)
         sums.count = stored.count
-        sums.image = np.frombuffer(stored.image, "<u8").reshape(SHAPE).astype(np.uint64)
+        sums.image = np.frombuffer(stored.image, "<u8").reshape(sums.image.shape).astype(np.uint64)
         sums.products = np.array(stored.products, np.int64).reshape(3, 3)
         return sums
 
     def statistics(self) -> Statistics:
         """The statistics of all pictures that were added; at least one."""
-        n = self.count * PIXELS
+        n = self.count * self.image.shape[0] * self.image.shape[1]
         sums = [int(s) for s in self.image.sum(axis=(0, 1))]
         # Exact until the one rounding at the end, which no two machines do differently.
         covariance = [

@@ -13,7 +13,6 @@ import click
 import msgspec
 import numpy as np
 
-from loader_service.data.codecs import SHAPE
 from loader_service.data.fill import golden
 from loader_service.data.manifest import Manifest, Statistics, digest_headers, fingerprint
 from loader_service.data.records import Records
@@ -63,7 +62,7 @@ def check_records(records: Records) -> tuple[Sums, list[int]]:
     Raises:
         DatasetInvalid: some records are bad; the first are named.
     """
-    sums, counts, bad = Sums(), [0] * len(records.manifest.class_names), 0
+    sums, counts, bad = Sums(records.side), [0] * len(records.manifest.class_names), 0
     with Progress("verify", len(records), "records") as progress:
         for number in range(len(records)):
             try:
@@ -103,7 +102,7 @@ def check_form(path: Path, statistics: Statistics) -> None:
     """See that statistics of other pixels are possible ones."""
     vectors, values = statistics.eigenvectors, statistics.eigenvalues
     mean = statistics.mean_image
-    if mean.shape != SHAPE or not (np.isfinite(mean).all() and mean.min() >= 0 and mean.max() <= 255):
+    if not (np.isfinite(mean).all() and mean.min() >= 0 and mean.max() <= 255):
         raise DatasetInvalid(path, "its mean image is not one")
     if not np.allclose(mean.mean(axis=(0, 1), dtype=np.float64), statistics.channel_means, atol=1e-3):
         raise DatasetInvalid(path, "its channel means are not those of its mean image")

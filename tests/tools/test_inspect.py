@@ -31,7 +31,7 @@ def test_the_summary_has_the_manifests_facts(dataset_dir: Path) -> None:
         manifest = records.manifest
     assert manifest.fingerprint in text
     assert facts["fingerprint"] == manifest.fingerprint
-    assert "300, raw" in text
+    assert "300 of 256 x 256 pixels, raw" in text
     assert facts["class_counts"] == {"ant": 100, "bee": 100, "cat": 100}
     assert facts["deviations"] == pytest.approx([np.sqrt(v) * 255 for v in manifest.eigenvalues])
     assert all(f"{name}      100 █" in text for name in ("ant", "bee", "cat"))

@@ -49,6 +49,10 @@ def test_colour_products_are_exact(level: int) -> None:
     noise = pictures(1)[0]
     flat = noise.reshape(-1, 3).astype(np.int64)
     np.testing.assert_array_equal(colour_products(noise), flat.T @ flat)
+    for side in (1, 15, 17, 99, 257):
+        part = np.ascontiguousarray(np.resize(noise, (side, side, 3)))
+        flat = part.reshape(-1, 3).astype(np.int64)
+        np.testing.assert_array_equal(colour_products(part), flat.T @ flat)
 
 
 def bytes_of(statistics: Statistics) -> list[bytes]:

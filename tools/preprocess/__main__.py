@@ -18,6 +18,7 @@ from loader_service.data.picture import LIBRARY, RECIPE
 from loader_service.data.records import Records
 from loader_service.data.writer import Writer, adopt
 from loader_service.errors import OptionError
+from loader_service.spec import MAX_SIDE_PX, MIN_SIDE_PX, RECORD_SIDE_PX
 from tools.command import CONTEXT, Command, ToolFailed
 from tools.preprocess.build import Task, build, clear_unfinished, existing, locked, open_writer, report_rejected
 from tools.preprocess.centring import centre_records, raw_twin, twin_path
@@ -45,6 +46,7 @@ class Options(msgspec.Struct, frozen=True):
     inputs: Inputs
     codec: Literal["raw", "jpeg", "centered", "auto"]
     quality: int
+    size: int
     workers: int
     seed: int
     max_bad: float
@@ -86,6 +88,13 @@ class Options(msgspec.Struct, frozen=True):
     default=DEFAULT_PARAMETERS["jpeg"]["quality"],
     show_default=True,
     help="Of jpeg records.",
+)
+@click.option(
+    "--size",
+    type=click.IntRange(MIN_SIDE_PX, MAX_SIDE_PX),
+    default=RECORD_SIDE_PX,
+    show_default=True,
+    help="How wide and high records are, in pixels; crops are 7/8 of it unless a loader is told otherwise.",
 )
 @click.option(
     "--workers", type=click.IntRange(1, 1024), default=defaults.WORKERS, show_default="one per CPU", help="Processes."
@@ -142,10 +151,10 @@ def preprocess(out: Path, options: Options) -> None:
         train, val = list_splits(options.inputs, scratch, options.seed)
         listings = {"train": train} if val is None else {"train": train, "val": val}
         count = sum(len(listing.items) for listing in listings.values())
-        codec = choose_codec(options.codec, count)
+        codec = choose_codec(options.codec, count, options.size)
         click.echo(
             f"{len(train.items):,} files of {len(train.class_names):,} classes for training, "
-            f"{count - len(train.items):,} for validation; {codec} records, about {room_bytes(count, codec) / 1e9:.2g} GB.",
+            f"{count - len(train.items):,} for validation; {codec} records, about {room_bytes(count, codec, options.size) / 1e9:.2g} GB.",
             err=True,
         )
         if options.dry_run:
@@ -167,7 +176,7 @@ def plan(listing: Listing, path: Path, codec: Codec, options: Options, train: Ma
     if codec == "jpeg":
         parameters["quality"] = options.quality
     made_by = {
-        "input": identity(listing, codec, parameters, options.seed, train.fingerprint if train else ""),
+        "input": identity(listing, codec, parameters, options.seed, options.size, train.fingerprint if train else ""),
         "library": LIBRARY,
         "recipe": RECIPE,
         "seed": str(options.seed),
@@ -179,6 +188,7 @@ def plan(listing: Listing, path: Path, codec: Codec, options: Options, train: Ma
         class_names=listing.class_names,
         codec=codec,
         parameters=parameters,
+        size=options.size,
         made_by=made_by,
         statistics=train.statistics if train else None,
         max_bad=options.max_bad,
@@ -209,8 +219,9 @@ def run(task: Task, options: Options, to_come: int) -> Manifest:
     if task.codec == "centered":
         return run_centred(task, options, to_come)
     with open_writer(task) as writer, telling_what_is_kept(writer):
-        check_room(task.path.parent, to_come - len(writer), task.codec)
-        with Pool(min(options.workers, len(task.items)), task.codec, task.parameters, options.file_timeout) as pool:
+        check_room(task.path.parent, to_come - len(writer), task.codec, task.size)
+        workers = min(options.workers, len(task.items))
+        with Pool(workers, task.codec, task.parameters, options.file_timeout, task.size) as pool:
             return build(task, writer, pool)
 
 
@@ -218,7 +229,7 @@ def run_centred(task: Task, options: Options, to_come: int) -> Manifest:
     """The same for ``centered`` records: raw ones first."""
     twin = raw_twin(task)
     if not twin.path.exists():
-        check_room(task.path.parent, to_come, task.codec)
+        check_room(task.path.parent, to_come, task.codec, task.size)
     make(twin, options, 0)
     with Records(twin.path) as raw, open_writer(task) as writer, telling_what_is_kept(writer):
         return centre_records(task, writer, raw)

@@ -51,6 +51,7 @@ class Task(msgspec.Struct, frozen=True):
         items: in the order of the records.
         class_names: by label.
         codec, parameters: of the payloads.
+        size: the records' side in pixels.
         made_by: goes into the manifest.
         statistics: the training split's, for a validation split; None takes this split's own.
         max_bad: the run is hopeless when more than this share of the items is bad.
@@ -61,6 +62,7 @@ class Task(msgspec.Struct, frozen=True):
     class_names: tuple[str, ...]
     codec: Codec
     parameters: dict[str, int | str]
+    size: int
     made_by: dict[str, str]
     statistics: Statistics | None
     max_bad: float
@@ -88,7 +90,7 @@ def build(task: Task, writer: Writer, pool: Pool) -> Manifest:
         ToolFailed: too many files are bad, or workers cannot start.
     """
     most_bad = max(LEAST_BAD, int(task.max_bad * len(task.items)))
-    sums = Sums.from_bytes(writer.state) if writer.state else Sums()
+    sums = Sums.from_bytes(writer.state, task.size) if writer.state else Sums(task.size)
     done = len(writer) + len(writer.rejected)
     committed_s = time.monotonic()
     with Progress(task.path.stem, len(task.items), "files", done=done, bad=len(writer.rejected)) as progress:

@@ -12,25 +12,19 @@ from typing import Final, Literal
 import msgspec
 import xxhash
 
-from loader_service.data.codecs import RAW_BYTES, Codec
+from loader_service.data.codecs import Codec, raw_bytes
 from loader_service.data.picture import LIBRARY, RECIPE
 from tools.command import ToolFailed
 from tools.preprocess.sources import Item, Listing
 
-RAW_RECORD_BYTES: Final = RAW_BYTES + 4096
-"""A raw record on disk: 49 pages of 4 KiB."""
+PAGE_BYTES: Final = 4096
 
-JPEG_RECORD_BYTES: Final = 28 * 1024
-"""A record of a photograph at quality 90, in whole pages; 23 KB on average."""
-
-CENTRED_RECORD_BYTES: Final = 2 * RAW_BYTES + 4096
-"""A centered record: 16 bits for each of a raw one's 8."""
-
-RECORD_BYTES: Final[dict[Codec, int]] = {
-    "raw": RAW_RECORD_BYTES,
-    "jpeg": JPEG_RECORD_BYTES,
-    "centered": CENTRED_RECORD_BYTES + RAW_RECORD_BYTES,  # made from raw ones, which lie beside them until then
+PAYLOAD_SHARES: Final[dict[Codec, float]] = {
+    "raw": 1.0,
+    "jpeg": 0.125,  # of a photograph at quality 90; 23 KB of 192 on average
+    "centered": 3.0,  # 16 bits for each of a raw one's 8, which lies beside it until all are made
 }
+"""How large payloads are, beside raw ones."""
 
 RAW_MEMORY_SHARE: Final = 0.5
 """Raw records should fit into this share of memory: read from disk instead, they come slower than JPEG is decoded."""
@@ -65,8 +59,13 @@ def _hash(stream: bytes, item: Item, seed: int) -> bytes:
     return xxhash.xxh3_128_digest(stream + item.source.encode(), seed=seed)
 
 
+def record_bytes(codec: Codec, side: int) -> int:
+    """About how many bytes a record of ``side`` pixels takes on disk while it is made, in whole pages."""
+    return math.ceil((PAYLOAD_SHARES[codec] * raw_bytes(side) + 128) / PAGE_BYTES) * PAGE_BYTES
+
+
 def identity(
-    listing: Listing, codec: Codec, parameters: Mapping[str, int | str], seed: int, statistics: str = ""
+    listing: Listing, codec: Codec, parameters: Mapping[str, int | str], seed: int, size: int, statistics: str = ""
 ) -> str:
     """What a split's environment is made of: equal identities mean that there is nothing to do again.
 
@@ -75,21 +74,22 @@ def identity(
         codec: of the payloads.
         parameters: the codec's.
         seed: of the order.
+        size: the records' side in pixels.
         statistics: the fingerprint of the environment whose statistics are taken over.
     """
     digest = xxhash.xxh3_128()
-    facts = (LIBRARY, RECIPE, codec, dict(parameters), seed, listing.class_names, statistics)
+    facts = (LIBRARY, RECIPE, codec, dict(parameters), seed, size, listing.class_names, statistics)
     digest.update(msgspec.msgpack.encode(facts))
     for item in listing.items:
         digest.update(msgspec.msgpack.encode((item.source, item.label, item.size, item.stamp_ns)))
     return digest.hexdigest()
 
 
-def choose_codec(asked: Codec | Literal["auto"], count: int) -> Codec:
-    """The codec: as asked, or by whether all records fit into memory comfortably when they are raw."""
+def choose_codec(asked: Codec | Literal["auto"], count: int, size: int) -> Codec:
+    """The codec: as asked, or by whether all records of ``size`` pixels fit into memory comfortably when they are raw."""
     if asked != "auto":
         return asked
-    return "raw" if count * RAW_RECORD_BYTES <= RAW_MEMORY_SHARE * memory_bytes() else "jpeg"
+    return "raw" if count * record_bytes("raw", size) <= RAW_MEMORY_SHARE * memory_bytes() else "jpeg"
 
 
 def memory_bytes() -> int:
@@ -100,18 +100,18 @@ def memory_bytes() -> int:
     return min(machine + [int(limit) for limit in limits if limit.isdigit()])
 
 
-def room_bytes(count: int, codec: Codec) -> int:
-    """About how many bytes ``count`` records take on disk while they are made."""
-    return math.ceil(1.02 * count * RECORD_BYTES[codec])
+def room_bytes(count: int, codec: Codec, size: int) -> int:
+    """About how many bytes ``count`` records of ``size`` pixels take on disk while they are made."""
+    return math.ceil(1.02 * count * record_bytes(codec, size))
 
 
-def check_room(out: Path, count: int, codec: Codec) -> None:
-    """See that there is room for ``count`` records.
+def check_room(out: Path, count: int, codec: Codec, size: int) -> None:
+    """See that there is room for ``count`` records of ``size`` pixels.
 
     Raises:
         ToolFailed: there is not.
     """
-    need, free = room_bytes(count, codec), shutil.disk_usage(out).free
+    need, free = room_bytes(count, codec, size), shutil.disk_usage(out).free
     if need > free:
         raise ToolFailed(
             f"{out} has {free / 1e9:.1f} GB free, and {count:,} {codec} records need about {need / 1e9:.1f} GB: "

@@ -30,7 +30,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.data.codecs import SHAPE, Codec
+from loader_service.data.codecs import Codec, raw_bytes
+from loader_service.spec import RECORD_SIDE_PX
 from tools.command import ToolFailed
 from tools.preprocess import wire
 from tools.preprocess.sources import Item
@@ -49,14 +50,14 @@ class Result(msgspec.Struct, frozen=True):
         items: as they were given.
         payloads: for each item a view of the worker's memory, valid until the next result is asked for, or why not.
         count: how many have a payload.
-        image: (256, 256, 3) uint32, the sum of their pixels; valid as the payloads are.
+        image: (side, side, 3) uint16, the sum of their pixels; valid as the payloads are.
         products: (3, 3) int64, the sum of their colour products.
     """
 
     items: Sequence[Item]
     payloads: list[memoryview | str]
     count: int
-    image: npt.NDArray[np.uint32]
+    image: npt.NDArray[np.uint16]
     products: npt.NDArray[np.int64]
 
 
@@ -66,8 +67,8 @@ class _Worker:
     def __init__(self, setup: wire.Setup) -> None:
         self._setup = setup
         self._file = os.memfd_create("chunks")
-        os.ftruncate(self._file, wire.AREAS * wire.AREA_BYTES)
-        self.memory = mmap.mmap(self._file, wire.AREAS * wire.AREA_BYTES)
+        os.ftruncate(self._file, wire.AREAS * setup.area_bytes)
+        self.memory = mmap.mmap(self._file, wire.AREAS * setup.area_bytes)
         self.free = list(range(wire.AREAS))
         self.jobs: dict[int, wire.Job] = {}
         self.at: int | None = None
@@ -119,10 +120,18 @@ class Pool:
         codec: of the payloads.
         parameters: the codec's.
         limit_s: how long one picture may take.
+        side: of the records, in pixels.
     """
 
-    def __init__(self, workers: int, codec: Codec, parameters: dict[str, int | str], limit_s: float) -> None:
-        self._count, self._setup = workers, wire.Setup(codec, parameters, limit_s)
+    def __init__(
+        self,
+        workers: int,
+        codec: Codec,
+        parameters: dict[str, int | str],
+        limit_s: float,
+        side: int = RECORD_SIDE_PX,
+    ) -> None:
+        self._count, self._setup = workers, wire.Setup(codec, parameters, limit_s, side)
         self._workers: list[_Worker] = []
         self._exit = ExitStack()
 
@@ -158,7 +167,7 @@ class Pool:
             while number not in run.done:
                 run.wait()
             worker, done, job = run.done.pop(number)
-            yield _result(worker, done, job)
+            yield _result(worker, self._setup, done, job)
             worker.free.append(job.area)
 
 
@@ -236,15 +245,15 @@ class _Run:
         self.assign()
 
 
-def _result(worker: _Worker, done: wire.Done, job: wire.Job) -> Result:
+def _result(worker: _Worker, setup: wire.Setup, done: wire.Done, job: wire.Job) -> Result:
     """A chunk's result as views of its worker's memory."""
-    start = job.area * wire.AREA_BYTES
+    start, side = job.area * setup.area_bytes, setup.side
     view = memoryview(worker.memory)
     payloads = [
         outcome if isinstance(outcome, str) else view[start + outcome[0] : start + outcome[0] + outcome[1]]
         for outcome in done.outcomes
     ]
-    image = np.frombuffer(worker.memory, np.uint32, int(np.prod(SHAPE)), start + wire.SUM_OFFSET).reshape(SHAPE)
+    image = np.frombuffer(worker.memory, np.uint16, raw_bytes(side), start + setup.sum_offset).reshape(side, side, 3)
     count = sum(not isinstance(payload, str) for payload in payloads)
     return Result(job.items, payloads, count, image, np.array(done.products, np.int64).reshape(3, 3))
 

@@ -4,27 +4,24 @@ Each worker has a socket pair (SOCK_SEQPACKET: one message is one packet; Messag
 The pool names a free area in each :class:`Job`; the worker writes there and tells what lies where in :class:`Done`; the
 area is the pool's again from then on. An area holds::
 
-    [0, CHUNK_ITEMS * SLOT_BYTES)     payloads, one after another
-    [SUM_OFFSET, AREA_BYTES)          (256, 256, 3) uint32, the sum of the chunk's pictures
+    [0, sum_offset)              payloads, one after another
+    [sum_offset, area_bytes)     (side, side, 3) uint16, the sum of the chunk's pictures
 """
 
 from __future__ import annotations
 
+import mmap
 from typing import Final
 
 import msgspec
 
-from loader_service.data.codecs import RAW_BYTES, Codec
+from loader_service.data.codecs import Codec, raw_bytes
 from tools.preprocess.sources import Item
 
 CHUNK_ITEMS: Final = 32
-"""Items per job: messages and sums then cost nothing beside decoding, and little is done again after a death."""
+"""Items per job: messages and sums then cost nothing beside decoding, little is done again after a death, and a sum of so
+many pictures fits into 16 bits."""
 
-SLOT_BYTES: Final = 400 * 1024
-"""Largest payload: a JPEG of 256 x 256 pixels without subsampling has at most 395,264 bytes (libjpeg-turbo's bound)."""
-
-SUM_OFFSET: Final = CHUNK_ITEMS * SLOT_BYTES
-AREA_BYTES: Final = SUM_OFFSET + RAW_BYTES * 4
 AREAS: Final = 2
 """One is written while the other waits to be stored."""
 
@@ -33,11 +30,26 @@ MESSAGE_BYTES: Final = 2**20
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
-    """Pool to worker, first: what payloads to make, and how long one picture may take."""
+    """Pool to worker, first: what payloads to make, of how wide pictures, and how long one may take."""
 
     codec: Codec
     parameters: dict[str, int | str]
     limit_s: float
+    side: int
+
+    @property
+    def sum_offset(self) -> int:
+        """Where in an area the sum begins: behind the largest payloads.
+
+        A JPEG without subsampling has at most 6 bytes for each pixel of its whole blocks, and 2,048 (libjpeg-turbo's bound).
+        """
+        whole = -(-self.side // 8) * 8
+        return CHUNK_ITEMS * (2 * raw_bytes(whole) + 4096)
+
+    @property
+    def area_bytes(self) -> int:
+        """Bytes of an area, in whole pages."""
+        return -(-(self.sum_offset + 2 * raw_bytes(self.side)) // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class Job(msgspec.Struct, frozen=True, tag=True):

@@ -20,7 +20,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.data.codecs import CODECS, SHAPE, decode, encode
+from loader_service.data.codecs import CODECS, decode, encode, raw_bytes
 from loader_service.data.picture import load_picture
 from loader_service.errors import PictureError
 from tools.command import ToolFailed
@@ -33,15 +33,16 @@ CIFAR_HEADER: Final = b"P6 %d %d 255\n" % (CIFAR_SIDE_PX, CIFAR_SIDE_PX)
 """With it CIFAR's pixels are a PPM file, and take the same way as every picture."""
 
 
-def main(connection: socket.socket, memory: mmap.mmap) -> None:
-    """Do jobs until the pool closes its end."""
-    setup = None
+def main(connection: socket.socket, file: int) -> None:
+    """Do jobs until the pool closes its end; ``file`` is the shared memory's."""
+    setup = memory = None
     while packet := connection.recv(wire.MESSAGE_BYTES):
         message = wire.decode_to_worker(packet)
         if isinstance(message, wire.Setup):
-            setup = message
+            setup, memory = message, mmap.mmap(file, wire.AREAS * message.area_bytes)
         else:
             assert setup is not None, "the pool sends it first"
+            assert memory is not None
             try:
                 answer: wire.FromWorker = work(connection, memory, setup, message)
             except ToolFailed as error:
@@ -51,8 +52,8 @@ def main(connection: socket.socket, memory: mmap.mmap) -> None:
 
 def work(connection: socket.socket, memory: mmap.mmap, setup: wire.Setup, job: wire.Job) -> wire.Done:
     """Make one chunk's payloads and sums in the job's area."""
-    start = job.area * wire.AREA_BYTES
-    total = np.frombuffer(memory, np.uint32, SHAPE[0] * SHAPE[1] * SHAPE[2], start + wire.SUM_OFFSET).reshape(SHAPE)
+    start, side = job.area * setup.area_bytes, setup.side
+    total = np.frombuffer(memory, np.uint16, raw_bytes(side), start + setup.sum_offset).reshape(side, side, 3)
     total[...] = 0
     products = np.zeros((3, 3), np.int64)
     outcomes: list[tuple[int, int] | str] = []
@@ -83,12 +84,12 @@ def make(item: Item, setup: wire.Setup) -> tuple[bytes | memoryview, npt.NDArray
     content = read_bytes(item.path, item.source, item.offset, item.size)
     if item.form == "cifar":
         content = CIFAR_HEADER + np.frombuffer(content, np.uint8).reshape(3, -1).T.tobytes()  # planes to pixels
-    pixels = load_picture(content, source=item.source)
+    pixels = load_picture(content, source=item.source, side=setup.side)
     if setup.codec == "raw":
         return pixels.data.cast("B"), pixels
     assert setup.codec == "jpeg", "centered records are made from raw ones"
     payload = encode(pixels, setup.codec, setup.parameters)
-    return payload, decode(payload, CODECS[setup.codec])
+    return payload, decode(payload, CODECS[setup.codec], side=setup.side)
 
 
 if __name__ == "__main__":
@@ -96,4 +97,4 @@ if __name__ == "__main__":
         socket.socket(fileno=int(sys.argv[1])) as end,
         suppress(BrokenPipeError, ConnectionResetError),
     ):  # the pool died
-        main(end, mmap.mmap(int(sys.argv[2]), wire.AREAS * wire.AREA_BYTES))
+        main(end, int(sys.argv[2]))

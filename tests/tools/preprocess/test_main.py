@@ -17,11 +17,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from click.testing import Result
+from click.testing import CliRunner, Result
+from PIL import Image
 
 from loader_service.data.codecs import encode
 from loader_service.data.picture import load_picture
 from loader_service.data.records import Records
+from tools import export, inspect
+from tools import verify as verifying
 from tools.verify import verify
 
 Preprocess = Callable[..., Result]
@@ -119,6 +122,27 @@ def test_the_number_of_workers_changes_nothing(
     """The fingerprints, over records and statistics, are the same for any number of processes."""
     assert preprocess(album, tmp_path, "--workers", str(workers)).exit_code == 0
     assert fingerprints_of(tmp_path) == fingerprints
+
+
+@pytest.mark.parametrize("codec", ["raw", "jpeg", "centered"])
+def test_another_size(codec: str, album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """Records are as wide as is asked, whatever the codec, and what is made of them is sound, shown and given back."""
+    assert preprocess(album, tmp_path / "out", "--size", "99", "--codec", codec).exit_code == 0
+    path = tmp_path / "out" / "train.lmdb"
+    with Records(path) as records:
+        assert records.side == 99
+        assert records.statistics.mean_image.shape == (99, 99, 3)
+        if codec != "jpeg":
+            expected = load_picture(album / "train" / records.source(7), side=99)
+            assert np.array_equal(records.pixels(7)[1], expected)
+    for tool, options in ((verifying.main, ()), (inspect.main, ("--pictures", str(tmp_path / "sheets")))):
+        result = CliRunner().invoke(tool, [str(path), *options])
+        assert result.exit_code == 0, result.output
+    assert "78 of 99 x 99 pixels" in result.output
+    assert CliRunner().invoke(export.main, [str(path), str(tmp_path / "back")]).exit_code == 0
+    for file in (tmp_path / "back").rglob("*.*"):
+        with Image.open(file) as picture:
+            assert picture.size == (99, 99)
 
 
 def test_validation_takes_the_statistics_of_training(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:

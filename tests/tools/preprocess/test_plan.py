@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from tools.command import ToolFailed
 from tools.preprocess.plan import (
-    RAW_RECORD_BYTES,
     check_room,
     choose_codec,
     identity,
     memory_bytes,
+    record_bytes,
     room_bytes,
     shuffled,
     split_off,
@@ -61,21 +61,22 @@ def test_a_split_takes_the_share_of_every_class(sizes: list[int], share: float, 
 
 def test_auto_chooses_by_memory() -> None:
     """Raw while all records fit into half of the memory, JPEG beyond; a choice of the user's stands."""
-    fit = memory_bytes() // 2 // RAW_RECORD_BYTES
-    assert choose_codec("auto", fit) == "raw"
-    assert choose_codec("auto", fit + 1) == "jpeg"
-    assert choose_codec("jpeg", 1) == "jpeg"
-    assert choose_codec("raw", 10**12) == "raw"
+    fit = memory_bytes() // 2 // record_bytes("raw", 256)
+    assert choose_codec("auto", fit, 256) == "raw"
+    assert choose_codec("auto", fit + 1, 256) == "jpeg"
+    assert choose_codec("jpeg", 1, 256) == "jpeg"
+    assert choose_codec("raw", 10**12, 256) == "raw"
+    assert choose_codec("auto", 4 * fit, 100) == "raw"
 
 
 def test_room_is_looked_for_before_the_start(tmp_path: Path) -> None:
     """What cannot fit on the disk is refused with both figures."""
-    check_room(tmp_path, 10, "raw")
-    assert room_bytes(10, "raw") > 10 * 256 * 256 * 3 > room_bytes(10, "jpeg") > 0
+    check_room(tmp_path, 10, "raw", 256)
+    assert room_bytes(10, "raw", 256) > 10 * 256 * 256 * 3 > room_bytes(10, "jpeg", 256) > 0
     with pytest.raises(
         ToolFailed, match=r"GB free, and 1,000,000,000,000 raw records need about .* or take --codec jpeg"
     ):
-        check_room(tmp_path, 10**12, "raw")
+        check_room(tmp_path, 10**12, "raw", 256)
 
 
 def test_the_identity_is_of_all_that_decides_the_records() -> None:
@@ -89,12 +90,13 @@ def test_the_identity_is_of_all_that_decides_the_records() -> None:
             for field, value in (("source", "z"), ("label", 1), ("size", 101), ("stamp_ns", 8))
         ),
     ]
-    identities = [identity(each, "raw", {}, 0) for each in (base, *changed)]
+    identities = [identity(each, "raw", {}, 0, 256) for each in (base, *changed)]
     identities += [
-        identity(base, "jpeg", {}, 0),
-        identity(base, "jpeg", {"quality": 80}, 0),
-        identity(base, "raw", {}, 1),
-        identity(base, "raw", {}, 0, "of another"),
+        identity(base, "jpeg", {}, 0, 256),
+        identity(base, "jpeg", {"quality": 80}, 0, 256),
+        identity(base, "raw", {}, 1, 256),
+        identity(base, "raw", {}, 0, 255),
+        identity(base, "raw", {}, 0, 256, "of another"),
     ]
     assert len(set(identities)) == len(identities)
-    assert identity(listing([2]), "raw", {}, 0) == identities[0]
+    assert identity(listing([2]), "raw", {}, 0, 256) == identities[0]

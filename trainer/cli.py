@@ -28,6 +28,7 @@ from trainer.options import (
     OUTPUT,
     RECIPE,
     SOURCE,
+    SPEED,
     VARIATION,
     make_config,
     options,
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 @main.command()
-@options(SOURCE, OUTPUT, RECIPE, NETWORK, (DEVICES,), VARIATION)
+@options(SOURCE, OUTPUT, RECIPE, NETWORK, (DEVICES,), VARIATION, SPEED)
 @click.pass_context
 def run(context: click.Context, /, path: Path | None, resume: str | None, **given: Any) -> None:
     """Train a network."""

@@ -10,6 +10,7 @@ from trainer.chance import MAX_SEED
 from trainer.errors import ConfigError
 from trainer.preset import PresetName, preset_named
 from trainer.schedule import Policy, Schedule
+from trainer.speed import Speed
 from trainer.variation import Variation
 
 DEFAULT_RUNS: Final = "runs"
@@ -64,6 +65,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         log_every: steps between log lines.
         source: where batches come from.
         variation: what is otherwise than in the paper's net and recipe.
+        speed: how the network is run; a resumed run may change it.
     """
 
     preset: PresetName = "paper"
@@ -83,6 +85,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_every: int = 20
     source: Source = Source()
     variation: Variation = Variation()
+    speed: Speed = Speed()
 
     def __post_init__(self) -> None:
         preset_named(self.preset)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -25,6 +26,7 @@ from trainer.feed import Batch, Feed, Node
 from trainer.model import AlexNet
 from trainer.run_folder import find_checkpoint
 from trainer.scores import Counter, Evaluation
+from trainer.speed import REFERENCE
 from trainer.world import World
 
 VIEWS_PER_RECORD: Final = {"center": 1, "ten-crop": 10}
@@ -110,7 +112,7 @@ def evaluate_runs(
 
 
 def load_member(path: Path, device: torch.device) -> tuple[Member, Facts]:
-    """The network of a run's newest checkpoint, or of a checkpoint file, ready for use on one device.
+    """The network of a run's newest checkpoint, or of a checkpoint file, ready for use on one device, in float32.
 
     Returns:
         The network, and the training split it knows.
@@ -120,7 +122,7 @@ def load_member(path: Path, device: torch.device) -> tuple[Member, Facts]:
     """
     path = find_checkpoint(path)
     saved = checkpoint.load(path)
-    config, facts = saved.plain.config, saved.facts
+    config, facts = msgspec.structs.replace(saved.plain.config, speed=REFERENCE), saved.facts
     model = build(config, facts, (device,))
     restore(model, saved, path)
     return Member(model.eval(), Centre(facts.mean, model.preset, (device,))), facts
@@ -138,6 +140,7 @@ def build(config: RunConfig, facts: Facts, devices: Sequence[torch.device], shar
         variation=config.variation,
         share=share,
         crop=facts.crop,
+        speed=config.speed,
     )
 
 

@@ -21,6 +21,7 @@ from trainer.evaluate import build, restore
 from trainer.lrn import local_response_norm
 from trainer.model import CONV1_ZEROS, KERNELS, AlexNet
 from trainer.run_folder import find_checkpoint, write_atomically
+from trainer.speed import REFERENCE
 
 
 class Grouped(nn.Module):
@@ -110,7 +111,7 @@ def export_run(run: Path, target: Path) -> None:
     saved = checkpoint.load(path)
     if target.exists():
         raise RunFolderError(target, "there is a file of that name already; name another")
-    config, facts = saved.plain.config, saved.facts
+    config, facts = msgspec.structs.replace(saved.plain.config, speed=REFERENCE), saved.facts
     model = build(config, facts, (torch.device("cpu"),))
     restore(model, saved, path)
     about = {

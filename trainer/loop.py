@@ -149,7 +149,7 @@ class Training:
         self._history: list[EpochRecord] = []
         if resume:
             self._take_over(resume)
-        self._optimizer = PaperSGD(self._model, self._model.preset, self._rate())
+        self._optimizer = PaperSGD(self._model, self._model.preset, self._rate(), config.speed.fused_sgd)
         if resume:
             self._optimizer.load_momentum(resume.saved.momentum)
         self._meter = self._new_meter()

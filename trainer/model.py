@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeVar, cast
 
 import torch
@@ -24,8 +25,11 @@ from trainer.chance import DropoutKey, normal_weights
 from trainer.dropout import halve, keep_half
 from trainer.errors import ConfigError
 from trainer.exchange import Share, choose_exchange
+from trainer.fused import relu_lrn_pool
 from trainer.lrn import local_response_norm
 from trainer.preset import Preset, preset_named
+from trainer.speed import REFERENCE, Speed, check_speed
+from trainer.stretch import Stretch
 from trainer.variation import Variation
 
 _T = TypeVar("_T")
@@ -138,9 +142,10 @@ class Sizes:
 class Tower(nn.Module):
     """One GPU's share of the network."""
 
-    def __init__(self, sizes: Sizes, preset: Preset, variation: Variation, index: int) -> None:
+    def __init__(self, sizes: Sizes, preset: Preset, variation: Variation, index: int, fused: bool = False) -> None:
         super().__init__()
         self.index, self._preset, self._variation = index, preset, variation
+        self._fused = fused and variation.lrn and variation.activation == "relu"
         self._activate = torch.tanh if variation.activation == "tanh" else functional.relu
         count, fan_in = sizes.counts(), sizes.fan_ins()
         for name in count:
@@ -155,13 +160,10 @@ class Tower(nn.Module):
     def lower(self, images: Tensor) -> Tensor:
         """conv1 and conv2: (B, 3, crop, crop) -> (B, C2, S, S); S is 13 for crops of 224, and maps in comments are theirs."""
         maps = self._layers["conv1"](functional.pad(images, CONV1_ZEROS))  # (B, C1, 55, 55)
-        if self._preset.relu_before_lrn1:
-            maps = self._pool(self._normalise(self._activate(maps)))
-        else:
-            maps = self._activate(self._pool(self._normalise(maps)))
-        if "conv2" in self._layers:
-            maps = self._normalise(self._activate(self._layers["conv2"](maps)))  # (B, C2, 27, 27)
-        return self._pool(maps)
+        maps = self._shrink(maps, self._preset.relu_before_lrn1)
+        if "conv2" not in self._layers:
+            return self._pool(maps)
+        return self._shrink(self._layers["conv2"](maps))  # of (B, C2, 27, 27)
 
     def upper(self, whole: Tensor) -> Tensor:
         """conv3 to conv5: (B, towers * C2, 13, 13) -> (B, C5 * 6 * 6), in the order (kernel, row, column)."""
@@ -171,7 +173,7 @@ class Tower(nn.Module):
                 maps = self._activate(self._layers[name](maps))
         return self._pool(maps).flatten(1)
 
-    def hidden(self, name: str, whole: Tensor, kept: Tensor | None) -> Tensor:
+    def hidden(self, name: str, whole: Tensor, kept: Tensor | None = None) -> Tensor:
         """fc6 or fc7 with dropout.
 
         Args:
@@ -198,6 +200,14 @@ class Tower(nn.Module):
     def _layers(self) -> dict[str, nn.Module]:
         return cast("dict[str, nn.Module]", self._modules)
 
+    def _shrink(self, maps: Tensor, activate_first: bool = True) -> Tensor:
+        """Activation, LRN and pooling of conv1 or conv2."""
+        if self._fused:
+            return relu_lrn_pool(maps, self._preset.lrn_alpha, POOLINGS[self._variation.pooling], activate_first)
+        if activate_first:
+            return self._pool(self._normalise(self._activate(maps)))
+        return self._activate(self._pool(self._normalise(maps)))
+
     def _normalise(self, maps: Tensor) -> Tensor:
         return local_response_norm(maps, self._preset.lrn_alpha) if self._variation.lrn else maps
 
@@ -222,6 +232,7 @@ class AlexNet(nn.Module):
         share: of a network spread over processes, the towers that live in this one and the way they meet the others;
             None for all of them. ``devices`` is then this process's one.
         crop: side of the pictures, in pixels; the paper's is 224.
+        speed: how it is run.
 
     At width 1 with 1,000 classes it has 60,965,224 parameters; with one tower 59,798,312.
     """
@@ -237,6 +248,7 @@ class AlexNet(nn.Module):
         variation: Variation | None = None,
         share: Share | None = None,
         crop: int = IMAGE_SIDE_PX,
+        speed: Speed = REFERENCE,
     ) -> None:
         super().__init__()
         self.preset, self.variation = preset_named(preset), variation or Variation()
@@ -246,12 +258,16 @@ class AlexNet(nn.Module):
             raise ConfigError(
                 "--devices", ",".join(map(str, devices)), f"one device, or one for each of {towers} towers"
             )
+        check_speed(speed, self.devices)
         self._here = share.towers if share else tuple(range(towers))
         self.exchange = share.exchange if share else choose_exchange(self.devices)
         self.fc8: nn.Linear | None = None
         with torch.device("meta"):  # torch's own initialisation would be thrown away
             self.towers = nn.ModuleDict(
-                {str(index): Tower(self.sizes, self.preset, self.variation, index) for index in self._here}
+                {
+                    str(index): Tower(self.sizes, self.preset, self.variation, index, speed.fused_norm)
+                    for index in self._here
+                }
             )
             if 0 in self._here:
                 self.fc8 = nn.Linear(self.sizes.fan_ins()["fc8"], num_classes)
@@ -259,8 +275,14 @@ class AlexNet(nn.Module):
             tower.to_empty(device=device)
         if self.fc8 is not None:
             self.fc8.to_empty(device=self.devices[0])
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._layout = torch.channels_last if speed.channels_last else torch.contiguous_format
+        self.to(memory_format=self._layout)  # type: ignore[call-overload]
         self._initialise(Sizes.of(towers, 1.0, self.variation.without), seed)
+        self._ways = [
+            _ways(tower, speed, device) for tower, device in zip(self.each_tower, self._each(self.devices), strict=True)
+        ]
+        if self.fc8 is not None:
+            self._head = Stretch(self.fc8, [self.fc8], speed, self.devices[0])
 
     def owns(self, name: str) -> bool:
         """Whether a parameter of that name would be this process's to hold; true of names that no network has."""
@@ -282,20 +304,24 @@ class AlexNet(nn.Module):
             dropout: which masks to draw in training mode; None takes them from torch's own generator.
 
         Returns:
-            (B, num_classes) on the first device. In a process that has not tower 0, a zero instead, (), whose backward
+            (B, num_classes) float32 on the first device. In a process that has not tower 0, a zero instead, (), whose backward
             pass is this process's part of the whole net's.
         """
         given = [images.to(device) for device in self.devices] if isinstance(images, Tensor) else images
+        given = [image.contiguous(memory_format=self._layout) for image in given]
         towers, everyone, exchange = self.each_tower, range(self.sizes.towers), self.exchange
-        parts = [tower.lower(x) for tower, x in zip(towers, self._each(given), strict=True)]
-        parts = [tower.upper(x) for tower, x in zip(towers, exchange(parts, everyone), strict=True)]
+        parts = [way["lower"](x) for way, x in zip(self._ways, self._each(given), strict=True)]
+        parts = [way["upper"](x) for way, x in zip(self._ways, exchange(parts, everyone), strict=True)]
         for name in ("fc6", "fc7"):
             if name not in self.variation.without:
                 masks = [tower.kept(name, len(given[0]), dropout) for tower in towers]
                 wholes = exchange(parts, everyone)
-                parts = [tower.hidden(name, x, kept) for tower, x, kept in zip(towers, wholes, masks, strict=True)]
+                parts = [
+                    way[name](whole) if kept is None else way[name](whole, kept)
+                    for way, whole, kept in zip(self._ways, wholes, masks, strict=True)
+                ]
         (whole,) = exchange(parts, (0,))
-        return whole if self.fc8 is None else self.fc8(whole)
+        return whole if self.fc8 is None else self._head(whole).float()
 
     def _each(self, given: Sequence[_T]) -> Sequence[_T]:
         """One entry for each tower here, from one for all or one for each."""
@@ -315,3 +341,18 @@ class AlexNet(nn.Module):
                 layer.weight.data.copy_(torch.from_numpy(normal) * std)
                 one = name in BIASES_OF_ONE and self.variation.activation == "relu"
                 layer.bias.data.fill_(1.0 if one else 0.0)
+
+
+def _ways(tower: Tower, speed: Speed, device: torch.device) -> dict[str, Stretch]:
+    """What a tower does between two meetings, by name: ``lower``, ``upper``, and ``fc6`` and ``fc7`` if it has them."""
+    layers = dict(tower.named_children())
+    ways = {
+        "lower": Stretch(tower.lower, [layers[name] for name in ("conv1", "conv2") if name in layers], speed, device),
+        "upper": Stretch(
+            tower.upper, [layers[name] for name in ("conv3", "conv4", "conv5") if name in layers], speed, device
+        ),
+    }
+    for name in ("fc6", "fc7"):
+        if name in layers:
+            ways[name] = Stretch(partial(tower.hidden, name), [layers[name]], speed, device)
+    return ways

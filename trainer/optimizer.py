@@ -30,9 +30,10 @@ class PaperSGD:
         model: whose parameters are updated; they may live on several devices.
         preset: the rate and decay of the biases.
         lr: learning rate of the weights.
+        fused: whether one kernel for each device updates all of its parameters.
     """
 
-    def __init__(self, model: nn.Module, preset: Preset, lr: float) -> None:
+    def __init__(self, model: nn.Module, preset: Preset, lr: float, fused: bool = True) -> None:
         self._named = dict(model.named_parameters())
         self._bias_rate = preset.bias_rate
         weights = [p for name, p in self._named.items() if not _is_bias(name)]
@@ -41,7 +42,7 @@ class PaperSGD:
             {"params": weights, "weight_decay": WEIGHT_DECAY},
             {"params": biases, "weight_decay": WEIGHT_DECAY if preset.bias_decay else 0.0},
         ]
-        self._sgd = torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, fused=True)
+        self._sgd = torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, fused=fused)
         self._lr = lr
         self._set_group_rates()
 
@@ -71,6 +72,10 @@ class PaperSGD:
     def momentum(self) -> dict[str, Tensor]:
         """The momentum buffers, by the name of their parameter; empty before the first step."""
         return self._buffers()
+
+    def rates(self) -> dict[str, float]:
+        """Each parameter's learning rate, by its name: minus its momentum buffer times that is its velocity v."""
+        return {name: self._lr * (self._bias_rate if _is_bias(name) else 1.0) for name in self._named}
 
     def load_momentum(self, momentum: Mapping[str, Tensor]) -> None:
         """Take over what ``momentum`` gave, under the same learning rate."""

@@ -14,10 +14,11 @@ from trainer.config import FIXED_FOR_A_RUN, RunConfig, Source
 from trainer.errors import ConfigError
 from trainer.preset import PRESETS
 from trainer.schedule import Policy
+from trainer.speed import Precision, Speed
 from trainer.variation import REMOVABLE, Variation
 
 _RUN: Final = RunConfig()
-_GROUPS: Final[dict[str, type[msgspec.Struct]]] = {"source": Source, "variation": Variation}
+_GROUPS: Final[dict[str, type[msgspec.Struct]]] = {"source": Source, "variation": Variation, "speed": Speed}
 """Fields of a RunConfig that are values of their own, with options for each of their fields."""
 
 _OWNER: Final = {field: name for name, group in _GROUPS.items() for field in group.__struct_fields__}
@@ -44,8 +45,8 @@ def _option(name: str, type_: Any, text: str, **more: Any) -> Any:
     return click.option(name, type=type_, default=default, show_default=True, help=text, **more)
 
 
-def _switch(name: str, text: str) -> Any:
-    return click.option(f"--{name}/--no-{name}", default=True, show_default=True, help=text)
+def _switch(name: str, text: str, default: bool = True) -> Any:
+    return click.option(f"--{name}/--no-{name}", default=default, show_default=True, help=text)
 
 
 DEVICES: Final = click.option(
@@ -97,6 +98,21 @@ VARIATION: Final = (
     _switch("crops", "Random crops; else the centre, which needs --no-flips --no-jitter."),
     _switch("flips", "Random mirror images."),
     _switch("jitter", "Colour jitter."),
+)
+_SPEED: Final = Speed()
+SPEED: Final = (
+    click.option(
+        "--amp",
+        type=click.Choice(get_args(Precision)),
+        default=_SPEED.amp,
+        show_default=True,
+        help="bf16: products in bfloat16; weights, LRN, softmax and loss stay float32.",
+    ),
+    _switch("channels-last", "Maps in memory place by place.", _SPEED.channels_last),
+    _switch("compile", "torch.compile, stretch by stretch of each tower.", _SPEED.compile),
+    _switch("cuda-graphs", "Each such stretch as one CUDA graph.", _SPEED.cuda_graphs),
+    _switch("fused-norm", "ReLU, LRN and pooling as one operation.", _SPEED.fused_norm),
+    _switch("fused-sgd", "The update of all parameters as one kernel.", _SPEED.fused_sgd),
 )
 OUTPUT: Final = (
     click.option(

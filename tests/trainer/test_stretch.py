@@ -65,3 +65,13 @@ def test_bfloat16_is_in_the_plain_form_too(recorded: list[tuple[int, ...]]) -> N
     stretch(torch.ones(4, 3)).sum().backward()
     assert layer.weight.dtype == layer.weight.grad.dtype == torch.float32
     assert recorded == []
+
+
+def test_full_batches_in_training_take_the_compiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with graphs: a short batch and what needs no gradients cost no compilation."""
+    monkeypatch.setattr(torch, "compile", lambda run, dynamic: lambda *given: run(*given) + 1000)
+    stretch = linear(Speed(compile=True))
+    assert stretch(torch.zeros(4, 3)).mean() == 1000
+    assert stretch(torch.zeros(2, 3)).mean() == 0
+    with torch.inference_mode():
+        assert stretch(torch.zeros(4, 3)).mean() == 0

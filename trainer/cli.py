@@ -18,8 +18,8 @@ from trainer.config import DEFAULT_RUNS, Source
 from trainer.errors import ConfigError, DeviceError, RunFolderError, TrainerError
 from trainer.evaluate import VIEWS, evaluate_runs
 from trainer.export import export_run
-from trainer.feed import LoaderServiceError, open_source
-from trainer.loop import Resume, train
+from trainer.feed import LoaderServiceError, Node, open_source
+from trainer.loop import train
 from trainer.options import (
     BATCH_SIZE,
     DEVICES,
@@ -37,9 +37,10 @@ from trainer.options import (
 from trainer.predict import predict
 from trainer.run_folder import RunFolder, newest_run
 from trainer.scores import class_errors, tables
+from trainer.state import Resume
 from trainer.stop import Stopped, StopRequest
 from trainer.summary import Summary
-from trainer.world import World, join
+from trainer.world import World, join, launch_id, was_restarted
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,25 +56,26 @@ def main() -> None:
 @click.pass_context
 def run(context: click.Context, /, path: Path | None, resume: str | None, **given: Any) -> None:
     """Train a network."""
-    with _one_sentence(), StopRequest() as stop, ExitStack() as stack:
+    with _one_sentence(), ExitStack() as stack:
         config = make_config(given)
-        folder = _find_folder(path) if resume else None
+        folder = _find_folder(path) if resume or was_restarted() else None
+        if folder and not resume and not folder.is_of(launch_id()):
+            folder = None  # another's run; to be refused as at the first start
         newest = folder.newest_checkpoint() if folder else None
         saved = Resume(newest, checkpoint.load(newest)) if newest else None
         if saved:
             config = resumed_config(context, saved.saved.plain.config, saved.path, given)
         world = stack.enter_context(join(config.devices, config.towers))
+        stop = stack.enter_context(StopRequest())  # not before: a signal ends the search for the others at once
         _check_shared(world, path, saved)
         console = Console(quiet=not world.is_first)
         try:
-            node = None
-            if world.has_head:
-                with stop.interruptible():
-                    node = stack.enter_context(open_source(config.source))
+            node = _open_for_machine(config.source, world, stop, stack)
+            if node:
                 _say(console, node.about)
             if world.is_first:
                 folder = folder or RunFolder.create(path, Path(DEFAULT_RUNS))
-                folder.describe(config)
+                folder.describe(config, launch_id())
                 _say(console, f"Results go to {folder.path}.")
             summary = train(config, folder or RunFolder(path or Path()), node, console, stop, saved, world)
         except Stopped:
@@ -156,6 +158,32 @@ def export(run: Path, target: Path) -> None:
     click.echo(f"{target} has the network, the mean image to subtract and the names of the classes.")
 
 
+def _open_for_machine(source: Source, world: World, stop: StopRequest, stack: ExitStack) -> Node | None:
+    """The node that feeds this process; None in one of tower 1, which its twin feeds.
+
+    The first process with tower 0 on each machine finds or starts the node and tells the others on that machine where it
+    is: two replicas beside each other do not need two private nodes. It stays until ``stack`` is left.
+
+    Raises:
+        Stopped: somebody asked for an end, or the one that was to start the node could not.
+    """
+    places = world.gather([world.machine, world.has_head])
+    openers = [rank for rank, place in enumerate(places) if place == [world.machine, True]]
+    node = None
+    try:
+        if world.rank in openers[:1]:
+            with stop.interruptible():
+                node = stack.enter_context(open_source(source))
+    finally:
+        said = world.tell(msgspec.json.encode(node).decode())
+    if not world.has_head:
+        return None
+    found = msgspec.json.decode(said[openers[0]], type=Node | None)
+    if found is None:
+        raise Stopped
+    return found
+
+
 def _check_shared(world: World, path: Path | None, saved: Resume | None) -> None:
     """Make sure that several processes work on one run.
 
@@ -207,7 +235,7 @@ def _one_sentence() -> Iterator[None]:
     except (TrainerError, LoaderServiceError) as error:
         _fail(error, error.exit_code)
     except torch.cuda.OutOfMemoryError:
-        small = DeviceError("cuda", "its memory is too small for this; try a smaller --batch-size, or --devices A,B")
+        small = DeviceError("cuda", "its memory is too small for this network; try a smaller --width, or --devices A,B")
         _fail(small, small.exit_code)
 
 

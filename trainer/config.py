@@ -63,6 +63,9 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         devices: where the towers live; empty means what the machine has.
         checkpoint_every: steps between checkpoints within an epoch; 0 leaves those at each epoch's end.
         log_every: steps between log lines.
+        deterministic: whether kernels whose sums come out otherwise each time are left out; see ``trainer.determinism``.
+        peak_tflops: what one of the devices can do per second, in 1e12 operations, for the share of it that is used; None
+            looks its name up.
         source: where batches come from.
         variation: what is otherwise than in the paper's net and recipe.
         speed: how the network is run; a resumed run may change it.
@@ -83,6 +86,8 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices: tuple[str, ...] = ()
     checkpoint_every: int = 1000
     log_every: int = 20
+    deterministic: bool = False
+    peak_tflops: float | None = None
     source: Source = Source()
     variation: Variation = Variation()
     speed: Speed = Speed()
@@ -104,6 +109,8 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ):
             if value < least:
                 raise ConfigError(option, value, f"at least {least}")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ConfigError("--peak-tflops", self.peak_tflops, "more than 0")
         self.first_schedule()
 
     def first_schedule(self) -> Schedule:

@@ -7,7 +7,8 @@
     ├── RunFolderError            3  a run folder that is missing, taken or damaged
     ├── CheckpointError           3  a checkpoint that cannot be read or does not fit
     ├── DeviceError               5  a device that this machine lacks, or that is too small
-    └── TrainingDiverged          8  the loss is no longer a number
+    ├── TrainingDiverged          8  the loss is no longer a number, or has exploded
+    └── PeerLost                  9  another process of the run is gone
 
 An error keeps its facts as fields and builds its sentence from them: what was wrong, where, and what to do.
 The command line prints the sentence and ends with the exit code, without a traceback.
@@ -15,6 +16,7 @@ The command line prints the sentence and ends with the exit code, without a trac
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 
@@ -65,12 +67,29 @@ class DeviceError(TrainerError):
 
 
 class TrainingDiverged(TrainerError):
-    """The loss is no longer a number, so that going on would only spoil the weights further."""
+    """The loss is no longer a number, or far above guessing's: going on would only spoil the weights further."""
 
     exit_code = 8
 
-    def __init__(self, step: int, layer: str | None, checkpoint: Path | None) -> None:
-        self.step, self.layer, self.checkpoint = step, layer, checkpoint
-        where = f", first in {layer}" if layer else ""
+    def __init__(self, step: int, loss: float, layer: str | None, checkpoint: Path | None) -> None:
+        self.step, self.loss, self.layer, self.checkpoint = step, loss, layer, checkpoint
+        what = f"exploded to {loss:.3g}" if math.isfinite(loss) else "stopped being a number"
+        where = f", {layer} being the first layer to look at" if layer else ""
         back = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-        super().__init__(f"the loss stopped being a number at step {step}{where}: {back}; try a smaller --lr.")
+        super().__init__(f"the loss {what} at step {step}{where}: {back}; try a smaller --lr.")
+
+
+class PeerLost(TrainerError):
+    """Another process of the run is gone, and nothing can be computed without it."""
+
+    exit_code = 9
+
+    def __init__(self, doing: str, reason: str) -> None:
+        self.doing, self.reason = doing, reason
+        said = (
+            reason.splitlines()[0].rpartition("] ")[2] if "] " in reason else reason
+        )  # less a place in another's source
+        super().__init__(
+            f"another process of this run is gone, found while {doing} ({said.partition('. ')[0]}): "
+            "start all of them again with --resume auto, or let torchrun do it with --max-restarts."
+        )

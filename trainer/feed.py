@@ -38,7 +38,6 @@ _PROBE_S: Final = 1.0
 
 _GREY_LEVELS: Final = 255
 
-
 _PRIVATE_TIMEOUT_S: Final = 60.0
 """How long a batch of a private node may take. Nobody but its trainer would start it again, so waiting on is no use."""
 
@@ -195,10 +194,9 @@ def open_source(source: Source) -> Iterator[Node]:
     if source.loader is not None:
         about = f"Batches come from the node at {source.loader}."
         yield Node(source.loader, about, source.timeout_s, source.server_key, source.client_key)
-    elif source.data is None and _answers(defaults.ADDRESS):
-        yield Node(
-            defaults.ADDRESS, f"Batches come from the node that answers at {defaults.ADDRESS}.", source.timeout_s
-        )
+    elif source.data is None and _answers(defaults.ADDRESS, source):
+        about = f"Batches come from the node that answers at {defaults.ADDRESS}."
+        yield Node(defaults.ADDRESS, about, source.timeout_s, source.server_key, source.client_key)
     else:
         data = source.data or defaults.DATA
         workers = f"{source.workers} worker{'s' if source.workers > 1 else ''}"
@@ -232,9 +230,10 @@ def load_image(path: Path, facts: Facts) -> tuple[Tensor, Windows]:
     return torch.from_numpy(np.ascontiguousarray(picture))[None], windows
 
 
-def _answers(address: str) -> bool:
+def _answers(address: str, source: Source) -> bool:
+    keys = {"server_key": source.server_key, "client_key": source.client_key}
     try:
-        describe(address, split="train", timeout_s=_PROBE_S)
+        describe(address, split="train", timeout_s=_PROBE_S, **keys)
     except NoNodeError:
         return False
     return True

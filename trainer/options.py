@@ -122,6 +122,8 @@ OUTPUT: Final = (
         "--checkpoint-every", int, "Steps between checkpoints within an epoch; 0: at its end alone.", metavar="STEPS"
     ),
     _option("--log-every", int, "Steps between lines of the log.", metavar="STEPS"),
+    _option("--deterministic", bool, "The same bits from every run, at the price of some speed.", is_flag=True),
+    _option("--peak-tflops", float, "Of a device, for its MFU.  [default: known of common GPUs]", metavar="TFLOPS"),
     click.option("--resume", type=click.Choice(["auto"]), help="Go on from --run's newest checkpoint, if it has one."),
 )
 

@@ -84,7 +84,11 @@ class Progress(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class StepRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="step", tag_field="event"):
-    """A line of the log: the steps since the line before. Errors and ``waiting`` are shares of 1."""
+    """A line of the log: the steps since the line before.
+
+    Errors, ``waiting`` (time spent so) and ``mfu`` (see ``trainer.flops``; None where the devices' peak is not known) are
+    shares of 1.
+    """
 
     step: int
     epoch: int
@@ -94,6 +98,7 @@ class StepRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="s
     lr: float
     images_per_s: float
     waiting: float
+    mfu: float | None = None
 
 
 class EpochRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="epoch", tag_field="event"):
@@ -107,3 +112,37 @@ class EpochRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     val_top1_error: float
     val_top5_error: float
     lr: float
+
+
+class Window:
+    """The steps since the last line of the log.
+
+    Args:
+        progress: at its start.
+        flops: of the model for one image, forward and backward.
+        peak: FLOP/s of all devices of the run; None if that is not known.
+    """
+
+    def __init__(self, progress: Progress, flops: int, peak: float | None) -> None:
+        self._before, self._flops, self._peak = msgspec.structs.replace(progress), flops, peak
+
+    def tally(self, progress: Progress) -> Tally:
+        """What they add up to so far."""
+        return progress.epoch_tally.since(self._before.epoch_tally)
+
+    def close(self, progress: Progress, lr: float) -> StepRecord:
+        """Their line."""
+        before, tally = self._before, self.tally(progress)
+        trained_s = max(progress.trained_s - before.trained_s, 1e-9)
+        images_per_s = tally.images / trained_s
+        return StepRecord(
+            step=progress.step,
+            epoch=progress.epoch,
+            seen=progress.seen,
+            loss=tally.mean_loss,
+            error=tally.error,
+            lr=lr,
+            images_per_s=images_per_s,
+            waiting=(progress.waited_s - before.waited_s) / trained_s,
+            mfu=images_per_s * self._flops / self._peak if self._peak else None,
+        )

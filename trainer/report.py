@@ -54,9 +54,10 @@ class Reporter:
 
     def step(self, record: StepRecord) -> None:
         """Show the newest figures."""
+        mfu = "n/a" if record.mfu is None else f"{record.mfu:.1%}"
         figures = (
             f"loss {record.loss:.3f}  error {record.error:.1%}  lr {record.lr:g}  "
-            f"{record.images_per_s:,.0f} images/s  waiting {record.waiting:.1%}"
+            f"{record.images_per_s:,.0f} images/s  MFU {mfu}  waiting {record.waiting:.1%}"
         )
         done = record.epoch * self._epoch_size + record.seen
         total = self._epochs * self._epoch_size

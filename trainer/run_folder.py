@@ -4,8 +4,9 @@
 
     RUN/
       config.json            configuration, versions and commit, as of the last start
-      log.jsonl              one JSON object per line: start, resume, step, epoch, set-lr, stop, end
+      log.jsonl              one JSON object per line: start, resume, step, layers, epoch, set-lr, not-saved, stop, end
       summary.json           the results so far, rewritten after each epoch
+      tensorboard/           the same curves, for TensorBoard
       checkpoints/           see ``trainer.checkpoint``
       set-lr.json            a learning rate set by hand that no step has used yet
       kernels.png            first-layer kernels, tower by tower
@@ -37,6 +38,12 @@ class WantedRate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lr: Annotated[float, msgspec.Meta(gt=0, lt=1)]
 
 
+class _About(msgspec.Struct, frozen=True):
+    """What is asked of config.json again."""
+
+    launch: str | None = None
+
+
 class RunFolder:
     """Paths within a run's folder, and the writing of its small files."""
 
@@ -46,6 +53,7 @@ class RunFolder:
         self.log = path / "log.jsonl"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
+        self.board = path / "tensorboard"
         self.rate = path / "set-lr.json"
         self.kernels = path / "kernels.png"
         self.curves = path / "curves.svg"
@@ -67,15 +75,29 @@ class RunFolder:
         """Whether a run was started here before."""
         return self.config.is_file()
 
-    def describe(self, config: RunConfig) -> None:
-        """Write down how the run is made from now on: its configuration, and the code that runs it."""
+    def describe(self, config: RunConfig, launch: str | None = None) -> None:
+        """Write down how the run is made from now on: its configuration, and the code that runs it.
+
+        Args:
+            config: of the run.
+            launch: by which torchrun, if any; see ``is_of``.
+        """
         about = {
             "config": msgspec.to_builtins(config),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
             "python": platform.python_version(),
             "commit": _commit(),
+            "launch": launch,
         }
         _write_json(self.config, about)
+
+    def is_of(self, launch: str | None) -> bool:
+        """Whether it was ``launch`` that worked on this run last: then starting again is going on."""
+        try:
+            about = msgspec.json.decode(self.config.read_bytes(), type=_About)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return False
+        return launch is not None and about.launch == launch
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint to go on from, None before the first."""
@@ -110,9 +132,10 @@ class RunFolder:
         except msgspec.MsgspecError as error:
             raise RunFolderError(self.path, f"{self.rate.name} is not what trainer set-lr writes ({error})") from error
 
-    def forget_wanted_rate(self) -> None:
-        """The request has been obeyed."""
-        self.rate.unlink(missing_ok=True)
+    def forget_wanted_rate(self, rate: float) -> None:
+        """The request for ``rate`` has been obeyed; a newer one stays."""
+        if self.wanted_rate() == rate:
+            self.rate.unlink(missing_ok=True)
 
     def append(self, record: msgspec.Struct | dict[str, Any]) -> None:
         """Add a line to the log."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -179,11 +180,13 @@ def test_new_runs_go_under_runs(node: str, tmp_path: Path, monkeypatch: pytest.M
     assert summary(made)["epochs"] == 2
 
 
-def test_a_loss_that_is_no_number_stops_the_run(node: str, tmp_path: Path) -> None:
-    """It names the step, keeps only good checkpoints, and leaves with an exit code of its own."""
+def test_a_loss_that_explodes_stops_the_run(node: str, tmp_path: Path) -> None:
+    """It names the step and a layer, keeps only good checkpoints, and leaves with an exit code of its own."""
     result = trainer("run", "--loader", node, "--run", tmp_path / "run", *SMALL, "--lr", "0.99", "--preset", "original")
-    assert_refused(result, 8, "the loss stopped being a number at step")
-    assert "try a smaller --lr" in result.stderr
+    assert_refused(result, 8, "the loss exploded to ")
+    assert re.search(
+        r" at step 2, \S+weight being the first .* there is no checkpoint yet; try a smaller --lr", result.stderr
+    )
     for path in tmp_path.glob("run/checkpoints/step-*"):
         assert all(weights.isfinite().all() for weights in checkpoint.load(path).model.values())
 

@@ -29,7 +29,7 @@ def shown(terminal: bool) -> str:
 def test_plain_lines_in_a_file() -> None:
     """One line for steps that follow each other fast, one for the epoch; nothing is taken for markup."""
     assert shown(terminal=False).splitlines() == [
-        "epoch 2/4  38%  loss 1.250  error 40.0%  lr 0.01  1,500 images/s  waiting 1.3%  0:00 left",
+        "epoch 2/4  38%  loss 1.250  error 40.0%  lr 0.01  1,500 images/s  MFU n/a  waiting 1.3%  0:00 left",
         "epoch 2/4 done: loss 1.200, error 39.0%; validation: loss 1.300, top-1 error 45.0%, top-5 10.0%",
         "a [line] of its own",
     ]
@@ -38,6 +38,6 @@ def test_plain_lines_in_a_file() -> None:
 def test_a_bar_on_a_terminal() -> None:
     """The same figures beside a bar that is drawn anew."""
     text = shown(terminal=True)
-    assert "loss 1.250  error 40.0%  lr 0.01  1,500 images/s  waiting 1.3%" in text
+    assert "loss 1.250  error 40.0%  lr 0.01  1,500 images/s  MFU n/a  waiting 1.3%" in text
     assert "epoch 2/4" in text
     assert "━" in text

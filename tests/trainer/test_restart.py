@@ -1,0 +1,108 @@
+"""Under torchrun: a process is killed, the others leave, and all of them together go on from the last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoint
+
+OPTIONS = [
+    "--width",
+    "0.05",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "50",
+    "--seed",
+    "5",
+    "--devices",
+    "cpu",
+    "--workers",
+    "1",
+]
+OPTIONS += ["--log-every", "1", "--checkpoint-every", "2"]
+STEPS, KILLED_IN, SAVED = 6, 4, 2
+
+# The process of rank VICTIM gets SIGNAL in its fourth step, the first time that torchrun starts it.
+TRAINER = """
+import os, signal
+from trainer import feed
+from trainer.cli import main
+from trainer.optimizer import PaperSGD
+
+update, start, steps = PaperSGD.step, feed.LocalNode.__init__, []
+
+def update_and_end(self):
+    update(self)
+    steps.append(self)
+    if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (os.environ["VICTIM"], "0") and len(steps) == 4:
+        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+
+def start_and_tell(self, *args, **more):
+    with open(os.environ["STARTED"], "a") as file:
+        file.write(os.environ["RANK"])
+    start(self, *args, **more)
+
+PaperSGD.step, feed.LocalNode.__init__ = update_and_end, start_and_tell
+main()
+"""
+
+
+def torchrun(
+    folder: Path, processes: int, arguments: list[str | Path], victim: int = -1, number: int = signal.SIGKILL
+) -> subprocess.CompletedProcess[str]:
+    script = folder / "victim.py"
+    script.write_text(TRAINER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
+    command += [f"--nproc-per-node={processes}", "--", str(script), "run"]
+    command += [str(argument) for argument in [*arguments, *OPTIONS]]
+    settings = {"OMP_NUM_THREADS": "1", "VICTIM": str(victim), "SIGNAL": str(int(number))}
+    settings |= {"STARTED": str(folder / "started"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(
+        command, env=os.environ | settings, capture_output=True, text=True, timeout=100, check=False, cwd=folder
+    )
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in log(folder) if row["event"] == "step"}
+
+
+def ended(folder: Path) -> Checkpoint:
+    return checkpoint.load(checkpoint.saved(folder / "checkpoints")[-1])
+
+
+@pytest.mark.parametrize(("processes", "victim"), [(2, 1), (4, 0)])
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
+    dataset_dir: Path, tmp_path: Path, processes: int, victim: int
+) -> None:
+    """SIGKILL: the others say so at once, and the end is, bit for bit, that of a run that nothing happened to."""
+    unbroken = torchrun(tmp_path, processes, ["--data", dataset_dir, "--run", tmp_path / "unbroken"])
+    assert unbroken.returncode == 0, unbroken.stderr
+    began_s = time.monotonic()
+    done = torchrun(tmp_path, processes, ["--data", dataset_dir, "--run", tmp_path / "run"], victim)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began_s < 30, "torchrun had to kill a process that did not leave"
+    assert done.stderr.count("trainer: another process of this run is gone") >= 1, done.stderr
+    assert "    raise " not in done.stderr, done.stderr
+    steps = [row["step"] for row in log(tmp_path / "run") if row["event"] in ("step", "resume")]
+    assert steps == [*range(1, steps.index(SAVED, SAVED) + 1), *range(SAVED, STEPS + 1)]
+    assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
+    end, expected = ended(tmp_path / "run"), ended(tmp_path / "unbroken")
+    assert [name for name in expected.model if not torch.equal(end.model[name], expected.model[name])] == []
+    assert [(account.expected, account.delivered) for account in end.plain.ledger] == [(300, 300)]
+    assert (tmp_path / "started").read_text() == "000"  # one private node each time, however many replicas

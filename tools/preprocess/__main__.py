@@ -73,6 +73,11 @@ class Options(msgspec.Struct, frozen=True):
     help="Share of each class to take for validation; 0 for none. "
     f"[default: {VALIDATION_SHARE}, where SRC holds no validation split]",
 )
+@click.option(
+    "--val-list",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="File that names the pictures to take for validation, as CLASS/name.jpg, one a line; the rest is for training.",
+)
 @click.option("--classes", default="", help="Take only these classes; names with commas between them.")
 @click.option(
     "--codec",
@@ -129,6 +134,7 @@ def main(
     layout: str,
     val: Path | Url | None,
     val_fraction: float | None,
+    val_list: Path | None,
     classes: str,
     **options: Any,
 ) -> None:
@@ -139,7 +145,7 @@ def main(
     a table (.csv, .tsv, .jsonl) of path and label. Folders and archives may also lie behind a URL (s3://, gs://, https://).
     """
     names = tuple(name.strip() for name in classes.split(",") if name.strip())
-    preprocess(out, Options(Inputs(src, layout, val, val_fraction, names), **options))
+    preprocess(out, Options(Inputs(src, layout, val, val_fraction, val_list, names), **options))
 
 
 def preprocess(out: Path, options: Options) -> None:

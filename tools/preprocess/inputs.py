@@ -8,30 +8,37 @@ import lzma
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Final
+from pathlib import Path, PurePosixPath
+from typing import IO, Final
 
 import msgspec
 
 from loader_service.errors import DatasetInvalid, OptionError
 from tools.preprocess.layouts import Found, Pairs, find
-from tools.preprocess.plan import split_off
-from tools.preprocess.remote import Url
+from tools.preprocess.plan import split_listed, split_off
+from tools.preprocess.remote import Url, list_remote, open_remote
 from tools.preprocess.sources import Listing, label_pairs
 
 VALIDATION_SHARE: Final = 0.1
 """Of each class, where the source holds one split and no share is named."""
 
-Opener = type[gzip.GzipFile] | type[bz2.BZ2File] | type[lzma.LZMAFile]
+Packed = gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile
+Opener = Callable[[IO[bytes]], Packed]
 COMPRESSIONS: Final[dict[bytes, Opener]] = {
-    b"\x1f\x8b": gzip.GzipFile,
+    b"\x1f\x8b": lambda packed: gzip.GzipFile(fileobj=packed),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\x00": lzma.LZMAFile,
 }
+"""By the first bytes of a file."""
 
-COMPRESSED_SUFFIXES: Final = (".gz", ".tgz", ".bz2", ".xz", ".zst")
+HEAD_BYTES: Final = max(map(len, COMPRESSIONS))
+
+COMPRESSED_SUFFIXES: Final = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
+
+MAX_STAMP_NS: Final = 2**60
+"""File systems keep times of change up to the year 2038 at least; these reach 2006."""
 
 
 class Inputs(msgspec.Struct, frozen=True):
@@ -42,6 +49,7 @@ class Inputs(msgspec.Struct, frozen=True):
         layout: of :data:`layouts.LAYOUTS`, ``table`` or ``auto``.
         val: a source of its own for validation.
         val_fraction: share of each class to take for validation instead.
+        val_list: a file that names, one a line, the pictures to take for validation instead.
         classes: the only classes to take; empty takes all.
     """
 
@@ -49,6 +57,7 @@ class Inputs(msgspec.Struct, frozen=True):
     layout: str
     val: Path | Url | None
     val_fraction: float | None
+    val_list: Path | None
     classes: tuple[str, ...]
 
 
@@ -64,13 +73,18 @@ def list_splits(inputs: Inputs, scratch: Path, seed: int) -> tuple[Listing, List
         OptionError: the options contradict each other or the source.
         DatasetInvalid: a source cannot be read, holds no classes, or validation has classes of its own.
     """
-    if inputs.val is not None and inputs.val_fraction is not None:
-        raise OptionError("--val-fraction", inputs.val_fraction, "no --val beside it, which names the validation split")
+    ways = {"--val-fraction": inputs.val_fraction, "--val-list": inputs.val_list, "--val": inputs.val}
+    given = [(option, value) for option, value in ways.items() if value is not None]
+    if len(given) > 1:
+        (option, value), (second, _) = given[:2]
+        raise OptionError(option, str(value), f"no {second} beside it, which names the validation split too")
     found = find(plain(inputs.source, scratch), inputs.layout)
     train = label_pairs(inputs.source, _chosen(found.train, inputs.classes), None, found.form)
     if inputs.val is not None:
         other = find(plain(inputs.val, scratch), inputs.layout)
         return train, _validation(inputs.val, other._replace(val=other.val or other.train), train, inputs.classes)
+    if inputs.val_list is not None:
+        return _split_by_list(train, inputs.val_list)
     if inputs.val_fraction is None and found.val is not None:
         return train, _validation(inputs.source, found, train, inputs.classes)
     share = VALIDATION_SHARE if inputs.val_fraction is None else inputs.val_fraction
@@ -79,6 +93,22 @@ def list_splits(inputs: Inputs, scratch: Path, seed: int) -> tuple[Listing, List
     train, val = split_off(train, share, seed)
     if not val.items:
         raise DatasetInvalid(str(inputs.source), "no class has two pictures, so none can be taken for validation")
+    return train, val
+
+
+def _split_by_list(listing: Listing, path: Path) -> tuple[Listing, Listing]:
+    """Training and validation, as a list of sources has it."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        train, val = split_listed(listing, [line.strip().removeprefix("./") for line in lines if line.strip()])
+    except (OSError, ValueError) as error:  # what is no UTF-8 is a ValueError
+        raise DatasetInvalid(
+            path, f"it is no list of pictures ({error}); each line is a name such as CLASS/name.jpg"
+        ) from error
+    if not (train.items and val.items):
+        raise DatasetInvalid(
+            path, f"it names {len(val.items):,} of {len(listing.items):,} pictures, and leaves one split empty"
+        )
     return train, val
 
 
@@ -104,24 +134,49 @@ def plain(source: Path | Url, scratch: Path) -> Path | Url:
         DatasetInvalid: it cannot be read or decompressed.
     """
     if isinstance(source, Url):
-        if source.suffix in COMPRESSED_SUFFIXES:
-            raise DatasetInvalid(str(source), "a compressed archive cannot be read in parts: fetch it first")
-        return source
+        return _fetched(source, scratch) if source.suffix in COMPRESSED_SUFFIXES else source
     if source.is_dir():
         return source
     try:
         with source.open("rb") as file:
-            head = file.read(6)
-        opener = next((opener for magic, opener in COMPRESSIONS.items() if head.startswith(magic)), None)
-        if opener is None:
+            head = file.read(HEAD_BYTES)
+        if (opener := _opener(head)) is None:
             return source
-        twin = scratch / f".{source.name}.{secrets.token_hex(4)}.unpacked"
-        with opener(source, "rb") as packed, twin.open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked, 2**20)
-        stamp_ns = source.stat().st_mtime_ns
-        os.utime(twin, ns=(stamp_ns, stamp_ns))  # the archive's own, so that a second run knows its files again
+        with source.open("rb") as file:
+            return _unpacked(file, opener, scratch / f".{source.name}", source.stat().st_mtime_ns)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise DatasetInvalid(source, f"it cannot be read or decompressed ({error})") from error
+
+
+def _fetched(source: Url, scratch: Path) -> Path:
+    """The decompressed twin of an archive behind a URL, decompressed while it is read."""
+    (listed,) = list_remote(source) or (None,)
+    if listed is None:
+        raise DatasetInvalid(str(source), "there is no such archive")
+    try:
+        with open_remote(source.text) as file:
+            head = file.read(HEAD_BYTES)
+        if (opener := _opener(head)) is None:
+            raise DatasetInvalid(str(source), "it is not compressed by gzip, bzip2 or xz, as its name would have it")
+        with open_remote(source.text) as file:  # anew: what a server sends may be read forwards only
+            name = PurePosixPath(source.text).name
+            return _unpacked(file, opener, scratch / f".{name}", listed.stamp % MAX_STAMP_NS)
+    except (DatasetInvalid, OptionError):
+        raise
+    except Exception as error:  # each file system has errors of its own
+        raise DatasetInvalid(str(source), f"it cannot be read or decompressed ({error})") from error
+
+
+def _opener(head: bytes) -> Opener | None:
+    return next((opener for magic, opener in COMPRESSIONS.items() if head.startswith(magic)), None)
+
+
+def _unpacked(file: IO[bytes], opener: Opener, stem: Path, stamp_ns: int) -> Path:
+    """Decompress into a new file whose time of change is the archive's own, so that a second run knows its files again."""
+    twin = stem.with_name(f"{stem.name}.{secrets.token_hex(4)}.unpacked")
+    with opener(file) as packed, twin.open("wb") as unpacked:
+        shutil.copyfileobj(packed, unpacked, 2**20)
+    os.utime(twin, ns=(stamp_ns, stamp_ns))
     return twin
 
 

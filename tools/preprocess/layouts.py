@@ -3,7 +3,7 @@
 ========== =====================================================================================================
 tree       CLASS/name.jpg, or train/ and val/ (or valid/, validation/, test/) with such folders in them; a folder,
            a tar archive, or a tar of tars named after the classes
-imagenet   a folder with ILSVRC2012_img_train.tar and, with ILSVRC2012_img_val.tar, a table of its labels
+imagenet   a folder with ILSVRC2012_img_train.tar and, with ILSVRC2012_img_val.tar, a table of its labels or the devkit
 kaggle     the folder ILSVRC of Kaggle's download: Data/CLS-LOC/train, Data/CLS-LOC/val and LOC_val_solution.csv
 webdataset tar shards whose samples are name.jpg beside name.cls; shards named val... or test... are validation
 cifar      CIFAR-10's binary batches: data_batch_1.bin ... test_batch.bin and batches.meta.txt
@@ -22,6 +22,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from loader_service.errors import DatasetInvalid, PictureError
+from tools.preprocess.devkit import find_devkit, label_by_devkit
 from tools.preprocess.remote import Url
 from tools.preprocess.sources import (
     VALIDATION_FOLDERS,
@@ -202,14 +203,18 @@ def _by_name(files: Sequence[File]) -> Pairs:
 
 
 def _by_table(source: Path | Url, pictures: Sequence[File], files: Sequence[File]) -> Pairs:
-    """Validation pictures with the classes that the table beside them gives."""
+    """Validation pictures with the classes that the table or the development kit beside them gives."""
     for file in files:
         if PurePosixPath(file.name).name in VALIDATION_TABLES:
             classes = _validation_classes(_text(source, file))
             break
     else:
+        if kit := find_devkit(str(source), files):
+            return label_by_devkit(str(source), kit, pictures)
         raise DatasetInvalid(
-            str(source), f"the labels of its validation pictures are missing: put {VALIDATION_TABLES[0]} there"
+            str(source),
+            f"the labels of its validation pictures are missing: put {VALIDATION_TABLES[0]} or "
+            "ILSVRC2012_devkit_t12.tar.gz there",
         )
     pairs = [(picture, classes.get(PurePosixPath(picture.name).stem)) for picture in pictures]
     if missing := [picture.name for picture, name in pairs if name is None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -50,6 +50,18 @@ def split_off(listing: Listing, share: float, seed: int) -> tuple[Listing, Listi
         count = min(max(1, round(share * len(items))), len(items) - 1)  # a class of one picture stays in training
         items.sort(key=lambda item: (_hash(_SPLIT, item, seed), item.source))
         chosen.update(item.source for item in items[:count])
+    return split_listed(listing, list(chosen))
+
+
+def split_listed(listing: Listing, names: Sequence[str]) -> tuple[Listing, Listing]:
+    """Training and validation items out of one listing: those whose sources are named go to validation.
+
+    Raises:
+        ValueError: a name is no item's.
+    """
+    chosen = set(names)
+    if unknown := sorted(chosen - {item.source for item in listing.items}):
+        raise ValueError(f"{len(unknown):,} of its {len(chosen):,} names are of no picture, the first {unknown[0]!r}")
     train = tuple(item for item in listing.items if item.source not in chosen)
     val = tuple(item for item in listing.items if item.source in chosen)
     return msgspec.structs.replace(listing, items=train), msgspec.structs.replace(listing, items=val)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import Result
+from scipy.io import savemat
 
 from loader_service.data.picture import load_picture
 from loader_service.data.records import Records
@@ -92,7 +93,7 @@ def test_imagenet_as_distributed(pictures: dict[str, bytes], tmp_path: Path, pre
     (source / "ILSVRC2012_img_val.tar").write_bytes(tar_of({name: content for name, (_, content) in val.items()}))
     result = preprocess(source, out)
     assert result.exit_code == 3
-    assert "the labels of its validation pictures are missing: put LOC_val_solution.csv there" in result.output
+    assert "the labels of its validation pictures are missing: put LOC_val_solution.csv or" in result.output
     rows = [f"{name.removesuffix('.JPEG')},{wnid} 1 2 3 4 {wnid} 5 6 7 8" for name, (wnid, _) in val.items()]
     (source / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]))
     assert preprocess(source, out).exit_code == 0
@@ -100,6 +101,111 @@ def test_imagenet_as_distributed(pictures: dict[str, bytes], tmp_path: Path, pre
     assert records_of(out, "val") == expected(val)
     (source / "LOC_val_solution.csv").write_text(rows[0])
     assert "has no label for ILSVRC2012_val_00000001.JPEG and 1 others" in preprocess(source, tmp_path / "no").output
+
+
+WORDNET = {"ant": "n02219486", "bee": "n02206856"}
+
+
+def devkit(ground_truth: str, numbers: Mapping[str, int]) -> dict[str, bytes]:
+    """The two files of the development kit that count; numbers by WordNet id, and a synset that is no class."""
+    synsets = np.array(
+        [(number, wnid, "words", 0) for wnid, number in numbers.items()] + [(1001, "n00001740", "entity", 2)],
+        [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")],
+    )
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": synsets[:, None]}, do_compression=True)
+    folder = "ILSVRC2012_devkit_t12/data"
+    return {
+        f"{folder}/meta.mat": meta.getvalue(),
+        f"{folder}/ILSVRC2012_validation_ground_truth.txt": ground_truth.encode(),
+    }
+
+
+def imagenet(source: Path, pictures: Mapping[str, bytes]) -> dict[str, tuple[str, bytes]]:
+    """ImageNet's archives without labels for validation: the first three pictures, which are of ants; their records."""
+    source.mkdir()
+    members = {
+        wnid: {f"{wnid}_{i}.JPEG": pictures[f"{name}/{i}.jpg"] for i in range(3)} for name, wnid in WORDNET.items()
+    }
+    inner = {f"{wnid}.tar": tar_of(content) for wnid, content in members.items()}
+    (source / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner))
+    val = {f"ILSVRC2012_val_0000000{i + 1}.JPEG": content for i, content in enumerate(list(pictures.values())[:3])}
+    (source / "ILSVRC2012_img_val.tar").write_bytes(tar_of(val))
+    return {name: (WORDNET["ant"], content) for name, content in val.items()}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_imagenet_with_its_development_kit(
+    packed: bool, pictures: dict[str, bytes], tmp_path: Path, preprocess: Preprocess
+) -> None:
+    """The kit's numbers become WordNet ids and so the labels of training, from its archive and from its files."""
+    source, out = tmp_path / "imagenet", tmp_path / "out"
+    val = imagenet(source, pictures)
+    files = devkit("490\n490\n490\n", {WORDNET["ant"]: 490, WORDNET["bee"]: 17})
+    if packed:
+        (source / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(gzip.compress(tar_of(files)))
+    else:
+        for name, content in files.items():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes(content)
+    result = preprocess(source, out)
+    assert result.exit_code == 0, result.output
+    assert records_of(out, "val") == expected(val)
+    with Records(out / "val.lmdb") as records:
+        assert records.manifest.class_names == tuple(sorted(WORDNET.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("ILSVRC2012_devkit_t12.tar.gz", b"no archive", "cannot be read"),
+        (
+            "ILSVRC2012_devkit_t12.tar.gz",
+            gzip.compress(tar_of({"x": b""})),
+            "holds no ILSVRC2012_validation_ground_truth.txt",
+        ),
+        ("ILSVRC2012_validation_ground_truth.txt", b"1\n1\n1\n", "put the kit's meta.mat beside it"),
+        ("k.tar", tar_of(devkit("1\n1\n", {"n1": 1})), "is not the kit's"),
+        (
+            "k.tar",
+            tar_of(devkit("1\n1\n", {"n02219486": 1})),
+            "has 2 lines, and none of them is for ILSVRC2012_val_00000003.JPEG",
+        ),
+        ("k.tar", tar_of(devkit("1\n2\n1\n", {"n02219486": 1})), "line 2 of"),
+        ("k.tar", tar_of(devkit("1\nx\n1\n", {"n02219486": 1})), "is 'x', which is no class of meta.mat"),
+        ("k.tar", tar_of(devkit("1\n", {"n02219486": 1}) | {"data/meta.mat": b"MATLAB"}), "is not the kit's"),
+    ],
+)
+def test_a_development_kit_that_cannot_be_right_is_refused(
+    name: str, content: bytes, sentence: str, pictures: dict[str, bytes], tmp_path: Path, preprocess: Preprocess
+) -> None:
+    """What is damaged or missing in the kit is named, and no picture gets a label by guess."""
+    imagenet(tmp_path / "imagenet", pictures)
+    (tmp_path / "imagenet" / name).write_bytes(content)
+    result = preprocess(tmp_path / "imagenet", tmp_path / "out")
+    assert result.exit_code == 3
+    assert sentence in " ".join(result.output.split())
+
+
+def test_a_list_of_what_is_for_validation(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """The named pictures are validation, the others training; a name of no picture is refused, and a second way too."""
+    chosen = ["ant/003.jpg", "cat/011.jpg", "cat/012.jpg"]
+    names = tmp_path / "val.txt"
+    names.write_text("\n".join(["./ant/003.jpg", *chosen[1:], ""]))
+    assert preprocess(album / "train", tmp_path / "out", "--val-list", str(names)).exit_code == 0
+    assert records_of(tmp_path / "out", "val").keys() == set(chosen)
+    assert len(records_of(tmp_path / "out", "train")) == 78 - 3
+    names.write_text("ant/003.jpg\nant/999.jpg\n")
+    for options, code, sentence in (
+        ((), 3, "1 of its 2 names are of no picture, the first 'ant/999.jpg'"),
+        (("--val-fraction", "0.5"), 2, "no --val-list beside it"),
+        (("--val", str(album / "val")), 2, "no --val beside it"),
+    ):
+        result = preprocess(album / "train", tmp_path / "no", "--val-list", str(names), *options)
+        assert result.exit_code == code
+        assert sentence in " ".join(result.output.split())
+    names.write_text("\n")
+    assert "leaves one split empty" in preprocess(album / "train", tmp_path / "no", "--val-list", str(names)).output
 
 
 def test_imagenet_from_kaggle(pictures: dict[str, bytes], tmp_path: Path, preprocess: Preprocess) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
+import s3fs
 from click.testing import Result
 
 from loader_service.data.records import Records
@@ -66,6 +71,33 @@ def test_an_archive_behind_a_url(
     assert contents(tmp_path / "out") == fingerprints
 
 
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tar.bz2", ".txz"])
+def test_a_compressed_archive_behind_a_url(
+    suffix: str, album: Path, tmp_path: Path, preprocess: Preprocess, fingerprints: list[tuple[str, ...]]
+) -> None:
+    """It is decompressed while it is read, known again by a second run, and nothing of it stays."""
+    path = tmp_path / f"album{suffix}"
+    with tarfile.open(path, f"w:{suffix[-2:] if suffix != '.tar.bz2' else 'bz2'}") as archive:
+        archive.add(album, ".")
+    first, second = (preprocess(path.as_uri(), tmp_path / "out") for _ in range(2))  # type: ignore[arg-type]
+    assert (first.exit_code, second.exit_code) == (0, 0), first.output
+    assert "there already" in second.output
+    assert contents(tmp_path / "out") == fingerprints
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["rejected.jsonl", "train.lmdb", "val.lmdb"]
+
+
+def test_half_a_compressed_archive_behind_a_url(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """One that ends too early, or is not compressed at all, ends with a sentence and leaves nothing."""
+    path = tmp_path / "album.tar.gz"
+    path.write_bytes(gzip.compress(tar_of(album, tmp_path / "album.tar").read_bytes())[:-2000])
+    for sentence in ("cannot be read or decompressed", "not compressed by gzip, bzip2 or xz"):
+        result = preprocess(path.as_uri(), tmp_path / "out")  # type: ignore[arg-type]
+        assert result.exit_code == 3
+        assert sentence in " ".join(result.output.split())
+        assert list((tmp_path / "out").iterdir()) == []
+        path.write_bytes(b"plain")
+
+
 def test_each_file_has_its_bytes(album: Path, tmp_path: Path) -> None:
     """Names, offsets and sizes of a remote tree are those of the tree on disk; hidden files are left out."""
     (tmp_path / "tree" / "ant").mkdir(parents=True)
@@ -107,7 +139,7 @@ def test_what_is_gone_is_the_pictures_fault_and_an_outage_is_not(tmp_path: Path)
     [
         ("nonsense://bucket/x", 2, "a URL that fsspec can open here"),
         ("file:///no/such/folder", 3, "it holds no files"),
-        ("file:///no/such.tar.gz", 3, "fetch it first"),
+        ("file:///no/such.tar.gz", 3, "there is no such archive"),
         ("file:///no/such.csv", 3, "a table must lie on this machine"),
     ],
 )
@@ -118,11 +150,59 @@ def test_urls_that_cannot_work(url: str, code: int, sentence: str, tmp_path: Pat
     assert sentence in " ".join(result.output.split())
 
 
+class Ranges(SimpleHTTPRequestHandler):
+    """Serves files as web servers do, and parts of them."""
+
+    def do_GET(self) -> None:
+        """A whole file, or the bytes that a Range header names."""
+        content = Path(self.translate_path(self.path)).read_bytes()
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        first, last = (int(asked[1]), min(int(asked[2]), len(content) - 1)) if asked else (0, len(content) - 1)
+        self.send_response(206 if asked else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(last - first + 1))
+        if asked:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(content[first : last + 1])
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name in the base class
+        """Say nothing."""
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """``http://...``, where the files of ``tmp_path / "web"`` are."""
+    (tmp_path / "web").mkdir()
+    handler = partial(Ranges, directory=str(tmp_path / "web"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", ["album.tar", "album.tar.gz"])
+def test_a_web_server(
+    name: str,
+    web: str,
+    album: Path,
+    tmp_path: Path,
+    preprocess: Preprocess,
+    fingerprints: list[tuple[str, ...]],
+) -> None:
+    """From a web server come the same records: ranges of a tar, and a compressed one as a stream."""
+    content = tar_of(album, tmp_path / "web" / "album.tar").read_bytes()
+    (tmp_path / "web" / "album.tar.gz").write_bytes(gzip.compress(content))
+    result = preprocess(f"{web}/{name}", tmp_path / "out")  # type: ignore[arg-type]
+    assert result.exit_code == 0, result.output
+    assert contents(tmp_path / "out") == fingerprints
+
+
 @pytest.fixture
 def bucket(album: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """``s3://album`` on a server of its own, with the album in it, as a folder and as a tar."""
-    pytest.importorskip("moto.server", reason="moto[s3,server] is not installed: it is too large for every set-up")
-    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'loader-service[remote]'")
     with subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-p", "0"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as server:

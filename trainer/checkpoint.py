@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -92,7 +93,6 @@ def save(folder: Path, checkpoint: Checkpoint, is_best: bool) -> Path:
     Raises:
         CheckpointError: it cannot be written; the ones before are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = path_of(folder, checkpoint.plain.progress.step)
     content = {
         "format": FORMAT,
@@ -106,19 +106,21 @@ def save(folder: Path, checkpoint: Checkpoint, is_best: bool) -> Path:
     }
     part = path.with_suffix(".part")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        part.replace(path)
+        if is_best:
+            _link(path, folder / BEST)
+        _flush_folder(folder)
+        for old in [*saved(folder)[:-KEPT], *folder.glob("*.part")]:
+            old.unlink()
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise CheckpointError(path, f"it cannot be written ({_first_line(error)})") from error
-    part.replace(path)
-    if is_best:
-        _link(path, folder / BEST)
-    _flush_folder(folder)
-    for old in [*saved(folder)[:-KEPT], *folder.glob("*.part")]:
-        old.unlink()
     return path
 
 

@@ -1,0 +1,85 @@
+"""A run goes on with other processes: one, a process for each tower, pairs of them as replicas, and one again."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoint
+from trainer.cli import main
+
+OPTIONS = ["--width", "0.05", "--epochs", "2", "--batch-size", "64", "--seed", "5", "--devices", "cpu"]
+OPTIONS += ["--no-dropout", "--log-every", "1", "--checkpoint-every", "0"]  # replicas drop units of their own
+LEGS = ((1, 2), (2, 4), (4, 7), (1, 10))
+"""Processes, and the step after which they are stopped: in the middle of an epoch, before and after a validation."""
+
+# Asks for an end, as Ctrl-C does, when the step that is named has been logged.
+STOP_AT_STEP = """
+import os, signal, sys
+from trainer.cli import main
+from trainer.progress import StepRecord
+from trainer.run_folder import RunFolder
+
+last, append = int(sys.argv.pop()), RunFolder.append
+
+def append_and_end(self, record):
+    append(self, record)
+    if isinstance(record, StepRecord) and record.step == last:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+RunFolder.append = append_and_end
+main()
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def leg(node: str, folder: Path, processes: int, last: int) -> None:
+    """Go on until ``last`` in so many processes, with what torchrun would tell them."""
+    command = [sys.executable, "-c", STOP_AT_STEP, "run", "--loader", node, "--run", str(folder), "--resume", "auto"]
+    settings = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    settings |= {"MASTER_PORT": str(free_port())}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    running = [
+        subprocess.Popen([*command, *OPTIONS, str(last)], env=os.environ | settings | rank, stderr=subprocess.PIPE)
+        for rank in ranks
+    ]
+    for process in running:
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 0, said.decode()
+
+
+def losses(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if row["event"] == "step"}
+
+
+def ended(folder: Path) -> Checkpoint:
+    return checkpoint.load(checkpoint.saved(folder / "checkpoints")[-1])
+
+
+def test_a_run_goes_on_in_any_layout(node: str, tmp_path: Path) -> None:
+    """Losses and weights are those of one unbroken process but for rounding, and the ledger has each sample once."""
+    for processes, last in LEGS:
+        leg(node, tmp_path / "run", processes, last)
+    alone = CliRunner().invoke(main, ["run", "--loader", node, "--run", str(tmp_path / "alone"), *OPTIONS])
+    assert alone.exit_code == 0, alone.output
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+    end, expected = ended(tmp_path / "run"), ended(tmp_path / "alone")
+    assert end.plain.progress.step == expected.plain.progress.step == 10
+    far = {name: float((end.model[name] - tensor).norm() / tensor.norm()) for name, tensor in expected.model.items()}
+    assert {name: distance for name, distance in far.items() if not distance < 0.01} == {}
+    accounts = [(account.epoch, account.expected, account.delivered) for account in end.plain.ledger]
+    assert accounts == [(0, 300, 300), (1, 300, 300)]

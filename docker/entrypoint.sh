@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs a command in its own place (so that it gets the signals), with the build of Pillow-SIMD for this processor.
 set -eu
-if grep -qsw avx2 /proc/cpuinfo; then
+if grep -qsw avx2 "${CPUINFO:-/proc/cpuinfo}"; then
     export PYTHONPATH="/opt/pillow-avx2:$PYTHONPATH"
 fi
 exec "$@"

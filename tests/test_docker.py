@@ -133,12 +133,12 @@ def test_every_variable_is_explained_with_its_default() -> None:
 
 def test_containers_are_confined(services: dict[str, Any]) -> None:
     """No container can write its root file system, or has a capability, or can gain one."""
-    assert len(services) == 6
+    assert len(services) == 7
     for service in services.values():
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
-    for name in ("loader", "trainer"):
+    for name in ("loader", "trainer", "prometheus"):
         assert re.findall(r"^USER (.*)", dockerfile(name), re.MULTILINE) == ["10001:10001"]
 
 
@@ -149,20 +149,50 @@ def test_nobody_is_needed_who_is_not_started(services: dict[str, Any]) -> None:
     assert {name: need["condition"] for name, need in needs.items()} == {
         "preprocess": "service_completed_successfully",
         "keys": "service_completed_successfully",
+        "shm": "service_started",
     }
     assert [name for name in ("loader", *needs) if services[name].get("profiles")] == []
 
 
-def test_memory_is_shared_unless_it_is_said_not_to_be(services: dict[str, Any]) -> None:
-    """By default the trainers use the loader's /dev/shm; two variables take that away, and nothing else changes."""
-    assert {services[name]["ipc"] for name in TRAINERS} == {"service:loader"}
-    assert services["loader"]["ipc"] == "shareable"
-    apart = rendered(LOADER_IPC="private", TRAINER_IPC="private")["services"]
-    assert {apart[name].pop("ipc") for name in (*TRAINERS, "loader")} == {"private"}
-    shared = {
-        name: {key: value for key, value in service.items() if key != "ipc"} for name, service in services.items()
+def test_no_container_takes_all_of_the_machine(services: dict[str, Any]) -> None:
+    """Each has a limit of memory and of processes, and comes back or not by a rule that is written down."""
+    for service in services.values():
+        limits = service["deploy"]["resources"]["limits"]
+        assert int(limits["memory"]) >= 64 << 20
+        assert limits["pids"] >= 16
+        assert service["restart"]
+    assert {name for name, service in services.items() if service["restart"] == "no"} == {"keys", "preprocess"}
+    assert {name for name, service in services.items() if "stop_grace_period" in service} == services.keys() - {
+        "keys",
+        "preprocess",
     }
-    assert apart == shared
+
+
+def test_memory_is_shared_by_those_who_may_come_and_go(services: dict[str, Any]) -> None:
+    """Loaders and trainers use the /dev/shm of a container that only holds it, which needs none of them."""
+    users = {name for name, service in services.items() if service.get("ipc") == "service:shm"}
+    assert users == {"loader", *TRAINERS}
+    assert services["shm"]["ipc"] == "shareable"
+    assert "depends_on" not in services["shm"]
+    assert int(services["shm"]["shm_size"]) == 2 << 30
+
+
+def test_one_trainer_asks_for_two_gpus_and_one_for_none(services: dict[str, Any]) -> None:
+    """`trainer` reserves the paper's two; `trainer-cpu` is the same command without."""
+    [device] = services["trainer"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 2, "capabilities": ["gpu"]}
+    assert "reservations" not in services["trainer-cpu"]["deploy"]["resources"]
+    assert services["trainer-cpu"]["command"] == services["trainer"]["command"]
+
+
+@pytest.mark.parametrize(("flags", "first"), [("sse4_2 avx2 bmi2", "/opt/pillow-avx2:"), ("sse4_2 avx", "")])
+def test_the_processor_chooses_the_build_of_pillow(flags: str, first: str, tmp_path: Path) -> None:
+    """A container's entry point puts the AVX2 build before the portable one, where the processor has AVX2."""
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags}\n", encoding="utf-8")
+    command = ["sh", str(DOCKER / "entrypoint.sh"), "sh", "-c", 'printf %s "$PYTHONPATH"']
+    environ = {"PATH": os.environ["PATH"], "CPUINFO": str(tmp_path / "cpuinfo"), "PYTHONPATH": "/opt/app"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout == f"{first}/opt/app"
 
 
 def test_both_images_begin_with_the_same_layers() -> None:

@@ -1,0 +1,1 @@
+"""`make docker` and `make docker-scale`: the system as containers, really run."""

@@ -1,0 +1,56 @@
+"""The images, built in the order in which each can use the layers of the one before."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Final
+
+from tools.containers.compose import Compose
+from tools.demo import say
+
+BUILT: Final = ("keys", "preprocess", "trainer-cpu", "prometheus")
+"""The services that build: the loader's image, the same with photographs, the trainer's, and Prometheus."""
+
+WHEELS_PORT: Final = 8998
+"""Always the same one: it becomes part of a build argument, and another argument would make every layer again."""
+
+
+def build() -> None:
+    """Build the images that the other verbs run."""
+    with local_wheels() as variables:
+        compose = Compose(**variables)
+        for service in BUILT:
+            started_s = time.monotonic()
+            compose.run("build", service)
+            say(f"{service}: built in {time.monotonic() - started_s:.0f} s")
+
+
+@contextmanager
+def local_wheels() -> Iterator[dict[str, str]]:
+    """Serve the folder of wheels that PIP_FIND_LINKS names to builds, which cannot see it; yields Compose's variables."""
+    folder = Path(os.environ.get("PIP_FIND_LINKS") or "-")
+    if not folder.is_dir():
+        yield {}
+        return
+    address = ("127.0.0.1", WHEELS_PORT)
+    with ThreadingHTTPServer(address, partial(_Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        variables = {"PIP_FIND_LINKS": f"http://127.0.0.1:{WHEELS_PORT}/", "BUILD_NETWORK": "host"}
+        if any(folder.glob("torch-*+cpu-*.whl")):
+            variables["TORCH_CPU_INDEX"] = ""
+        try:
+            yield variables
+        finally:
+            server.shutdown()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""

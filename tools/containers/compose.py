@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
@@ -164,7 +164,7 @@ class Compose:
         command = ["docker", "network", "inspect", "--format", form, f"{self.project}_default"]
         return f"{self._finish(command, stdout=subprocess.PIPE).strip()}:{published}"
 
-    def _lines(self, service: str) -> Iterator[str]:
+    def _lines(self, service: str) -> Generator[str]:
         command = [*self._command, "logs", "--follow", "--no-log-prefix", service]
         with self._started(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None

@@ -30,9 +30,7 @@ def demo() -> None:
         "LOADER_PUBLISH": "0.0.0.0::5555",
         "PROMETHEUS_PUBLISH": "127.0.0.1::9090",
     }
-    KEYS.mkdir(parents=True, exist_ok=True)
-    KEYS.chmod(0o777)  # the containers' user is none of this machine's; the secrets that it makes are its own
-    with Compose(**variables) as compose, emptied_keys(compose):
+    with Compose(**variables) as compose, folder_of_keys(compose):
         heading("preprocess, keys, loader, trainer: each starts when those before it have done their part")
         compose.run("up", "--detach", "prometheus", TRAINER)
         with compose.follow(TRAINER) as lines:
@@ -63,8 +61,10 @@ def demo() -> None:
 
 
 @contextmanager
-def emptied_keys(compose: Compose) -> Iterator[None]:
-    """Take away the keys at the end; they belong to the containers' user, so it is a container that does it."""
+def folder_of_keys(compose: Compose) -> Iterator[None]:
+    """KEYS while the block runs. Its files are the containers' user's, so it is a container that takes them away."""
+    KEYS.mkdir(parents=True, exist_ok=True)
+    KEYS.chmod(0o777)  # that user is none of this machine's; the secrets that it makes are readable to it alone
     try:
         yield
     finally:

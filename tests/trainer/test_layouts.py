@@ -16,10 +16,10 @@ from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
 from trainer.cli import main
 
-OPTIONS = ["--width", "0.05", "--epochs", "2", "--batch-size", "64", "--seed", "5", "--devices", "cpu"]
+OPTIONS = ["--width", "0.05", "--epochs", "2", "--batch-size", "64", "--seed", "5"]
 OPTIONS += ["--no-dropout", "--log-every", "1", "--checkpoint-every", "0"]  # replicas drop units of their own
-LEGS = ((1, 2), (2, 4), (4, 7), (1, 10))
-"""Processes, and the step after which they are stopped: in the middle of an epoch, before and after a validation."""
+LEGS = ((1, "cpu", 2), (2, "cpu", 4), (4, "cpu", 7), (1, "cpu,cpu", 10))
+"""Processes, their devices, and the step after which they are stopped, in the middle of an epoch."""
 
 # Asks for an end, as Ctrl-C does, when the step that is named has been logged.
 STOP_AT_STEP = """
@@ -46,14 +46,18 @@ def free_port() -> int:
         return port
 
 
-def leg(node: str, folder: Path, processes: int, last: int) -> None:
+def leg(node: str, folder: Path, processes: int, devices: str, last: int) -> None:
     """Go on until ``last`` in so many processes, with what torchrun would tell them."""
     command = [sys.executable, "-c", STOP_AT_STEP, "run", "--loader", node, "--run", str(folder), "--resume", "auto"]
     settings = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     settings |= {"MASTER_PORT": str(free_port())}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     running = [
-        subprocess.Popen([*command, *OPTIONS, str(last)], env=os.environ | settings | rank, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, *OPTIONS, "--devices", devices, str(last)],
+            env=os.environ | settings | rank,
+            stderr=subprocess.PIPE,
+        )
         for rank in ranks
     ]
     for process in running:
@@ -72,9 +76,11 @@ def ended(folder: Path) -> Checkpoint:
 
 def test_a_run_goes_on_in_any_layout(node: str, tmp_path: Path) -> None:
     """Losses and weights are those of one unbroken process but for rounding, and the ledger has each sample once."""
-    for processes, last in LEGS:
-        leg(node, tmp_path / "run", processes, last)
-    alone = CliRunner().invoke(main, ["run", "--loader", node, "--run", str(tmp_path / "alone"), *OPTIONS])
+    for processes, devices, last in LEGS:
+        leg(node, tmp_path / "run", processes, devices, last)
+    alone = CliRunner().invoke(
+        main, ["run", "--loader", node, "--run", str(tmp_path / "alone"), *OPTIONS, "--devices", "cpu"]
+    )
     assert alone.exit_code == 0, alone.output
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
     end, expected = ended(tmp_path / "run"), ended(tmp_path / "alone")

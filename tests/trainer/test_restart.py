@@ -34,7 +34,8 @@ OPTIONS = [
 OPTIONS += ["--log-every", "1", "--checkpoint-every", "2"]
 STEPS, KILLED_IN, SAVED = 6, 4, 2
 
-# The process of rank VICTIM gets SIGNAL in its fourth step, the first time that torchrun starts it.
+# The process of rank VICTIM kills itself in its fourth step, the first time that torchrun starts it; or, if SIGNAL is
+# SIGTERM, has torchrun end all.
 TRAINER = """
 import os, signal
 from trainer import feed
@@ -47,7 +48,8 @@ def update_and_end(self):
     update(self)
     steps.append(self)
     if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (os.environ["VICTIM"], "0") and len(steps) == 4:
-        os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+        number = int(os.environ["SIGNAL"])
+        os.kill(os.getppid() if number == signal.SIGTERM else os.getpid(), number)
 
 def start_and_tell(self, *args, **more):
     with open(os.environ["STARTED"], "a") as file:
@@ -106,3 +108,25 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
     assert [name for name in expected.model if not torch.equal(end.model[name], expected.model[name])] == []
     assert [(account.expected, account.delivered) for account in end.plain.ledger] == [(300, 300)]
     assert (tmp_path / "started").read_text() == "000"  # one private node each time, however many replicas
+
+
+def test_a_torchrun_that_is_ended_ends_in_order(dataset_dir: Path, tmp_path: Path) -> None:
+    """SIGTERM to torchrun, as schedulers send it: every process leaves with 0, after a checkpoint of that very step."""
+    done = torchrun(tmp_path, 2, ["--data", dataset_dir, "--run", tmp_path / "run"], 0, signal.SIGTERM)
+    assert "SIGTERM" in done.stderr, "torchrun tells of it, and ends with 1 itself"
+    stopped = log(tmp_path / "run")[-1]
+    assert stopped["event"] == "stop"
+    assert KILLED_IN <= ended(tmp_path / "run").plain.progress.step == stopped["step"] < STEPS
+    assert f"Stopped at step {stopped['step']}" in done.stdout
+    assert "another process" not in done.stderr
+
+
+def test_another_launchs_run_is_not_gone_on_with(dataset_dir: Path, tmp_path: Path) -> None:
+    """A folder in use is refused at the first start, and again when torchrun tries once more."""
+    (tmp_path / "run").mkdir()
+    about = '{"config": {}, "launch": "another"}'
+    (tmp_path / "run" / "config.json").write_text(about)
+    done = torchrun(tmp_path, 2, ["--data", dataset_dir, "--run", tmp_path / "run"])
+    assert done.returncode != 0
+    assert done.stderr.count("it is not empty; name another") == 2
+    assert (tmp_path / "run" / "config.json").read_text() == about

@@ -112,10 +112,3 @@ def test_killed_before_the_first_checkpoint(node: str, tmp_path: Path, unbroken:
     killed = run_until(node, tmp_path / "run", signal.SIGKILL, 2)
     assert killed.returncode == -signal.SIGKILL
     assert_same_end(run_to_the_end(node, tmp_path / "run", "--resume", "auto"), unbroken)
-
-
-def test_two_devices_go_on_from_one(node: str, tmp_path: Path, unbroken: Checkpoint) -> None:
-    """A checkpoint does not know where the towers lived."""
-    assert run_until(node, tmp_path / "run", signal.SIGTERM, 3).returncode == 0
-    end = run_to_the_end(node, tmp_path / "run", "--resume", "auto", "--devices", "cpu,cpu")
-    assert_same_end(end, unbroken)

@@ -1,0 +1,152 @@
+"""What may happen to a run while it trains: disks fill up, memory runs out, nodes go away; and what it tells meanwhile."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from trainer import checkpoint, memory
+from trainer.checkpoint import Checkpoint
+from trainer.cli import main
+from trainer.errors import CheckpointError
+from trainer.model import AlexNet
+from trainer.progress import StepRecord
+from trainer.run_folder import RunFolder
+
+SMALL = ["--width", "0.05", "--epochs", "1", "--batch-size", "64", "--devices", "cpu", "--log-every", "1"]
+STEPS = 5
+
+
+def run(node: str, folder: Path, *more: str) -> Result:
+    return CliRunner().invoke(main, ["run", "--loader", node, "--run", str(folder), *SMALL, *more])
+
+
+def log(folder: Path, event: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == event]
+
+
+def test_it_tells_of_speed_and_layers(node: str, tmp_path: Path) -> None:
+    """MFU against the peak that was named, and every parameter's mean |w|, mean |dw| and their ratio, at each line."""
+    result = run(node, tmp_path / "run", "--peak-tflops", "0.5", "--deterministic")
+    assert result.exit_code == 0, result.output
+    steps, layers = log(tmp_path / "run", "step"), log(tmp_path / "run", "layers")
+    assert [row["step"] for row in steps] == [row["step"] for row in layers] == list(range(1, STEPS + 1))
+    assert all(0 < row["mfu"] < 10 for row in steps)
+    assert steps[0]["mfu"] / steps[1]["mfu"] == pytest.approx(steps[0]["images_per_s"] / steps[1]["images_per_s"])
+    assert len(layers[0]["parameters"]) == 2 * (2 * 7 + 1)
+    mean_w, mean_dw, ratio = layers[0]["parameters"]["towers.1.conv1.weight"]
+    assert ratio == pytest.approx(mean_dw / mean_w, rel=1e-2)
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["deterministic"] is True
+
+
+def test_deterministic_holds_while_training(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without it torch is left as it is."""
+    forward, seen = AlexNet.forward, []
+
+    def forward_and_look(self: AlexNet, *given: Any) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return forward(self, *given)
+
+    monkeypatch.setattr(AlexNet, "forward", forward_and_look)
+    for option, expected in (("--deterministic", True), ("--epochs=1", False)):
+        seen.clear()
+        assert run(node, tmp_path / option, option).exit_code == 0
+        assert set(seen) == {expected}
+
+
+def test_a_full_disk_ends_no_training(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told on the screen and in the log; the next checkpoint is written."""
+    save, tried = checkpoint.save, []
+
+    def full_at_first(folder: Path, whole: Checkpoint, is_best: bool) -> Path:
+        tried.append(whole.plain.progress.step)
+        if len(tried) == 1:
+            raise CheckpointError(folder, "it cannot be written (No space left on device)")
+        return save(folder, whole, is_best)
+
+    monkeypatch.setattr(checkpoint, "save", full_at_first)
+    result = run(node, tmp_path / "run", "--checkpoint-every", "2")
+    assert result.exit_code == 0, result.output
+    assert tried == [2, 4, 5]
+    assert "Not saved: " in result.stdout
+    assert "No space left" in log(tmp_path / "run", "not-saved")[0]["reason"]
+    assert len(checkpoint.saved(tmp_path / "run" / "checkpoints")) == 2
+
+
+def test_the_last_checkpoint_must_be_written(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the run ends with a sentence, not as if all were well."""
+
+    def full(folder: Path, whole: Checkpoint, is_best: bool) -> Path:
+        raise CheckpointError(folder, "it cannot be written (No space left on device)")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    result = run(node, tmp_path / "run")
+    assert result.exit_code == 3
+    assert "No space left on device" in result.stderr
+
+
+def test_memory_that_is_too_small_is_said_with_what_would_fit(
+    node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that has room for 20 images, 100 bytes each: the batch of 64 is refused with 16, a multiple of 8."""
+    forward = AlexNet.forward
+    images: list[int] = []
+
+    def forward_if_it_fits(self: AlexNet, given: Any, *more: Any) -> Any:
+        images.append(len(given[0]))
+        if images[-1] > 20:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, given, *more)
+
+    def peak(_: torch.device, trial: Any, count: int) -> int:
+        trial(count)
+        return 100 * images[-1]
+
+    monkeypatch.setattr(AlexNet, "forward", forward_if_it_fits)
+    monkeypatch.setattr(memory, "peak_bytes", peak)
+    monkeypatch.setattr(memory, "room_bytes", lambda _: 2000)
+    result = run(node, tmp_path / "run")
+    assert result.exit_code == 5
+    assert "too small for a batch of 64 images; about 16 images would fit: try --batch-size 16" in result.stderr
+    assert images == [64, 4, 8]
+    assert "Traceback" not in result.output
+
+
+def test_a_node_that_goes_away_and_comes_back(
+    dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run waits for it and goes on; each sample is seen exactly once."""
+    address, nodes, append = f"ipc://{tmp_path}/node", [], RunFolder.append
+
+    def start() -> None:
+        command = [sys.executable, "-m", "loader_service", "start", "--data", str(dataset_dir), "--workers", "1"]
+        nodes.append(subprocess.Popen([*command, "--bind", address, "--quiet"], stderr=subprocess.DEVNULL))
+
+    def append_and_kill(self: RunFolder, record: Any) -> None:
+        append(self, record)
+        if isinstance(record, StepRecord) and record.step == 2:
+            nodes[0].kill()
+            nodes[0].wait()
+            start()
+
+    monkeypatch.setattr(RunFolder, "append", append_and_kill)
+    start()
+    try:
+        result = run(address, tmp_path / "run", "--batch-size", "16", "--timeout", "60")
+    finally:
+        for node in nodes:
+            node.terminate()
+            node.wait()
+    assert result.exit_code == 0, result.output
+    assert len(nodes) == 2
+    ledger = json.loads((tmp_path / "run" / "summary.json").read_text())["ledger"]
+    assert [(account["expected"], account["delivered"]) for account in ledger] == [(300, 300)]

@@ -108,6 +108,14 @@ def test_a_node_at_the_usual_address_is_used(node: str, monkeypatch: pytest.Monk
         assert used == Node(node, f"Batches come from the node that answers at {node}.", timeout_s=None)
 
 
+def test_keys_reach_the_node_at_the_usual_address(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked with them: a key file that is not there is said."""
+    monkeypatch.setattr(defaults, "ADDRESS", node)
+    source = Source(server_key=str(tmp_path / "no.pub"), client_key=str(tmp_path / "no.key"))
+    with pytest.raises(LoaderServiceError, match=r"no\.(pub|key)"), open_source(source):
+        pytest.fail("it was asked without keys")
+
+
 def test_else_a_private_node_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dataset_dir: Path) -> None:
     """When nobody answers at the usual address, on the usual folder; it is gone afterwards."""
     started: list[LocalNode] = []

@@ -21,7 +21,8 @@ _WORKSPACE: Final = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 def deterministic(wanted: bool) -> Iterator[None]:
     """A block in which torch uses deterministic kernels alone, if that is ``wanted``.
 
-    torch itself raises a RuntimeError that names the operation if there is no such kernel; this network needs none of those.
+    torch itself raises a RuntimeError that names the operation if there is no such kernel; by the list in its manual, this
+    network has no such operation.
     """
     if not wanted:
         yield

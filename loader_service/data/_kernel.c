@@ -47,16 +47,21 @@ typedef struct {
 } Sample;
 
 typedef void Row(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mirrored, const Shift *shift);
+typedef void Stream(uint8_t *out, const uint8_t *in, ptrdiff_t n);
 
 /* ---- one sample ---- */
 
-/* The source goes on to the next sample; it waits in the second-level cache, the destination in the first. */
-ALWAYS_INLINE void fetch_ahead(const Sample *s, ptrdiff_t r, ptrdiff_t out_row)
+/* The source goes on to the next sample; it waits in the second-level cache. */
+ALWAYS_INLINE void fetch_source(const Sample *s, ptrdiff_t r)
 {
     const ptrdiff_t ahead = r + SOURCE_AHEAD;
     const uint8_t *row = ahead < s->side ? s->from + ahead * s->row : s->next + (ahead - s->side) * s->row;
     for (ptrdiff_t i = 0; i < 3 * s->side; i += CACHE_LINE)
         __builtin_prefetch(row + i, 0, 2);
+}
+
+ALWAYS_INLINE void fetch_out(const Sample *s, ptrdiff_t r, ptrdiff_t out_row)
+{
     const char *out = (const char *)s->out + (r + OUT_AHEAD) * out_row;
     for (ptrdiff_t i = 0; r + OUT_AHEAD < s->side && i < out_row; i += CACHE_LINE)
         __builtin_prefetch(out + i, 1);
@@ -67,7 +72,8 @@ ALWAYS_INLINE void make_sample(Row *row, const Sample *s)
     const ptrdiff_t n = 3 * s->side;
     uint8_t pixels[3 * MAX_SIDE];
     for (ptrdiff_t r = 0; r < s->side; r++) {
-        fetch_ahead(s, r, n * (s->mean == NULL ? 1 : (ptrdiff_t)sizeof(float)));
+        fetch_source(s, r);
+        fetch_out(s, r, n * (s->mean == NULL ? 1 : (ptrdiff_t)sizeof(float)));
         const uint8_t *in = s->from + r * s->row;
         if (s->mean == NULL) {
             row((uint8_t *)s->out + r * n, in, n, s->mirrored, &s->shift);
@@ -81,6 +87,27 @@ ALWAYS_INLINE void make_sample(Row *row, const Sample *s)
     }
 }
 
+/* Whether a sample is whole cache lines, two rows at a time. */
+static inline int can_stream(const Sample *s)
+{
+    return s->mean == NULL && s->side % 2 == 0 && 6 * s->side % CACHE_LINE == 0 && (uintptr_t)s->out % CACHE_LINE == 0;
+}
+
+/* The same, written past the caches: what is overwritten is not read first, and the records' pages stay in them.
+ * Nobody reads a sample here again: a device, a socket or another process does. Measured: a quarter more samples. */
+ALWAYS_INLINE void stream_sample(Row *row, Stream *stream, const Sample *s)
+{
+    const ptrdiff_t n = 3 * s->side;
+    uint8_t rows[2 * 3 * MAX_SIDE] __attribute__((aligned(CACHE_LINE)));
+    for (ptrdiff_t r = 0; r < s->side; r += 2) {
+        for (ptrdiff_t i = 0; i < 2; i++) {
+            fetch_source(s, r + i);
+            row(rows + i * n, s->from + (r + i) * s->row, n, s->mirrored, &s->shift);
+        }
+        stream((uint8_t *)s->out + r * n, rows, 2 * n);
+    }
+}
+
 /* ---- the forms, the best first ---- */
 
 static void sample_c(const Sample *s) { make_sample(row_c, s); }
@@ -90,7 +117,13 @@ static int always(void) { return 1; }
 TARGET_AVX2 static void sample_avx2(const Sample *s) { make_sample(row_avx2, s); }
 static int has_avx2(void) { return __builtin_cpu_supports("avx2"); }
 
-TARGET_AVX512 static void sample_avx512(const Sample *s) { make_sample(row_avx512, s); }
+TARGET_AVX512 static void sample_avx512(const Sample *s)
+{
+    if (can_stream(s))
+        stream_sample(row_avx512, stream_avx512, s);
+    else
+        make_sample(row_avx512, s);
+}
 static int has_avx512(void)
 {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi");
@@ -277,6 +310,7 @@ static PyObject *augment(PyObject *module, PyObject *args)
              get_values(&s, values) == 0 && check_draws(&s) == 0) {
         Py_BEGIN_ALLOW_THREADS
         made = make_slice(&s);
+        finish_streams();
         Py_END_ALLOW_THREADS
     }
     release(&s);

@@ -108,6 +108,15 @@ TARGET_AVX512 static inline void row_avx512(uint8_t *out, const uint8_t *in, ptr
     }
 }
 
+/* n bytes, whole cache lines at both ends, written past the caches; until finish_streams() others may not see them. */
+TARGET_AVX512 static inline void stream_avx512(uint8_t *out, const uint8_t *in, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i += 64)
+        _mm512_stream_si512((void *)(out + i), _mm512_load_si512(in + i));
+}
+
+static inline void finish_streams(void) { _mm_sfence(); }
+
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 
@@ -133,6 +142,10 @@ static inline void row_neon(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mi
         vst3q_u8(out + done, v);
     }
 }
+#endif
+
+#if !defined(__x86_64__)
+static inline void finish_streams(void) {}
 #endif
 
 #endif

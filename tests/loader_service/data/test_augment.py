@@ -71,13 +71,18 @@ def raw(label: int, roll: int = 0, codec: int = 0, side: int = 256) -> memoryvie
 
 
 class Case:
-    """Arguments of augment_records, with guard bytes around the images."""
+    """Arguments of augment_records, with guard bytes around the images, which begin ``skew`` bytes into a cache line."""
 
-    GUARD_BYTES = 128
+    GUARD_BYTES, LINE_BYTES = 128, 64
 
-    def __init__(self, drawn: npt.NDArray[np.void], side: int, floats: bool, record_side: int = 256) -> None:
+    def __init__(
+        self, drawn: npt.NDArray[np.void], side: int, floats: bool, record_side: int = 256, skew: int = 0
+    ) -> None:
         n, itemsize = len(drawn), 4 if floats else 1
-        self.memory = np.full(drawn.size * side * side * 3 * itemsize + 2 * self.GUARD_BYTES, 0xA5, np.uint8)
+        size = drawn.size * side * side * 3 * itemsize + 2 * self.GUARD_BYTES
+        memory = np.full(size + self.LINE_BYTES, 0xA5, np.uint8)
+        first = (skew - memory.ctypes.data) % self.LINE_BYTES
+        self.memory = memory[first : first + size]
         inner = self.memory[self.GUARD_BYTES : -self.GUARD_BYTES].view(np.float32 if floats else np.uint8)
         self.images = inner.reshape(*drawn.shape, side, side, 3)
         self.values = [raw(label=3 * i + 2**31, roll=i, side=record_side) for i in range(n)]
@@ -101,22 +106,27 @@ class Case:
 
 
 @st.composite
-def slices(draw: st.DrawFn) -> tuple[npt.NDArray[np.void], int, bool, int]:
-    """DRAWS of (n,) or (n, samples), a crop's side, whether floats are wanted, and the records' side."""
+def slices(draw: st.DrawFn) -> tuple[npt.NDArray[np.void], int, bool, int, int]:
+    """DRAWS of (n,) or (n, samples), a crop's side, whether floats are wanted, the records' side, and where images begin.
+
+    Sides of whole cache lines, two rows at a time, and beginnings of one take another way through some forms.
+    """
     record_side = draw(st.just(256) | st.integers(8, 320))
     whole = min(224, record_side)
-    side = draw(st.integers(1, min(100, record_side)) | st.sampled_from([whole, record_side]))
+    lines = st.sampled_from([side for side in (32, 64, 96) if side <= record_side] or [whole])
+    side = draw(st.integers(1, min(100, record_side)) | st.sampled_from([whole, record_side]) | lines)
     places = st.integers(0, record_side - side) | st.sampled_from([0, record_side - side])
     shape = draw(st.sampled_from([(1,), (3,), (2, 2)]))
     n = int(np.prod(shape))
     sample = st.tuples(places, places, st.booleans(), st.tuples(shifts, shifts, shifts))
     values = draw(st.lists(sample, min_size=n, max_size=n))
-    return np.array(values, DRAWS).reshape(shape), side, draw(st.booleans()), record_side
+    skew = draw(st.sampled_from([0, 0, 4, 32]))
+    return np.array(values, DRAWS).reshape(shape), side, draw(st.booleans()), record_side, skew
 
 
 @pytest.mark.parametrize("form", COMPILED)
 @given(slices())
-def test_every_form_makes_the_same_bytes(form: str, case: tuple[npt.NDArray[np.void], int, bool, int]) -> None:
+def test_every_form_makes_the_same_bytes(form: str, case: tuple[npt.NDArray[np.void], int, bool, int, int]) -> None:
     """Each compiled form writes, bit for bit, what the NumPy form writes, and not a byte beside it."""
     ours, theirs = Case(*case), Case(*case)
     assert ours.run(form) == theirs.run("numpy") == len(ours.values)

@@ -280,24 +280,28 @@ class Ledger:
     def _asks(self) -> list[Ask]:
         asks: list[Ask] = []
         for batch in self._batches:
-            if batch.slot == NO_SLOT:
+            if not any(len(node.asks) < node.capacity for node in self._nodes.values()):
+                break
+            if batch.slot != NO_SLOT:
+                asks += self._asks_of(batch)
+        return asks
+
+    def _asks_of(self, batch: Batch) -> list[Ask]:
+        """Ask for the parts of a batch that are wanted; for none if its slot turns out to have a late writer."""
+        asks: list[Ask] = []
+        for part in batch.parts:
+            if part.state != "wanted":
                 continue
-            mine: list[Ask] = []
-            for part in batch.parts:
-                if part.state != "wanted":
-                    continue
-                name = self._least_loaded(part.refused_by)
-                if name is None:
-                    continue
-                generation = self._arm(batch.slot, part.index)
-                if generation is None:  # what was just to be asked of this slot is not asked at all
-                    self._condemn(batch)
-                    mine.clear()
-                    break
-                part.state, part.ask, part.excluded = "asked", next(self._numbers), self.excluded
-                self._nodes[name].asks[part.ask] = (batch, part)
-                mine.append(Ask(name, part.ask, batch, part, generation))
-            asks += mine
+            name = self._least_loaded(part.refused_by)
+            if name is None:
+                continue
+            generation = self._arm(batch.slot, part.index)
+            if generation is None:
+                self._condemn(batch)
+                return []
+            part.state, part.ask, part.excluded = "asked", next(self._numbers), self.excluded
+            self._nodes[name].asks[part.ask] = (batch, part)
+            asks.append(Ask(name, part.ask, batch, part, generation))
         return asks
 
     def _least_loaded(self, refused_by: set[str]) -> str | None:

@@ -30,7 +30,7 @@ from loader_service.data.fill import slice_numbers, slice_sources
 from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld
 from loader_service.link.keys import chosen_keys
 from loader_service.metrics import LoaderHook, LoaderMetrics
-from loader_service.spec import MAX_EXCLUDED, VIEWS, Dtype, SampleLayout, Split, View
+from loader_service.spec import MAX_EXCLUDED, VIEWS, Dtype, SampleLayout, SliceId, Split, View
 
 log = logging.getLogger("loader_service.client")
 
@@ -361,19 +361,17 @@ class Loader:
             session.slot_returned(slot)
 
         images, labels, draws = self._room.arrays(slot, plan.count, release)
-        slices = [self._room.slice_id(plan.epoch, part) for part in made.parts]
-        ids = _joined([slice_numbers(self.dataset.count, what) for what in slices])
+        ids = slice_numbers(
+            self.dataset.count, SliceId(self._view, self._seed, plan.epoch, plan.first, plan.count)
+        ).copy()
         sources = ids.copy()
-        if any(what.excluded for what in slices):
-            sources = _joined([slice_sources(self.dataset.count, what) for what in slices])
-            replaced = int(np.count_nonzero(sources != ids))
+        for part in made.parts:
+            if part.excluded:
+                what = self._room.slice_id(plan.epoch, part)
+                sources[part.offset : part.offset + part.count] = slice_sources(self.dataset.count, what)
+        if replaced := int(np.count_nonzero(sources != ids)):
             self._substituted[plan.epoch] = self._substituted.get(plan.epoch, 0) + replaced
         return Batch(images, labels, ids, sources, draws, plan.epoch, plan.first)
-
-
-def _joined(parts: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """Record numbers of slices, as one array of the caller's own."""
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
 def _close(session: Session, room: Room) -> None:

@@ -13,6 +13,8 @@ from loader_service.link.keys import ClientKeys
 GREET_AGAIN_S: Final = 2.0
 """After so long without an answer a Hello is sent again."""
 
+_READABLE: Final = int(zmq.POLLIN)
+
 
 class Peer:
     """One connection.
@@ -41,10 +43,12 @@ class Peer:
 
     def receive(self) -> list[zmq.Frame] | None:
         """The next message's frames, without copying; None if there is none."""
-        try:
-            return self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
-        except zmq.Again:
+        if not int(self.socket.get(zmq.EVENTS)) & _READABLE:  # costs a third of being told so by an exception
             return None
+        frames = [self.socket.recv(zmq.DONTWAIT, copy=False)]
+        while frames[-1].more:
+            frames.append(self.socket.recv(zmq.DONTWAIT, copy=False))
+        return frames
 
     def greet(self, now: float) -> None:
         """Introduce this client."""

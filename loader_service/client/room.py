@@ -96,15 +96,10 @@ class Room:
         layout = self.layout
         hold = Hold(self.segment.array(self._base(slot), (self._slot_bytes,), np.uint8), partial(release, slot))
         whole = np.asarray(hold)
-
-        def view(start: int, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-            size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-            return whole[start : start + size].view(dtype).reshape(shape)
-
         return (
-            view(0, layout.dtype, (count, *layout.view.shape)),
-            view(self._labels, np.int64, (count,)),
-            view(self._draws, DRAWS, (count, *layout.view.draws_shape)),
+            np.ndarray((count, *layout.view.shape), layout.dtype, whole, 0),
+            np.ndarray((count,), np.int64, whole, self._labels),
+            np.ndarray((count, *layout.view.draws_shape), DRAWS, whole, self._draws),
         )
 
     def close(self) -> None:

@@ -87,11 +87,12 @@ class Session:
         self._numbers = itertools.count(1)
         self._ledger: Ledger | None = None
         self._room: Room | None = None
+        self._due = 0  # answers, when the thread last went to sleep
         self._out: set[int] = set()  # slots of batches on their way to the caller or in the caller's hands
         self._transport = "auto"
         self._deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self._stopping = False
-        self._alone_since = time.monotonic()
+        self._alone_since = self._next_tick = time.monotonic()
         self._complain_after_s = FIRST_COMPLAINT_S
         self._context: zmq.Context[Any] = zmq.Context()
         self._peers: list[Peer] = []
@@ -137,8 +138,13 @@ class Session:
         return deliveries
 
     def slot_returned(self, slot: int) -> None:
-        """A slot's arrays are gone. Safe to call from anywhere, at any time."""
-        self._command(lambda: self._take_back(slot))
+        """A slot's arrays are gone. Safe to call from anywhere, at any time.
+
+        While answers are due the thread is not woken for it: the next one will, within a slice's time.
+        """
+        self._commands.append(lambda: self._take_back(slot))
+        if not self._due:
+            self._waker.wake()
 
     def close(self) -> None:
         """Say goodbye and end the thread."""
@@ -177,13 +183,12 @@ class Session:
         self._poller.register(self._waker.fileno(), zmq.POLLIN)
         try:
             while not self._stopping:
-                self._poller.poll(TICK_MS)
-                self._waker.clear()
+                self._hear(dict(self._poller.poll(0 if self._commands else TICK_MS)))
                 while self._commands:
                     self._commands.popleft()()
-                for peer in list(self._peers):
-                    self._hear(peer)
-                self._tick(time.monotonic())
+                if (now := time.monotonic()) >= self._next_tick:
+                    self._tick(now)
+                    self._next_tick = now + TICK_MS / 1000
                 self._advance()
         except LoaderServiceError as error:
             self._fail(error)
@@ -223,13 +228,25 @@ class Session:
         self._poller.unregister(peer.monitor.socket)
         peer.close()
 
-    def _hear(self, peer: Peer) -> None:
+    def _hear(self, ready: dict[Any, int]) -> None:
+        """Take in all that has come, from who the poller says has sent something."""
+        if self._waker.fileno() in ready:
+            self._waker.clear()
+        for peer in list(self._peers):
+            if peer.monitor.socket in ready:
+                self._hear_monitor(peer)
+            if peer.socket in ready:
+                self._hear_node(peer)
+
+    def _hear_monitor(self, peer: Peer) -> None:
         for connected in peer.monitor.events():
             if connected:
                 peer.greet(time.monotonic())
             else:
                 self._lose(peer, "its connection was cut")
-        while peer in self._peers and (frames := peer.receive()) is not None:
+
+    def _hear_node(self, peer: Peer) -> None:
+        while peer in self._peers and (frames := peer.receive()):
             peer.heard_at = time.monotonic()
             try:
                 self._take(peer, messages.decode_from_node(frames[0].buffer), frames[1:])
@@ -387,6 +404,7 @@ class Session:
                     self._deliveries.put(action)
                 case Finish():
                     self._deliveries.put(action)
+        self._due = self._ledger.waiting
 
     def _ask(self, ask: Ask) -> None:
         assert self._room is not None

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import mmap
 import os
 import re
@@ -128,10 +129,10 @@ class Segment:
             SharedMemoryError: it would reach outside of the data area.
         """
         kind = np.dtype(dtype)
-        length = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+        length = math.prod(shape) * kind.itemsize
         if not self.data_offset <= offset <= offset + length <= self.size:
             raise SharedMemoryError(f"{length} bytes at {offset} are outside of the segment's data")
-        return self._bytes[offset : offset + length].view(kind).reshape(shape)
+        return np.ndarray(shape, kind, self._bytes, offset)
 
     def arm(self, part: int) -> int | None:
         """Owner: begin a new generation of a part and return it; None if a late writer holds the part."""

@@ -102,6 +102,10 @@ class Request(_Message, frozen=True, tag="request"):
     dtype: Dtype
     place: Place | None = None
 
+    def __post_init__(self) -> None:
+        if not self.what.view.crop:
+            raise ValueError("a request's view says how large its crops are, not 0")
+
 
 class Filled(_Message, frozen=True, tag="filled"):
     """The slice of request ``id`` is complete; two frames follow if it had no place."""

@@ -36,7 +36,7 @@ def test_it_says_where_it_listens_what_it_serves_and_what_it_takes(start_node: S
         "2 workers; at most 140 MiB of shared memory\n"
     )
     answer = status(node.address)
-    assert answer.memory_ceiling_bytes == 112 * 2**20
+    assert answer.memory_ceiling_bytes == 140 * 2**20
     assert [worker.pid for worker in answer.workers] == sorted(p.pid for p in node.workers())
 
 

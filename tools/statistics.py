@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import combinations_with_replacement
 from typing import Final
 
 import msgspec
@@ -19,11 +20,10 @@ from loader_service.spec import RECORD_SIDE_PX
 
 GREY_LEVELS: Final = 255
 
-Matrix = list[list[float]]
-
-
 EXACT_PRODUCTS: Final = 256
 """So many products of two pixels, each at most 255 * 255, sum to less than 2**24, up to which float32 is exact."""
+
+Matrix = list[list[float]]
 
 
 def colour_products(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
@@ -35,15 +35,13 @@ def colour_products(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     Returns:
         (3, 3) int64, symmetric.
     """
-    flat = pixels.astype(np.float32).reshape(-1, 3)
-    planes = np.zeros((3, -(-len(flat) // EXACT_PRODUCTS), EXACT_PRODUCTS), np.float32)
-    for channel in range(3):
-        planes[channel].reshape(-1)[: len(flat)] = flat[:, channel]
-    out = np.empty((3, 3), np.int64)
-    for i in range(3):
-        for j in range(i, 3):
+    out = np.zeros((3, 3), np.int64)
+    for first in range(0, pixels.shape[1], EXACT_PRODUCTS):
+        columns = pixels[:, first : first + EXACT_PRODUCTS]
+        planes = np.ascontiguousarray(np.moveaxis(columns, -1, 0), np.float32)
+        for i, j in combinations_with_replacement(range(3), 2):
             rows = np.einsum("yx,yx->y", planes[i], planes[j])
-            out[i, j] = out[j, i] = rows.sum(dtype=np.float64)
+            out[j, i] = out[i, j] = out[i, j] + int(rows.sum(dtype=np.float64))
     return out
 
 

@@ -21,6 +21,7 @@ from loader_service import Loader
 from loader_service.client.query import status
 from loader_service.data.order import records_at
 from loader_service.data.picture import load_picture
+from loader_service.spec import RECORD_SIDE_PX
 from tools.bench.contest import ROOT, Contestant, Running
 from tools.bench.ours import node
 from tools.bench.turns import BATCH, deliver
@@ -99,20 +100,28 @@ def preprocessing(source: Path, workers: int, files: int) -> tuple[float, float,
     with tempfile.TemporaryDirectory(prefix="loader-bench-", dir=ROOT / "build") as folder:
         tree = Path(folder) / "originals"
         count = _lay_out(source, tree, files)
-        command = [sys.executable, "-m", "tools.preprocess", str(tree), f"{folder}/out", "--val-fraction", "0"]
-        command += ["--codec", "raw", "--workers", str(workers)]
-        start = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        took_s = time.perf_counter() - start
-        if done.returncode:
-            raise ToolFailed(f"preprocessing failed: {done.stderr.strip()[-300:]}")
-        alone = Contestant(
-            "standardise", "", "raw", "limit", (sys.executable, "-m", "tools.bench.single", str(tree)), workers
-        )
-        with Running(alone) as running:
-            running.wait()
-            limit = running.turn(0.5, 3.0).images_per_s
-        return count / took_s, limit, count
+        took_s = preprocess_s(tree, Path(folder) / "out", workers)
+        return count / took_s, standardising(tree, workers), count
+
+
+def preprocess_s(source: Path, out: Path, workers: int, size: int = RECORD_SIDE_PX) -> float:
+    """Seconds that the command takes from its start to its end, for raw records of one split in ``out``."""
+    command = [sys.executable, "-m", "tools.preprocess", str(source), str(out), "--val-fraction", "0"]
+    command += ["--codec", "raw", "--workers", str(workers), "--size", str(size)]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    took_s = time.perf_counter() - start
+    if done.returncode:
+        raise ToolFailed(f"preprocessing failed: {done.stderr.strip()[-300:]}")
+    return took_s
+
+
+def standardising(tree: Path, workers: int, size: int = RECORD_SIDE_PX) -> float:
+    """Pictures per second of decoding and resizing the files below a folder, by so many processes, and nothing else."""
+    command = (sys.executable, "-m", "tools.bench.single", str(tree), "--size", str(size))
+    with Running(Contestant("standardise", "", "raw", "limit", command, workers)) as running:
+        running.wait()
+        return running.turn(0.5, 3.0).images_per_s
 
 
 def _lay_out(source: Path, tree: Path, files: int) -> int:
@@ -138,12 +147,13 @@ def measure(records: Path, source: Path, workers: int, files: int = PREPROCESSED
 
 @click.command()
 @click.argument("tree", type=click.Path(path_type=Path))
-def main(tree: Path) -> None:
+@click.option("--size", type=int, default=RECORD_SIDE_PX)
+def main(tree: Path, size: int) -> None:
     """Decode and resize the photographs in TREE, over and over (a contestant)."""
-    paths = sorted(tree.rglob("*.jpg"))
+    paths = sorted(path for path in tree.rglob("*") if path.is_file())
     first = os.getpid() % len(paths)
     order = paths[first:] + paths[:first]
-    deliver(len([load_picture(path)]) for path in cycle(order))
+    deliver(len([load_picture(path, side=size)]) for path in cycle(order))
 
 
 if __name__ == "__main__":

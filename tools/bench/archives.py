@@ -1,0 +1,71 @@
+"""``python -m tools.bench.archives ARCHIVE...``: preprocessing archives as they are, beside decoding and resizing alone.
+
+Prints a row of a Markdown table for each archive. The command's time is all of it: starting Python, listing the archive,
+decompressing it, statistics, writing raw records of the training split, manifest and golden samples. The other figure is
+what as many processes decode and resize of the same files, unpacked and in the page cache, with nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import click
+
+from loader_service.data.records import Records
+from loader_service.spec import MAX_SIDE_PX, MIN_SIDE_PX, RECORD_SIDE_PX
+from tools.bench.contest import ROOT
+from tools.bench.document import machine
+from tools.bench.single import preprocess_s, standardising
+from tools.command import CONTEXT, Command
+
+COLUMNS: Final = ("archive", "pictures", "size", "seconds", "pictures/s", "decode + resize alone", "ratio")
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.argument("archives", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--size", type=click.IntRange(MIN_SIDE_PX, MAX_SIDE_PX), default=RECORD_SIDE_PX, show_default=True)
+@click.option("--workers", type=click.IntRange(1), default=os.cpu_count(), show_default="one per CPU")
+def main(archives: tuple[Path, ...], size: int, workers: int) -> None:
+    """Time tools.preprocess on ARCHIVES, and write what came of it as a table."""
+    click.echo(f"{datetime.now(UTC):%Y-%m-%d}; {machine()}; {workers} workers.\n")
+    click.echo(_row(COLUMNS))
+    click.echo(_row(["---"] * len(COLUMNS)))
+    for archive in archives:
+        click.echo(_row(measure(archive, size, workers)))
+
+
+def measure(archive: Path, size: int, workers: int) -> list[str]:
+    """The cells of one archive's row."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="loader-bench-", dir=ROOT / "build") as name:
+        folder = Path(name)
+        seconds = preprocess_s(archive, folder / "out", workers, size)
+        with Records(folder / "out" / "train.lmdb") as records:
+            count = len(records) + len(records.manifest.rejected)
+        tree = folder / "tree"
+        with tarfile.open(archive) as packed:
+            packed.extractall(tree, filter="data")
+        alone = standardising(tree, workers, size)
+    ratio = count / seconds / alone
+    return [
+        archive.name,
+        f"{count:,}",
+        str(size),
+        f"{seconds:.1f}",
+        f"{count / seconds:,.0f}",
+        f"{alone:,.0f}",
+        f"{ratio:.2f}",
+    ]
+
+
+def _row(cells: tuple[str, ...] | list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m tools.bench.archives")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageOps, features
 
 from loader_service.data.picture import FILTER, MAX_PIXELS, load_picture
 from loader_service.errors import PictureError
@@ -150,6 +150,28 @@ def test_cmyk_becomes_rgb(adobe: bool) -> None:
     assert_quarters(load_picture(content), tolerance=12)
 
 
+def test_ycck_becomes_rgb() -> None:
+    """A JPEG whose Adobe marker says YCCK, luminance and colour of the inverted inks, gets its colours right."""
+    inks = [band.point(lambda value: 255 - value) for band in ImageOps.invert(quarters()).convert("YCbCr").split()]
+    stored = Image.merge("CMYK", [*inks, Image.new("L", inks[0].size, 0)])
+    content = bytearray(file_of(stored, "JPEG", quality=95))
+    content[content.index(b"Adobe") + 11] = 2  # the marker's last byte: no longer CMYK, but YCCK
+    assert_quarters(load_picture(bytes(content)), tolerance=12)
+
+
+def test_a_colour_profile_changes_nothing() -> None:
+    """Pixels stand as they are stored, also where the profile is damaged."""
+    plain = load_picture(file_of(quarters(), "JPEG"))
+    assert np.array_equal(load_picture(file_of(quarters(), "JPEG", icc_profile=bytes(range(200)))), plain)
+
+
+def test_sixteen_bits_a_channel_become_eight() -> None:
+    """A PNG of 48-bit RGB keeps the upper half of each value."""
+    rows = (np.asarray(quarters(256, 256)).astype(np.uint16) * 256 + 77).astype(">u2")
+    content = png(256, 256, b"".join(b"\0" + row.tobytes() for row in rows), depth=16)
+    assert_quarters(load_picture(content))
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM", "TGA"])
 def test_formats_are_found_by_content(kind: str, tmp_path: Path) -> None:
     """A file's name says nothing: any format under the name .JPEG is read."""
@@ -176,16 +198,14 @@ def test_tiny_sides_are_enlarged(size: tuple[int, int]) -> None:
     assert (load_picture(file_of(Image.new("RGB", size, (9, 99, 199)))) == (9, 99, 199)).all()
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
+def png(width: int, height: int, rows: bytes = bytes(999), depth: int = 8) -> bytes:
+    """A PNG that claims a size in RGB and holds these filtered rows; next to nothing if none are given."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
-    )
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -197,10 +217,10 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "header only": (lambda: file_of(quarters(), "JPEG")[:20], "a JPEG whose header is damaged"),
     "half a jpeg": (lambda: file_of(quarters(), "JPEG")[:1500], "truncated"),
     "half a png": (lambda: file_of(quarters())[:200], "cannot be decoded"),
-    "bomb": (lambda: png_header(60_000, 60_000), f"more than {MAX_PIXELS} pixels"),
-    "just too large": (lambda: png_header(10_000, 8_948), f"more than {MAX_PIXELS}"),
-    "too little data": (lambda: png_header(500, 500), "cannot be decoded"),
-    "no width": (lambda: png_header(0, 500), "a PNG whose header is damaged"),
+    "bomb": (lambda: png(60_000, 60_000), f"more than {MAX_PIXELS} pixels"),
+    "just too large": (lambda: png(10_000, 8_948), f"more than {MAX_PIXELS}"),
+    "too little data": (lambda: png(500, 500), "cannot be decoded"),
+    "no width": (lambda: png(0, 500), "a PNG whose header is damaged"),
     "float": (lambda: file_of(Image.new("F", (300, 300), 0.5), "TIFF"), "floating-point"),
     "32 bits": (lambda: file_of(Image.new("I", (300, 300), 70_000), "TIFF"), "32-bit"),
     "random": (lambda: np.random.Generator(np.random.Philox(key=2)).bytes(5000), "it is in no known"),

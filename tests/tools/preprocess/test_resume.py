@@ -25,8 +25,11 @@ from tools.verify import verify
 
 Preprocess = Callable[..., Result]
 
-KILLS: Final = int(os.environ.get("PREPROCESS_KILLS", "4"))
+KILLS: Final = int(os.environ.get("PREPROCESS_KILLS", "20"))
 """How often a run is killed; many more are a matter of patience alone."""
+
+KILLS_IN_A_ROW: Final = 4
+"""All but the first of these hit a run that goes on."""
 
 FULL_BYTES: Final = 40_000_000
 """A disk that takes half of the large album's raw records, and the workers' memory."""
@@ -81,9 +84,9 @@ def test_kills_at_random_moments_change_nothing(large_album: Path, tmp_path: Pat
     """After SIGKILL at any moments, and again while it goes on, the same command makes the same fingerprints."""
     moments = random.Random(20121203)
     for number in range(KILLS):
-        out = tmp_path / str(number // 2)  # every second kill hits a run that goes on
+        out = tmp_path / str(number // KILLS_IN_A_ROW)
         with subprocess.Popen(command(large_album, out), stderr=subprocess.DEVNULL) as process:
-            select.select([], [], [], moments.uniform(0, undisturbed.seconds))
+            select.select([], [], [], moments.uniform(0, undisturbed.seconds * 0.75))
             process.kill()
     for out in sorted(tmp_path.iterdir()):
         subprocess.run(command(large_album, out), check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""One process for each tower, and pairs of them as replicas: the same run as in one process."""
+"""One process for each tower: the same run as in one process. For replicas see test_layouts.py."""
 
 from __future__ import annotations
 
@@ -76,12 +76,3 @@ def test_a_process_for_each_tower(node: str, one_process: Path, tmp_path: Path) 
     done = torchrun(2, "-m", "--", "trainer", "run", "--loader", node, "--run", tmp_path / "run", *OPTIONS)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", one_process)
-
-
-def test_pairs_of_towers_as_replicas(node: str, tmp_path: Path) -> None:
-    """Four processes: each pair reads its half of every batch; gradients add up to those of the whole batch."""
-    done = torchrun(
-        4, "-m", "--", "trainer", "run", "--loader", node, "--run", tmp_path / "run", *OPTIONS, "--no-dropout"
-    )
-    assert done.returncode == 0, done.stderr
-    assert_same_run(tmp_path / "run", alone(node, tmp_path / "alone", "--no-dropout"))

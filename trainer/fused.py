@@ -41,6 +41,7 @@ def relu_lrn_pool(maps: Tensor, alpha: float = ALPHA, side: int = 3, relu_first:
     Returns:
         (B, C, (H - side) // 2 + 1, (W - side) // 2 + 1), of the dtype and memory layout of ``maps``.
     """
+    pooled: Tensor
     pooled, _ = _forward(maps, alpha, side, relu_first)
     return pooled
 

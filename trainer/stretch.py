@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ class Stretch:
 
     def __init__(self, run: Callable[..., Tensor], layers: list[nn.Module], speed: Speed, device: torch.device) -> None:
         self._layers, self._speed, self._device = layers, speed, device
-        self._plain = self._cast(run)
-        self._fast = self._cast(torch.compile(run, dynamic=False)) if speed.compile else self._plain
+        self._plain = self._narrow(run)
+        self._fast = self._narrow(torch.compile(run, dynamic=False)) if speed.compile else self._plain
         self._graph: Callable[..., Tensor] | None = None
         self._size = 0
 
@@ -47,23 +48,23 @@ class Stretch:
         with self._here():
             return (self._graph or self._fast)(*given)
 
-    def _cast(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _narrow(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if self._speed.amp == "off":
             return run
 
-        def cast(*given: Tensor) -> Tensor:
+        def narrow(*given: Tensor) -> Tensor:
             # No cache: a stretch uses each weight once, and a graph must not keep a cast made outside of it.
             with torch.autocast(self._device.type, torch.bfloat16, cache_enabled=False):
                 return run(*given)
 
-        return cast
+        return narrow
 
     def _record(self, given: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         """The stretch as two CUDA graphs, forward and backward, for inputs like those ``given``."""
         like = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in given)
         with self._here():
-            graph: Callable[..., Tensor] = torch.cuda.make_graphed_callables(_Callable(self._fast, self._layers), like)
-        return graph
+            graph = torch.cuda.make_graphed_callables(_Callable(self._fast, self._layers), like)
+        return cast("Callable[..., Tensor]", graph)
 
     def _here(self) -> AbstractContextManager[object]:
         """Graphs are recorded and replayed on torch's current device."""

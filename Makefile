@@ -7,10 +7,13 @@ OUT     = data
 SEED    = 0
 ARGS    =
 ENGINE  =
+CIFAR10 = ../shared/data/cifar10-images.tar.gz
+RUN     = runs/cifar10
+RESULTS = docs/results/cifar10
 run     = .venv/bin/python
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo preprocess test style types cover chaos fuzz docker docker-scale docker-images bench clean
+.PHONY: help setup demo preprocess test style types cover chaos fuzz docker docker-scale docker-images bench bench-trainer cifar clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +60,17 @@ docker-images: setup ## the images alone
 
 bench: setup ## this beside the machine's limits and other loaders -> docs/benchmarks.md; [ARGS="--peers none"]
 	@$(run) -m tools.bench $(ARGS)
+
+bench-trainer: setup ## the trainer's speed, each switch on and off -> docs/trainer-benchmarks.md; [ARGS="--batch-sizes 128,512"]
+	@$(run) -m tools.bench.trainer $(ARGS)
+
+cifar: setup ## CIFAR-10 at full width by the paper's recipe, for a GPU -> docs/results/cifar10; [CIFAR10=FILE] [RUN=DIR] [ARGS=]
+	$(run) -m tools.preprocess "$(CIFAR10)" build/cifar10
+	$(run) -m trainer run --data build/cifar10 --run "$(RUN)" --resume auto $(ARGS)
+	$(run) -m trainer evaluate "$(RUN)" --data build/cifar10 --views ten-crop --classes
+	mkdir -p "$(RESULTS)"
+	$(run) -m trainer evaluate "$(RUN)" --data build/cifar10 --views ten-crop --json > "$(RESULTS)/ten-crop.json"
+	cd "$(RUN)" && cp config.json log.jsonl summary.json *.svg *.png "$(abspath $(RESULTS))"
 
 clean: ## remove what make has made: .venv, build/ and caches; data/ and runs/ stay
 	rm -rf .venv build dist *.egg-info loader_service/data/*.so .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -26,6 +26,9 @@ PEERS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
 }
 """What to hand to pip, call by call."""
 
+TRAINERS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {"torchvision": ((*TORCH, "torchvision"),)}
+"""Likewise, for what the trainer is measured beside."""
+
 
 class NotInstalled(ToolFailed):
     """A peer's packages do not install on this machine; the message says why."""
@@ -39,11 +42,12 @@ def python_of(peer: str, root: Path) -> Path:
     """
     folder = root / ENVIRONMENTS / peer
     python, marker = folder / "bin" / "python", folder / "ready.txt"
-    wanted = repr(PEERS[peer])
+    recipe = (PEERS | TRAINERS)[peer]
+    wanted = repr(recipe)
     if marker.exists() and marker.read_text() == wanted:
         return python
     _run(peer, [sys.executable, "-m", "venv", str(folder)])
-    for arguments in PEERS[peer]:
+    for arguments in recipe:
         _run(peer, [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments])
     marker.write_text(wanted)
     return python
@@ -51,7 +55,7 @@ def python_of(peer: str, root: Path) -> Path:
 
 def versions(peer: str) -> str:
     """What a peer's environment holds of what was pinned: ``name version, ...``."""
-    pins = [argument for arguments in PEERS[peer] for argument in arguments if "==" in argument]
+    pins = [argument for arguments in (PEERS | TRAINERS)[peer] for argument in arguments if "==" in argument]
     python = sys.version_info
     return ", ".join([pin.replace("==", " ") for pin in pins] + [f"Python {python.major}.{python.minor}"])
 

@@ -1,0 +1,98 @@
+"""This project's trainer as a contestant: whole steps on one device, as ``trainer run`` makes them.
+
+``python -m tools.bench.steps --batch 128 --device cuda --speed '{"amp": "bf16"}'`` trains again and again on one batch of
+noise that never leaves the device; with ``--data DIR`` on what a private node serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+
+import click
+import msgspec
+import torch
+from torch.nn import functional
+
+from tools.bench.turns import deliver
+from trainer.centre import Centre, Windows
+from trainer.chance import DropoutKey
+from trainer.config import Source
+from trainer.feed import Batch, Feed, open_source
+from trainer.model import AlexNet
+from trainer.optimizer import PaperSGD
+from trainer.speed import Speed
+
+CLASSES = 1000
+RECORD, CROP = 256, 224
+STEPS_BETWEEN_READINGS = {"cpu": 1, "cuda": 20}
+"""A GPU is waited for, so that its clock can be read, so seldom that it is never idle for long."""
+
+EPOCHS = 1 << 20
+"""More than anybody waits for."""
+
+
+@click.command()
+@click.option("--batch", type=click.IntRange(1), required=True)
+@click.option("--width", type=float, default=1.0)
+@click.option("--device", default="cpu")
+@click.option("--speed", default="{}", help="Fields of trainer.speed.Speed, as JSON.")
+@click.option("--data", type=click.Path(path_type=Path), help="A dataset to be fed from; else one batch of noise.")
+@click.option("--workers", type=int, default=2, help="Of the node.")
+def main(batch: int, width: float, device: str, speed: str, data: Path | None, workers: int) -> None:
+    """Take turns at training."""
+    torch.manual_seed(0)
+    place = torch.device(device)
+    with ExitStack() as stack:
+        if data is None:
+            batches, classes, mean = again(noise(batch, place)), CLASSES, torch.full((RECORD, RECORD, 3), 120.0)
+        else:
+            node = stack.enter_context(open_source(Source(data=str(data), workers=workers)))
+            feed = stack.enter_context(Feed(node, "train", "train", batch, (place,), epochs=EPOCHS))
+            batches, classes, mean = feed, len(feed.facts.class_names), feed.facts.mean
+        model = AlexNet(classes, width, devices=(place,), speed=msgspec.json.decode(speed, type=Speed))
+        step = stepper(model, Centre(mean, model.preset, (place,)))
+        deliver(chunks(step, batches, place))
+
+
+def again(batch: Batch) -> Iterator[Batch]:
+    """The same batch for ever."""
+    while True:
+        yield batch
+
+
+def noise(size: int, device: torch.device) -> Batch:
+    """A batch of random pixels and labels, on ``device``."""
+    images = torch.randint(0, 256, (size, CROP, CROP, 3), dtype=torch.uint8).to(device)
+    labels = torch.randint(0, CLASSES, (size,)).to(device)
+    return Batch((images,), Windows.centre(size, RECORD, CROP), labels, labels.cpu().numpy(), 0, 1)
+
+
+def stepper(model: AlexNet, centre: Centre) -> Callable[[Batch], int]:
+    """A step on one batch: everything that ``trainer run`` makes of it but its records; returns how many images."""
+    optimizer = PaperSGD(model.train(), model.preset, lr=1e-4, fused=model.speed.fused_sgd)
+    numbers = count()
+
+    def step(batch: Batch) -> int:
+        optimizer.zero_grad()
+        logits = model(centre(batch.images, batch.windows), DropoutKey(0, next(numbers)))
+        torch.autograd.backward(functional.cross_entropy(logits, batch.labels))
+        optimizer.step()
+        return len(batch.labels)
+
+    return step
+
+
+def chunks(step: Callable[[Batch], int], batches: Iterator[Batch], device: torch.device) -> Iterator[int]:
+    """Images of a few steps at a time, the device's work on them done."""
+    while True:
+        images = sum(step(next(batches)) for _ in range(STEPS_BETWEEN_READINGS[device.type]))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        yield images
+
+
+if __name__ == "__main__":
+    main()

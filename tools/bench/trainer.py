@@ -102,15 +102,21 @@ def contestants(settings: Settings, batch: int, peer: Path | None) -> list[tuple
     return found
 
 
-def measure(settings: Settings, batch: int, peer: Path | None) -> list[Line]:
-    """Every contestant's rounds at one batch size."""
+def measure(settings: Settings, batch: int, peer: Path | None, missing: list[str]) -> list[Line]:
+    """Every contestant's rounds at one batch size; a peer that does not run is out, and why goes to ``missing``."""
     with ExitStack() as stack:
         running = []
         for contestant, speed in contestants(settings, batch, peer):
             click.echo(f"batch {batch}: starting {contestant.name}", err=True)
             one = stack.enter_context(Running(contestant))
-            one.wait()
-            running.append((one, speed))
+            try:
+                one.wait()
+            except ToolFailed as error:
+                if contestant.kind != "peer":
+                    raise
+                missing.append(str(error))
+            else:
+                running.append((one, speed))
         turns: list[list[float]] = [[] for _ in running]
         for number in range(settings.rounds):
             click.echo(f"batch {batch}: round {number + 1} of {settings.rounds}", err=True)
@@ -131,7 +137,7 @@ def _share_used(settings: Settings, speed: Speed | None, images_per_s: float) ->
     return images_per_s * work / peak if peak else None
 
 
-def markdown(settings: Settings, lines: list[Line], versions: str, missing: str) -> str:
+def markdown(settings: Settings, lines: list[Line], versions: str, missing: list[str]) -> str:
     """The whole document."""
     device = torch.device(settings.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
@@ -145,7 +151,8 @@ def markdown(settings: Settings, lines: list[Line], versions: str, missing: str)
         _table(lines),
         _bars(settings, lines, name),
     ]
-    return "\n\n".join([*parts, missing]).rstrip() + "\n"
+    parts += [f"Not measured: {why}" for why in dict.fromkeys(missing)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _table(lines: list[Line]) -> str:
@@ -203,14 +210,15 @@ def main(
         raise click.BadParameter("whole numbers with commas between them, such as 128,512") from None
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     settings = Settings(device, sizes, width, rounds, seconds, data, workers)
-    python, missing = None, ""
+    python: Path | None = None
+    missing: list[str] = []
     if peer:
         try:
             click.echo("setting up torchvision's environment", err=True)
             python = python_of(PEER, ROOT)
         except NotInstalled as error:
-            missing = f"Not measured: {error}"
-    lines = [line for size in sizes for line in measure(settings, size, python)]
+            missing.append(str(error))
+    lines = [line for size in sizes for line in measure(settings, size, python, missing)]
     if not lines:
         raise ToolFailed("nothing was measured.")
     versions = f"Python {platform.python_version()}, torch {version('torch')}"

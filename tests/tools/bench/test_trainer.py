@@ -7,8 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tools.bench import trainer
 from tools.bench.contest import Contestant, Running
-from tools.bench.trainer import FORMS, Line, Settings, contestants, markdown
+from tools.bench.trainer import FORMS, Line, Settings, contestants, markdown, measure
 from trainer.speed import Speed
 
 
@@ -53,14 +54,25 @@ def line(title: str, rate: float, used: float | None = None) -> Line:
 def test_the_document_compares_with_peer_and_node() -> None:
     """The fastest form beside torchvision, and the node's share of the form that it feeds; medians, whatever the order."""
     lines = [line("bf16", 1000, 0.25), line("float32", 400), line("bf16, fed by a node", 985)]
-    text = markdown(settings(), [*lines, line("torchvision's AlexNet, bf16, compiled", 800)], "torch 2", "")
+    text = markdown(settings(), [*lines, line("torchvision's AlexNet, bf16, compiled", 800)], "torch 2", [])
     assert "| bf16 | 128 | 1,000 [900, 1,300] | 25.0% |" in text
     assert "batch 128: 1.25 times torchvision's, by bf16." in text
     assert "batch 128: fed by a node 98.5% of synthetic; the bar is 98%." in text
     assert "H100" not in text
 
 
-@pytest.mark.parametrize("missing", ["Not measured: torchvision does not install here: no"])
-def test_a_missing_peer_is_said(missing: str) -> None:
-    """The document tells why it has no comparison."""
-    assert markdown(settings(), [line("bf16", 1000)], "torch 2", missing).endswith(f"{missing}\n")
+def test_a_missing_peer_is_said() -> None:
+    """The document tells why it has no comparison, once for all batch sizes."""
+    why = "torchvision does not install here: no."
+    text = markdown(settings(), [line("bf16", 1000)], "torch 2", [why, why])
+    assert text.endswith(f"\n\nNot measured: {why}\n")
+    assert text.count(why) == 1
+
+
+def test_a_peer_that_does_not_run_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others' figures are not lost with it."""
+    monkeypatch.setattr(trainer, "FORMS", {"float32": Speed()})
+    missing: list[str] = []
+    lines = measure(settings(width=0.05, rounds=1, seconds=0.1), 1, Path("/bin/false"), missing)
+    assert "torchvision" in missing[0]
+    assert [found.title for found in lines] == ["float32"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from trainer import exchange
 from trainer.exchange import BetweenDevices, OneDevice, choose_exchange, peer_copies_work
@@ -54,3 +57,13 @@ def test_damaged_peer_copies_go_through_the_host(monkeypatch: pytest.MonkeyPatch
 def test_one_device_twice_needs_no_probe() -> None:
     """Nothing is copied between a device and itself."""
     assert peer_copies_work((CPU, CPU))
+
+
+@pytest.mark.parametrize("damage", [torch.zeros_like, lambda sent: sent.roll(1)], ids=["zeros", "garbage"])
+def test_damaged_copies_are_noticed(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Tensor], Tensor]) -> None:
+    """Copies that arrive as zeros, or as other numbers, without any error; here between two names of the CPU."""
+    devices = (CPU, torch.device("cpu", 0))
+    assert peer_copies_work(devices)
+    whole = Tensor.to
+    monkeypatch.setattr(Tensor, "to", lambda sent, target: damage(whole(sent, target)))
+    assert not peer_copies_work(devices)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from loader_service.data.picture import load_picture
 from trainer.chance import DropoutKey
 from trainer.errors import ConfigError
 from trainer.model import AlexNet, Sizes
@@ -29,6 +34,10 @@ PER_LAYER = {
     "fc8": 4_097_000,
 }
 MULTIPLY_ADDS = 724_406_816
+
+PHOTOGRAPHS = Path(
+    os.environ.get("IMAGENET_SAMPLE", Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-sample.tar")
+)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +259,7 @@ def test_the_narrowest_layers_have_one_kernel() -> None:
     assert Sizes.of(2, 0.001).kernels == (1, 1, 1, 1, 1)
 
 
-def photographs(count: int) -> torch.Tensor:
+def spectral_noise(count: int) -> torch.Tensor:
     """Noise with a photograph's spectrum (amplitude falls as 1 / frequency) and contrast (std 60), 0-255 minus mean."""
     chance = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(224)[:, None], np.fft.rfftfreq(224)[None, :])
@@ -261,22 +270,26 @@ def photographs(count: int) -> torch.Tensor:
     return torch.from_numpy((60 * mixed / mixed.std()).astype(np.float32))
 
 
+def photographs(count: int) -> torch.Tensor:
+    """Of ImageNet, minus the mean image of four times as many."""
+    if not PHOTOGRAPHS.is_file():
+        pytest.skip(
+            f"there are no photographs at {PHOTOGRAPHS}; the variable IMAGENET_SAMPLE may name an archive of some"
+        )
+    with tarfile.open(PHOTOGRAPHS) as archive:
+        files = [member for member in archive if member.name.lower().endswith((".jpg", ".jpeg"))][: 4 * count]
+        pixels = np.stack([load_picture(archive.extractfile(file).read(), source=file.name) for file in files])
+    centred = pixels.astype(np.float32) - pixels.mean(axis=0, dtype=np.float32)
+    return torch.from_numpy(centred[:count, 16:240, 16:240].transpose(0, 3, 1, 2).copy())
+
+
+@pytest.mark.parametrize("pictures", [spectral_noise, photographs])
 @pytest.mark.parametrize(("preset", "spread"), [("paper", 0.011), ("original", 0.16)])
-def test_logit_spread_at_the_start(preset: str, spread: float) -> None:
-    """How much each logit differs between photographs, dropout left out: too little, and nothing is ever learnt."""
-    model = AlexNet(50, preset=preset).eval()
+def test_logit_spread_at_the_start(preset: str, spread: float, pictures: Callable[[int], torch.Tensor]) -> None:
+    """How much each logit differs between pictures, dropout left out: too little, and nothing is ever learnt."""
+    model = AlexNet(50, preset=preset, variation=Variation(dropout=False)).eval()
     with torch.inference_mode():
-        pictures = photographs(16)
-        wholes = model.exchange([tower.lower(pictures) for tower in model.each_tower], (0, 1))
-        parts = [tower.upper(whole) for tower, whole in zip(model.each_tower, wholes, strict=True)]
-        for layer in ("fc6", "fc7"):
-            wholes = model.exchange(parts, (0, 1))
-            parts = [
-                functional.relu(getattr(tower, layer)(whole))
-                for tower, whole in zip(model.each_tower, wholes, strict=True)
-            ]
-        logits = model.fc8(*model.exchange(parts, (0,)))
-    assert logits.std(0).mean().item() == pytest.approx(spread, rel=0.3)
+        assert model(pictures(24)).std(0).mean().item() == pytest.approx(spread, rel=0.3)
 
 
 FAST = {

@@ -76,3 +76,11 @@ def test_a_process_for_each_tower(node: str, one_process: Path, tmp_path: Path) 
     done = torchrun(2, "-m", "--", "trainer", "run", "--loader", node, "--run", tmp_path / "run", *OPTIONS)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", one_process)
+
+
+def test_a_process_for_each_tower_in_bfloat16(node: str, tmp_path: Path) -> None:
+    """Maps cross between the processes in bfloat16; losses are those of one process that runs the same fast forms."""
+    fast = ["--amp", "bf16", "--fused-norm"]
+    done = torchrun(2, "-m", "--", "trainer", "run", "--loader", node, "--run", tmp_path / "run", *OPTIONS, *fast)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone(node, tmp_path / "alone", *fast)), rel=1e-3)

@@ -2,8 +2,8 @@
 
 One program makes all channels of a few places of a row, so what a thread wants of a neighbouring channel or an overlapping
 window is in the cache of its multiprocessor. Only what the convolution wrote comes from memory, and only what is pooled
-goes there: 2 + 2.25 / 4 bytes for each of the convolution's units, in bfloat16, where the operations one by one move over
-20. All arithmetic is float32.
+goes there, with a byte for which unit won: some 2 + 3 / 4 bytes for each of the convolution's units, in bfloat16, where the
+operations one by one move over 20. All arithmetic is float32.
 
 Checked in Triton's interpreter, on a CPU, against the operations one by one. These kernels have not met a GPU yet.
 """

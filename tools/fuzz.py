@@ -74,6 +74,7 @@ def from_node() -> list[FromNode]:
     return [
         messages.Welcome(messages.PROTOCOL, INSTANCE, 2, 2**24, {"train": facts}),
         messages.Attached(SEGMENT, bytes(16)),
+        messages.Pixels(7, 4096),
         messages.Filled(7),
         messages.Failed(7, 3, "because", "cat/1.jpg"),
         messages.Stranger(),

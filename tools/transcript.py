@@ -35,6 +35,7 @@ TRANSCRIPT: Final[tuple[FromClient | FromNode, ...]] = (
     messages.Attach(SEGMENT),
     messages.Attached(SEGMENT, bytes(range(16))),
     Request(INSTANCE, 1, "train", SliceId(VIEWS["center"], 5, 0, 0, 2), "uint8", Place(0, 1, 8192, 311_296, 315_392)),
+    messages.Pixels(1, 0),
     messages.Filled(1),
     messages.Failed(2, 1, "its checksum is wrong", "bee/1.jpg"),
     messages.Ping(),

@@ -69,6 +69,7 @@ class Part:
     index: int  # part within the slot
     state: str = "wanted"  # wanted | asked | done
     ask: int = -1
+    received: int = 0  # bytes of its pixels that have come, of an ask that is answered in frames
     excuses: int = 0
     excluded: tuple[int, ...] = ()  # what the ask that is current excludes
     refused_by: set[str] = field(default_factory=set)  # nodes that called a record of it bad
@@ -299,7 +300,7 @@ class Ledger:
             if generation is None:
                 self._condemn(batch)
                 return []
-            part.state, part.ask, part.excluded = "asked", next(self._numbers), self.excluded
+            part.state, part.ask, part.excluded, part.received = "asked", next(self._numbers), self.excluded, 0
             self._nodes[name].asks[part.ask] = (batch, part)
             asks.append(Ask(name, part.ask, batch, part, generation))
         return asks

@@ -27,6 +27,7 @@ from loader_service.client.ledger import MAX_EXCUSES, Ask, Batch, Deliver, Finis
 from loader_service.client.peer import Peer
 from loader_service.client.resolver import Resolver
 from loader_service.client.room import Room
+from loader_service.data import kernel
 from loader_service.errors import (
     LoaderServiceError,
     MessageError,
@@ -261,6 +262,8 @@ class Session:
                 self._welcome(peer, message)
             case messages.Attached():
                 self._attached(peer, message)
+            case messages.Pixels():
+                self._pixels(peer, message, frames)
             case messages.Filled():
                 self._filled(peer, message.id, frames)
             case messages.Failed():
@@ -335,24 +338,38 @@ class Session:
             self._ledger.node_down(peer.address)
         self._drop_if_unlisted(peer)
 
+    def _pixels(self, peer: Peer, pixels: messages.Pixels, frames: list[zmq.Frame]) -> None:
+        """A piece of a slice from another machine: frame to slot, the one copy that it takes."""
+        found = self._ledger.is_current(peer.address, pixels.id) if self._ledger else None
+        if found is None or self._room is None:
+            return
+        batch, part = found
+        images, _, _ = self._room.part(batch.slot, part.offset, part.count)
+        size = sum(len(frame) for frame in frames)
+        if peer.shared or len(frames) != 1 or pixels.start != part.received or part.received + size > images.nbytes:
+            raise MessageError(
+                f"{len(frames)} frames of {size} bytes at {pixels.start} are not what a slice goes on with"
+            )
+        kernel.copy(images[part.received : part.received + size], np.frombuffer(frames[0].buffer, np.uint8))
+        part.received += size
+
     def _filled(self, peer: Peer, number: int, frames: list[zmq.Frame]) -> None:
         if self._ledger is None or self._room is None:
             return
-        found = self._ledger.is_current(peer.address, number)
-        if found and bool(frames) == peer.shared:
-            raise MessageError("a slice came another way than it was asked for")
-        if found and frames:
-            self._copy(*found, frames)
+        if found := self._ledger.is_current(peer.address, number):
+            if bool(frames) == peer.shared:
+                raise MessageError("a slice came another way than it was asked for")
+            if frames:
+                self._finish(*found, frames)
         self._ledger.filled(peer.address, number)
 
-    def _copy(self, batch: Batch, part: Part, frames: list[zmq.Frame]) -> None:
-        """Frames to slot: the one copy that a slice from another machine takes."""
+    def _finish(self, batch: Batch, part: Part, frames: list[zmq.Frame]) -> None:
+        """The end of a slice in frames: its labels and draws."""
         assert self._room is not None
         images, labels, draws = self._room.part(batch.slot, part.offset, part.count)
-        if len(frames) != 2 or len(frames[0]) != images.nbytes or len(frames[1]) != labels.nbytes + draws.nbytes:
-            raise MessageError(f"a slice's frames have {[len(f) for f in frames]} bytes, which is not its size")
-        np.copyto(images, np.frombuffer(frames[0].buffer, np.uint8))
-        tail = np.frombuffer(frames[1].buffer, np.uint8)
+        if part.received != images.nbytes or len(frames) != 1 or len(frames[0]) != labels.nbytes + draws.nbytes:
+            raise MessageError(f"a slice's {part.received} and {[len(f) for f in frames]} bytes are not its size")
+        tail = np.frombuffer(frames[0].buffer, np.uint8)
         np.copyto(labels, tail[: labels.nbytes])
         np.copyto(draws, tail[labels.nbytes :])
 

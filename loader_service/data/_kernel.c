@@ -1,4 +1,4 @@
-/* The compiled kernel: raw records to samples, and positions to record numbers, a slice at a call.
+/* The compiled kernel: raw records to samples, frames to slots, and positions to record numbers, a slice at a call.
  *
  * What the bytes are is defined by the NumPy forms in augment.py and order.py, which tests compare with these bit for
  * bit. Nothing that is passed in is believed: buffers' sizes and draws are checked before the first byte is written,
@@ -317,6 +317,51 @@ static PyObject *augment(PyObject *module, PyObject *args)
     return made < 0 ? NULL : PyLong_FromSsize_t(made);
 }
 
+/* ---- frames ---- */
+
+/* Past the caches, as samples are and for the same reasons, where the CPU can. */
+static void copy_bytes(uint8_t *out, const uint8_t *in, size_t n)
+{
+#if defined(__x86_64__)
+    if (has_avx512() && n >= CACHE_LINE) {
+        const size_t head = -(uintptr_t)out % CACHE_LINE, body = (n - head) / CACHE_LINE * CACHE_LINE;
+        memcpy(out, in, head);
+        stream_avx512(out + head, in + head, (ptrdiff_t)body);
+        memcpy(out + head + body, in + head + body, n - head - body);
+        finish_streams();
+        return;
+    }
+#endif
+    memcpy(out, in, n);
+}
+
+PyDoc_STRVAR(copy_doc, "copy(out, content): see kernel.copy.");
+
+static PyObject *copy(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *out_object, *content_object;
+    if (!PyArg_ParseTuple(args, "OO", &out_object, &content_object))
+        return NULL;
+    Py_buffer out = {0}, content = {0};
+    int ready = PyObject_GetBuffer(out_object, &out, PyBUF_WRITABLE) == 0 &&
+                PyObject_GetBuffer(content_object, &content, PyBUF_SIMPLE) == 0;
+    if (ready && out.len != content.len) {
+        PyErr_Format(PyExc_ValueError, "%zd bytes do not fill %zd", content.len, out.len);
+        ready = 0;
+    }
+    if (ready) {
+        Py_BEGIN_ALLOW_THREADS
+        copy_bytes(out.buf, content.buf, (size_t)out.len);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&out);
+    PyBuffer_Release(&content);
+    if (!ready)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 /* ---- the order ---- */
 
 static uint64_t mix(uint64_t half, uint64_t key)
@@ -388,6 +433,7 @@ static PyObject *forms(PyObject *module, PyObject *args)
 
 static PyMethodDef METHODS[] = {
     {"augment", augment, METH_VARARGS, augment_doc},
+    {"copy", copy, METH_VARARGS, copy_doc},
     {"walk", walk, METH_VARARGS, walk_doc},
     {"forms", forms, METH_NOARGS, "forms(): the names of the forms that this machine can run, the best first."},
     {NULL, NULL, 0, NULL},

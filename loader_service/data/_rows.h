@@ -108,11 +108,11 @@ TARGET_AVX512 static inline void row_avx512(uint8_t *out, const uint8_t *in, ptr
     }
 }
 
-/* n bytes, whole cache lines at both ends, written past the caches; until finish_streams() others may not see them. */
+/* n bytes to whole cache lines, written past the caches; until finish_streams() others may not see them. */
 TARGET_AVX512 static inline void stream_avx512(uint8_t *out, const uint8_t *in, ptrdiff_t n)
 {
     for (ptrdiff_t i = 0; i < n; i += 64)
-        _mm512_stream_si512((void *)(out + i), _mm512_load_si512(in + i));
+        _mm512_stream_si512((void *)(out + i), _mm512_loadu_si512(in + i));
 }
 
 static inline void finish_streams(void) { _mm_sfence(); }

@@ -19,6 +19,9 @@ import os
 from functools import cache
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from loader_service.errors import OptionError
 
 try:
@@ -46,3 +49,22 @@ def chosen() -> str:
     if name not in FORMS:
         raise OptionError(VARIABLE, name, f"one of {', '.join(FORMS)}, the forms that this machine can run")
     return name
+
+
+def copy(out: npt.NDArray[np.uint8], content: npt.NDArray[np.uint8]) -> None:
+    """Copy a frame to where it is read by others: past this CPU's caches where it can, without the GIL.
+
+    Args:
+        out: (n,) uint8, C-contiguous.
+        content: (n,) uint8, C-contiguous; overlaps ``out`` nowhere.
+
+    Raises:
+        ValueError: they are not of one size.
+    """
+    if chosen() == "numpy":
+        if out.shape != content.shape:
+            raise ValueError(f"{content.size} bytes do not fill {out.size}")
+        np.copyto(out, content)
+    else:
+        assert compiled is not None
+        compiled.copy(out, content)

@@ -1,8 +1,9 @@
 """The grammar of the wire: every message that a client and a node exchange.
 
-A message is one frame of MessagePack, a map with its type under ``t``. A :class:`Filled` that answers a request without
-a place is followed by two frames: the slice's pixels, and its labels and draws one after the other. Everything is
-bounded and checked on arrival; nothing is ever executed or unpickled.
+A message is one frame of MessagePack, a map with its type under ``t``. A request without a place is answered in frames:
+the slice's pixels in order, a piece after each :class:`Pixels`, then its labels and draws one after the other, after the
+:class:`Filled`. Pieces are small enough for a cache, so that a slice is still being sent while its first bytes are copied
+to their slot. Everything is bounded and checked on arrival; nothing is ever executed or unpickled.
 
 ========== =================== ==================================================================
 from       message             meaning
@@ -12,6 +13,7 @@ node       Welcome             instance, workers, and the facts of every split
 client     Attach              open my segment of shared memory and prove it by its nonce
 node       Attached            I can write there; or why I cannot
 client     Request             make this slice, and put it there or send it
+node       Pixels              here is the next piece of it
 node       Filled              it is done
 node       Failed              it cannot be done: this record is bad
 node       Stranger            I do not know you (any more): say Hello
@@ -32,7 +34,7 @@ from msgspec import Meta
 from loader_service.errors import MessageError
 from loader_service.spec import DatasetFacts, Dtype, SliceId, Split, StageSeconds
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 MAX_CLIENT_MESSAGE_BYTES: Final = 16_384
 """Largest message a node takes from a client; libzmq cuts the connection of who sends more."""
 
@@ -107,8 +109,15 @@ class Request(_Message, frozen=True, tag="request"):
             raise ValueError("a request's view says how large its crops are, not 0")
 
 
+class Pixels(_Message, frozen=True, tag="pixels"):
+    """A frame follows: the pixels of the slice of request ``id`` from byte ``start`` on, where the last piece ended."""
+
+    id: Counter
+    start: Counter
+
+
 class Filled(_Message, frozen=True, tag="filled"):
-    """The slice of request ``id`` is complete; two frames follow if it had no place."""
+    """The slice of request ``id`` is complete; if it had no place, a frame with its labels and draws follows."""
 
     id: Counter
 
@@ -203,7 +212,7 @@ class Status(_Message, frozen=True, tag="status"):
 
 
 FromClient = Hello | Attach | Request | Ping | Pong | Bye | StatusQuery
-FromNode = Welcome | Attached | Filled | Failed | Stranger | Ping | Pong | Status
+FromNode = Welcome | Attached | Pixels | Filled | Failed | Stranger | Ping | Pong | Status
 
 _encoder = msgspec.msgpack.Encoder()
 _from_client = msgspec.msgpack.Decoder(FromClient)

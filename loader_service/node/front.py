@@ -329,14 +329,18 @@ class Front:
         self._crew.give(worker, Lease(lease, request.split, request.what, request.dtype, segment, place))
 
     def _deliver(self, task: Task) -> None:
-        frames = self._outbox.frames(task) if task.slot is not None else []
-        self._post(task.client.id, [messages.encode(messages.Filled(task.request.id)), *frames])
+        if task.slot is None:
+            self._send(task.client.id, messages.Filled(task.request.id))
+            return
+        for frames in self._outbox.messages(task):
+            if not self._post(task.client.id, frames):
+                return
 
     def _send(self, client: bytes, message: messages.FromNode) -> None:
         self._post(client, [messages.encode(message)])
 
-    def _post(self, client: bytes, frames: list[Any]) -> None:
-        sockets.try_send(self._router, [client, *frames], on_gone=lambda: self._forget(client))
+    def _post(self, client: bytes, frames: list[Any]) -> bool:
+        return sockets.try_send(self._router, [client, *frames], on_gone=lambda: self._forget(client))
 
     def _forget(self, client: bytes) -> None:
         self._heard.pop(client, None)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final
 
 import numpy as np
 
-from loader_service.link.messages import Place, Request
+from loader_service.link.messages import Filled, Pixels, Place, Request, encode
 from loader_service.link.slots import Hold, Segment
 from loader_service.node.roster import Client, Task
 from loader_service.spec import SampleLayout
 
 ALIGNMENT_BYTES: Final = 64
+
+PIECE_BYTES: Final = 2 * 2**20
+"""Most pixels in one message. What comes in is copied on while it lies in the second-level cache, and the memory that
+libzmq receives it into has been used before; a frame of 19 MB is neither."""
 
 
 class Outbox:
@@ -54,15 +58,22 @@ class Outbox:
         base = self._base(task.slot)
         return Place(task.slot, generation, base + images, base + labels, base + draws)
 
-    def frames(self, task: Task) -> list[Any]:
-        """A slice's two frames: pixels, and labels and draws one after the other. The slot is held until both are sent."""
+    def messages(self, task: Task) -> Iterator[list[Any]]:
+        """A slice's messages, each a list of frames; its slot is held until the last of them is sent."""
         assert task.slot is not None
-        (images, labels, draws), end = self._areas(task.request)
-        layout, n = SampleLayout(task.request.what.view, task.request.dtype), task.request.what.count
+        (_, labels, draws), end = self._areas(task.request)
+        layout, request, n = (
+            SampleLayout(task.request.what.view, task.request.dtype),
+            task.request,
+            task.request.what.count,
+        )
         slot = self._segment.array(self._base(task.slot), (end,), np.uint8)
         whole = np.asarray(Hold(slot, partial(self._let_go, task.slot, task.client, time.monotonic())))
+        size = layout.image_bytes * n
+        for start in range(0, size, PIECE_BYTES):
+            yield [encode(Pixels(request.id, start)), whole[start : min(start + PIECE_BYTES, size)]]
         tail = whole[labels : labels + 8 * n].tobytes() + whole[draws : draws + layout.draws_bytes * n].tobytes()
-        return [whole[images : images + layout.image_bytes * n], tail]
+        yield [encode(Filled(request.id)), tail]
 
     def freed(self) -> list[tuple[int, Client]]:
         """The slots that have been let go of since the last call, and whose they were."""

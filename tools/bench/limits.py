@@ -24,6 +24,7 @@ from loader_service.data.codecs import HEADER, RAW_BYTES
 from loader_service.data.draws import draw
 from loader_service.data.order import records_at
 from loader_service.data.records import Records
+from loader_service.node.outbox import PIECE_BYTES
 from loader_service.node.worker import die_with_parent
 from loader_service.spec import SampleLayout, View
 from tools.bench.limit import copy_crops, first_pixels
@@ -32,12 +33,12 @@ from tools.bench.turns import BATCH, PAGE_BYTES, deliver
 SLOTS: Final = 6
 """Batches that a loader has room for by default; so much memory is written again and again."""
 
-FRAME_IMAGES: Final = 64
-"""Images in one frame: half of a batch, as a loader asks two workers for."""
+FRAME_BYTES: Final = PIECE_BYTES
+"""As a node sends."""
 
 IMAGE_BYTES: Final = SampleLayout(View(), "uint8").image_bytes
-HIGH_WATER: Final = 4
-"""Frames under way: a loader's prefetched batches are not many more."""
+HIGH_WATER: Final = 40
+"""Frames under way: the batches that a loader prefetches."""
 
 
 def copying(data: Path) -> Iterator[int]:
@@ -70,7 +71,7 @@ def decoding(data: Path) -> Iterator[int]:
 
 
 def receiving(curve: bool) -> Iterator[int]:
-    """Frames of half a batch over TCP loopback from another process, not copied at either end; every page touched."""
+    """Frames over TCP loopback from another process, not copied at either end; every page touched."""
     context: zmq.Context[Any] = zmq.Context()
     socket = context.socket(zmq.PULL)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
@@ -82,11 +83,14 @@ def receiving(curve: bool) -> Iterator[int]:
     port = socket.bind_to_random_port("tcp://127.0.0.1")
     command = [sys.executable, "-m", "tools.bench.limits", "send", f"tcp://127.0.0.1:{port}", "--key", key.decode()]
     with subprocess.Popen([*command, "--parent", str(os.getpid())]) as sender:
+        received = images = 0
         try:
             while True:
                 frame = np.frombuffer(socket.recv(copy=False).buffer, np.uint8)
                 frame[::PAGE_BYTES].sum()
-                yield FRAME_IMAGES
+                received += len(frame)
+                yield received // IMAGE_BYTES - images
+                images = received // IMAGE_BYTES
         finally:
             sender.kill()
             context.destroy(linger=0)
@@ -103,7 +107,7 @@ def send(address: str, key: str) -> None:
         socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
         socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
     socket.connect(address)
-    frames = [np.full(FRAME_IMAGES * IMAGE_BYTES, value, np.uint8) for value in range(2 * HIGH_WATER)]
+    frames = [np.full(FRAME_BYTES, value, np.uint8) for value in range(2 * HIGH_WATER)]
     for frame in cycle(frames):
         socket.send(frame, copy=False)
 

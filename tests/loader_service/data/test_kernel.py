@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 import loader_service.data
@@ -62,3 +63,27 @@ def test_the_forms_are_those_of_the_machine() -> None:
     assert kernel.FORMS[-2:] == ("c", "numpy")
     own = {"x86_64": {"avx512", "avx2"}, "aarch64": {"neon"}}.get(platform.machine(), set())
     assert set(kernel.FORMS[:-2]) <= own
+
+
+@pytest.mark.parametrize("form", kernel.FORMS)
+@pytest.mark.parametrize("skew", [0, 1, 63])
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 200, 4096 + 7])
+def test_a_copy_is_the_same_and_nothing_beside_it(
+    monkeypatch: pytest.MonkeyPatch, form: str, skew: int, size: int
+) -> None:
+    """Whole cache lines or not, wherever they begin."""
+    monkeypatch.setenv(kernel.VARIABLE, form)
+    content = np.arange(size, dtype=np.uint32).astype(np.uint8)
+    memory = np.full(size + 128, 0xA5, np.uint8)
+    kernel.copy(memory[skew : skew + size], content)
+    assert memory[skew : skew + size].tobytes() == content.tobytes()
+    assert (memory[:skew] == 0xA5).all()
+    assert (memory[skew + size :] == 0xA5).all()
+
+
+@pytest.mark.parametrize("form", kernel.FORMS)
+def test_a_copy_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """The sentence has both sizes."""
+    monkeypatch.setenv(kernel.VARIABLE, form)
+    with pytest.raises(ValueError, match="3 bytes do not fill 2"):
+        kernel.copy(np.zeros(2, np.uint8), np.zeros(3, np.uint8))

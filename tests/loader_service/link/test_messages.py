@@ -39,6 +39,7 @@ FROM_CLIENT: list[messages.FromClient] = [
 FROM_NODE: list[messages.FromNode] = [
     messages.Welcome(1, INSTANCE, 2, 1 << 24, {"train": FACTS}),
     messages.Attached(SEGMENT, b"n" * 16),
+    messages.Pixels(7, 4096),
     messages.Filled(7),
     messages.Failed(7, -1, "because"),
     messages.Stranger(),

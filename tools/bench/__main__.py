@@ -56,30 +56,35 @@ def source() -> Path:
 
 
 def play(contestants: list[Contestant], rounds: int, seconds: float, missing: dict[str, str]) -> dict[str, list[Turn]]:
-    """Every contestant's turns; a peer that breaks is out, and why goes to ``missing``."""
+    """Every contestant's turns, group by group; a peer that breaks is out, and why goes to ``missing``."""
     turns: dict[str, list[Turn]] = {}
-    with ExitStack() as stack:
-        running = []
-        for contestant in contestants:
-            click.echo(f"starting {contestant.name}", err=True)
-            try:
-                one = stack.enter_context(Running(contestant))
-                one.wait()
-                one.turn(WARM_SHARE * seconds, seconds)  # not counted: pages are mapped, caches are warm
-            except ToolFailed as error:
-                if contestant.kind != "peer":
-                    raise
-                missing[contestant.name] = str(error)
-            else:
-                running.append(one)
-        for number in range(rounds):
-            for one in running:
-                turn = one.turn(WARM_SHARE * seconds, seconds)
-                turns.setdefault(one.contestant.name, []).append(turn)
-                click.echo(
-                    f"round {number + 1}/{rounds} {one.contestant.name:<18} {turn.images_per_s:>9,.0f}/s", err=True
-                )
+    for group in dict.fromkeys(each.group for each in contestants):
+        with ExitStack() as stack:
+            together = [each for each in contestants if each.group == group]
+            running = [one for each in together if (one := _start(stack, each, seconds, missing))]
+            for number in range(rounds):
+                for one in running:
+                    turn = one.turn(WARM_SHARE * seconds, seconds)
+                    turns.setdefault(one.contestant.name, []).append(turn)
+                    click.echo(
+                        f"round {number + 1}/{rounds} {one.contestant.name:<18} {turn.images_per_s:>9,.0f}/s", err=True
+                    )
     return turns
+
+
+def _start(stack: ExitStack, contestant: Contestant, seconds: float, missing: dict[str, str]) -> Running | None:
+    """A contestant that has had a turn which is not counted, so that pages are mapped and caches warm; None if it broke."""
+    click.echo(f"starting {contestant.name}", err=True)
+    try:
+        one = stack.enter_context(Running(contestant))
+        one.wait()
+        one.turn(WARM_SHARE * seconds, seconds)
+    except ToolFailed as error:
+        if contestant.kind != "peer":
+            raise
+        missing[contestant.name] = str(error)
+        return None
+    return one
 
 
 @click.command(cls=Command, context_settings=CONTEXT)

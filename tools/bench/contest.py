@@ -39,6 +39,7 @@ class Contestant(msgspec.Struct, frozen=True):
         kind: ``ours``, ``peer`` or ``limit``.
         command: starts one of its processes.
         copies: how many of them.
+        group: with whom it takes turns; one group's processes are gone before the next one's start.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Contestant(msgspec.Struct, frozen=True):
     kind: str
     command: tuple[str, ...]
     copies: int = 1
+    group: str = ""
 
 
 class Turn(msgspec.Struct, frozen=True):

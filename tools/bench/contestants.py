@@ -26,32 +26,32 @@ FORMS: Final = {
 def limits(records: Path, workers: int) -> list[Contestant]:
     """The machine's limits, by as many processes as a node has workers."""
 
-    def limit(name: str, title: str, codec: str, copies: int) -> Contestant:
+    def limit(name: str, title: str, codec: str, copies: int, group: str) -> Contestant:
         command = (sys.executable, "-m", "tools.bench.limits", name, str(records / codec / "train.lmdb"))
-        return Contestant(name, title, codec, "limit", command, copies)
+        return Contestant(name, title, codec, "limit", command, copies, group)
 
     return [
-        limit("memcpy", "limit: C memcpy of the crops", "raw", workers),
-        limit("zmq", "limit: ZeroMQ alone, TCP", "raw", 1),
-        limit("zmq-curve", "limit: ZeroMQ alone, TCP, CURVE", "raw", 1),
-        limit("decode", "limit: libjpeg-turbo decoding", "jpeg", workers),
+        limit("memcpy", "limit: C memcpy of the crops", "raw", workers, "raw"),
+        limit("zmq", "limit: ZeroMQ alone, TCP", "raw", 1, "tcp"),
+        limit("zmq-curve", "limit: ZeroMQ alone, TCP, CURVE", "raw", 1, "tcp"),
+        limit("decode", "limit: libjpeg-turbo decoding", "jpeg", workers, "jpeg"),
     ]
 
 
 def ours(records: Path, workers: int) -> list[Contestant]:
     """This project, in each of its ways."""
 
-    def way(name: str, title: str, codec: str, *options: str) -> Contestant:
+    def way(name: str, title: str, codec: str, group: str, *options: str) -> Contestant:
         data = str(records / codec)
         command = (sys.executable, "-m", "tools.bench.ours", data, "--workers", str(workers), *options)
-        return Contestant(f"ours-{name}", f"**this project**, {title}", codec, "ours", command)
+        return Contestant(f"ours-{name}", f"**this project**, {title}", codec, "ours", command, group=group)
 
     return [
-        way("raw-shm", "shared memory, raw", "raw"),
-        way("raw-tcp", "TCP, raw", "raw", "--transport", "tcp"),
-        way("raw-curve", "TCP with CURVE, raw", "raw", "--transport", "tcp", "--curve"),
-        way("jpeg-shm", "shared memory, jpeg", "jpeg"),
-        way("jpeg-tcp", "TCP, jpeg", "jpeg", "--transport", "tcp"),
+        way("raw-shm", "shared memory, raw", "raw", "raw"),
+        way("raw-tcp", "TCP, raw", "raw", "tcp", "--transport", "tcp"),
+        way("raw-curve", "TCP with CURVE, raw", "raw", "tcp", "--transport", "tcp", "--curve"),
+        way("jpeg-shm", "shared memory, jpeg", "jpeg", "jpeg"),
+        way("jpeg-tcp", "TCP, jpeg", "jpeg", "jpeg", "--transport", "tcp"),
     ]
 
 
@@ -64,6 +64,7 @@ def peers(records: Path, workers: int, pythons: Mapping[str, Path]) -> list[Cont
             "raw" if form == "raw" else "jpeg",
             "peer",
             (str(python), "-m", f"tools.bench.peers.{peer}", form, str(records), str(workers)),
+            group="raw" if form == "raw" else "jpeg",
         )
         for peer, python in pythons.items()
         for form, title in FORMS[peer].items()

@@ -23,6 +23,10 @@ FORMS: Final = {
 """What each peer is measured with, and what to call it."""
 
 
+APART: Final = ("tfdata",)
+"""Peers that do not wait for their turn: their service goes on filling its buffers while others are measured."""
+
+
 def limits(records: Path, workers: int) -> list[Contestant]:
     """The machine's limits, by as many processes as a node has workers."""
 
@@ -64,7 +68,7 @@ def peers(records: Path, workers: int, pythons: Mapping[str, Path]) -> list[Cont
             "raw" if form == "raw" else "jpeg",
             "peer",
             (str(python), "-m", f"tools.bench.peers.{peer}", form, str(records), str(workers)),
-            group="raw" if form == "raw" else "jpeg",
+            group=peer if peer in APART else "raw" if form == "raw" else "jpeg",
         )
         for peer, python in pythons.items()
         for form, title in FORMS[peer].items()

@@ -81,8 +81,9 @@ def _setting(results: Results) -> str:
 - This project crops, mirrors and shifts colours; peers crop and mirror. Of what this project delivers, samples of every
   sixteenth batch are compared with the pure function while the clock runs.
 - Groups, one after another, so that few are alive at once: raw records in memory, raw records over TCP, jpeg records,
-  tf.data service (which goes on filling its buffers while others have their turns). Figures are medians over the rounds, with the least and the greatest in brackets; ratios are taken within a
-  round, and where they reach across groups, between rounds of the same number.
+  tf.data service (which goes on filling its buffers while others have their turns).
+- Figures are medians over the rounds, with the least and the greatest in brackets; ratios are taken within a round, and
+  where they reach across groups, between rounds of the same number.
 - {versions}."""
 
 

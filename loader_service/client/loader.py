@@ -25,6 +25,7 @@ from loader_service.client.plan import Schedule
 from loader_service.client.room import Room
 from loader_service.client.session import Delivery, Quarantined, Session
 from loader_service.client.state import State
+from loader_service.data import kernel
 from loader_service.data.augment import complete_view
 from loader_service.data.fill import slice_numbers, slice_sources
 from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld
@@ -135,7 +136,9 @@ class Loader:
             raise OptionError("address", address, "one or more addresses such as tcp://127.0.0.1:5555")
         keys = chosen_keys(server_key, client_key)
         self._seed, self._transport, self._timeout_s, self._prefetch = seed, transport, timeout_s, prefetch
-        self._session = Session(addresses, split, max_bad if on_bad_sample == "substitute" else None, keys)
+        self._session = Session(
+            addresses, split, max_bad if on_bad_sample == "substitute" else None, keys, copy=kernel.copy
+        )
         self._close: weakref.finalize[..., Loader] = weakref.finalize(self, self._session.close)
         try:
             self._facts = self._session.wait_for_facts(timeout_s)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import zmq
 
 from loader_service import defaults
@@ -27,7 +28,6 @@ from loader_service.client.ledger import MAX_EXCUSES, Ask, Batch, Deliver, Finis
 from loader_service.client.peer import Peer
 from loader_service.client.resolver import Resolver
 from loader_service.client.room import Room
-from loader_service.data import kernel
 from loader_service.errors import (
     LoaderServiceError,
     MessageError,
@@ -50,6 +50,7 @@ FIRST_COMPLAINT_S: Final = 2.0
 """How long no node may be there before the client says that it waits; then at twice the interval each time."""
 
 Delivery = Deliver | Finish | LoaderServiceError
+Copy = Callable[[npt.NDArray[np.uint8], npt.NDArray[np.uint8]], None]
 NewLedger = Callable[[list[int], Iterator[int]], Ledger]
 """Makes a run's ledger from the slots that are free and the numbers for its asks."""
 
@@ -71,12 +72,20 @@ class Session:
         split: what they must serve.
         max_bad: how many bad records may be replaced; None stops at the first.
         keys: for nodes that demand them.
+        copy: (to, from): one frame's bytes to where they belong.
     """
 
     def __init__(
-        self, addresses: tuple[str, ...], split: Split, max_bad: int | None = None, keys: ClientKeys | None = None
+        self,
+        addresses: tuple[str, ...],
+        split: Split,
+        max_bad: int | None = None,
+        keys: ClientKeys | None = None,
+        *,
+        copy: Copy,
     ) -> None:
         self.addresses, self.split, self._max_bad, self._keys = addresses, split, max_bad, keys
+        self._copy = copy
         self.quarantine: list[Quarantined] = []
         self.facts: DatasetFacts | None = None
         self.slot_bytes = 0  # of the first node
@@ -350,7 +359,7 @@ class Session:
             raise MessageError(
                 f"{len(frames)} frames of {size} bytes at {pixels.start} are not what a slice goes on with"
             )
-        kernel.copy(images[part.received : part.received + size], np.frombuffer(frames[0].buffer, np.uint8))
+        self._copy(images[part.received : part.received + size], np.frombuffer(frames[0].buffer, np.uint8))
         part.received += size
 
     def _filled(self, peer: Peer, number: int, frames: list[zmq.Frame]) -> None:

@@ -1,0 +1,35 @@
+"""The profile of a batch: who spends processor time on it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+
+def profile(*options: str) -> subprocess.CompletedProcess[str]:
+    """A run of it."""
+    command = [sys.executable, "-m", "tools.bench.profile", "--workers", "1", "--seconds", "0.5", *options]
+    return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+
+
+def test_processes_and_threads_are_told_apart(dataset_dir: Path, tmp_path: Path) -> None:
+    """Each has a line with its microseconds."""
+    (tmp_path / "raw").symlink_to(dataset_dir)
+    done = profile("--records", str(tmp_path), "--transport", "tcp")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^[\d,]+ images/s in batches of 128", done.stdout)
+    for who in ("client, MainThread", "client, loader-service", "client, libzmq", "node, process"):
+        assert re.search(rf"^ *[\d,]+  {who} \d+$", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_records_that_are_not_there_are_one_sentence(tmp_path: Path) -> None:
+    """The sentence says what makes them."""
+    done = profile("--records", str(tmp_path))
+    assert done.returncode == 1
+    assert "make bench makes them" in done.stderr
+    assert "Traceback" not in done.stderr

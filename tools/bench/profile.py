@@ -1,0 +1,87 @@
+"""Where the processor time of a batch goes: each process of a node, each thread of its client.
+
+python -m tools.bench.profile [--codec raw|jpeg] [--transport shm|tcp] [--records build/bench/records-8192]
+
+It reads records that ``make bench`` has made. What touching the batch costs is the benchmark's own, and left out.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Final, Literal
+
+import click
+import psutil
+
+from loader_service import Loader
+from tools.bench.contest import ROOT
+from tools.bench.ours import SEED, node
+from tools.bench.turns import BATCH, WORKERS_DEFAULT, touch
+from tools.command import CONTEXT, Command, ToolFailed
+
+WARM_S: Final = 1.0
+LEAST_US: Final = 1.0
+"""What took less per batch is not shown."""
+
+
+def spent_s(loader: psutil.Process) -> dict[str, float]:
+    """CPU seconds so far of this process's threads and of the processes below it, by a name for people."""
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
+    seconds = {
+        f"client, {names.get(thread.id, 'libzmq')} {thread.id}": thread.user_time + thread.system_time
+        for thread in loader.threads()
+    }
+    for process in loader.children(recursive=True):
+        times = process.cpu_times()
+        seconds[f"node, process {process.pid}"] = times.user + times.system
+    return seconds
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.option("--codec", type=click.Choice(["raw", "jpeg"]), default="raw", show_default=True)
+@click.option("--transport", type=click.Choice(["shm", "tcp"]), default="shm", show_default=True)
+@click.option("--records", type=click.Path(path_type=Path), default=ROOT / "build" / "bench" / "records-8192")
+@click.option("--workers", type=click.IntRange(1), default=WORKERS_DEFAULT, show_default=True)
+@click.option("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True)
+def main(codec: str, transport: Literal["shm", "tcp"], records: Path, workers: int, seconds: float) -> None:
+    """Tell the CPU time per batch of 128 of each process of a node and each thread of its client."""
+    data = records / codec
+    if not (data / "train.lmdb").exists():
+        raise ToolFailed(f"there are no records in {data}; make bench makes them.")
+    with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:
+        bind = "tcp://127.0.0.1:*" if transport == "tcp" else f"ipc://{folder}/node"
+        with (
+            node(data, bind, workers) as address,
+            Loader(address, batch_size=BATCH, seed=SEED, epochs=2**31, transport=transport, drop_last=True) as loader,
+        ):
+            _consume(loader, WARM_S)
+            this = psutil.Process()
+            before = spent_s(this)
+            batches, touching_s, took_s = _consume(loader, seconds)
+            after = spent_s(this)
+    click.echo(f"{batches * BATCH / took_s:,.0f} images/s in batches of {BATCH}; microseconds of CPU time per batch:")
+    for name, total_s in sorted(after.items()):
+        own_s = touching_s if "MainThread" in name else 0.0
+        us = 1e6 * (total_s - before.get(name, 0.0) - own_s) / batches
+        if us >= LEAST_US:
+            click.echo(f"{us:>9,.0f}  {name}")
+
+
+def _consume(loader: Loader, seconds: float) -> tuple[int, float, float]:
+    """Batches, the CPU seconds that touching them took, and all seconds."""
+    batches, touching_s, start_s = 0, 0.0, time.perf_counter()
+    while (took_s := time.perf_counter() - start_s) < seconds:
+        batch = next(loader)
+        before_s = time.thread_time()
+        touch(batch.images)
+        touching_s += time.thread_time() - before_s
+        del batch  # its slot is free before the next is asked for
+        batches += 1
+    return batches, touching_s, took_s
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,11 @@ from loader_service.spec import RECORD_SIDE_PX
 
 # A shell that runs tests in the background has SIGINT ignored, and so would every program that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Without a GPU, Triton's kernels are run by its interpreter. This is read when one is defined, which is when the first of
+# all test files imports the trainer.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The same examples in every run, and no deadline for a busy machine to miss.
 settings.register_profile("project", deadline=None, derandomize=True)

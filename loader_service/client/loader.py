@@ -136,9 +136,7 @@ class Loader:
             raise OptionError("address", address, "one or more addresses such as tcp://127.0.0.1:5555")
         keys = chosen_keys(server_key, client_key)
         self._seed, self._transport, self._timeout_s, self._prefetch = seed, transport, timeout_s, prefetch
-        self._session = Session(
-            addresses, split, max_bad if on_bad_sample == "substitute" else None, keys, copy=kernel.copy
-        )
+        self._session = Session(addresses, split, max_bad if on_bad_sample == "substitute" else None, keys)
         self._close: weakref.finalize[..., Loader] = weakref.finalize(self, self._session.close)
         try:
             self._facts = self._session.wait_for_facts(timeout_s)
@@ -311,7 +309,9 @@ class Loader:
         slice_samples = min(max(fair, defaults.MIN_SLICE_SAMPLES), defaults.MAX_SLICE_SAMPLES, fitting, batch_size)
 
         def room(named: bool) -> Room:
-            return Room(layout, seed, batch_size, slots=slots, slice_samples=slice_samples, named=named)
+            return Room(
+                layout, seed, batch_size, slots=slots, slice_samples=slice_samples, named=named, copy=kernel.copy
+            )
 
         if self._transport == "tcp":
             return room(named=False)

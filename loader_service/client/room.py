@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.client.ledger import Ask, Part
+from loader_service.client.ledger import Ask, Batch, Part
+from loader_service.errors import MessageError
 from loader_service.link.messages import Place
 from loader_service.link.slots import Hold, Segment
 from loader_service.spec import DRAWS, SampleLayout, SliceId
 
 _ALIGNMENT_BYTES = 4096
 Bytes = npt.NDArray[np.uint8]
+Copy = Callable[[Bytes, Bytes], None]
 
 
 class Room:
@@ -30,14 +32,24 @@ class Room:
         slots: how many.
         slice_samples: most samples per slice, which says how many parts a slot has.
         named: whether other processes shall be able to open it.
+        copy: (to, from): a frame's bytes to their slot.
 
     Raises:
         SharedMemoryError: there is not enough memory.
     """
 
     def __init__(
-        self, layout: SampleLayout, seed: int, batch_size: int, *, slots: int, slice_samples: int, named: bool
+        self,
+        layout: SampleLayout,
+        seed: int,
+        batch_size: int,
+        *,
+        slots: int,
+        slice_samples: int,
+        named: bool,
+        copy: Copy,
     ) -> None:
+        self._copy = copy
         self.layout, self.slots, self.slice_samples = layout, slots, slice_samples
         self._seed, self._batch_size = seed, batch_size
         self._parts = -(-batch_size // slice_samples)
@@ -76,14 +88,30 @@ class Room:
             draws=base + self._draws + offset * layout.draws_bytes,
         )
 
-    def part(self, slot: int, offset: int, count: int) -> tuple[Bytes, Bytes, Bytes]:
-        """A slice's bytes: pixels, labels, draws."""
-        base, layout = self._base(slot), self.layout
-        areas = ((0, layout.image_bytes), (self._labels, 8), (self._draws, layout.draws_bytes))
-        images, labels, draws = (
-            self.segment.array(base + area + offset * size, (count * size,), np.uint8) for area, size in areas
-        )
-        return images, labels, draws
+    def write_pixels(self, batch: Batch, part: Part, start: int, frame: Bytes) -> None:
+        """A piece of a slice from another machine, frame to slot: the one copy that it takes.
+
+        Raises:
+            MessageError: it does not go on where the last one ended, or beyond the slice.
+        """
+        images, _, _ = self._areas(batch, part)
+        end = part.received + frame.size
+        if start != part.received or end > images.size:
+            raise MessageError(f"{frame.size} bytes at {start} are not what a slice goes on with")
+        self._copy(images[start:end], frame)
+        part.received = end
+
+    def write_tail(self, batch: Batch, part: Part, frame: Bytes) -> None:
+        """The end of a slice in frames: its labels and draws.
+
+        Raises:
+            MessageError: pixels are missing, or the frame has another size.
+        """
+        images, labels, draws = self._areas(batch, part)
+        if part.received != images.size or frame.size != labels.size + draws.size:
+            raise MessageError(f"a slice's {part.received} and {frame.size} bytes are not its size")
+        np.copyto(labels, frame[: labels.size])
+        np.copyto(draws, frame[labels.size :])
 
     def arrays(
         self, slot: int, count: int, release: Callable[[int], None]
@@ -106,6 +134,15 @@ class Room:
         """Take the segment's name away and let go of it; arrays that are out stay valid."""
         self.segment.unlink()
         self.segment.close()
+
+    def _areas(self, batch: Batch, part: Part) -> tuple[Bytes, Bytes, Bytes]:
+        """A slice's bytes: pixels, labels, draws."""
+        base, layout, offset, count = self._base(batch.slot), self.layout, part.offset, part.count
+        areas = ((0, layout.image_bytes), (self._labels, 8), (self._draws, layout.draws_bytes))
+        images, labels, draws = (
+            self.segment.array(base + area + offset * size, (count * size,), np.uint8) for area, size in areas
+        )
+        return images, labels, draws
 
     def _base(self, slot: int) -> int:
         return self.segment.data_offset + slot * self._slot_bytes

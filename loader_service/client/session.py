@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import zmq
 
 from loader_service import defaults
-from loader_service.client.ledger import MAX_EXCUSES, Ask, Batch, Deliver, Finish, Ledger, Part
+from loader_service.client.ledger import MAX_EXCUSES, Ask, Deliver, Finish, Ledger
 from loader_service.client.peer import Peer
 from loader_service.client.resolver import Resolver
 from loader_service.client.room import Room
@@ -50,7 +49,6 @@ FIRST_COMPLAINT_S: Final = 2.0
 """How long no node may be there before the client says that it waits; then at twice the interval each time."""
 
 Delivery = Deliver | Finish | LoaderServiceError
-Copy = Callable[[npt.NDArray[np.uint8], npt.NDArray[np.uint8]], None]
 NewLedger = Callable[[list[int], Iterator[int]], Ledger]
 """Makes a run's ledger from the slots that are free and the numbers for its asks."""
 
@@ -72,20 +70,12 @@ class Session:
         split: what they must serve.
         max_bad: how many bad records may be replaced; None stops at the first.
         keys: for nodes that demand them.
-        copy: (to, from): one frame's bytes to where they belong.
     """
 
     def __init__(
-        self,
-        addresses: tuple[str, ...],
-        split: Split,
-        max_bad: int | None = None,
-        keys: ClientKeys | None = None,
-        *,
-        copy: Copy,
+        self, addresses: tuple[str, ...], split: Split, max_bad: int | None = None, keys: ClientKeys | None = None
     ) -> None:
         self.addresses, self.split, self._max_bad, self._keys = addresses, split, max_bad, keys
-        self._copy = copy
         self.quarantine: list[Quarantined] = []
         self.facts: DatasetFacts | None = None
         self.slot_bytes = 0  # of the first node
@@ -352,35 +342,21 @@ class Session:
         found = self._ledger.is_current(peer.address, pixels.id) if self._ledger else None
         if found is None or self._room is None:
             return
-        batch, part = found
-        images, _, _ = self._room.part(batch.slot, part.offset, part.count)
-        size = sum(len(frame) for frame in frames)
-        if peer.shared or len(frames) != 1 or pixels.start != part.received or part.received + size > images.nbytes:
-            raise MessageError(
-                f"{len(frames)} frames of {size} bytes at {pixels.start} are not what a slice goes on with"
-            )
-        self._copy(images[part.received : part.received + size], np.frombuffer(frames[0].buffer, np.uint8))
-        part.received += size
+        if peer.shared or len(frames) != 1:
+            raise MessageError(f"{len(frames)} frames came where a slice's pixels are due in one or in none")
+        self._room.write_pixels(*found, pixels.start, np.frombuffer(frames[0].buffer, np.uint8))
 
     def _filled(self, peer: Peer, number: int, frames: list[zmq.Frame]) -> None:
         if self._ledger is None or self._room is None:
             return
         if found := self._ledger.is_current(peer.address, number):
-            if bool(frames) == peer.shared:
-                raise MessageError("a slice came another way than it was asked for")
+            if len(frames) != (0 if peer.shared else 1):
+                raise MessageError(
+                    f"a slice came with {len(frames)} frames, which is another way than it was asked for"
+                )
             if frames:
-                self._finish(*found, frames)
+                self._room.write_tail(*found, np.frombuffer(frames[0].buffer, np.uint8))
         self._ledger.filled(peer.address, number)
-
-    def _finish(self, batch: Batch, part: Part, frames: list[zmq.Frame]) -> None:
-        """The end of a slice in frames: its labels and draws."""
-        assert self._room is not None
-        images, labels, draws = self._room.part(batch.slot, part.offset, part.count)
-        if part.received != images.nbytes or len(frames) != 1 or len(frames[0]) != labels.nbytes + draws.nbytes:
-            raise MessageError(f"a slice's {part.received} and {[len(f) for f in frames]} bytes are not its size")
-        tail = np.frombuffer(frames[0].buffer, np.uint8)
-        np.copyto(labels, tail[: labels.nbytes])
-        np.copyto(draws, tail[labels.nbytes :])
 
     def _failed(self, peer: Peer, failed: messages.Failed) -> None:
         found = self._ledger.is_current(peer.address, failed.id) if self._ledger else None

@@ -56,7 +56,9 @@ def main() -> None:
 @click.pass_context
 def run(context: click.Context, /, path: Path | None, resume: str | None, **given: Any) -> None:
     """Train a network."""
-    with _one_sentence(), ExitStack() as stack:
+    # Twice: what goes wrong is said before the stack ends, while a signal to end (torchrun sends one when a process has
+    # died) is still heard in order, and would not cut the sentence off; and what goes wrong at its end is said, too.
+    with _one_sentence(), ExitStack() as stack, _one_sentence():
         config = make_config(given)
         folder = _find_folder(path) if resume or was_restarted() else None
         if folder and not resume and not folder.is_of(launch_id()):

@@ -39,6 +39,10 @@ SEND_SLOT_BYTES: Final = 20 * 2**20
 """A node's slot for a slice that goes in frames: a batch of 128 uint8 samples of 224 x 224 fits,
 or 34 of float32, or 13 ten-crop ones."""
 
+CONNECTIONS: Final = max(1, min(4, WORKERS // 4))
+"""Connections between a client and a node on another machine, and I/O threads at either end: each keeps a core busy, at
+0.7 GB/s with CURVE and about 4 without, so a machine of few cores has none to spare for a second."""
+
 SEND_SLOTS_PER_WORKER: Final = 3
 """One being written, one waiting to leave, one on its way."""
 

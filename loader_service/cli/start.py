@@ -47,6 +47,13 @@ log = logging.getLogger("loader_service.node")
     help="Directory of this node's keys (see keygen); needed where others can reach it.",
 )
 @option("--insecure", is_flag=True, help="Let other machines reach the node without keys.")
+@option(
+    "--io-threads",
+    type=click.IntRange(1, 64),
+    default=defaults.CONNECTIONS,
+    show_default="one per 4 CPUs, 4 at most",
+    help="Threads that send slices to other machines.",
+)
 @option("--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there, at /metrics.")
 @option("--log-format", type=click.Choice(logs.FORMATS), default="text", help="How log lines look.")
 @option("--log-level", type=click.Choice(logs.LEVELS), default="info", help="The least grave lines that are shown.")
@@ -58,6 +65,7 @@ def start(
     bind: str,
     keys: Path | None,
     insecure: bool,
+    io_threads: int,
     metrics: str | None,
     log_format: str,
     log_level: str,
@@ -85,6 +93,7 @@ def start(
             on_ready=announce,
             keys=keys,
             insecure=insecure,
+            io_threads=io_threads,
             hook=hook,
         )
 

@@ -30,6 +30,7 @@ from loader_service.data.augment import complete_view
 from loader_service.data.fill import slice_numbers, slice_sources
 from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld
 from loader_service.link.keys import chosen_keys
+from loader_service.link.messages import MAX_CONNECTIONS
 from loader_service.metrics import LoaderHook, LoaderMetrics
 from loader_service.spec import MAX_EXCLUDED, VIEWS, Dtype, SampleLayout, SliceId, Split, View
 
@@ -86,6 +87,7 @@ class Loader:
         max_bad: how many records may be replaced before it is an error all the same.
         server_key: for nodes with keys: the file with the node's public key, or its 40 characters.
         client_key: for nodes with keys: the file with this client's secret key.
+        connections: with each node on another machine; each takes a core at either end.
         hook: handed the loader's :attr:`metrics` after each batch, in the caller's thread.
 
     Raises:
@@ -117,6 +119,7 @@ class Loader:
         max_bad: int = defaults.MAX_BAD,
         server_key: str | Path | None = None,
         client_key: str | Path | None = None,
+        connections: int = defaults.CONNECTIONS,
         hook: LoaderHook | None = None,
     ) -> None:
         _check_view(view)
@@ -129,6 +132,7 @@ class Loader:
         _check_range("seed", seed, 0, 2**63 - 1)
         _check_range("epochs", epochs, 0, 2**31)
         _check_range("prefetch", prefetch, 1, 1024)
+        _check_range("connections", connections, 1, MAX_CONNECTIONS)
         _check_range("world_size", world_size, 1, 2**16)
         _check_range("rank", rank, 0, world_size - 1)
         addresses = tuple(part.strip() for part in address.split(",") if part.strip())
@@ -136,7 +140,8 @@ class Loader:
             raise OptionError("address", address, "one or more addresses such as tcp://127.0.0.1:5555")
         keys = chosen_keys(server_key, client_key)
         self._seed, self._transport, self._timeout_s, self._prefetch = seed, transport, timeout_s, prefetch
-        self._session = Session(addresses, split, max_bad if on_bad_sample == "substitute" else None, keys)
+        replaced = max_bad if on_bad_sample == "substitute" else None
+        self._session = Session(addresses, split, replaced, keys, connections)
         self._close: weakref.finalize[..., Loader] = weakref.finalize(self, self._session.close)
         try:
             self._facts = self._session.wait_for_facts(timeout_s)

@@ -1,7 +1,8 @@
-"""One node as its client sees it: the connection, and how far the acquaintance goes."""
+"""One node as its client sees it: the connections, and how far the acquaintance goes."""
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any, Final
 
 import zmq
@@ -16,8 +17,40 @@ GREET_AGAIN_S: Final = 2.0
 _READABLE: Final = int(zmq.POLLIN)
 
 
+class Link:
+    """One connection to a node: the one that everything is said by, or a lane, by which slices come.
+
+    A lane is ``open`` once the node has answered by it, so that it knows where the lane's slices go.
+    """
+
+    def __init__(
+        self, context: zmq.Context[Any], address: str, identity: bytes, lane: int, keys: ClientKeys | None
+    ) -> None:
+        self.lane, self.open = lane, False
+        name = messages.lane_id(identity, lane)
+        self.socket, self.monitor = sockets.connect_client(context, address, name, keys)
+
+    def send(self, message: messages.FromClient) -> bool:
+        """Send without waiting; False if there is no connection."""
+        return sockets.try_send(self.socket, [messages.encode(message)])
+
+    def receive(self) -> list[zmq.Frame] | None:
+        """The next message's frames, without copying; None if there is none."""
+        if not int(self.socket.get(zmq.EVENTS)) & _READABLE:  # costs a third of being told so by an exception
+            return None
+        frames = [self.socket.recv(zmq.DONTWAIT, copy=False)]
+        while frames[-1].more:
+            frames.append(self.socket.recv(zmq.DONTWAIT, copy=False))
+        return frames
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Let go of the connection."""
+        self.monitor.close()
+        self.socket.close(linger=linger_ms)
+
+
 class Peer:
-    """One connection.
+    """One node.
 
     ``state`` is ``connecting`` (nothing known), ``welcomed`` (it serves what is needed) or ``working`` (it can be
     asked, through shared memory if ``shared``).
@@ -35,20 +68,26 @@ class Peer:
         self.heard_at = 0.0
         self._greeted_at = 0.0
         self._pinged_at = 0.0
-        self.socket, self.monitor = sockets.connect_client(context, address, identity, keys)
+        self._turns = count()
+        self._how = (context, address, identity)
+        self._keys = keys
+        self._link = Link(*self._how, 0, keys)
+        self.links = [self._link]
 
     def send(self, message: messages.FromClient) -> bool:
         """Send without waiting; False if there is no connection."""
-        return sockets.try_send(self.socket, [messages.encode(message)])
+        return self._link.send(message)
 
-    def receive(self) -> list[zmq.Frame] | None:
-        """The next message's frames, without copying; None if there is none."""
-        if not int(self.socket.get(zmq.EVENTS)) & _READABLE:  # costs a third of being told so by an exception
-            return None
-        frames = [self.socket.recv(zmq.DONTWAIT, copy=False)]
-        while frames[-1].more:
-            frames.append(self.socket.recv(zmq.DONTWAIT, copy=False))
-        return frames
+    def open_lanes(self, connections: int) -> list[Link]:
+        """Begin to connect so often in all; returns the links that are new."""
+        new = [Link(*self._how, lane, self._keys) for lane in range(len(self.links), connections)]
+        self.links += new
+        return new
+
+    def next_lane(self) -> int:
+        """By which link the next slice is to come: by each in turn, of those that are open."""
+        lanes = [0, *(link.lane for link in self.links if link.open)]
+        return lanes[next(self._turns) % len(lanes)]
 
     def greet(self, now: float) -> None:
         """Introduce this client."""
@@ -74,7 +113,7 @@ class Peer:
         return False
 
     def close(self) -> None:
-        """Say goodbye and let go of the connection."""
+        """Say goodbye and let go of the connections."""
         self.send(messages.Bye())
-        self.monitor.close()
-        self.socket.close(linger=sockets.BYE_LINGER_MS)
+        for link in self.links:
+            link.close(0 if link.lane else sockets.BYE_LINGER_MS)

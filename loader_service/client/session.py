@@ -24,7 +24,7 @@ import zmq
 
 from loader_service import defaults
 from loader_service.client.ledger import MAX_EXCUSES, Ask, Deliver, Finish, Ledger
-from loader_service.client.peer import Peer
+from loader_service.client.peer import Link, Peer
 from loader_service.client.resolver import Resolver
 from loader_service.client.room import Room
 from loader_service.errors import (
@@ -70,10 +70,16 @@ class Session:
         split: what they must serve.
         max_bad: how many bad records may be replaced; None stops at the first.
         keys: for nodes that demand them.
+        connections: with each node that cannot write into this client's slots.
     """
 
     def __init__(
-        self, addresses: tuple[str, ...], split: Split, max_bad: int | None = None, keys: ClientKeys | None = None
+        self,
+        addresses: tuple[str, ...],
+        split: Split,
+        max_bad: int | None = None,
+        keys: ClientKeys | None = None,
+        connections: int = defaults.CONNECTIONS,
     ) -> None:
         self.addresses, self.split, self._max_bad, self._keys = addresses, split, max_bad, keys
         self.quarantine: list[Quarantined] = []
@@ -94,7 +100,8 @@ class Session:
         self._stopping = False
         self._alone_since = self._next_tick = time.monotonic()
         self._complain_after_s = FIRST_COMPLAINT_S
-        self._context: zmq.Context[Any] = zmq.Context()
+        self._connections = connections
+        self._context: zmq.Context[Any] = zmq.Context(io_threads=connections)
         self._peers: list[Peer] = []
         self._poller = zmq.Poller()
         for address in addresses:
@@ -217,15 +224,20 @@ class Session:
             name = f"{socket.gethostname()}:{os.getpid()}"[:255]
             peer = Peer(self._context, address, secrets.token_bytes(16), name, self._keys)
             self._peers.append(peer)
-            self._poller.register(peer.socket, zmq.POLLIN)
-            self._poller.register(peer.monitor.socket, zmq.POLLIN)
+            self._watch(peer.links)
+
+    def _watch(self, links: list[Link]) -> None:
+        for link in links:
+            self._poller.register(link.socket, zmq.POLLIN)
+            self._poller.register(link.monitor.socket, zmq.POLLIN)
 
     def _drop_if_unlisted(self, peer: Peer) -> None:
         if peer.listed or peer.state == "working":
             return
         self._peers.remove(peer)
-        self._poller.unregister(peer.socket)
-        self._poller.unregister(peer.monitor.socket)
+        for link in peer.links:
+            self._poller.unregister(link.socket)
+            self._poller.unregister(link.monitor.socket)
         peer.close()
 
     def _hear(self, ready: dict[Any, int]) -> None:
@@ -233,21 +245,33 @@ class Session:
         if self._waker.fileno() in ready:
             self._waker.clear()
         for peer in list(self._peers):
-            if peer.monitor.socket in ready:
-                self._hear_monitor(peer)
-            if peer.socket in ready:
-                self._hear_node(peer)
+            for link in list(peer.links):
+                if peer in self._peers and link.monitor.socket in ready:
+                    self._hear_monitor(peer, link)
+                if peer in self._peers and link.socket in ready:
+                    self._hear_node(peer, link)
 
-    def _hear_monitor(self, peer: Peer) -> None:
-        for connected in peer.monitor.events():
-            if connected:
+    def _hear_monitor(self, peer: Peer, link: Link) -> None:
+        for connected in link.monitor.events():
+            if link.lane and connected:
+                link.send(messages.Ping())
+            elif link.lane:
+                self._lose_lane(peer, link)
+            elif connected:
                 peer.greet(time.monotonic())
             else:
                 self._lose(peer, "its connection was cut")
 
-    def _hear_node(self, peer: Peer) -> None:
-        while peer in self._peers and (frames := peer.receive()):
+    def _lose_lane(self, peer: Peer, link: Link) -> None:
+        """Slices may have been on their way by it, and nobody knows which: begin anew with the node."""
+        was_open, link.open = link.open, False
+        if was_open and peer.state == "working":
+            self._begin_anew(peer, "one of its connections was cut")
+
+    def _hear_node(self, peer: Peer, link: Link) -> None:
+        while peer in self._peers and (frames := link.receive()):
             peer.heard_at = time.monotonic()
+            link.open = link.lane > 0
             try:
                 self._take(peer, messages.decode_from_node(frames[0].buffer), frames[1:])
             except MessageError as error:
@@ -268,8 +292,7 @@ class Session:
             case messages.Failed():
                 self._failed(peer, message)
             case messages.Stranger():
-                self._lose(peer, "it was restarted")
-                peer.greet(time.monotonic())
+                self._begin_anew(peer, "it was restarted")
             case messages.Ping():
                 peer.send(messages.Pong())
 
@@ -326,6 +349,8 @@ class Session:
 
     def _put_to_work(self, peer: Peer, *, shared: bool) -> None:
         peer.state, peer.shared = "working", shared
+        if not shared:
+            self._watch(peer.open_lanes(self._connections))
         if self._ledger:
             self._ledger.node_up(peer.address, peer.workers)
 
@@ -336,6 +361,11 @@ class Session:
         if self._ledger:
             self._ledger.node_down(peer.address)
         self._drop_if_unlisted(peer)
+
+    def _begin_anew(self, peer: Peer, why: str) -> None:
+        self._lose(peer, why)
+        if peer in self._peers:
+            peer.greet(time.monotonic())
 
     def _pixels(self, peer: Peer, pixels: messages.Pixels, frames: list[zmq.Frame]) -> None:
         """A piece of a slice from another machine: frame to slot, the one copy that it takes."""
@@ -414,6 +444,7 @@ class Session:
         peer = next(p for p in self._peers if p.address == ask.node)
         place = self._room.place(ask) if peer.shared else None
         what = self._room.slice_id(ask.batch.plan.epoch, ask.part)
-        request = messages.Request(peer.instance, ask.number, self.split, what, self._room.layout.dtype, place)
+        lane = 0 if peer.shared else peer.next_lane()
+        request = messages.Request(peer.instance, ask.number, self.split, what, self._room.layout.dtype, place, lane)
         if not peer.send(request):
             self._lose(peer, "its connection was cut")

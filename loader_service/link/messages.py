@@ -3,7 +3,8 @@
 A message is one frame of MessagePack, a map with its type under ``t``. A request without a place is answered in frames:
 the slice's pixels in order, a piece after each :class:`Pixels`, then its labels and draws one after the other, after the
 :class:`Filled`. Pieces are small enough for a cache, so that a slice is still being sent while its first bytes are copied
-to their slot. Everything is bounded and checked on arrival; nothing is ever executed or unpickled.
+to their slot. A client may open further connections, its lanes, and have slices sent by them; a lane's identity is the
+client's and one byte more, so that nobody can have them sent to somebody else. Everything is bounded and checked on arrival; nothing is ever executed or unpickled.
 
 ========== =================== ==================================================================
 from       message             meaning
@@ -34,7 +35,11 @@ from msgspec import Meta
 from loader_service.errors import MessageError
 from loader_service.spec import DatasetFacts, Dtype, SliceId, Split, StageSeconds
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
+CLIENT_ID_BYTES: Final = 16
+MAX_CONNECTIONS: Final = 16
+"""Of one client with one node: its own and its lanes, numbered from 1."""
+
 MAX_CLIENT_MESSAGE_BYTES: Final = 16_384
 """Largest message a node takes from a client; libzmq cuts the connection of who sends more."""
 
@@ -94,7 +99,8 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Request(_Message, frozen=True, tag="request"):
     """A credit and an order in one: the client has room for this slice.
 
-    Without a place the slice comes back in frames. ``instance`` is the node's that was asked; any other drops it.
+    Without a place the slice comes back in frames, by the client's lane of that number; 0 is the connection that asks.
+    ``instance`` is the node's that was asked; any other drops it.
     """
 
     instance: Instance
@@ -103,6 +109,7 @@ class Request(_Message, frozen=True, tag="request"):
     what: SliceId
     dtype: Dtype
     place: Place | None = None
+    lane: Annotated[int, Meta(ge=0, lt=MAX_CONNECTIONS)] = 0
 
     def __post_init__(self) -> None:
         if not self.what.view.crop:
@@ -217,6 +224,11 @@ FromNode = Welcome | Attached | Pixels | Filled | Failed | Stranger | Ping | Pon
 _encoder = msgspec.msgpack.Encoder()
 _from_client = msgspec.msgpack.Decoder(FromClient)
 _from_node = msgspec.msgpack.Decoder(FromNode)
+
+
+def lane_id(client: bytes, lane: int) -> bytes:
+    """The routing identity of a client's lane; of the client itself for lane 0."""
+    return client + bytes([lane]) if lane else client
 
 
 def encode(message: FromClient | FromNode) -> bytes:

@@ -57,6 +57,7 @@ class Settings:
     standstill_s: float = defaults.STANDSTILL_S
     keys: NodeKeys | None = None
     insecure: bool = False
+    io_threads: int = defaults.CONNECTIONS
 
 
 class Front:
@@ -87,7 +88,7 @@ class Front:
         self._welcome = messages.encode(
             messages.Welcome(messages.PROTOCOL, self.instance, settings.workers, settings.slot_bytes, facts)
         )
-        self._context: zmq.Context[Any] = zmq.Context()
+        self._context: zmq.Context[Any] = zmq.Context(io_threads=settings.io_threads)
         # Before the bind: from its first moment on, the socket asks somebody who may come in.
         self._doorkeeper = Doorkeeper(self._context, settings.keys) if settings.keys else None
         self._router, self.address = self._bind()
@@ -188,15 +189,20 @@ class Front:
                 frames = self._router.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
-            client = frames[0]
+            client, lane = frames[0][: messages.CLIENT_ID_BYTES], frames[0][messages.CLIENT_ID_BYTES :]
             try:
                 if len(frames) != 2:
                     raise MessageError(f"{len(frames) - 1} frames where one was expected")
                 message = messages.decode_from_client(frames[1])
+                if lane and not isinstance(message, messages.Ping):
+                    raise MessageError(f"{type(message).__name__} came by a lane, which is there for slices")
             except MessageError as error:
                 self._refuse(client, str(error))
                 continue
-            self._answer(client, message)
+            if lane:
+                self._send(frames[0], messages.Pong())
+            else:
+                self._answer(client, message)
             if client in self._roster.clients:
                 self._heard[client] = time.monotonic()
 
@@ -333,14 +339,16 @@ class Front:
             self._send(task.client.id, messages.Filled(task.request.id))
             return
         for frames in self._outbox.messages(task):
-            if not self._post(task.client.id, frames):
+            if not self._post(messages.lane_id(task.client.id, task.request.lane), frames):
                 return
 
     def _send(self, client: bytes, message: messages.FromNode) -> None:
         self._post(client, [messages.encode(message)])
 
     def _post(self, client: bytes, frames: list[Any]) -> bool:
-        return sockets.try_send(self._router, [client, *frames], on_gone=lambda: self._forget(client))
+        """Send to a client, or to a lane of its; False if it is not there, and then it is forgotten."""
+        owner = client[: messages.CLIENT_ID_BYTES]
+        return sockets.try_send(self._router, [client, *frames], on_gone=lambda: self._forget(owner))
 
     def _forget(self, client: bytes) -> None:
         self._heard.pop(client, None)

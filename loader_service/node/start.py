@@ -30,6 +30,7 @@ def run_node(
     on_ready: OnReady,
     keys: Path | None = None,
     insecure: bool = False,
+    io_threads: int = defaults.CONNECTIONS,
     hook: NodeHook | None = None,
 ) -> None:
     """Run a node until it is told to stop. The calling process must have one thread.
@@ -42,6 +43,7 @@ def run_node(
         on_ready: called when the node can serve, with the front and what it serves.
         keys: directory of the node's keys; without it only this machine may reach ``bind``.
         insecure: let other machines reach it without keys all the same.
+        io_threads: of libzmq, which send slices to other machines.
         hook: handed the node's metrics twice a second; the first time after the workers' parent has been forked, so
             that it may start threads.
 
@@ -63,7 +65,7 @@ def run_node(
 
     nursery = Nursery(worker_main)
     try:
-        settings = Settings(bind, workers, send_slots=slots, keys=may_enter, insecure=insecure)
+        settings = Settings(bind, workers, send_slots=slots, keys=may_enter, insecure=insecure, io_threads=io_threads)
         front = Front(settings, facts, nursery, own, at, version)
     except BaseException:
         nursery.close()

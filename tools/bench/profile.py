@@ -1,6 +1,6 @@
 """Where the processor time of a batch goes: each process of a node, each thread of its client.
 
-python -m tools.bench.profile [--codec raw|jpeg] [--transport shm|tcp] [--records build/bench/records-8192]
+python -m tools.bench.profile [--codec raw|jpeg] [--transport shm|tcp] [--connections N] [--keys] [--records build/bench/records-8192]
 
 It reads records that ``make bench`` has made. What touching the batch costs is the benchmark's own, and left out.
 """
@@ -16,7 +16,8 @@ from typing import Final, Literal
 import click
 import psutil
 
-from loader_service import Loader
+from loader_service import Loader, defaults
+from loader_service.link.keys import generate
 from tools.bench.contest import ROOT
 from tools.bench.ours import SEED, node
 from tools.bench.turns import BATCH, WORKERS_DEFAULT, touch
@@ -45,17 +46,40 @@ def spent_s(loader: psutil.Process) -> dict[str, float]:
 @click.option("--transport", type=click.Choice(["shm", "tcp"]), default="shm", show_default=True)
 @click.option("--records", type=click.Path(path_type=Path), default=ROOT / "build" / "bench" / "records-8192")
 @click.option("--workers", type=click.IntRange(1), default=WORKERS_DEFAULT, show_default=True)
+@click.option("--connections", type=click.IntRange(1), default=defaults.CONNECTIONS, show_default=True)
+@click.option("--keys", is_flag=True, help="Encrypt, with keys made for the occasion.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True)
-def main(codec: str, transport: Literal["shm", "tcp"], records: Path, workers: int, seconds: float) -> None:
+def main(
+    codec: str,
+    transport: Literal["shm", "tcp"],
+    records: Path,
+    workers: int,
+    connections: int,
+    keys: bool,
+    seconds: float,
+) -> None:
     """Tell the CPU time per batch of 128 of each process of a node and each thread of its client."""
     data = records / codec
     if not (data / "train.lmdb").exists():
         raise ToolFailed(f"there are no records in {data}; make bench makes them.")
     with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:
         bind = "tcp://127.0.0.1:*" if transport == "tcp" else f"ipc://{folder}/node"
+        made = Path(folder) / "keys" if keys else None
+        if made:
+            generate(made)
         with (
-            node(data, bind, workers) as address,
-            Loader(address, batch_size=BATCH, seed=SEED, epochs=2**31, transport=transport, drop_last=True) as loader,
+            node(data, bind, workers, made) as address,
+            Loader(
+                address,
+                batch_size=BATCH,
+                seed=SEED,
+                epochs=2**31,
+                transport=transport,
+                drop_last=True,
+                connections=connections,
+                server_key=made / "node.key" if made else None,
+                client_key=made / "client.secret" if made else None,
+            ) as loader,
         ):
             _consume(loader, WARM_S)
             this = psutil.Process()

@@ -23,6 +23,9 @@ from loader_service.client.loader import Transport
 from tools.command import ToolFailed
 
 BATCH_SIZE: Final = 48
+CONNECTIONS: Final = 2
+"""With a node that slices come from in frames, whatever the default is on this machine."""
+
 STEP_S: Final = 0.02
 """What a training step would take: short enough for the nodes to be busy, long enough for other things to run here."""
 
@@ -123,7 +126,12 @@ def train(addresses: str, transport: Transport, seed: int, folder: Path) -> None
     saved = read_saved(folder)
     lines, before = (saved.lines, saved.accounts) if saved else (0, [])
     _cut_journal(folder, lines)
-    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "epochs": FOR_EVER, "timeout_s": PATIENCE_S}
+    options: dict[str, Any] = {
+        "batch_size": BATCH_SIZE,
+        "epochs": FOR_EVER,
+        "timeout_s": PATIENCE_S,
+        "connections": CONNECTIONS,
+    }
     with (
         Loader(addresses, seed=seed, transport=transport, **options) as loader,
         (folder / "journal.jsonl").open("ab", buffering=0) as journal,

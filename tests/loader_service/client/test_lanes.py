@@ -1,0 +1,104 @@
+"""Several connections with one node: the same batches, one client, and a connection that is cut costs nothing."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+from loader_service import Loader, status
+from loader_service.errors import OptionError
+from loader_service.link.keys import generate
+
+CONNECTIONS = 3
+EPOCHS = 3
+
+
+def connections_with(address: str) -> list[int]:
+    """The descriptors of this process's TCP connections that lead to a node."""
+    port = urlsplit(address).port
+    return [c.fd for c in psutil.Process().net_connections("tcp") if c.raddr and c.raddr.port == port]
+
+
+def cut(descriptor: int) -> None:
+    """End a connection, as a network does that both sides hear of."""
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def pixels(loader: Loader) -> list[bytes]:
+    return [batch.images.tobytes() for batch in loader]
+
+
+@pytest.fixture(name="expected")
+def expected_fixture(node_address: str) -> list[bytes]:
+    """What comes by one connection."""
+    with Loader(node_address, batch_size=8, seed=3, epochs=EPOCHS, transport="tcp", connections=1) as loader:
+        return pixels(loader)
+
+
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_slices_come_by_several_connections(
+    start_node: Callable[..., Any],
+    eventually: Callable[[Callable[[], bool], str], None],
+    expected: list[bytes],
+    tmp_path: Path,
+    with_keys: bool,
+) -> None:
+    """Each carries some; the node sees one client; the batches are those that come by one."""
+    options: dict[str, Any] = {}
+    if with_keys:
+        generate(tmp_path / "keys")
+        options = {"server_key": tmp_path / "keys" / "node.key", "client_key": tmp_path / "keys" / "client.secret"}
+    threads = ("--io-threads", "2", *(("--keys", str(tmp_path / "keys")) if with_keys else ()))
+    node = start_node(workers=2, options=threads)
+    with Loader(
+        node.address, batch_size=8, seed=3, epochs=EPOCHS, transport="tcp", connections=CONNECTIONS, **options
+    ) as loader:
+        got = [next(loader).images.tobytes()]
+        eventually(lambda: len(connections_with(node.address)) == CONNECTIONS, "all connections are there")
+        received = dict.fromkeys(connections_with(node.address), 0)
+        got += pixels(loader)
+        for descriptor in received:
+            received[descriptor] = _bytes_received(descriptor)
+        assert [client.transport for client in status(node.address, **options).clients] == ["tcp"]
+    assert got == expected
+    assert min(received.values()) > 10 * 224 * 224 * 3, received
+
+
+def test_a_connection_that_is_cut_costs_nothing(
+    start_node: Callable[..., Any],
+    eventually: Callable[[Callable[[], bool], str], None],
+    expected: list[bytes],
+) -> None:
+    """Whichever of them it is, its slices are asked for again, and each position is delivered once."""
+    node = start_node(workers=2)
+    with Loader(node.address, batch_size=8, seed=3, epochs=EPOCHS, transport="tcp", connections=CONNECTIONS) as loader:
+        got = []
+        for batch in loader:
+            got.append(batch.images.tobytes())
+            if len(got) in (3, 6, 9):
+                eventually(lambda: len(connections_with(node.address)) == CONNECTIONS, "all connections are there")
+                cut(connections_with(node.address)[len(got) // 3 - 1])
+        assert [account.delivered for account in loader.ledger] == [loader.dataset.count] * EPOCHS
+    assert got == expected
+
+
+def test_how_many_connections_there_may_be(node_address: str) -> None:
+    """None is no way to reach a node, and hundreds are a mistake."""
+    for connections in (0, 17):
+        with pytest.raises(OptionError, match="connections"):
+            Loader(node_address, connections=connections)
+
+
+def _bytes_received(descriptor: int) -> int:
+    """By a connection so far, as the kernel counts (tcp_info's tcpi_bytes_received)."""
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    return int.from_bytes(info[128:136], "little")

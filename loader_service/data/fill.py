@@ -77,6 +77,10 @@ def fill(
     draws = draw(what.view, what.seed, what.epoch, what.start, what.count, records.side)
     out.draws.view(np.uint8)[...] = draws.view(np.uint8)  # as bytes: NumPy's own copy would leave the padding as it was
     mean = records.mean_pair if out.images.dtype == np.float32 else None
+    watch.enter(READ)
+    records.ahead.ask(numbers)
+    watch.enter(AUGMENT)
+    read_s = watch.spent(READ)
     with records.values() as values:
         if records.manifest.codec == "raw":
             watch.enter(READ)
@@ -87,6 +91,7 @@ def fill(
                 raise values.refusal(int(numbers[made]))
         else:
             _fill_decoded(out, values, records.side, draws, numbers, at, mean, watch)
+    records.ahead.learn(what.count, watch.spent(READ) - read_s)
     if (strange := np.flatnonzero(out.labels >= len(records.manifest.class_names))).size:
         i = strange[0]
         raise RecordError(records.path, int(numbers[i]), f"its label {out.labels[i]} is beyond the last class")

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from loader_service.data.ahead import ReadAhead
 from loader_service.data.centred import centre_of, decode_centred
 from loader_service.data.codecs import CODECS, HEADER, Codec, Pixels, decode
 from loader_service.data.manifest import Manifest
@@ -63,8 +64,10 @@ class Records:
             self.manifest = manifest or _read_manifest(self._env, manifest_db, self.path)
             with self._env.begin() as txn:
                 entries = txn.stat(self._records)["entries"]
+                database = bytes(txn.get(DATABASES[0]))
             if entries != self.manifest.count:
                 raise DatasetInvalid(self.path, f"it holds {entries} records, its manifest says {self.manifest.count}")
+            self.ahead = ReadAhead(self.path / "data.mdb", database, self._env.stat()["psize"])
         except BaseException:
             self._env.close()
             raise
@@ -81,6 +84,7 @@ class Records:
 
     def close(self) -> None:
         """Close the environment; views of its pages must be gone."""
+        self.ahead.close()
         self._env.close()
 
     @property

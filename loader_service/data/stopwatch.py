@@ -39,6 +39,10 @@ class Stopwatch:
         self._stage, self._since = stage, now
         self._shown[0] = stage
 
+    def spent(self, stage: int) -> float:
+        """Seconds in a stage since the last stop, but for the one that runs."""
+        return self._seconds[stage]
+
     def stop(self) -> StageSeconds:
         """End the stage that runs; what each has taken since the last stop."""
         self.enter(NO_STAGE)

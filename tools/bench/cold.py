@@ -1,0 +1,165 @@
+"""Records that are not in memory: the disk is what one waits for.
+
+python -m tools.bench.cold [--records build/bench/records-8192] [--workers 2] [--rounds 5]
+
+Before each turn the environment's pages are dropped from memory. Workers make slices of 128 as a node's do, of the first
+part of an epoch in shuffled order: as they are, and with reading ahead left out. The limit reads the same records by
+their places in the file, without LMDB, by many threads. Prints the table of docs/benchmarks-notes.md.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from loader_service.data.augment import complete_view
+from loader_service.data.fill import empty_slice, fill, slice_numbers
+from loader_service.data.records import Records
+from loader_service.spec import SampleLayout, SliceId, View
+from tools.bench.contest import ROOT
+from tools.bench.turns import BATCH, WORKERS_DEFAULT
+from tools.command import CONTEXT, Command, ToolFailed
+
+SLICES: Final = 12
+"""For each worker and turn: 1,536 records, 0.3 GB raw."""
+
+THREADS: Final = 16
+"""That read at a time in the limit; more give no more on any disk that we know."""
+
+MODES: Final = ("ahead", "touching", "disk")
+NAMES: Final = {
+    "ahead": "this project: a slice's records asked for at once",
+    "touching": "reading ahead left out: LMDB touches pages",
+    "disk": "limit: pread of the same records",
+}
+
+
+class Touching:
+    """No reading ahead at all."""
+
+    def __init__(self, records: Records) -> None:
+        self.close = records.ahead.close
+
+    def ask(self, numbers: npt.NDArray[np.int64]) -> None:
+        """Ask for nothing."""
+
+    def learn(self, records: int, seconds: float) -> None:
+        """Learn nothing."""
+
+
+def forget(path: Path) -> None:
+    """Drop a file's pages from memory; nobody may have them mapped."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.option("--records", type=click.Path(path_type=Path), default=ROOT / "build" / "bench" / "records-8192")
+@click.option("--workers", type=click.IntRange(1), default=WORKERS_DEFAULT, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--turn", type=(click.Choice(MODES), click.Path(path_type=Path), int, int), hidden=True)
+def main(records: Path, workers: int, rounds: int, turn: tuple[str, Path, int, int] | None) -> None:
+    """Measure reading from a disk: images per second of all workers together, medians of interleaved rounds."""
+    if turn:
+        take_turn(*turn)
+        return
+    rates: dict[tuple[str, str], list[float]] = {}
+    for number in range(rounds):
+        for codec in ("raw", "jpeg"):
+            data = records / codec / "train.lmdb"
+            if not data.exists():
+                raise ToolFailed(f"there are no records in {data}; make bench makes them.")
+            for mode in MODES:
+                rates.setdefault((codec, mode), []).append(_measure(mode, data, workers, number * workers))
+                click.echo(
+                    f"round {number + 1} of {rounds}: {codec}, {NAMES[mode]}: {rates[codec, mode][-1]:,.0f}/s", err=True
+                )
+    click.echo("| records | how | images/s | x limit |\n| --- | --- | --- | --- |")
+    for (codec, mode), found in rates.items():
+        of_limit = [rate / limit for rate, limit in zip(found, rates[codec, "disk"], strict=True)]
+        spread = f"{statistics.median(found):,.0f} ({min(found):,.0f} to {max(found):,.0f})"
+        click.echo(f"| {codec} | {NAMES[mode]} | {spread} | {statistics.median(of_limit):.2f} |")
+
+
+def _measure(mode: str, data: Path, workers: int, first: int) -> float:
+    """Images per second of that many processes at once, each with a part of the epoch of its own."""
+    forget(data / "data.mdb")
+    command = [sys.executable, "-m", "tools.bench.cold", "--turn", mode, str(data)]
+    running = [
+        subprocess.Popen([*command, str(first), str(index)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for index in range(workers)
+    ]
+    try:
+        for process in running:  # all have started and imported: then all begin
+            assert process.stdout is not None
+            process.stdout.readline()
+        for process in running:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        seconds = [float(process.communicate()[0]) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    return workers * SLICES * BATCH / max(seconds)
+
+
+def take_turn(mode: str, data: Path, seed: int, index: int) -> None:
+    """One process's part, once it is told to begin by a line; prints the seconds that it took."""
+    with Records(data) as records:
+        view = complete_view(View(), records.statistics)
+        what = [SliceId(view, seed, 0, (index * SLICES + n) * BATCH, BATCH) for n in range(SLICES)]
+        work = _disk(records, data, what) if mode == "disk" else _node(records, what, mode)
+        click.echo("ready")
+        sys.stdin.readline()
+        start = time.perf_counter()
+        work()
+        click.echo(time.perf_counter() - start)
+
+
+def _node(records: Records, what: list[SliceId], mode: str) -> Callable[[], None]:
+    if mode == "touching":
+        records.ahead = Touching(records)  # type: ignore[assignment]
+    out = empty_slice(SampleLayout(what[0].view, "uint8"), BATCH)
+
+    def work() -> None:
+        for each in what:
+            fill(out, records, each)
+
+    return work
+
+
+def _disk(records: Records, data: Path, what: list[SliceId]) -> Callable[[], None]:
+    numbers = [number for each in what for number in slice_numbers(len(records), each).tolist()]
+    places = [place for number in numbers if (place := records.ahead.place(number))]
+    forget_again = data / "data.mdb"
+
+    def work() -> None:
+        file = os.open(forget_again, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+        with ThreadPoolExecutor(THREADS) as pool:
+            for _ in pool.map(lambda place: os.pread(file, place[1], place[0]), places):
+                pass
+        os.close(file)
+
+    return work
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,7 @@
 ::
 
     RUN/
-      config.json            configuration, versions and commit, as of the last start
+      config.json            configuration, versions, machine and commit, as of the last start
       log.jsonl              one JSON object per line: start, resume, step, layers, epoch, set-lr, not-saved, stop, end
       summary.json           the results so far, rewritten after each epoch
       tensorboard/           the same curves, for TensorBoard
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import os
 import platform
 import subprocess
 import time
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
+import torch
 
 from trainer import checkpoint
 from trainer.config import RunConfig
@@ -84,7 +86,8 @@ class RunFolder:
         """
         about = {
             "config": msgspec.to_builtins(config),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
+            "versions": _versions(),
+            "machine": _machine(),
             "python": platform.python_version(),
             "commit": _commit(),
             "launch": launch,
@@ -195,6 +198,19 @@ def _make_named(parent: Path) -> Path:
             continue
         return parent / name
     raise AssertionError("itertools.count has no end")
+
+
+def _versions() -> dict[str, str]:
+    """Every library that is installed beside this code, and what torch was built with."""
+    found = {each.name: each.version for each in importlib.metadata.distributions()}
+    built = {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
+    return dict(sorted(found.items())) | {name: str(version) for name, version in built.items() if version}
+
+
+def _machine() -> dict[str, Any]:
+    """Where the run takes place."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"host": platform.node(), "platform": platform.platform(), "cpus": os.cpu_count(), "gpus": gpus}
 
 
 def _commit() -> str | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from trainer.config import RunConfig
 from trainer.errors import RunFolderError
@@ -13,14 +16,16 @@ from trainer.run_folder import RunFolder, find_checkpoint, newest_run
 
 
 def test_a_new_folder_tells_how_it_was_made(tmp_path: Path) -> None:
-    """Configuration, versions and commit."""
+    """Configuration, machine, commit, and the versions of all libraries: also of those that only others need."""
     folder = RunFolder.create(tmp_path / "run", tmp_path)
     assert not folder.has_run
     folder.describe(RunConfig(seed=4))
     assert folder.has_run
     about = json.loads(folder.config.read_text())
     assert about["config"]["seed"] == 4
-    assert {"torch", "numpy"} <= about["versions"].keys()
+    assert about["versions"] | {"torch": torch.__version__, "numpy": np.__version__} == about["versions"]
+    assert {"loader-service", "lmdb", "pyzmq", "simplejpeg", "sympy"} <= about["versions"].keys()
+    assert about["machine"]["cpus"] == os.cpu_count()
     assert "commit" in about
 
 

@@ -1,0 +1,80 @@
+"""What a record's codec costs and loses: quality and subsampling of jpeg records, beside raw ones.
+
+python -m tools.bench.codecs [--source ARCHIVE|FOLDER] [--rounds 5]
+
+Prints the table of docs/datasets.md: how close the pixels are to the raw ones', bytes, and records that one core decodes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from itertools import product
+from pathlib import Path
+from typing import Final
+
+import click
+import numpy as np
+
+from loader_service.data.codecs import CODECS, RAW_BYTES, decode, encode
+from loader_service.data.picture import load_picture
+from tools.bench.__main__ import source as find_source
+from tools.bench.pictures import Pixels, photographs
+from tools.command import CONTEXT, Command
+from tools.progress import Progress
+
+QUALITIES: Final = (80, 85, 90, 92, 95)
+SUBSAMPLINGS: Final = ("420", "422", "444")
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.option("--source", type=click.Path(path_type=Path), help="Photographs; those of the benchmark if not given.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+def main(source: Path | None, rounds: int) -> None:
+    """Encode the photographs' records in each way, and decode them in interleaved rounds."""
+    records = [load_picture(content) for content in photographs(source or find_source())]
+    ways = list(product(QUALITIES, SUBSAMPLINGS))
+    payloads = {}
+    with Progress("encoded", len(ways), "ways") as progress:
+        for quality, subsampling in ways:
+            parameters: dict[str, int | str] = {"quality": quality, "subsampling": subsampling}
+            payloads[quality, subsampling] = [encode(pixels, "jpeg", parameters) for pixels in records]
+            progress.advance(1)
+    rates = _rates(list(payloads.values()), rounds)
+    click.echo(f"{len(records)} records; raw ones have {RAW_BYTES / 1000:.1f} KB and nothing to decode.\n")
+    click.echo("| quality | subsampling | PSNR, dB: mean (least) | KB | decoded by one core, records/s |")
+    click.echo("| --- | --- | --- | --- | --- |")
+    for ((quality, subsampling), encoded), rate in zip(payloads.items(), rates, strict=True):
+        close = [
+            _psnr_db(pixels, decode(payload, CODECS["jpeg"])) for pixels, payload in zip(records, encoded, strict=True)
+        ]
+        kilobytes = statistics.mean(map(len, encoded)) / 1000
+        name = ":".join(subsampling)
+        click.echo(
+            f"| {quality} | {name} | {statistics.mean(close):.1f} ({min(close):.1f}) | {kilobytes:.1f} | {rate:,.0f} |"
+        )
+
+
+def _psnr_db(one: Pixels, other: Pixels) -> float:
+    """Peak signal to noise of (side, side, 3) uint8 pixels, against 255."""
+    error = float(np.mean((one.astype(np.float64) - other) ** 2))
+    return 10 * float(np.log10(255**2 / max(error, 1e-3)))
+
+
+def _rates(ways: list[list[bytes]], rounds: int) -> list[float]:
+    """Records decoded per second in each way, medians of interleaved rounds."""
+    buffer = np.empty(RAW_BYTES, np.uint8)
+    found: list[list[float]] = [[] for _ in ways]
+    with Progress("decoded", rounds, "rounds") as progress:
+        for _ in range(rounds):
+            for rates, payloads in zip(found, ways, strict=True):
+                start = time.perf_counter()
+                for payload in payloads:
+                    decode(payload, CODECS["jpeg"], buffer)
+                rates.append(len(payloads) / (time.perf_counter() - start))
+            progress.advance(1)
+    return [statistics.median(rates) for rates in found]
+
+
+if __name__ == "__main__":
+    main()

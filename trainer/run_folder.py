@@ -203,7 +203,7 @@ def _make_named(parent: Path) -> Path:
 def _versions() -> dict[str, str]:
     """Every library that is installed beside this code, and what torch was built with."""
     found = {each.name: each.version for each in importlib.metadata.distributions()}
-    built = {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}
+    built = {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
     return dict(sorted(found.items())) | {name: str(version) for name, version in built.items() if version}
 
 

@@ -138,9 +138,10 @@ class NoNodeError(LinkError):
 class NodeRefused(LinkError):
     """A node is there, but would give other bytes than this client must have."""
 
-    def __init__(self, address: str, what: str, need: object, have: object) -> None:
-        self.address, self.what, self.need, self.have = address, what, need, have
-        super().__init__(f"the node at {address} is refused: its {what} is {have}, this client needs {need}.")
+    def __init__(self, address: str, what: str, need: object, have: object, remedy: str = "") -> None:
+        self.address, self.what, self.need, self.have, self.remedy = address, what, need, have, remedy
+        reason = f"its {what} is {have}, this client needs {need}"
+        super().__init__(f"the node at {address} is refused: {reason}{'; ' + remedy if remedy else ''}.")
 
 
 class KeyFileError(LinkError):

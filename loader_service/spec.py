@@ -215,6 +215,31 @@ STAGES: Final = StageSeconds.__struct_fields__
 """What a worker does for a slice, in order; a stage's number is its index."""
 
 
+BUILTIN_GOLDEN: Final = "1de8c3efb410f57938c7dbab0c8e38cd"
+"""The hash of the built-in pictures' samples, as every node of this version must make them: see ``data/golden.py``. It
+changes only with what samples are, and whoever changes that makes a version whose runs cannot go on from another's."""
+
+GoldenHash = Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
+
+
+class Installation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a node is made of, as far as bytes of samples depend on it.
+
+    Fields:
+        golden: hash of the built-in pictures' samples, as this node makes them.
+        libraries: versions of what makes them, by name; to be told when the hash is another.
+    """
+
+    golden: GoldenHash
+    libraries: Annotated[
+        dict[Annotated[str, msgspec.Meta(max_length=64)], Annotated[str, msgspec.Meta(max_length=64)]],
+        msgspec.Meta(max_length=16),
+    ]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {version}" for name, version in self.libraries.items())
+
+
 class DatasetFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a node tells of one split it serves; with a slice's identity, all that decides the bytes.
 
@@ -236,7 +261,7 @@ class DatasetFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     eigenvalues: Annotated[tuple[float, ...], msgspec.Meta(min_length=3, max_length=3)]
     eigenvectors: Annotated[tuple[float, ...], msgspec.Meta(min_length=9, max_length=9)]
     fingerprint: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
-    golden: Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
+    golden: GoldenHash
 
     def __post_init__(self) -> None:
         if mean_bytes(self.side) != len(self.mean_image):

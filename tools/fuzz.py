@@ -22,7 +22,7 @@ from loader_service.errors import MessageError
 from loader_service.link import messages
 from loader_service.link.messages import FromClient, FromNode, Place, Request
 from loader_service.link.slots import Segment
-from loader_service.spec import RECORD_SIDE_PX, VIEWS, DatasetFacts, SliceId, mean_bytes
+from loader_service.spec import RECORD_SIDE_PX, VIEWS, DatasetFacts, Installation, SliceId, mean_bytes
 from tools.chaos.__main__ import dataset
 from tools.chaos.client import digest
 from tools.chaos.processes import in_session
@@ -72,7 +72,7 @@ def from_node() -> list[FromNode]:
         5, ("a",), bytes(mean_bytes(RECORD_SIDE_PX)), (1.0,) * 3, (1.0,) * 3, (1.0,) * 9, INSTANCE, INSTANCE
     )
     return [
-        messages.Welcome(messages.PROTOCOL, INSTANCE, 2, 2**24, {"train": facts}),
+        messages.Welcome(messages.PROTOCOL, INSTANCE, 2, 2**24, Installation(INSTANCE, {"numpy": "2"}), {"train": facts}),
         messages.Attached(SEGMENT, bytes(16)),
         messages.Pixels(7, 4096),
         messages.Filled(7),

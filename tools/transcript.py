@@ -14,7 +14,7 @@ import click
 
 from loader_service.link import messages
 from loader_service.link.messages import FromClient, FromNode, Place, Request
-from loader_service.spec import RECORD_SIDE_PX, VIEWS, DatasetFacts, SliceId, mean_bytes
+from loader_service.spec import RECORD_SIDE_PX, VIEWS, DatasetFacts, Installation, SliceId, mean_bytes
 
 INSTANCE: Final = "0123456789abcdef" * 2
 SEGMENT: Final = f"loader-service-{'fedcba9876543210' * 2}"
@@ -31,7 +31,7 @@ FACTS: Final = DatasetFacts(
 
 TRANSCRIPT: Final[tuple[FromClient | FromNode, ...]] = (
     messages.Hello(messages.PROTOCOL, "host:4711"),
-    messages.Welcome(messages.PROTOCOL, INSTANCE, 2, 2**24, {"train": FACTS}),
+    messages.Welcome(messages.PROTOCOL, INSTANCE, 2, 2**24, Installation("2" * 32, {"numpy": "2.4.6"}), {"train": FACTS}),
     messages.Attach(SEGMENT),
     messages.Attached(SEGMENT, bytes(range(16))),
     Request(INSTANCE, 1, "train", SliceId(VIEWS["center"], 5, 0, 0, 2), "uint8", Place(0, 1, 8192, 311_296, 315_392)),

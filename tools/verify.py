@@ -13,7 +13,7 @@ import click
 import msgspec
 import numpy as np
 
-from loader_service.data.fill import golden
+from loader_service.data import golden
 from loader_service.data.manifest import Manifest, Statistics, digest_headers, fingerprint
 from loader_service.data.records import Records
 from loader_service.errors import DatasetInvalid, RecordError
@@ -48,7 +48,7 @@ def verify(path: Path) -> str:
                 path, f"its manifest counts {list(manifest.class_counts)} records by class, there are {counts}"
             )
         check_statistics(path, manifest, sums.statistics())
-        if golden(records) != manifest.golden:
+        if golden.of_dataset(records) != manifest.golden:
             raise DatasetInvalid(path, "this machine makes other golden samples of it than its manifest says")
         plain = msgspec.structs.replace(manifest, fingerprint="", golden="")
         if (found := fingerprint(plain, digest_headers(records.headers()))) != manifest.fingerprint:

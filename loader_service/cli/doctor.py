@@ -32,6 +32,7 @@ def doctor(data: Path, workers: int, bind: str, keys: Path | None) -> None:
     checks = [
         check_pillow(),
         check_kernel(),
+        checkup.check_samples(),
         checkup.check_cpus(workers),
         checkup.check_shared_memory(),
         checkup.check_descriptors(workers),

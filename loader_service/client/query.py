@@ -11,7 +11,8 @@ import zmq
 
 from loader_service import defaults
 from loader_service.client.dataset import Dataset
-from loader_service.errors import MessageError, NodeRefused, NoNodeError
+from loader_service.client.handshake import check_protocol, check_welcome
+from loader_service.errors import MessageError, NoNodeError
 from loader_service.link import messages, sockets
 from loader_service.link.keys import ClientKeys, chosen_keys
 from loader_service.spec import Split
@@ -29,16 +30,14 @@ def describe(
 
     Raises:
         NoNodeError: nobody answered in time.
-        NodeRefused: it does not serve that split.
+        NodeRefused: it does not serve that split, or would give other bytes than this version must have.
         AddressError, MessageError, KeyRefused, KeyFileError: the address, or who answers there, is of another kind.
     """
     keys = chosen_keys(server_key, client_key)
     welcome = _ask(address, messages.Hello(messages.PROTOCOL, "query"), timeout_s, keys)
     if not isinstance(welcome, messages.Welcome):
         raise MessageError(f"{address} answered a Hello with {type(welcome).__name__}")
-    if split not in welcome.splits:
-        raise NodeRefused(address, "list of splits", split, ", ".join(welcome.splits))
-    return Dataset.of(welcome.splits[split])
+    return Dataset.of(check_welcome(address, welcome, split))
 
 
 def status(
@@ -52,6 +51,7 @@ def status(
 
     Raises:
         NoNodeError: nobody answered in time.
+        NodeRefused: it speaks another version of the protocol.
         AddressError, MessageError, KeyRefused, KeyFileError: the address, or who answers there, is of another kind.
     """
     answer = _ask(address, messages.StatusQuery(), timeout_s, chosen_keys(server_key, client_key))
@@ -73,11 +73,19 @@ def _ask(address: str, question: messages.FromClient, timeout_s: float, keys: Cl
             if any(monitor.events()):
                 dealer.send(messages.encode(question))
             if dealer.poll(0):
-                answer = messages.decode_from_node(dealer.recv())
+                frame = dealer.recv()
                 sockets.try_send(dealer, [messages.encode(messages.Bye())])
-                return answer
+                return _decode(address, frame)
         raise NoNodeError((address,), timeout_s)
     finally:
         monitor.close()
         dealer.close(linger=sockets.BYE_LINGER_MS)
         context.term()
+
+
+def _decode(address: str, frame: bytes) -> messages.FromNode:
+    try:
+        return messages.decode_from_node(frame)
+    except MessageError:
+        check_protocol(address, messages.protocol_of(frame))
+        raise

@@ -23,6 +23,7 @@ import numpy as np
 import zmq
 
 from loader_service import defaults
+from loader_service.client.handshake import check_protocol, check_welcome
 from loader_service.client.ledger import MAX_EXCUSES, Ask, Deliver, Finish, Ledger
 from loader_service.client.peer import Link, Peer
 from loader_service.client.resolver import Resolver
@@ -275,6 +276,7 @@ class Session:
             try:
                 self._take(peer, messages.decode_from_node(frames[0].buffer), frames[1:])
             except MessageError as error:
+                check_protocol(peer.address, messages.protocol_of(frames[0].buffer))
                 log.warning("node %s: %s", peer.address, error)
                 self._lose(peer, "it does not speak this protocol")
                 return
@@ -297,16 +299,7 @@ class Session:
                 peer.send(messages.Pong())
 
     def _welcome(self, peer: Peer, welcome: messages.Welcome) -> None:
-        if welcome.protocol != messages.PROTOCOL:
-            raise NodeRefused(peer.address, "protocol version", messages.PROTOCOL, welcome.protocol)
-        facts = welcome.splits.get(self.split)
-        if facts is None:
-            raise NodeRefused(peer.address, "list of splits", self.split, ", ".join(welcome.splits) or "empty")
-        first = self.facts or facts
-        for what in ("fingerprint", "golden"):
-            need, have = getattr(first, what), getattr(facts, what)
-            if need != have:
-                raise NodeRefused(peer.address, f"dataset's {what}", need, have)
+        facts = check_welcome(peer.address, welcome, self.split, self.facts)
         if self.facts is None:
             self.slot_bytes, self.workers = welcome.slot_bytes, welcome.workers
         elif welcome.slot_bytes < self.slot_bytes:
@@ -314,7 +307,7 @@ class Session:
         if self._ledger:  # it may be known already, from before a reconnection
             self._ledger.node_down(peer.address)
         peer.welcomed(welcome)
-        self.facts = first
+        self.facts = self.facts or facts
         self._welcomed.set()
         self._employ(peer)
 

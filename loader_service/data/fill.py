@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
-from loader_service.data.augment import augment_records, complete_view
+from loader_service.data.augment import augment_records
 from loader_service.data.codecs import raw_value
 from loader_service.data.draws import draw
 from loader_service.data.order import records_at, substitute
 from loader_service.data.records import Records, Values
 from loader_service.data.stopwatch import AUGMENT, DECODE, READ, Stopwatch
 from loader_service.errors import RecordError
-from loader_service.spec import DRAWS, SampleLayout, Slice, SliceId, View
-
-GOLDEN_SAMPLES = 16
-_GOLDEN_SEED, _GOLDEN_EPOCH = 2012, 60
-_GOLDEN_VIEWS = ("train", "center")
+from loader_service.spec import DRAWS, SampleLayout, Slice, SliceId
 
 
 def slice_numbers(count: int, what: SliceId) -> npt.NDArray[np.int64]:
@@ -130,17 +123,3 @@ def empty_slice(layout: SampleLayout, count: int) -> Slice:
         labels=np.empty(count, np.int64),
         draws=np.zeros((count, *layout.view.draws_shape), DRAWS),
     )
-
-
-def golden(records: Records) -> str:
-    """The hash of sixteen fixed samples of this dataset: what a node shows to prove that it makes the same bytes."""
-    digest = xxhash.xxh3_128()
-    count = min(GOLDEN_SAMPLES, len(records))
-    for name in _GOLDEN_VIEWS:
-        complete = complete_view(View.named(name, records.side), records.statistics)
-        out = empty_slice(SampleLayout(complete, "uint8"), count)
-        fill(out, records, SliceId(complete, _GOLDEN_SEED, _GOLDEN_EPOCH, 0, count))
-        for array in (out.images, out.labels, *(out.draws[field] for field in ("y", "x", "flip", "shift"))):
-            digest.update(array.tobytes())
-        digest.update(struct.pack("<Q", count))
-    return digest.hexdigest()

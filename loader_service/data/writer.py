@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from loader_service.data import golden
 from loader_service.data.codecs import CODECS, DEFAULT_PARAMETERS, HEADER, Codec
-from loader_service.data.fill import golden
 from loader_service.data.manifest import FORMAT, Manifest, Rejected, Statistics, fingerprint
 from loader_service.data.partial import PROGRESS, Progress, load, partial_path, store
 from loader_service.data.records import DATABASES, KEY, Records
@@ -190,7 +190,7 @@ class Writer:
             self._env.sync(True)
             self._env.close()  # LMDB allows one handle per process, and the golden samples need a reader
             with Records(self._partial, manifest=manifest) as records:
-                manifest = msgspec.structs.replace(manifest, golden=golden(records))
+                manifest = msgspec.structs.replace(manifest, golden=golden.of_dataset(records))
             self._env = _open_for_writing(self._partial, durable=self._identity is not None)
             manifest_db, progress = self._env.open_db(b"manifest"), self._env.open_db(PROGRESS)
             with self._env.begin(write=True) as txn:  # from here on it is whole, and nothing to go on from

@@ -10,7 +10,7 @@ client's and one byte more, so that nobody can have them sent to somebody else. 
 from       message             meaning
 ========== =================== ==================================================================
 client     Hello               who I am; answer with what you serve
-node       Welcome             instance, workers, and the facts of every split
+node       Welcome             instance, workers, golden hashes, and the facts of every split
 client     Attach              open my segment of shared memory and prove it by its nonce
 node       Attached            I can write there; or why I cannot
 client     Request             make this slice, and put it there or send it
@@ -33,9 +33,11 @@ import msgspec
 from msgspec import Meta
 
 from loader_service.errors import MessageError
-from loader_service.spec import DatasetFacts, Dtype, SliceId, Split, StageSeconds
+from loader_service.spec import DatasetFacts, Dtype, Installation, SliceId, Split, StageSeconds
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
+"""Goes up whenever a message changes its shape or its meaning."""
+
 CLIENT_ID_BYTES: Final = 16
 MAX_CONNECTIONS: Final = 16
 """Of one client with one node: its own and its lanes, numbered from 1."""
@@ -63,12 +65,16 @@ class Hello(_Message, frozen=True, tag="hello"):
 
 
 class Welcome(_Message, frozen=True, tag="welcome"):
-    """A node's answer to Hello. ``slot_bytes`` bounds a slice that is sent in frames."""
+    """A node's answer to Hello. ``slot_bytes`` bounds a slice that is sent in frames.
+
+    ``installation`` proves that the node makes the bytes that it must, and each split's facts that they are of that dataset.
+    """
 
     protocol: int
     instance: Instance
     workers: Annotated[int, Meta(ge=1, le=65_536)]
     slot_bytes: Counter
+    installation: Installation
     splits: dict[Split, DatasetFacts]
 
 
@@ -218,12 +224,20 @@ class Status(_Message, frozen=True, tag="status"):
     send_s: float = 0.0
 
 
+class _Version(msgspec.Struct):
+    """What a Welcome or a Status states in every version, whatever else it holds there."""
+
+    t: str
+    protocol: int
+
+
 FromClient = Hello | Attach | Request | Ping | Pong | Bye | StatusQuery
 FromNode = Welcome | Attached | Pixels | Filled | Failed | Stranger | Ping | Pong | Status
 
 _encoder = msgspec.msgpack.Encoder()
 _from_client = msgspec.msgpack.Decoder(FromClient)
 _from_node = msgspec.msgpack.Decoder(FromNode)
+_version = msgspec.msgpack.Decoder(_Version)
 
 
 def lane_id(client: bytes, lane: int) -> bytes:
@@ -260,3 +274,11 @@ def decode_from_node(frame: bytes | memoryview) -> FromNode:
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise MessageError(str(error)) from error
     return message
+
+
+def protocol_of(frame: bytes | memoryview) -> int | None:
+    """The protocol version that a node's message states, also where the rest of it cannot be read; None if it states none."""
+    try:
+        return _version.decode(frame).protocol
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None

@@ -16,7 +16,7 @@ from loader_service.errors import LoaderServiceError
 from loader_service.link import sockets
 from loader_service.link.keys import node_keys
 from loader_service.link.slots import DIRECTORY
-from loader_service.node.worker import survey
+from loader_service.node.worker import prove, survey
 from loader_service.spec import SampleLayout, View
 
 DESCRIPTORS: Final = 128
@@ -48,6 +48,15 @@ def check_dataset(data: Path) -> Check:
         return Check("dataset", "failed", str(error))
     found = ", ".join(f"{split} ({f.count:,} records)" for split, f in facts.items())
     return Check("dataset", "ok", f"{found}; sixteen samples of each come out as they must")
+
+
+def check_samples() -> Check:
+    """Whether this installation makes the samples of the built-in pictures that every node must make."""
+    try:
+        made = prove()
+    except LoaderServiceError as error:
+        return Check("samples", "failed", str(error))
+    return Check("samples", "ok", f"the built-in pictures' golden hash is {made.golden}, as it must be; {made}")
 
 
 def check_cpus(workers: int) -> Check:

@@ -32,7 +32,7 @@ from loader_service.node.nursery import Nursery
 from loader_service.node.outbox import Outbox
 from loader_service.node.roster import Action, Answer, Grant, Refuse, Roster, Task, Worker
 from loader_service.node.watchdog import Watchdog, culprit
-from loader_service.spec import DatasetFacts, Split
+from loader_service.spec import DatasetFacts, Installation, Split
 
 log = logging.getLogger("loader_service.node")
 
@@ -66,6 +66,7 @@ class Front:
     Args:
         settings: see there.
         facts: of the splits that are served.
+        installation: what makes them.
         nursery: forks the workers.
         own: the memory of the send slots.
         at: (workers, 2) int64, shared with the workers: the record and the stage each is working at, -1 for none.
@@ -76,6 +77,7 @@ class Front:
         self,
         settings: Settings,
         facts: dict[Split, DatasetFacts],
+        installation: Installation,
         nursery: Nursery,
         own: Segment,
         at: npt.NDArray[np.int64],
@@ -86,7 +88,9 @@ class Front:
         self._roster = Roster(settings.workers, settings.send_slots)
         # Encoded once and sent without copying, so that a thousand Hellos of a client that does not read cost no memory.
         self._welcome = messages.encode(
-            messages.Welcome(messages.PROTOCOL, self.instance, settings.workers, settings.slot_bytes, facts)
+            messages.Welcome(
+                messages.PROTOCOL, self.instance, settings.workers, settings.slot_bytes, installation, facts
+            )
         )
         self._context: zmq.Context[Any] = zmq.Context(io_threads=settings.io_threads)
         # Before the bind: from its first moment on, the socket asks somebody who may come in.

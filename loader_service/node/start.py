@@ -15,7 +15,7 @@ from loader_service.link.slots import Segment
 from loader_service.metrics import NodeHook
 from loader_service.node.front import Front, Settings
 from loader_service.node.nursery import Nursery
-from loader_service.node.worker import NO_RECORD, Worker, survey
+from loader_service.node.worker import NO_RECORD, Worker, prove, survey
 from loader_service.spec import DatasetFacts, Split
 
 OnReady = Callable[[Front, dict[Split, DatasetFacts]], None]
@@ -51,7 +51,7 @@ def run_node(
         LoaderServiceError: it cannot start or go on; see the sentence.
     """
     may_enter = node_keys(keys) if keys else None
-    facts = survey(data)
+    installation, facts = prove(), survey(data)
     shared = mmap.mmap(-1, workers * 2 * 8)  # anonymous and shared: the workers inherit it through both forks
     at = np.frombuffer(shared, np.int64).reshape(workers, 2)
     at[:] = NO_RECORD
@@ -66,7 +66,7 @@ def run_node(
     nursery = Nursery(worker_main)
     try:
         settings = Settings(bind, workers, send_slots=slots, keys=may_enter, insecure=insecure, io_threads=io_threads)
-        front = Front(settings, facts, nursery, own, at, version)
+        front = Front(settings, facts, installation, nursery, own, at, version)
     except BaseException:
         nursery.close()
         raise

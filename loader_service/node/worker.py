@@ -20,13 +20,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.data.fill import fill, golden
+from loader_service.data import golden
+from loader_service.data.fill import fill
 from loader_service.data.records import Records
 from loader_service.data.stopwatch import Stopwatch
-from loader_service.errors import DatasetInvalid, DatasetNotFound, RecordError, SharedMemoryError
+from loader_service.errors import DatasetInvalid, DatasetNotFound, NodeFailed, RecordError, SharedMemoryError
 from loader_service.link.slots import Segment
 from loader_service.node.lease import MAX_PACKET_BYTES, Bad, Done, Lease, Ready, decode_lease, encode
-from loader_service.spec import DRAWS, DatasetFacts, SampleLayout, Slice, Split
+from loader_service.spec import BUILTIN_GOLDEN, DRAWS, DatasetFacts, Installation, SampleLayout, Slice, Split
 
 log = logging.getLogger("loader_service.node")
 
@@ -43,6 +44,24 @@ STALE: Final = {
 """Why a place was not written; the client asks anew if it still wants the slice."""
 
 _PR_SET_PDEATHSIG: Final = 1
+
+
+def prove() -> Installation:
+    """The built-in golden hash as this installation makes it, and what of the machine decides it.
+
+    Raises:
+        NodeFailed: it is another than it must be, so that every client would refuse this node.
+    """
+    try:
+        made = golden.installation()
+    except ValueError as error:
+        raise NodeFailed(f"a built-in picture cannot be used, and so records cannot: {error}") from error
+    if made.golden != BUILTIN_GOLDEN:
+        raise NodeFailed(
+            f"its golden hash of the built-in pictures is {made.golden} with {made}, and it must be {BUILTIN_GOLDEN}: "
+            "clients would refuse the samples; install the versions that constraints.txt names"
+        )
+    return made
 
 
 def survey(data: Path) -> dict[Split, DatasetFacts]:
@@ -79,7 +98,7 @@ def _check_golden(records: Records) -> None:
     """Refuse to serve other bytes than the dataset's writer had; a bad record is the clients' to judge, not ours."""
     need = records.manifest.golden
     try:
-        made = golden(records)
+        made = golden.of_dataset(records)
     except RecordError as error:
         log.warning("The golden samples cannot be compared, since one of them is bad. %s", error)
         return

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import simplejpeg
 
 from loader_service import LocalNode
 from loader_service.link.slots import DIRECTORY
@@ -101,6 +103,19 @@ def start_node(dataset_dir: Path) -> Iterator[Callable[..., Node]]:
     yield start
     for node in nodes:
         node.stop(signal.SIGKILL)
+
+
+@pytest.fixture
+def other_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the test ends, this process decodes a JPEG's last pixel otherwise, by one grey level."""
+    true = simplejpeg.decode_jpeg
+
+    def decode(*args: Any, **options: Any) -> Any:
+        pixels = true(*args, **options)
+        pixels[-1, -1, -1] ^= 1
+        return pixels
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", decode)
 
 
 @pytest.fixture(scope="session")

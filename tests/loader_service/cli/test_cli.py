@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from loader_service.cli import main
 from loader_service.prometheus import Exporter
 
 
@@ -57,6 +59,13 @@ def test_a_port_that_is_taken(node_address: str, dataset_dir: Path) -> None:
     done = _run("start", "--data", str(dataset_dir), "--bind", node_address)
     assert done.returncode == 4
     assert "cannot be bound" in done.stderr
+
+
+def test_a_node_that_would_be_refused(other_decoder: None, dataset_dir: Path) -> None:
+    """One that makes other samples than its clients will demand does not start."""
+    done = CliRunner().invoke(main, ["start", "--data", str(dataset_dir), "--bind", "tcp://127.0.0.1:*"])
+    assert done.exit_code == 7
+    assert "clients would refuse the samples" in done.stderr
 
 
 def test_metrics_where_somebody_is(dataset_dir: Path) -> None:

@@ -19,7 +19,7 @@ def test_a_sound_machine(dataset_dir: Path) -> None:
     assert done.exit_code == 0, done.output
     lines = [line.split(maxsplit=1) for line in done.output.splitlines()]
     assert {state for state, _ in lines} <= {"ok", "warning"}
-    checks = ["PIL", "kernel", "CPUs", "shared memory", "open files", "keys", "address", "dataset"]
+    checks = ["PIL", "kernel", "samples", "CPUs", "shared memory", "open files", "keys", "address", "dataset"]
     assert [rest.partition(":")[0] for _, rest in lines] == checks
 
 

@@ -14,7 +14,7 @@ import zmq
 
 from loader_service import Loader, View, errors
 from loader_service.link import messages, sockets
-from loader_service.spec import DRAWS, DatasetFacts
+from loader_service.spec import BUILTIN_GOLDEN, DRAWS, DatasetFacts, Installation
 
 SIDE = 32
 COUNT = 4
@@ -40,7 +40,8 @@ def node(answers: Callable[[int], Messages]) -> Iterator[str]:
     """A node played by hand, that sends what it is given for each request."""
     mean = bytes(256 * 256 * 3 * 4)
     facts = DatasetFacts(COUNT, ("a",) * COUNT, mean, (0.0,) * 3, (1.0,) * 3, (1.0,) * 9, INSTANCE, INSTANCE)
-    welcome = messages.encode(messages.Welcome(messages.PROTOCOL, INSTANCE, 1, 1 << 24, {"train": facts}))
+    made = Installation(BUILTIN_GOLDEN, {})
+    welcome = messages.encode(messages.Welcome(messages.PROTOCOL, INSTANCE, 1, 1 << 24, made, {"train": facts}))
     context: zmq.Context[Any] = zmq.Context()
     router, address = sockets.bind_node(context, "tcp://127.0.0.1:*")
     ended = threading.Event()

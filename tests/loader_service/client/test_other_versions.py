@@ -1,36 +1,87 @@
-"""A node of another version is refused by name, before it is asked for anything."""
+"""A node of another version, or one that would give other bytes, is refused by name before it is asked for anything."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 import pytest
 import zmq
 
-from loader_service import Loader, errors
+from loader_service import Loader, describe, errors, status
 from loader_service.link import messages, sockets
+from loader_service.spec import BUILTIN_GOLDEN, Installation
+
+WELCOME = messages.Welcome(messages.PROTOCOL, "0" * 32, 1, 1 << 24, Installation(BUILTIN_GOLDEN, {}), {})
+NEWER = messages.PROTOCOL + 1
+
+Ask = Callable[[str], object]
 
 
-def test_a_node_of_another_protocol_version_is_refused() -> None:
-    """The sentence names the node, its version and the one that this client needs."""
+def _loader(address: str) -> object:
+    return Loader(address, timeout_s=20)
+
+
+@contextmanager
+def node(answer: bytes) -> Iterator[str]:
+    """A node played by hand, that answers whatever it is asked first."""
     context: zmq.Context[Any] = zmq.Context()
     router, address = sockets.bind_node(context, "tcp://127.0.0.1:*")
-    welcome = messages.Welcome(messages.PROTOCOL, "0" * 32, 1, 1 << 24, {})
-    other = msgspec.structs.replace(welcome, protocol=messages.PROTOCOL + 1)
 
-    def answer_hello() -> None:
+    def play() -> None:
         if router.poll(20_000):
             client, _ = router.recv_multipart()
-            router.send_multipart([client, messages.encode(other)])
+            router.send_multipart([client, answer])
 
-    node = threading.Thread(target=answer_hello)
-    node.start()
+    thread = threading.Thread(target=play)
+    thread.start()
     try:
-        with pytest.raises(errors.NodeRefused, match=f"{address}.*protocol version is {messages.PROTOCOL + 1}"):
-            Loader(address, timeout_s=20)
+        yield address
     finally:
-        node.join()
+        thread.join()
         router.close()
         context.term()
+
+
+@pytest.mark.parametrize("ask", [_loader, describe])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        messages.encode(msgspec.structs.replace(WELCOME, protocol=NEWER)),
+        msgspec.msgpack.encode({"t": "welcome", "protocol": NEWER, "splits": [], "something": "new"}),
+    ],
+    ids=["of one shape", "of another shape"],
+)
+def test_a_node_of_another_protocol_version_is_refused(ask: Ask, answer: bytes) -> None:
+    """The sentence names the node, its version and the one that this client needs, whatever else has changed since."""
+    with (
+        node(answer) as address,
+        pytest.raises(errors.NodeRefused, match=f"{address}.*protocol version is {NEWER}.*needs {messages.PROTOCOL};"),
+    ):
+        ask(address)
+
+
+def test_the_status_of_another_protocol_version_is_refused() -> None:
+    """As a Welcome of one is."""
+    with (
+        node(msgspec.msgpack.encode({"t": "status", "protocol": NEWER, "mood": "good"})) as address,
+        pytest.raises(errors.NodeRefused, match=f"protocol version is {NEWER}"),
+    ):
+        status(address)
+
+
+@pytest.mark.parametrize("ask", [_loader, describe])
+def test_a_node_that_makes_other_samples_is_refused(ask: Ask) -> None:
+    """Also if it is the first: the client knows by itself what the built-in pictures' hash must be."""
+    other = Installation("f" * 32, {"numpy": "9.9", "simplejpeg": "0.1"})
+    with (
+        node(messages.encode(msgspec.structs.replace(WELCOME, installation=other))) as address,
+        pytest.raises(
+            errors.NodeRefused, match=f"is f{{32}}.*needs {BUILTIN_GOLDEN}.*numpy 9.9, simplejpeg 0.1"
+        ) as caught,
+    ):
+        ask(address)
+    assert caught.value.exit_code == 4

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from loader_service.errors import MessageError
 from loader_service.link import messages
 from loader_service.link.messages import Place, Request
-from loader_service.spec import RECORD_SIDE_PX, DatasetFacts, SliceId, View, mean_bytes
+from loader_service.spec import RECORD_SIDE_PX, DatasetFacts, Installation, SliceId, View, mean_bytes
 
 INSTANCE = "0" * 32
 SEGMENT = "loader-service-" + "a" * 32
@@ -37,7 +37,7 @@ FROM_CLIENT: list[messages.FromClient] = [
     messages.StatusQuery(),
 ]
 FROM_NODE: list[messages.FromNode] = [
-    messages.Welcome(1, INSTANCE, 2, 1 << 24, {"train": FACTS}),
+    messages.Welcome(1, INSTANCE, 2, 1 << 24, Installation("2" * 32, {"numpy": "2"}), {"train": FACTS}),
     messages.Attached(SEGMENT, b"n" * 16),
     messages.Pixels(7, 4096),
     messages.Filled(7),

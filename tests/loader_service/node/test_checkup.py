@@ -6,7 +6,9 @@ import os
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
+import simplejpeg
 
 from loader_service.link.keys import generate
 from loader_service.node import checkup
@@ -21,6 +23,24 @@ def test_a_dataset(dataset_dir: Path, tmp_path: Path) -> None:
     missing = checkup.check_dataset(tmp_path)
     assert missing.state == "failed"
     assert "make preprocess" in missing.found
+
+
+def test_samples(other_decoder: None) -> None:
+    """An installation that makes other samples fails, as its node would, with the versions of what makes them."""
+    check = checkup.check_samples()
+    assert check.state == "failed"
+    assert f"with numpy {np.__version__}, simplejpeg {simplejpeg.__version__}" in check.found
+
+
+def test_samples_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one pass that does not decode at all."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no such thing as a JPEG")
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", fail)
+    check = checkup.check_samples()
+    assert (check.state, "a built-in picture cannot be used" in check.found) == ("failed", True)
 
 
 def test_more_workers_than_processors() -> None:

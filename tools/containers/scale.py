@@ -11,6 +11,7 @@ from typing import Final
 from tools.command import ToolFailed
 from tools.containers.compose import Compose, Lines
 from tools.containers.training import (
+    EPOCH_OVER,
     MIDDLE,
     PROGRESS,
     TRAINER,
@@ -44,6 +45,9 @@ def scale() -> None:
             lines.until(MIDDLE, "it was in the middle of an epoch")
             expect_transport(compose, "shm")
             made = replace_a_loader(compose, lines)
+            # So far that a checkpoint holds what the loss has cost: the crash takes all that came after the last one.
+            lines.until(EPOCH_OVER, "the epoch in which a loader was killed was over")
+            lines.until(MIDDLE, "it was in the middle of another epoch")
             lose_all_loaders(compose, lines)
             lines.finish()
         folder, summary = copy_run(compose, "scale")

@@ -27,6 +27,9 @@ MIDDLE: Final = re.compile(r"epoch \d+/\d+  ")
 PROGRESS: Final = re.compile(r"epoch \d+/\d+ ")
 """The same, and the line at an epoch's end."""
 
+EPOCH_OVER: Final = re.compile(r"epoch \d+/\d+ done")
+"""What its line at an epoch's end begins with."""
+
 WAITING: Final = re.compile(r"waiting for a node at ")
 """What the trainer's lines begin with while no loader answers it."""
 

@@ -72,7 +72,9 @@ def from_node() -> list[FromNode]:
         5, ("a",), bytes(mean_bytes(RECORD_SIDE_PX)), (1.0,) * 3, (1.0,) * 3, (1.0,) * 9, INSTANCE, INSTANCE
     )
     return [
-        messages.Welcome(messages.PROTOCOL, INSTANCE, 2, 2**24, Installation(INSTANCE, {"numpy": "2"}), {"train": facts}),
+        messages.Welcome(
+            messages.PROTOCOL, INSTANCE, 2, 2**24, Installation(INSTANCE, {"numpy": "2"}), {"train": facts}
+        ),
         messages.Attached(SEGMENT, bytes(16)),
         messages.Pixels(7, 4096),
         messages.Filled(7),

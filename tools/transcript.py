@@ -31,7 +31,9 @@ FACTS: Final = DatasetFacts(
 
 TRANSCRIPT: Final[tuple[FromClient | FromNode, ...]] = (
     messages.Hello(messages.PROTOCOL, "host:4711"),
-    messages.Welcome(messages.PROTOCOL, INSTANCE, 2, 2**24, Installation("2" * 32, {"numpy": "2.4.6"}), {"train": FACTS}),
+    messages.Welcome(
+        messages.PROTOCOL, INSTANCE, 2, 2**24, Installation("2" * 32, {"numpy": "2.4.6"}), {"train": FACTS}
+    ),
     messages.Attach(SEGMENT),
     messages.Attached(SEGMENT, bytes(range(16))),
     Request(INSTANCE, 1, "train", SliceId(VIEWS["center"], 5, 0, 0, 2), "uint8", Place(0, 1, 8192, 311_296, 315_392)),

@@ -40,7 +40,7 @@ from trainer.scores import class_errors, tables
 from trainer.state import Resume
 from trainer.stop import Stopped, StopRequest
 from trainer.summary import Summary
-from trainer.world import World, join, launch_id, was_restarted
+from trainer.world import World, join, launch_id, leave, was_restarted
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -84,6 +84,7 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **give
             _say(console, "Stopped before training began.")
         else:
             _tell(console, RunFolder(Path(summary.log).parent), summary)
+    leave(world)
 
 
 @main.command()

@@ -52,6 +52,10 @@ PING_AFTER_S: Final = 1.0
 NODE_SILENT_S: Final = 10.0
 """Silence after which a client gives a node up and asks others for what it had asked of it."""
 
+NODE_STILL_S: Final = 30.0
+"""How long a node may owe slices and give nothing, though it answers pings, before its client says so and asks others:
+time for it to replace a hung worker (STALL_S) and to make the slice after all, also for many clients."""
+
 CLIENT_SILENT_S: Final = 30.0
 """Silence after which a node forgets a client; longer than the client's patience, so that the client acts first."""
 

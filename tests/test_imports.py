@@ -36,7 +36,12 @@ ONLY_IN = {
 }
 
 # Plain state machines: an event and the time come in, actions go out.
-PURE = ("loader_service.client.ledger", "loader_service.client.plan", "loader_service.node.roster")
+PURE = (
+    "loader_service.client.ledger",
+    "loader_service.client.plan",
+    "loader_service.client.pool",
+    "loader_service.node.roster",
+)
 IMPURE_IMPORTS = ("asyncio", "multiprocessing", "os", "random", "socket", "subprocess", "threading", "time", "zmq")
 
 # Where pixels and the wire meet: who writes a slice's arrays, and who hands them out.

@@ -8,7 +8,7 @@ A batch lives in a slot and is made of parts, one slice each. A part's life:
 
     wanted --ask--> asked --filled, by the very request that is current--> done
        ^              |
-       +--------------+  its node is lost, or says that it could not
+       +--------------+  its node is lost, stands still, or says that it could not
 
 Each ask has a number of its own, never used again; an answer to any other number than the part's current one is a
 duplicate and refused. Batches are delivered in the schedule's order and each once, since a part is done once.
@@ -25,6 +25,7 @@ from itertools import pairwise
 from typing import Final
 
 from loader_service.client.plan import Plan, Schedule
+from loader_service.client.pool import Node, Pool
 
 Arm = Callable[[int, int], int | None]
 """(slot, part) -> the part's new generation, or None while a late writer holds it."""
@@ -69,6 +70,7 @@ class Part:
     index: int  # part within the slot
     state: str = "wanted"  # wanted | asked | done
     ask: int = -1
+    asked_at: float = 0.0
     received: int = 0  # bytes of its pixels that have come, of an ask that is answered in frames
     excuses: int = 0
     excluded: tuple[int, ...] = ()  # what the ask that is current excludes
@@ -94,12 +96,8 @@ class Batch:
         return any(part.state == "asked" for part in self.parts)
 
 
-@dataclass(eq=False)
-class Node:
-    """A node that may be asked: how many slices at once, and which are under way."""
-
-    capacity: int
-    asks: dict[int, tuple[Batch, Part]] = field(default_factory=dict)
+Asked = tuple[Batch, Part]
+"""What an ask was for."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,39 @@ class Finish:
     """Everything is delivered."""
 
 
-Action = Ask | Deliver | Finish
+@dataclass(frozen=True)
+class Standstill:
+    """A node is there, but has long given nothing of what it owes: tell of it, once.
+
+    Fields:
+        node: which.
+        still_s: for how long it has given nothing.
+        owed: how many slices it owes.
+        oldest, oldest_s: the first of them, and how long ago it was asked for.
+        next_batch: the one that is to be delivered next, whoever owes what it lacks.
+        elsewhere: whether other nodes are asked instead.
+    """
+
+    node: str
+    still_s: float
+    owed: int
+    oldest: Part
+    oldest_s: float
+    next_batch: Batch
+    elsewhere: bool
+
+    def __str__(self) -> str:
+        part, batch = self.oldest, self.next_batch
+        done = sum(p.state == "done" for p in batch.parts)
+        return (
+            f"node {self.node} answers, but has given nothing for {self.still_s:.0f} s: it owes {self.owed} slices, the "
+            f"oldest of positions {part.first} to {part.first + part.count} since {self.oldest_s:.0f} s; the next batch, "
+            f"at position {batch.plan.start} of epoch {batch.plan.epoch}, has {done} of {len(batch.parts)} slices; "
+            + ("others are asked instead" if self.elsewhere else "there is no other node to ask")
+        )
+
+
+Action = Ask | Deliver | Finish | Standstill
 
 
 class Ledger:
@@ -138,6 +168,7 @@ class Ledger:
         slice_samples: most positions per slice.
         arm: see above.
         numbers: gives each ask its number; shared by all ledgers of a client, so that no number is used twice.
+        patience_s: how long a node may owe slices and give nothing.
         excluded: records that are known to be bad, ascending.
     """
 
@@ -151,6 +182,7 @@ class Ledger:
         slice_samples: int,
         arm: Arm,
         numbers: Iterator[int],
+        patience_s: float,
         excluded: tuple[int, ...] = (),
     ) -> None:
         self._schedule, self._arm, self._numbers = schedule, arm, numbers
@@ -162,34 +194,31 @@ class Ledger:
         self._free = deque(slots)
         self._condemned: list[tuple[int, int]] = []  # slot, and how many parts it had
         self._batches: deque[Batch] = deque()  # in the order of delivery
-        self._nodes: dict[str, Node] = {}
+        self._pool: Pool[Asked] = Pool(patience_s)
         self._accounts: dict[int, EpochAccount] = {}
 
     # Events
 
     def node_up(self, node: str, workers: int) -> None:
         """A node can be asked."""
-        self._nodes.setdefault(node, Node(workers * ASKS_PER_WORKER))
+        self._pool.add(node, workers * ASKS_PER_WORKER)
 
     def node_down(self, node: str) -> None:
         """A node is lost: what it was asked for is wanted again."""
-        lost = self._nodes.pop(node, None)
-        if lost:
-            for batch, part in lost.asks.values():
-                self._want_again(batch, part)
+        for batch, part in self._pool.remove(node):
+            self._want_again(batch, part)
 
-    def is_current(self, node: str, number: int) -> tuple[Batch, Part] | None:
-        """The part that an ask is for, if it is still waited for; where frames are to be copied to."""
-        known = self._nodes.get(node)
-        return known.asks.get(number) if known else None
+    def answering(self, node: str, number: int) -> Asked | None:
+        """A node has begun to answer an ask, or goes on: the part that the ask is for, if it is still waited for."""
+        self._pool.stir(node)
+        return self._pool.owed(node, number)
 
     def filled(self, node: str, number: int) -> bool:
         """A node says that a slice is complete; False if it was a duplicate."""
-        found = self.is_current(node, number)
+        found = self._pool.settle(node, number)
         if found is None:
             self._count_duplicate()
             return False
-        del self._nodes[node].asks[number]
         found[1].state = "done"
         return True
 
@@ -198,10 +227,9 @@ class Ledger:
 
         The part is wanted again. True also says that it may be tried again; see :attr:`Part.excuses`.
         """
-        found = self.is_current(node, number)
+        found = self._pool.settle(node, number)
         if found is None:
             return False
-        del self._nodes[node].asks[number]
         found[1].excuses += 1
         self._want_again(*found)
         return True
@@ -210,17 +238,16 @@ class Ledger:
         """A node calls a record of a slice bad; the part is wanted again.
 
         Returns:
-            True if every node that is there has refused this part, so that the record is to be judged: excluded, or
+            True if every node that can be asked has refused this part, so that the record is to be judged: excluded, or
             the end of the run. False if another node may still read it, or nobody waits for the answer.
         """
-        found = self.is_current(node, number)
+        found = self._pool.settle(node, number)
         if found is None:
             return False
         batch, part = found
-        del self._nodes[node].asks[number]
         part.refused_by.add(node)
         self._want_again(batch, part)
-        return part.refused_by >= self._nodes.keys()
+        return part.refused_by >= self._pool.askable
 
     def exclude(self, record: int) -> None:
         """Ask for no slice with this record's pixels any more; slices that are under way may still have them."""
@@ -235,12 +262,16 @@ class Ledger:
 
     # Actions
 
-    def advance(self) -> list[Action]:
-        """Everything that can be done now: retry condemned slots, open batches, ask for parts, deliver."""
+    def advance(self, now: float) -> list[Action]:
+        """Everything that can be done now: retry condemned slots, open batches, ask for parts, deliver.
+
+        Args:
+            now: seconds on a clock that never goes back; to be called a few times a second, for it tells who stands still.
+        """
         self._pardon()
         self._place()
         self._open()
-        actions: list[Action] = [*self._asks(), *self._deliveries()]
+        actions: list[Action] = [*self._standstills(now), *self._asks(now), *self._deliveries()]
         if self._exhausted and not self._batches and not self._finished:
             self._finished = True
             actions.append(Finish())
@@ -254,7 +285,7 @@ class Ledger:
     @property
     def waiting(self) -> int:
         """How many slices are asked for and have not come."""
-        return sum(len(node.asks) for node in self._nodes.values())
+        return self._pool.owing
 
     @property
     def open(self) -> int:
@@ -278,43 +309,55 @@ class Ledger:
         edges = [plan.count * i // pieces for i in range(pieces + 1)] if pieces else []
         return [Part(plan.first + low, high - low, low, index) for index, (low, high) in enumerate(pairwise(edges))]
 
-    def _asks(self) -> list[Ask]:
+    def _standstills(self, now: float) -> Iterator[Standstill]:
+        """Tell of nodes that stand still, and want what they owe of others, where there are any."""
+        for node, still_s in self._pool.look(now):
+            _, oldest = next(iter(node.asks.values()))
+            yield Standstill(
+                node.name,
+                still_s,
+                len(node.asks),
+                oldest,
+                now - oldest.asked_at,
+                self._batches[0],
+                self._pool.has_moving,
+            )
+        for batch, part in self._pool.reclaim():
+            self._want_again(batch, part)
+
+    def _asks(self, now: float) -> list[Ask]:
         asks: list[Ask] = []
         for batch in self._batches:
-            if not any(len(node.asks) < node.capacity for node in self._nodes.values()):
+            if self._pool.full:
                 break
             if batch.slot != NO_SLOT:
-                asks += self._asks_of(batch)
+                asks += self._asks_of(batch, now)
         return asks
 
-    def _asks_of(self, batch: Batch) -> list[Ask]:
+    def _asks_of(self, batch: Batch, now: float) -> list[Ask]:
         """Ask for the parts of a batch that are wanted; for none if its slot turns out to have a late writer."""
         asks: list[Ask] = []
         for part in batch.parts:
             if part.state != "wanted":
                 continue
-            name = self._least_loaded(part.refused_by)
-            if name is None:
+            node = self._choose(part.refused_by)
+            if node is None:
                 continue
             generation = self._arm(batch.slot, part.index)
             if generation is None:
                 self._condemn(batch)
                 return []
             part.state, part.ask, part.excluded, part.received = "asked", next(self._numbers), self.excluded, 0
-            self._nodes[name].asks[part.ask] = (batch, part)
-            asks.append(Ask(name, part.ask, batch, part, generation))
+            part.asked_at = now
+            node.owe(part.ask, (batch, part), now)
+            asks.append(Ask(node.name, part.ask, batch, part, generation))
         return asks
 
-    def _least_loaded(self, refused_by: set[str]) -> str | None:
-        """The node with the smallest share of its capacity in use, if one has room that has not refused the part."""
-        if refused_by >= self._nodes.keys():
+    def _choose(self, refused_by: set[str]) -> Node[Asked] | None:
+        """The node to ask for a part, if one has room that has not refused it."""
+        if refused_by >= self._pool.askable:
             refused_by.clear()  # those that might have read it have gone since: ask again, and judge again
-        roomy = [
-            (len(node.asks) / node.capacity, name)
-            for name, node in self._nodes.items()
-            if len(node.asks) < node.capacity and name not in refused_by
-        ]
-        return min(roomy)[1] if roomy else None
+        return self._pool.choose(refused_by)
 
     def _deliveries(self) -> Iterator[Deliver]:
         while self._batches and self._batches[0].done:
@@ -327,9 +370,7 @@ class Ledger:
     def _condemn(self, batch: Batch) -> None:
         """Take a batch out of its slot, since a late writer holds a part of it; all its parts are made anew."""
         self._condemned.append((batch.slot, len(batch.parts)))
-        for node in self._nodes.values():
-            for number in [n for n, (b, _) in node.asks.items() if b is batch]:
-                del node.asks[number]
+        self._pool.forget(lambda asked: asked[0] is batch)
         self._evict(batch)
 
     def _evict(self, batch: Batch) -> None:

@@ -340,6 +340,7 @@ class Loader:
                 slice_samples=self._room.slice_samples,
                 arm=self._room.arm,
                 numbers=numbers,
+                patience_s=defaults.NODE_STILL_S,
                 excluded=self._excluded,
             )
 

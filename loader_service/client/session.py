@@ -24,7 +24,7 @@ import zmq
 
 from loader_service import defaults
 from loader_service.client.handshake import check_protocol, check_welcome
-from loader_service.client.ledger import MAX_EXCUSES, Ask, Deliver, Finish, Ledger
+from loader_service.client.ledger import MAX_EXCUSES, Ask, Deliver, Finish, Ledger, Standstill
 from loader_service.client.peer import Link, Peer
 from loader_service.client.resolver import Resolver
 from loader_service.client.room import Room
@@ -362,7 +362,7 @@ class Session:
 
     def _pixels(self, peer: Peer, pixels: messages.Pixels, frames: list[zmq.Frame]) -> None:
         """A piece of a slice from another machine: frame to slot, the one copy that it takes."""
-        found = self._ledger.is_current(peer.address, pixels.id) if self._ledger else None
+        found = self._ledger.answering(peer.address, pixels.id) if self._ledger else None
         if found is None or self._room is None:
             return
         if peer.shared or len(frames) != 1:
@@ -372,7 +372,7 @@ class Session:
     def _filled(self, peer: Peer, number: int, frames: list[zmq.Frame]) -> None:
         if self._ledger is None or self._room is None:
             return
-        if found := self._ledger.is_current(peer.address, number):
+        if found := self._ledger.answering(peer.address, number):
             if len(frames) != (0 if peer.shared else 1):
                 raise MessageError(
                     f"a slice came with {len(frames)} frames, which is another way than it was asked for"
@@ -382,7 +382,7 @@ class Session:
         self._ledger.filled(peer.address, number)
 
     def _failed(self, peer: Peer, failed: messages.Failed) -> None:
-        found = self._ledger.is_current(peer.address, failed.id) if self._ledger else None
+        found = self._ledger.answering(peer.address, failed.id) if self._ledger else None
         if self._ledger is None or found is None:
             return
         if failed.record >= 0:
@@ -420,7 +420,7 @@ class Session:
     def _advance(self) -> None:
         if self._ledger is None:
             return
-        for action in self._ledger.advance():
+        for action in self._ledger.advance(time.monotonic()):
             match action:
                 case Ask():
                     self._ask(action)
@@ -429,6 +429,8 @@ class Session:
                     self._deliveries.put(action)
                 case Finish():
                     self._deliveries.put(action)
+                case Standstill():
+                    log.warning("%s", action)
         self._due = self._ledger.waiting
 
     def _ask(self, ask: Ask) -> None:

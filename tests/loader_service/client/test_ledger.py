@@ -7,8 +7,10 @@ import random
 
 import pytest
 
-from loader_service.client.ledger import ASKS_PER_WORKER, Ask, Deliver, Finish, Ledger
+from loader_service.client.ledger import ASKS_PER_WORKER, Ask, Deliver, Finish, Ledger, Standstill
 from loader_service.client.plan import Schedule
+
+PATIENCE_S = 30.0
 
 
 class World:
@@ -27,11 +29,14 @@ class World:
             slice_samples=slice_samples,
             arm=self.arm,
             numbers=itertools.count(1),
+            patience_s=PATIENCE_S,
         )
         self.asked: list[Ask] = []
         self.held: list[int] = []
         self.delivered: list[tuple[int, int]] = []
         self.finished = False
+        self.now = 0.0
+        self.told: list[Standstill] = []
 
     def arm(self, slot: int, part: int) -> int | None:
         if (slot, part) in self.blocked:
@@ -40,7 +45,7 @@ class World:
         return self.generations[slot, part]
 
     def advance(self) -> None:
-        for action in self.ledger.advance():
+        for action in self.ledger.advance(self.now):
             match action:
                 case Ask():
                     assert self.generations[action.batch.slot, action.part.index] == action.generation
@@ -53,6 +58,8 @@ class World:
                 case Finish():
                     assert not self.finished
                     self.finished = True
+                case Standstill():
+                    self.told.append(action)
 
     def answer(self, index: int = 0) -> bool:
         ask = self.asked.pop(index)
@@ -201,9 +208,98 @@ def test_when_all_slots_are_blocked_it_waits_and_loses_nothing() -> None:
     assert world.delivered == [(0, i) for i in range(30)]
 
 
+def test_a_node_that_gives_nothing_is_told_of_and_relieved() -> None:
+    """Once, with what it owes; others make that, and it is asked for nothing more until it gives something after all."""
+    world = World(200, slots=2)
+    world.ledger.node_up("mute", 2)
+    world.advance()
+    owed, world.asked = world.asked, []
+    world.ledger.node_up("good", 9)
+    world.now = PATIENCE_S - 1
+    world.advance()
+    assert world.told == []
+    assert world.asked
+    assert len(owed) == 2 * ASKS_PER_WORKER
+    while world.asked:
+        world.answer()
+    world.now += 2
+    world.advance()
+    (told,) = world.told
+    assert (told.node, told.owed, told.still_s, told.oldest_s) == ("mute", len(owed), PATIENCE_S + 1, PATIENCE_S + 1)
+    assert (told.oldest, told.elsewhere) == (owed[0].part, True)
+    assert "owes 6 slices, the oldest of positions 0 to 2 since 31 s; the next batch, at position 0" in str(told)
+    assert {ask.node for ask in world.asked} == {"good"}
+    assert {ask.part.first for ask in owed} <= {ask.part.first for ask in world.asked}
+    while len(world.delivered) < 60:
+        world.answer()
+        world.let_go()
+        world.advance()
+        assert {ask.node for ask in world.asked} <= {"good"}
+    assert not world.ledger.filled("mute", owed[0].number)
+    world.let_go()
+    while world.asked:
+        world.answer()
+    world.advance()
+    assert "mute" in {ask.node for ask in world.asked}
+    assert len(world.told) == 1
+
+
+def test_a_node_that_gives_nothing_is_waited_for_where_it_is_the_only_one() -> None:
+    """It is told of once and keeps what it owes, until another node comes."""
+    world = World(20)
+    world.ledger.node_up("mute", 1)
+    world.advance()
+    for _ in range(5):
+        world.now += PATIENCE_S
+        world.advance()
+    (told,) = world.told
+    assert str(told).endswith("there is no other node to ask")
+    assert {ask.node for ask in world.asked} == {"mute"}
+    owed, world.asked = world.asked, []
+    world.ledger.node_up("new", 9)
+    world.advance()
+    assert {ask.part.first for ask in owed} <= {ask.part.first for ask in world.asked}
+    assert {ask.node for ask in world.asked} == {"new"}
+    assert len(world.told) == 1
+
+
+def test_a_node_that_is_slow_is_left_alone() -> None:
+    """Whoever gives a piece, a slice or an excuse now and then does not stand still; nor who owes nothing."""
+    world = World(10, slice_samples=10)
+    world.ledger.node_up("slow", 1)
+    world.ledger.node_up("idle", 1)
+    world.advance()
+    (ask,) = world.asked
+    for _ in range(10):
+        world.now += PATIENCE_S * 0.9
+        assert world.ledger.answering(ask.node, ask.number) is not None
+        world.advance()
+    assert world.told == []
+    world.now += PATIENCE_S * 0.9
+    assert world.ledger.excused(ask.node, ask.number)
+    world.advance()
+    assert world.told == []
+
+
+def test_a_record_is_judged_without_a_node_that_stands_still() -> None:
+    """Every node that can be asked has refused it: nobody waits for one that gives nothing."""
+    world = World(6, batch=3, slots=2)
+    for name in ("a", "b"):
+        world.ledger.node_up(name, 1)
+    world.advance()
+    mute, good = sorted(world.asked, key=lambda ask: ask.node)
+    world.now = PATIENCE_S - 1
+    world.ledger.answering(good.node, good.number)
+    world.advance()
+    world.now = PATIENCE_S + 1
+    world.advance()
+    assert [told.node for told in world.told] == [mute.node]
+    assert world.ledger.bad(good.node, good.number)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_exactly_once_under_random_faults(seed: int) -> None:
-    """Nodes come and go, answers are late, doubled or excuses, parts are blocked: still each position once, in order."""
+    """Nodes come, go and stand still, answers are late, doubled or excuses, parts are blocked: each position once, in order."""
     rng = random.Random(seed)
     world = World(rng.randrange(1, 150), batch=rng.randrange(1, 20), slots=rng.randrange(2, 6), slice_samples=rng.randrange(1, 8), epochs=2)  # fmt: skip
     records = world.ledger._schedule.records
@@ -211,6 +307,7 @@ def test_exactly_once_under_random_faults(seed: int) -> None:
     alive: set[str] = set()
     for step in itertools.count():
         calm = step > 3000  # faults end, so that the run can
+        world.now += rng.choice((0.0, 0.0, 0.0, PATIENCE_S / 3))
         world.advance()
         if world.finished:
             break

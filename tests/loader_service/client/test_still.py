@@ -1,0 +1,65 @@
+"""A node that is there and gives nothing: its client says where it stands, and asks another."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from loader_service import Loader, defaults
+from loader_service.link import messages, sockets
+from loader_service.node.worker import prove, survey
+
+
+@pytest.fixture
+def mute(dataset_dir: Path) -> Iterator[str]:
+    """A node played by hand: it welcomes its clients and answers their pings, and that is all that it does."""
+    welcome = messages.encode(
+        messages.Welcome(messages.PROTOCOL, "0" * 32, 2, defaults.SEND_SLOT_BYTES, prove(), survey(dataset_dir))
+    )
+    context: zmq.Context[Any] = zmq.Context()
+    router, address = sockets.bind_node(context, "tcp://127.0.0.1:*")
+    ended = threading.Event()
+
+    def play() -> None:
+        while not ended.is_set():
+            if not router.poll(50):
+                continue
+            client, frame = router.recv_multipart()
+            match messages.decode_from_client(frame):
+                case messages.Hello():
+                    router.send_multipart([client, welcome])
+                case messages.Ping():
+                    router.send_multipart([client, messages.encode(messages.Pong())])
+
+    thread = threading.Thread(target=play)
+    thread.start()
+    yield address
+    ended.set()
+    thread.join()
+    router.close()
+    context.term()
+
+
+def test_another_node_makes_what_it_owes(
+    mute: str, node_address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The epoch is whole; one line names the node, what it owes, and since when."""
+    monkeypatch.setattr(defaults, "NODE_STILL_S", 0.5)
+    with (
+        caplog.at_level(logging.WARNING, "loader_service.client"),
+        Loader(f"{mute},{node_address}", transport="tcp", batch_size=30, timeout_s=20) as loader,
+    ):
+        ids = [number for batch in loader for number in batch.ids.tolist()]
+        (account,) = loader.ledger
+    assert sorted(ids) == list(range(300))
+    (line,) = [record.message for record in caplog.records if record.message.startswith(f"node {mute} answers, but")]
+    assert re.search(r"given nothing for \d+ s: it owes \d+ slices, the oldest of positions 0 to 30 since \d+ s", line)
+    assert line.endswith("others are asked instead")
+    assert account.reassigned > 0

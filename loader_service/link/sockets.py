@@ -43,7 +43,12 @@ _HAPPENINGS: Final[dict[int, Happening]] = {
 }
 _WATCHED: Final = sum(_HAPPENINGS)
 _UNPROVEN_IS_WRONG_KEY: Final = 3
-"""Handshakes in a row that broke off before the key is blamed: a node that is just being stopped breaks one off too."""
+"""Handshakes in a row that broke off, with a node there each time, before the key is blamed: a node that is just being
+stopped breaks one off too."""
+
+_SIGNATURE_BYTES: Final = 10
+_SIGNATURE_S: Final = 0.5
+"""A ZeroMQ peer says ``ff``, eight bytes and ``7f`` as soon as somebody connects (ZMTP 3.1, its signature)."""
 
 
 def check_address(address: str) -> None:
@@ -163,11 +168,18 @@ class Monitor:
         happened = []
         while self.socket.poll(0):
             happening = _HAPPENINGS[recv_monitor_message(self.socket)["event"]]
-            self._unproven = self._unproven + 1 if happening == "unproven" else self._unproven * (happening == "down")
+            self._count(happening)
             if reason := self._refusal(happening):
                 raise KeyRefused(self._address, reason)
             happened.append(happening == "up")
         return happened
+
+    def _count(self, happening: Happening) -> None:
+        """Handshakes break off too where a relay accepts connections for a node that is not there; no key is to blame then."""
+        if happening == "unproven" and self._keyed:
+            self._unproven = self._unproven + 1 if _is_zeromq(self._address) else 0
+        elif happening != "down":
+            self._unproven = 0
 
     def _refusal(self, happening: Happening) -> str:
         if happening == "unlisted":
@@ -199,6 +211,30 @@ def try_send(socket: zmq.Socket[bytes], frames: list[Any], on_gone: Callable[[],
             on_gone()
         return False
     return True
+
+
+def _is_zeromq(address: str) -> bool:
+    """Whether a ZeroMQ peer is there now, and not somebody who hangs up or says nothing."""
+    try:
+        with _dial(address) as probe:
+            probe.settimeout(_SIGNATURE_S)
+            signature = probe.recv(_SIGNATURE_BYTES, socketlib.MSG_WAITALL)
+    except OSError:
+        return False
+    return len(signature) == _SIGNATURE_BYTES and signature[0] == 0xFF and signature[-1] == 0x7F
+
+
+def _dial(address: str) -> socketlib.socket:
+    if address.startswith("tcp://"):
+        parts = urlsplit(address)
+        return socketlib.create_connection((parts.hostname, parts.port), _SIGNATURE_S)
+    probe = socketlib.socket(socketlib.AF_UNIX)
+    try:
+        probe.connect(address.removeprefix("ipc://"))
+    except OSError:
+        probe.close()
+        raise
+    return probe
 
 
 def _refuse_if_taken(address: str) -> None:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,20 @@ def test_keys_for_a_node_without_keys(node_address: str, start_node: StartNode, 
     """A client that insists on keys does not talk to a node that has none."""
     with pytest.raises(errors.KeyRefused, match="started without --keys"):
         Loader(start_node().address, timeout_s=20, **_right(keyring))
+
+
+def test_a_relay_without_a_node_is_no_wrong_key(start_node: StartNode, keyring: Path) -> None:
+    """Somebody who accepts connections for a node that is not there yet hangs up on them: the client goes on trying."""
+    relay = socket.create_server(("127.0.0.1", 0))
+    port = relay.getsockname()[1]
+    with ThreadPoolExecutor() as pool, relay:
+        loading = pool.submit(lambda: Loader(f"tcp://127.0.0.1:{port}", timeout_s=20, **_right(keyring)))
+        for _ in range(10):
+            relay.accept()[0].close()
+        relay.close()
+        start_node(bind=f"tcp://127.0.0.1:{port}", options=("--keys", str(keyring / "ours")))
+        with loading.result() as loader:
+            assert sum(len(batch.labels) for batch in loader) == 300
 
 
 def test_an_address_that_others_can_reach_needs_keys(dataset_dir: Path) -> None:

@@ -21,7 +21,7 @@ def _chaos(*arguments: str, timeout_s: float = 110) -> subprocess.CompletedProce
 
 def test_every_fault_once_and_nothing_is_lost(dataset_dir: Path, tmp_path: Path) -> None:
     """All kinds of faults, overlapping, against two clients and several nodes: each sample once, byte for byte."""
-    ended = _chaos("--seed", "1", "--seconds", "8", "--data", str(dataset_dir), "--out", str(tmp_path))
+    ended = _chaos("--seed", "1", "--seconds", "8", "--curve", "--data", str(dataset_dir), "--out", str(tmp_path))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rows = re.findall(r"^│ ([a-z-]+) +│ (\d+) +│ [^│]+ │$", ended.stdout, re.MULTILINE)
     injected = {name: int(times) for name, times in rows}

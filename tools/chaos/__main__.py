@@ -66,7 +66,8 @@ def make_data(folder: Path) -> None:
 class Storm:
     """Draws faults, begins them and ends them.
 
-    Each kind comes once, the longest first, before any comes again; then in rounds of random order.
+    Each kind comes once, the longest first, before any comes again; then in rounds of random order. A later round ends
+    where nobody is left to harm: there may be no node to lose or to add any more.
     """
 
     def __init__(self, arena: Arena, rng: Random, names: list[str], began: float) -> None:
@@ -98,6 +99,8 @@ class Storm:
                 self._deck.remove(name)
                 self.injected[name] += 1
                 return
+        if not self.missing:
+            self._deck = []
 
     def end_due(self) -> None:
         """Undo the faults whose time is over."""
@@ -193,11 +196,12 @@ def dataset(given: Path | None) -> Iterator[Path]:
 @click.option("--seed", type=int, help="Which faults, when and on whom; drawn and printed if not given.")
 @click.option("--seconds", type=float, default=240, show_default=True, help="For how long faults are begun.")
 @click.option("--faults", default=",".join(FAULTS), help="Which kinds, with commas between; all of them if not given.")
+@click.option("--curve/--plain", default=None, help="With keys or without; drawn from the seed if not given.")
 @click.option("--data", type=click.Path(path_type=Path, exists=True), help="A directory with train.lmdb to serve.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default="build/chaos", show_default=True, help="For logs and journals."
 )
-def main(seed: int | None, seconds: float, faults: str, data: Path | None, out: Path) -> None:
+def main(seed: int | None, seconds: float, faults: str, curve: bool | None, data: Path | None, out: Path) -> None:
     """Cause failures of every kind while two clients train from several nodes, and settle the account."""
     names = [name.strip() for name in faults.split(",")]
     if unknown := sorted(set(names) - FAULTS.keys()):
@@ -206,12 +210,15 @@ def main(seed: int | None, seconds: float, faults: str, data: Path | None, out: 
         )
     seed = secrets.randbits(32) if seed is None else seed
     rng = Random(seed)  # noqa: S311 - faults need not be hard to guess
-    click.echo(f"seed {seed}: python -m tools.chaos --seed {seed} --seconds {seconds:g}")
+    drawn = rng.random() < 0.5  # also where it is given, so that the rest is drawn the same
+    curve = drawn if curve is None else curve
+    kind = "curve" if curve else "plain"
+    click.echo(f"seed {seed}: python -m tools.chaos --seed {seed} --seconds {seconds:g} --{kind}")
     folder = out / f"seed-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with dataset(data) as served:
-        with Arena(served, folder, rng) as arena:
+        with Arena(served, folder, rng, curve=curve) as arena:
             storm = Storm(arena, rng, names, time.monotonic())
             rage(arena, storm, rng, seconds)
             click.echo("every fault is over; the clients end their epochs")

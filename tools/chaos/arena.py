@@ -9,10 +9,12 @@ from pathlib import Path
 from random import Random
 from types import TracebackType
 
+from loader_service.link.keys import generate
 from tools.chaos import processes
 from tools.chaos.client import read_saved
 from tools.chaos.link import Links
-from tools.chaos.node import Node
+from tools.chaos.names import NAME, Names
+from tools.chaos.node import Node, common_port
 from tools.command import ToolFailed
 
 FIRST_NODES = 4
@@ -25,9 +27,10 @@ ALL_NODES = 8
 class Client:
     """A client's process, its journal and its saved state."""
 
-    def __init__(self, transport: str, addresses: str, seed: int, folder: Path) -> None:
+    def __init__(self, transport: str, addresses: str, seed: int, folder: Path, names: Path, keys: Path | None) -> None:
         self.name, self.seed, self.folder = f"client-{transport}", seed, folder / f"client-{transport}"
-        self._command = [sys.executable, "-m", "tools.chaos.client", addresses, transport, str(seed), str(self.folder)]
+        self._command = [sys.executable, "-m", "tools.chaos.client", addresses, transport, str(seed)]
+        self._command += [str(self.folder), str(names), *([str(keys)] if keys else [])]
         self._process: subprocess.Popen[bytes] | None = None
         self.sessions: list[int] = []
         self.away = False  # killed by a fault, and not back yet
@@ -89,15 +92,22 @@ class Client:
 class Arena:
     """Nodes and clients of one run; a context manager that leaves no process, however it is left.
 
+    One client knows the nodes' addresses, those where there is nobody yet too, and shares memory with them; the other
+    knows a name, and gets frames.
+
     Args:
         data: what is served.
         folder: for logs, journals and states.
         rng: draws the clients' seeds.
+        curve: whether nodes and clients have keys.
     """
 
-    def __init__(self, data: Path, folder: Path, rng: Random) -> None:
+    def __init__(self, data: Path, folder: Path, rng: Random, *, curve: bool) -> None:
         self.links = Links()
         self._data, self._folder, self._rng = data, folder, rng
+        self._keys = folder / "keys" if curve else None
+        self._name_file = folder / "names"
+        self.names = Names(self._name_file)
         self.nodes: list[Node] = []
         self.clients: list[Client] = []
         self.segments: set[Path] = set()  # every segment that was seen in use
@@ -105,12 +115,17 @@ class Arena:
     def __enter__(self) -> Arena:
         self.links.__enter__()
         try:
-            self.nodes = [Node(i, self._data, self.links, self._folder) for i in range(1, ALL_NODES + 1)]
+            if self._keys:
+                generate(self._keys)
+            port = common_port(ALL_NODES)
+            for number in range(1, ALL_NODES + 1):
+                self.nodes.append(Node(number, self._data, self.links, port, self._folder, self._keys))
             for node in self.nodes[:FIRST_NODES]:
-                node.start()
-            addresses = ",".join(node.address for node in self.nodes)
-            for transport in ("auto", "tcp"):
-                self.clients.append(Client(transport, addresses, self._rng.getrandbits(32), self._folder))
+                self.add(node)
+            by_address = ",".join(node.address for node in self.nodes)
+            for transport, known in (("auto", by_address), ("tcp", f"tcp://{NAME}:{port}")):
+                seed = self._rng.getrandbits(32)
+                self.clients.append(Client(transport, known, seed, self._folder, self._name_file, self._keys))
                 self.clients[-1].start()
         except BaseException:
             self.__exit__(None, None, None)
@@ -123,6 +138,11 @@ class Arena:
         for node in self.nodes:
             node.stop()
         self.links.__exit__(None, None, None)
+
+    def add(self, node: Node) -> None:
+        """Start a node where there was none, and let the name stand for it too."""
+        node.start()
+        self.names.add(node.link.host)
 
     @property
     def _owners(self) -> list[Node | Client]:

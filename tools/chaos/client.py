@@ -20,6 +20,7 @@ import msgspec
 
 from loader_service import Batch, Loader
 from loader_service.client.loader import Transport
+from tools.chaos.names import answer_from
 from tools.command import ToolFailed
 
 BATCH_SIZE: Final = 48
@@ -115,7 +116,7 @@ def _merged(before: list[Account], loader: Loader) -> list[Account]:
     return sorted(accounts.values(), key=lambda account: account.epoch)
 
 
-def train(addresses: str, transport: Transport, seed: int, folder: Path) -> None:
+def train(addresses: str, transport: Transport, seed: int, folder: Path, keys: Path | None) -> None:
     """Loop over epochs until SIGTERM, and then to the epoch's end.
 
     Raises:
@@ -132,6 +133,8 @@ def train(addresses: str, transport: Transport, seed: int, folder: Path) -> None
         "timeout_s": PATIENCE_S,
         "connections": CONNECTIONS,
     }
+    if keys:
+        options |= {"server_key": keys / "node.key", "client_key": keys / "client.secret"}
     with (
         Loader(addresses, seed=seed, transport=transport, **options) as loader,
         (folder / "journal.jsonl").open("ab", buffering=0) as journal,
@@ -151,10 +154,11 @@ def train(addresses: str, transport: Transport, seed: int, folder: Path) -> None
 
 
 def main() -> None:
-    """`python -m tools.chaos.client ADDRESSES TRANSPORT SEED FOLDER`: not for people, but for `tools.chaos`."""
-    addresses, transport, seed, folder = sys.argv[1:]
+    """`python -m tools.chaos.client ADDRESSES TRANSPORT SEED FOLDER NAMES [KEYS]`: not for people, but for `tools.chaos`."""
+    addresses, transport, seed, folder, names, *keys = sys.argv[1:]
     chosen: Transport = "tcp" if transport == "tcp" else "auto"
-    train(addresses, chosen, int(seed), Path(folder))
+    answer_from(Path(names))
+    train(addresses, chosen, int(seed), Path(folder), Path(keys[0]) if keys else None)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from random import Random
 from typing import Final
 
 from loader_service import defaults
+from loader_service.client import resolver
 from tools.chaos import processes
 from tools.chaos.arena import Arena
 from tools.chaos.node import Node
@@ -24,6 +25,8 @@ LONG_S: Final = (max(defaults.STALL_S, defaults.NODE_SILENT_S) + 1.5, max(defaul
 """Longer than anybody's patience: of a node with its workers, and of a client with its nodes."""
 
 SHORT_S: Final = (0.2, 4.0)
+LOOK_UPS_S: Final = (resolver.INTERVAL_S + 0.5, 2 * resolver.INTERVAL_S)
+"""Longer than between one look-up of a name and the next."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def _add_node(arena: Arena, rng: Random) -> Undo | None:
     fresh = [node for node in arena.nodes if not node.sessions]
     if not fresh:
         return None
-    rng.choice(fresh).start()
+    arena.add(rng.choice(fresh))
     return _nothing
 
 
@@ -168,6 +171,22 @@ def _mending(node: Node, mend: Undo) -> Undo:
     return undo
 
 
+def _hide_address(arena: Arena, rng: Random) -> Undo | None:
+    named = [node.link.host for node in arena.nodes if node.runs and node.link.host not in arena.names.hidden]
+    if len(named) < 2:  # one is left, at least
+        return None
+    host = rng.choice(named)
+    arena.names.hide(host)
+    return lambda: arena.names.reveal(host)
+
+
+def _fail_names(arena: Arena, _rng: Random) -> Undo | None:
+    if arena.names.failing:
+        return None
+    arena.names.fail()
+    return arena.names.recover
+
+
 def _kill_client(arena: Arena, rng: Random) -> Undo | None:
     client = rng.choice(arena.clients)
     arena.note_segments()
@@ -186,5 +205,9 @@ FAULTS: Final[dict[str, Fault]] = {
     "link-held": Fault("a link: nothing passes for longer than clients wait, and then all of it", LONG_S, _hold_link),
     "link-half-open": Fault("a link: the node's end is gone, the client's is not", LONG_S, _half_open_link),
     "link-delayed": Fault("a link: every byte late by 20 to 400 ms", SHORT_S, _delay_link),
+    "name-shrunk": Fault(
+        "a name: a node that is there is left out of it, for longer than look-ups wait", LOOK_UPS_S, _hide_address
+    ),
+    "name-failing": Fault("a name: nobody answers what it stands for", LOOK_UPS_S, _fail_names),
     "client-killed": Fault("a client, by SIGKILL, resumed from its saved state", SHORT_S, _kill_client),
 }

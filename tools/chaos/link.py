@@ -17,6 +17,8 @@ from typing import Any, Final, TypeVar
 T = TypeVar("T")
 
 HOST: Final = "127.0.0.1"
+"""Where nodes listen; links do at other addresses of the loopback network, so that one name can stand for them all."""
+
 CHUNK_BYTES: Final = 1 << 18
 CHUNKS_ON_THE_WAY: Final = 64
 """16 MiB per direction: as much as a real link of high latency holds, and no more memory than that."""
@@ -26,10 +28,10 @@ ANSWER_S: Final = 10.0
 
 
 class Link:
-    """One link: listens at ``port``, and carries what comes to ``target`` and back."""
+    """One link: listens at ``port`` of ``host``, and carries what comes to the port ``target`` of here and back."""
 
-    def __init__(self, target: int) -> None:
-        self.target, self.port = target, 0
+    def __init__(self, target: int, host: str, port: int) -> None:
+        self.target, self.host, self.port = target, host, port
         self.delay_s = 0.0
         self._half_open = False
         self._flowing = asyncio.Event()
@@ -39,9 +41,8 @@ class Link:
         self._far: set[asyncio.StreamWriter] = set()
 
     async def raise_up(self) -> None:
-        """Listen: at the same port as before, if there was one."""
-        self._server = await asyncio.start_server(self._carry, HOST, self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
+        """Listen."""
+        self._server = await asyncio.start_server(self._carry, self.host, self.port)
 
     async def cut(self) -> None:
         """End every connection and refuse new ones, until it is raised again."""
@@ -143,11 +144,11 @@ class Links:
         self._thread.join(ANSWER_S)
         self._loop.close()
 
-    def new(self, target: int) -> Link:
-        """A link that is up, to a port of this machine."""
+    def new(self, target: int, host: str, port: int) -> Link:
+        """A link that is up, to the port ``target`` of this machine."""
 
         async def make() -> Link:
-            link = Link(target)
+            link = Link(target, host, port)
             await link.raise_up()
             return link
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from tools.chaos import processes
@@ -16,14 +17,32 @@ WORKERS = 2
 STOP_S = 10.0
 
 
+def link_host(number: int) -> str:
+    """Where the link to a node listens: an address of its own, since all that a name stands for have one port."""
+    return f"127.0.0.{number + 1}"
+
+
+def common_port(nodes: int) -> int:
+    """A port that is free at the links of nodes 1 to ``nodes``."""
+    with ExitStack() as probes:
+        first = probes.enter_context(socket.socket())
+        first.bind((link_host(1), 0))
+        port: int = first.getsockname()[1]
+        for number in range(2, nodes + 1):
+            probes.enter_context(socket.socket()).bind((link_host(number), port))
+    return port
+
+
 class Node:
     """One address. The node behind it comes and goes.
 
     Args:
-        number: for people and for the log's name.
+        number: from 1; for people, for the log's name and for the link's host.
         data: what it serves.
         links: where its link is made; clients know the link's address alone.
+        port: of the link.
         folder: where its log goes.
+        keys: the directory of the node's keys, if it has any.
 
     Fields:
         lost: whether it is gone for good.
@@ -31,14 +50,14 @@ class Node:
         link_troubled: whether one is at work on its link.
     """
 
-    def __init__(self, number: int, data: Path, links: Links, folder: Path) -> None:
+    def __init__(self, number: int, data: Path, links: Links, port: int, folder: Path, keys: Path | None) -> None:
         self.name = f"node {number}"
-        self._data, self._log = data, folder / f"node-{number}.log"
+        self._data, self._log, self._keys = data, folder / f"node-{number}.log", keys
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             self._port: int = probe.getsockname()[1]
-        self.link: Link = links.new(self._port)
-        self.address = f"tcp://{HOST}:{self.link.port}"
+        self.link: Link = links.new(self._port, link_host(number), port)
+        self.address = f"tcp://{self.link.host}:{self.link.port}"
         self.lost = self.troubled = self.link_troubled = False
         self.sessions: list[int] = []  # one for each start
         self._process: subprocess.Popen[str] | None = None
@@ -58,6 +77,7 @@ class Node:
         """Start it, at the address that it always has, and wait until it serves."""
         command = [sys.executable, "-m", "loader_service", "start", "--data", str(self._data)]
         command += ["--workers", str(WORKERS), "--bind", f"tcp://{HOST}:{self._port}"]
+        command += ["--keys", str(self._keys)] if self._keys else []
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True

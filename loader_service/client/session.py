@@ -343,6 +343,7 @@ class Session:
     def _put_to_work(self, peer: Peer, *, shared: bool) -> None:
         peer.state, peer.shared = "working", shared
         if not shared:
+            sockets.keep_freed_frames()
             self._watch(peer.open_lanes(self._connections))
         if self._ledger:
             self._ledger.node_up(peer.address, peer.workers)

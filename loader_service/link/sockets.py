@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
+import numpy as np
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -26,6 +27,9 @@ UNREAD_MESSAGES: Final = 1_000
 
 RECONNECT_MS: Final = 50
 RECONNECT_MAX_MS: Final = 2_000
+_LESSON_BYTES: Final = 31 << 20
+"""Just below the largest block that glibc learns from (DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB)."""
+
 BYE_LINGER_MS: Final = 200
 """How long a closing client's goodbye may take to leave."""
 
@@ -235,6 +239,17 @@ def _dial(address: str) -> socketlib.socket:
         probe.close()
         raise
     return probe
+
+
+def keep_freed_frames() -> None:
+    """Have malloc keep the memory of frames that are done with for those that come next.
+
+    glibc gives free memory at a heap's end back to the kernel from a threshold on that it learns: twice the largest
+    block of its own mapping that was freed so far (mallopt(3), M_TRIM_THRESHOLD). Without a lesson, much of each frame's
+    memory is given back and faulted in again. Freeing one large block, which nobody touches, is the lesson; where malloc
+    is another, nothing happens.
+    """
+    np.empty(_LESSON_BYTES, np.uint8)
 
 
 def _refuse_if_taken(address: str) -> None:

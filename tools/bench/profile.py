@@ -7,6 +7,7 @@ It reads records that ``make bench`` has made. What touching the batch costs is 
 
 from __future__ import annotations
 
+import resource
 import tempfile
 import threading
 import time
@@ -83,15 +84,21 @@ def main(
         ):
             _consume(loader, WARM_S)
             this = psutil.Process()
-            before = spent_s(this)
+            before, faults_before = spent_s(this), _faults()
             batches, touching_s, took_s = _consume(loader, seconds)
-            after = spent_s(this)
+            after, faults = spent_s(this), _faults() - faults_before
     click.echo(f"{batches * BATCH / took_s:,.0f} images/s in batches of {BATCH}; microseconds of CPU time per batch:")
     for name, total_s in sorted(after.items()):
         own_s = touching_s if "MainThread" in name else 0.0
         us = 1e6 * (total_s - before.get(name, 0.0) - own_s) / batches
         if us >= LEAST_US:
             click.echo(f"{us:>9,.0f}  {name}")
+    click.echo(f"{faults / batches:>9,.0f}  pages per batch that the client faulted in")
+
+
+def _faults() -> int:
+    """Pages that this process has had mapped so far, which cost no reading."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _consume(loader: Loader, seconds: float) -> tuple[int, float, float]:

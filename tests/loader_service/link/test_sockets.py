@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import zmq
 
@@ -48,3 +52,29 @@ def test_a_port_that_is_taken_is_said_so() -> None:
     finally:
         first.close()
         context.term()
+
+
+_FRAMES_COME_AND_GO = """
+import resource, sys
+import numpy as np
+from loader_service.link import sockets
+
+if sys.argv[1] == "keep":
+    sockets.keep_freed_frames()
+for turn in range(20):
+    if turn == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    frames = [np.ones(1 << 21, np.uint8) for _ in range(8)]
+    del frames
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc gives back what it should keep")
+def test_memory_of_frames_is_used_again() -> None:
+    """Frames that come and go fault no page in again, as they do where malloc was not told."""
+    faults = {
+        told: int(subprocess.check_output([sys.executable, "-c", _FRAMES_COME_AND_GO, told], timeout=60))
+        for told in ("keep", "leave")
+    }
+    assert faults["keep"] < 100 < 1000 < faults["leave"]

@@ -13,17 +13,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, get_args
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from loader_service import defaults
+from loader_service.client.actions import Batch as MadeBatch
+from loader_service.client.actions import Deliver, Finish
 from loader_service.client.dataset import Dataset
-from loader_service.client.ledger import Batch as MadeBatch
-from loader_service.client.ledger import Deliver, EpochAccount, Finish, Ledger
+from loader_service.client.ledger import EpochAccount, Ledger
+from loader_service.client.options import check_choice, check_range, check_view, view_of
 from loader_service.client.plan import Schedule
+from loader_service.client.quarantine import Quarantined
 from loader_service.client.room import Room
-from loader_service.client.session import Delivery, Quarantined, Session
+from loader_service.client.session import Delivery, Session
 from loader_service.client.state import State
 from loader_service.data import kernel
 from loader_service.data.augment import complete_view
@@ -32,7 +34,7 @@ from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, S
 from loader_service.link.keys import chosen_keys
 from loader_service.link.messages import MAX_CONNECTIONS
 from loader_service.metrics import LoaderHook, LoaderMetrics
-from loader_service.spec import MAX_EXCLUDED, VIEWS, Dtype, SampleLayout, SliceId, Split, View
+from loader_service.spec import MAX_EXCLUDED, Dtype, SampleLayout, SliceId, Split, View
 
 log = logging.getLogger("loader_service.client")
 
@@ -122,19 +124,19 @@ class Loader:
         connections: int = defaults.CONNECTIONS,
         hook: LoaderHook | None = None,
     ) -> None:
-        _check_view(view)
-        _check_choice("split", split, get_args(Split))
-        _check_choice("dtype", dtype, get_args(Dtype))
-        _check_choice("transport", transport, get_args(Transport))
-        _check_choice("on_bad_sample", on_bad_sample, ("fail", "substitute"))
-        _check_range("max_bad", max_bad, 0, MAX_EXCLUDED - 1)
-        _check_range("batch_size", batch_size, 1, 2**16)
-        _check_range("seed", seed, 0, 2**63 - 1)
-        _check_range("epochs", epochs, 0, 2**31)
-        _check_range("prefetch", prefetch, 1, 1024)
-        _check_range("connections", connections, 1, MAX_CONNECTIONS)
-        _check_range("world_size", world_size, 1, 2**16)
-        _check_range("rank", rank, 0, world_size - 1)
+        check_view(view)
+        check_choice("split", split, get_args(Split))
+        check_choice("dtype", dtype, get_args(Dtype))
+        check_choice("transport", transport, get_args(Transport))
+        check_choice("on_bad_sample", on_bad_sample, ("fail", "substitute"))
+        check_range("max_bad", max_bad, 0, MAX_EXCLUDED - 1)
+        check_range("batch_size", batch_size, 1, 2**16)
+        check_range("seed", seed, 0, 2**63 - 1)
+        check_range("epochs", epochs, 0, 2**31)
+        check_range("prefetch", prefetch, 1, 1024)
+        check_range("connections", connections, 1, MAX_CONNECTIONS)
+        check_range("world_size", world_size, 1, 2**16)
+        check_range("rank", rank, 0, world_size - 1)
         addresses = tuple(part.strip() for part in address.split(",") if part.strip())
         if not addresses:
             raise OptionError("address", address, "one or more addresses such as tcp://127.0.0.1:5555")
@@ -146,7 +148,7 @@ class Loader:
         try:
             self._facts = self._session.wait_for_facts(timeout_s)
             self.dataset = Dataset.of(self._facts)
-            self._view = complete_view(_view_of(view, crop, self.dataset.side), self.dataset.statistics)
+            self._view = complete_view(view_of(view, crop, self.dataset.side), self.dataset.statistics)
             self._schedule = Schedule(self._facts.count, batch_size, rank, world_size, epochs, drop_last)
             self._room = self._make_room(
                 SampleLayout(self._view, dtype), seed, batch_size, prefetch + defaults.SPARE_SLOTS
@@ -241,7 +243,7 @@ class Loader:
     @property
     def quarantine(self) -> list[Quarantined]:
         """The records that were found bad by this loader and replaced, each with its source's name and why."""
-        return list(self._session.quarantine)
+        return list(self._session.quarantine.records)
 
     @property
     def metrics(self) -> LoaderMetrics:
@@ -386,29 +388,3 @@ class Loader:
 def _close(session: Session, room: Room) -> None:
     session.close()
     room.close()
-
-
-def _check_view(view: str | View) -> None:
-    if not isinstance(view, View) and view not in VIEWS:
-        raise OptionError("view", view, "a View, or the name of one: train, center, ten-crop, whole")
-
-
-def _view_of(view: str | View, crop: int | None, side: int) -> View:
-    """The view that is asked for, of records of ``side`` pixels."""
-    chosen = view if isinstance(view, View) else View.named(view, side)
-    if crop is not None and chosen.kind == "whole":
-        raise OptionError("crop", crop, "no crop beside the view whole, which shows all of a record")
-    least, wanted = (0, chosen.crop) if crop is None else (1, crop)
-    if chosen.kind != "whole" and not least <= wanted <= side:
-        raise OptionError("crop", wanted, f"1 to {side} pixels, the side of this dataset's records")
-    return chosen if crop is None else msgspec.structs.replace(chosen, crop=crop)
-
-
-def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise OptionError(option, value, " or ".join(choices))
-
-
-def _check_range(option: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise OptionError(option, value, f"a whole number from {low} to {high}")

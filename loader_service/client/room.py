@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.client.ledger import Ask, Batch, Part
+from loader_service.client.actions import Ask, Batch, Part
 from loader_service.errors import MessageError
 from loader_service.link.messages import Place
 from loader_service.link.slots import Hold, Segment

@@ -16,16 +16,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import zmq
 
 from loader_service import defaults
+from loader_service.client.actions import Ask, Deliver, Finish, Standstill
 from loader_service.client.handshake import check_protocol, check_welcome
-from loader_service.client.ledger import MAX_EXCUSES, Ask, Deliver, Finish, Ledger, Standstill
+from loader_service.client.ledger import MAX_EXCUSES, Ledger
 from loader_service.client.peer import Link, Peer
+from loader_service.client.quarantine import Quarantine
 from loader_service.client.resolver import Resolver
 from loader_service.client.room import Room
 from loader_service.errors import (
@@ -36,7 +37,6 @@ from loader_service.errors import (
     NoNodeError,
     RecordError,
     SharedMemoryError,
-    TooManyBadRecords,
 )
 from loader_service.link import messages, sockets
 from loader_service.link.keys import ClientKeys
@@ -52,15 +52,6 @@ FIRST_COMPLAINT_S: Final = 2.0
 Delivery = Deliver | Finish | LoaderServiceError
 NewLedger = Callable[[list[int], Iterator[int]], Ledger]
 """Makes a run's ledger from the slots that are free and the numbers for its asks."""
-
-
-@dataclass(frozen=True)
-class Quarantined:
-    """A record that no node can read, the file that it was made from (empty if unknown), and why."""
-
-    record: int
-    source: str
-    reason: str
 
 
 class Session:
@@ -82,8 +73,8 @@ class Session:
         keys: ClientKeys | None = None,
         connections: int = defaults.CONNECTIONS,
     ) -> None:
-        self.addresses, self.split, self._max_bad, self._keys = addresses, split, max_bad, keys
-        self.quarantine: list[Quarantined] = []
+        self.addresses, self.split, self._keys = addresses, split, keys
+        self.quarantine = Quarantine(max_bad)
         self.facts: DatasetFacts | None = None
         self.slot_bytes = 0  # of the first node
         self.workers = 1  # likewise
@@ -400,13 +391,8 @@ class Session:
         if failed.record in self._ledger.excluded:  # another part of the same batch has had it judged already
             return
         error = RecordError(f"{self.split} at {peer.address}", failed.record, failed.reason, failed.source)
-        if self._max_bad is None:
-            raise error
-        self.quarantine.append(Quarantined(failed.record, failed.source, failed.reason))
+        self.quarantine.take(error, known=len(self._ledger.excluded))
         self._ledger.exclude(failed.record)
-        log.warning("%s Another takes its place.", error)
-        if len(self._ledger.excluded) > self._max_bad:
-            raise TooManyBadRecords(len(self._ledger.excluded), self._max_bad, str(error))
 
     def _tick(self, now: float) -> None:
         for peer in list(self._peers):

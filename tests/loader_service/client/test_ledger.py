@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from loader_service.client.ledger import ASKS_PER_WORKER, Ask, Deliver, Finish, Ledger, Standstill
+from loader_service.client.actions import Ask, Deliver, Finish, Standstill
+from loader_service.client.ledger import ASKS_PER_WORKER, Ledger
 from loader_service.client.plan import Schedule
 
 PATIENCE_S = 30.0

@@ -64,7 +64,7 @@ def check_pillow() -> Check:
 
 
 def check_kernel() -> Check:
-    """Whether crop and jitter run compiled, with the processor's vector instructions."""
+    """Whether crop and jitter run compiled, with the processor's vector instructions, and how JPEGs are decoded."""
     what = "kernel"
     try:
         form = kernel.chosen()
@@ -75,4 +75,5 @@ def check_kernel() -> Check:
         return Check(what, "warning", f"{form}, where {best} could run", f"unset {kernel.VARIABLE}")
     if form == "numpy":
         return Check(what, "warning", "plain NumPy, ten times slower", "install a C compiler, then `make clean setup`")
-    return Check(what, "ok", form)
+    part = "as far as a crop needs" if kernel.decodes_windows() else "whole"
+    return Check(what, "ok", f"{form}; JPEGs are decoded {part}")

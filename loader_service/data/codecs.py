@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
+from loader_service.data import kernel
 from loader_service.data.centred import FRACTION_BITS
+from loader_service.data.kernel import Window
 from loader_service.spec import RECORD_SIDE_PX
 
 HEADER: Final = struct.Struct("<IBxxxQ")
@@ -67,7 +69,12 @@ def encode(pixels: Pixels, codec: Literal["raw", "jpeg"], parameters: dict[str, 
 
 
 def decode(
-    payload: bytes | memoryview, codec: int, into: npt.NDArray[np.uint8] | None = None, *, side: int = RECORD_SIDE_PX
+    payload: bytes | memoryview,
+    codec: int,
+    into: npt.NDArray[np.uint8] | None = None,
+    *,
+    side: int = RECORD_SIDE_PX,
+    window: Window | None = None,
 ) -> Pixels:
     """The pixels of a payload that needs no mean: (side, side, 3) uint8, RGB; of ``raw`` a view, not a copy.
 
@@ -76,9 +83,10 @@ def decode(
         codec: of :data:`CODECS`, ``raw`` or ``jpeg``.
         into: (raw_bytes(side),) uint8, where a ``jpeg`` is decoded to; a new array if None.
         side: of the record, in pixels.
+        window: what is needed of a ``jpeg``: other pixels may be anything. None: all of it, which libjpeg-turbo decodes.
 
     Raises:
-        ValueError: the payload is not what the codec says.
+        ValueError: the payload is not what the codec says, in the window or elsewhere.
     """
     size, shape = raw_bytes(side), (side, side, 3)
     if codec == CODECS["raw"]:
@@ -86,9 +94,11 @@ def decode(
             raise ValueError(f"a raw payload has {size} bytes, this one {len(payload)}")
         return np.frombuffer(payload, np.uint8).reshape(shape)
     if codec == CODECS["jpeg"]:
+        # Into a buffer of this size even where none is given: a JPEG that says it is huge is then refused.
+        buffer = np.empty(size, np.uint8) if into is None else into
+        if window is not None and kernel.decode_window(payload, buffer, side, window):
+            return buffer.reshape(shape)
         try:
-            # Into a buffer of this size even where none is given: a JPEG that says it is huge is then refused.
-            buffer = np.empty(size, np.uint8) if into is None else into
             pixels: Pixels = simplejpeg.decode_jpeg(payload, colorspace="RGB", buffer=buffer)
         except ValueError as error:
             raise ValueError(f"its JPEG cannot be decoded ({error})") from error

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from loader_service.data.augment import augment_records
 from loader_service.data.codecs import raw_value
 from loader_service.data.draws import draw
+from loader_service.data.kernel import Window
 from loader_service.data.order import records_at, substitute
 from loader_service.data.records import Records, Values
 from loader_service.data.stopwatch import AUGMENT, DECODE, READ, Stopwatch
@@ -100,20 +101,29 @@ def _fill_decoded(
     mean: npt.NDArray[np.float32] | None,
     watch: Stopwatch,
 ) -> None:
-    """Decode record by record to a raw one, which is cut while it lies in the cache."""
+    """Decode of each record what its samples need to a raw one, which is cut while it lies in the cache."""
     value = raw_value(side)
+    windows = _windows(draws, out.images.shape[-2])
     for i, number in enumerate(numbers.tolist()):
         if at is not None:
             at[0] = number
         watch.enter(READ)
         found = values.read(number)
         watch.enter(DECODE)
-        values.unpack(number, found, value)
+        values.unpack(number, found, value, windows[i])
         watch.enter(AUGMENT)
         one = slice(i, i + 1)
         augment_records(
             out.images[one], [value.data], draws[one], out.labels[one], numbers[one], at, mean, record_side=side
         )
+
+
+def _windows(draws: npt.NDArray[np.void], side: int) -> list[Window]:
+    """Of each record, the part in which all of its crops lie; draws are (n,) or (n, samples)."""
+    tops, lefts = (np.atleast_2d(draws[axis].T).T.astype(np.int64) for axis in ("y", "x"))
+    top, left = tops.min(axis=1), lefts.min(axis=1)
+    height, width = tops.max(axis=1) - top + side, lefts.max(axis=1) - left + side
+    return list(zip(top.tolist(), left.tolist(), height.tolist(), width.tolist(), strict=True))
 
 
 def empty_slice(layout: SampleLayout, count: int) -> Slice:

@@ -10,7 +10,9 @@ c      anywhere the extension was compiled
 numpy  everywhere; what the bytes are by definition, and what serves where no compiler was at hand
 ====== ==========================================================================================
 
-All forms make the same bytes. The environment variable LOADER_SERVICE_KERNEL names another form than the best.
+The vector forms of x86-64 also decode JPEGs themselves, no more of them than a crop needs; with the others libjpeg-turbo
+decodes whole ones. All forms make the same bytes. The environment variable LOADER_SERVICE_KERNEL names another form than
+the best.
 """
 
 from __future__ import annotations
@@ -29,6 +31,11 @@ try:
 except ImportError:  # built without a compiler: the extension is optional
     _kernel = None  # type: ignore[assignment]
 
+try:
+    from loader_service.data import _jpeg
+except ImportError:
+    _jpeg = None  # type: ignore[assignment]
+
 compiled: Final = _kernel
 """The extension; None where there is none, and then "numpy" is the only form."""
 
@@ -36,6 +43,11 @@ VARIABLE: Final = "LOADER_SERVICE_KERNEL"
 
 FORMS: Final[tuple[str, ...]] = (*(compiled.forms() if compiled else ()), "numpy")
 """The forms that this machine can run, the best first."""
+
+_DECODING_FORMS: Final = ("avx512", "avx2")
+
+Window = tuple[int, int, int, int]
+"""A part of a record: top, left, height and width, in pixels."""
 
 
 @cache
@@ -49,6 +61,30 @@ def chosen() -> str:
     if name not in FORMS:
         raise OptionError(VARIABLE, name, f"one of {', '.join(FORMS)}, the forms that this machine can run")
     return name
+
+
+def decodes_windows() -> bool:
+    """Whether the form in use decodes parts of JPEGs."""
+    return chosen() in _DECODING_FORMS and _jpeg is not None and _jpeg.runs_here()
+
+
+def decode_window(payload: bytes | memoryview, into: npt.NDArray[np.uint8], side: int, window: Window) -> bool:
+    """Decode no more of a JPEG than a window of it, if the form in use can and the JPEG is such as records are made of.
+
+    Args:
+        payload: the JPEG, (side, side, 3) pixels or anything else.
+        into: (3 * side * side,) uint8, a whole record's pixels: within the window they become what libjpeg-turbo
+            makes of them, beside it anything; above and below it nothing is written.
+        side: of the record, in pixels.
+        window: what is needed.
+
+    Returns:
+        Whether the window is there. If not, ``into`` may have been written, and libjpeg-turbo tells what the payload is.
+
+    Raises:
+        ValueError: the window does not lie within the record, or ``into`` has another size.
+    """
+    return decodes_windows() and _jpeg.decode(payload, into, side, *window)
 
 
 def copy(out: npt.NDArray[np.uint8], content: npt.NDArray[np.uint8]) -> None:

@@ -33,6 +33,7 @@ import xxhash
 from loader_service.data.ahead import ReadAhead
 from loader_service.data.centred import centre_of, decode_centred
 from loader_service.data.codecs import CODECS, HEADER, Codec, Pixels, decode
+from loader_service.data.kernel import Window
 from loader_service.data.manifest import Manifest
 from loader_service.errors import DatasetInvalid, DatasetNotFound, DatasetUnfinished, RecordError
 
@@ -189,22 +190,30 @@ class Values:
         label, codec, checksum = HEADER.unpack_from(value)
         return label, codec, checksum, value[HEADER.size :]
 
-    def decode(self, number: int, payload: memoryview, codec: int, into: npt.NDArray[np.uint8] | None = None) -> Pixels:
+    def decode(
+        self,
+        number: int,
+        payload: memoryview,
+        codec: int,
+        into: npt.NDArray[np.uint8] | None = None,
+        window: Window | None = None,
+    ) -> Pixels:
         """:func:`codecs.decode`, for every codec, with the record named when it fails."""
         try:
             if codec == CODECS["centered"] and self._centre is not None:
                 return decode_centred(payload, self._centre, into)
-            return decode(payload, codec, into, side=self._side)
+            return decode(payload, codec, into, side=self._side, window=window)
         except ValueError as error:
             raise RecordError(self._path, number, str(error)) from error
 
-    def unpack(self, number: int, found: Found, into: npt.NDArray[np.uint8]) -> None:
+    def unpack(self, number: int, found: Found, into: npt.NDArray[np.uint8], window: Window | None = None) -> None:
         """Make the raw record that a record of another codec stands for.
 
         Args:
             number: the record's.
             found: what :meth:`read` gave for it.
             into: (16 + raw_bytes(side),) uint8, written with header and pixels; see :func:`codecs.raw_value`.
+            window: what is needed of the pixels (see :func:`codecs.decode`); None: all.
 
         Raises:
             RecordError: it cannot be decoded, or its codec is not its dataset's.
@@ -213,7 +222,7 @@ class Values:
         if codec != CODECS[self._codec]:
             raise self.foreign(number, codec, self._codec)
         HEADER.pack_into(into.data, 0, label, CODECS["raw"], checksum)
-        self.decode(number, payload, codec, into[HEADER.size :])
+        self.decode(number, payload, codec, into[HEADER.size :], window)
 
     def refusal(self, number: int) -> RecordError:
         """Why a record is not a raw one."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import simplejpeg
 
@@ -48,6 +49,20 @@ def test_the_built_in_jpegs_are_the_pictures() -> None:
 
 def test_a_decoder_of_other_bytes_is_noticed(other_decoder: None) -> None:
     """One pixel of one grey level is enough."""
+    assert golden.installation().golden != BUILTIN_GOLDEN
+
+
+@pytest.mark.skipif(not kernel.decodes_windows(), reason="no compiled decoder for this processor")
+def test_a_decoder_of_windows_of_other_bytes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What serves in place of libjpeg-turbo is told by the hash just as well."""
+    true = kernel.decode_window
+
+    def decode_window(payload: bytes, into: npt.NDArray[np.uint8], side: int, window: kernel.Window) -> bool:
+        done = true(payload, into, side, window)
+        into[0] ^= 1
+        return done
+
+    monkeypatch.setattr(kernel, "decode_window", decode_window)
     assert golden.installation().golden != BUILTIN_GOLDEN
 
 

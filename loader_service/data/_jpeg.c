@@ -1,0 +1,362 @@
+/* A JPEG's pixels, of no more of it than a crop needs: the bytes that libjpeg-turbo makes of the whole.
+ *
+ * This decodes what records are made of, and nothing else: baseline, 8 bits, YCbCr at 4:2:0, 4:2:2 or 4:4:4, one scan,
+ * without restarts. At anything else, and at the first thing that is not as it should be, it says so and has nothing more
+ * to say: the caller then asks libjpeg-turbo, which alone decides what is an error. So a record is good or bad as a whole,
+ * on every machine and for every crop: all coefficients are read, up to the mark of the end, but only those that the crop
+ * needs are made into pixels.
+ *
+ * The tables and planes are the process's own, for the next picture's are nearly always the same; the GIL guards them. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define TARGET_JPEG __attribute__((target("avx2,bmi2")))
+
+#include "_entropy.h"
+#include "_pixels.h"
+
+enum {
+    MIN_SIDE = 16,           /* libjpeg upsamples the colours of narrower pictures in another way */
+    MAX_SIDE = 1024,         /* spec.MAX_SIDE_PX */
+    MARGIN = 64,             /* bytes beside a plane's rows, which vectors may read */
+    STRIDE = MAX_SIDE + 2 * MARGIN,
+    MAX_BYTES = 1 << 22,     /* of a picture: more than the largest at quality 100 */
+    BLOCK_STRIDE = 80,       /* items between blocks: whole vectors, and one for what is dropped */
+};
+
+typedef struct {
+    int h, v;                /* samples in a unit of the picture, in blocks */
+    const int16_t *quantisation;
+    Huffman *dc, *ac;
+    int last_dc;
+} Component;
+
+/* Rows [top, bottom) and columns [left, right), in pixels. */
+typedef struct {
+    int top, left, bottom, right;
+} Window;
+
+static struct {
+    Component components[3];
+    int16_t quantisation[4][BLOCK_ITEMS]; /* in natural order */
+    int has_quantisation[4], has_frame;
+    Huffman huffman[2][4];   /* DC and AC */
+    int has_huffman[2][4];   /* in this picture */
+    uint8_t table_of[3];
+    int16_t blocks[6 * BLOCK_STRIDE] __attribute__((aligned(32)));
+    uint8_t coded[MAX_BYTES + SPARE_BYTES];
+    uint8_t planes[3][(MAX_SIDE + 16) * STRIDE] __attribute__((aligned(64)));
+} D;
+
+/* ---- headers: each function takes a segment's content, and returns 0 at anything that is not expected ---- */
+
+static int read_quantisation(const uint8_t *p, const uint8_t *end)
+{
+    for (; p < end; p += 1 + BLOCK_ITEMS) {
+        if (end - p < 1 + BLOCK_ITEMS || *p > 3)
+            return 0;
+        for (int i = 0; i < BLOCK_ITEMS; i++)
+            D.quantisation[*p][ZIGZAG[i]] = p[1 + i];
+        D.has_quantisation[*p] = 1;
+    }
+    return 1;
+}
+
+static int read_huffman(const uint8_t *p, const uint8_t *end)
+{
+    while (p < end) {
+        if (end - p < 17 || (*p & ~0x13) != 0)
+            return 0;
+        const int is_ac = *p >> 4, index = *p & 3;
+        int n = 0;
+        for (int i = 1; i <= 16; i++)
+            n += p[i];
+        if (n < 1 || n > 256 || end - p < 17 + n || !make_huffman(&D.huffman[is_ac][index], p + 1, p + 17, n, is_ac))
+            return 0;
+        D.has_huffman[is_ac][index] = 1;
+        p += 17 + n;
+    }
+    return 1;
+}
+
+static int read_frame(const uint8_t *p, const uint8_t *end, int side)
+{
+    if (D.has_frame || end - p != 15 || p[0] != 8 || (p[1] << 8 | p[2]) != side || (p[3] << 8 | p[4]) != side || p[5] != 3)
+        return 0;
+    for (int i = 0; i < 3; i++) {
+        const uint8_t *c = p + 6 + 3 * i;
+        D.components[i].h = c[1] >> 4;
+        D.components[i].v = c[1] & 15;
+        if (c[0] != i + 1 || c[2] > 3 || (i > 0 && c[1] != 0x11))
+            return 0;
+        D.table_of[i] = c[2];
+    }
+    D.has_frame = 1;
+    const int luma = p[7];
+    return luma == 0x22 || luma == 0x21 || luma == 0x11;
+}
+
+static int read_scan(const uint8_t *p, const uint8_t *end)
+{
+    if (!D.has_frame || end - p != 10 || p[0] != 3 || p[7] != 0 || p[8] != 63 || p[9] != 0)
+        return 0;
+    for (int i = 0; i < 3; i++) {
+        const int id = p[1 + 2 * i], dc = p[2 + 2 * i] >> 4, ac = p[2 + 2 * i] & 15;
+        Component *c = &D.components[i];
+        if (id != i + 1 || dc > 3 || ac > 3 || !D.has_huffman[0][dc] || !D.has_huffman[1][ac] ||
+            !D.has_quantisation[D.table_of[i]])
+            return 0;
+        c->dc = &D.huffman[0][dc];
+        c->ac = &D.huffman[1][ac];
+        c->quantisation = D.quantisation[D.table_of[i]];
+        c->last_dc = 0;
+    }
+    return 1;
+}
+
+/* A segment that says nothing of the pixels. JFIF's tells that the colours are YCbCr, as they are without a word. */
+static int may_skip(int marker, const uint8_t *p, const uint8_t *end)
+{
+    if (marker == 0xE0)
+        return end - p >= 14 && memcmp(p, "JFIF\0\1", 6) == 0;
+    return marker == 0xFE || (marker > 0xE0 && marker <= 0xEF && marker != 0xEE); /* not Adobe's, which may tell otherwise */
+}
+
+/* Where the coded blocks begin; NULL if this is not a picture for us. */
+static const uint8_t *read_headers(const uint8_t *p, const uint8_t *end, int side)
+{
+    memset(D.has_quantisation, 0, sizeof D.has_quantisation);
+    memset(D.has_huffman, 0, sizeof D.has_huffman);
+    D.has_frame = 0;
+    if (end - p < 2 || p[0] != 0xFF || p[1] != 0xD8)
+        return NULL;
+    for (p += 2; end - p >= 4 && p[0] == 0xFF;) {
+        const int marker = p[1], size = p[2] << 8 | p[3];
+        const uint8_t *content = p + 4, *next = p + 2 + size;
+        if (size < 2 || end - (p + 2) < size)
+            return NULL;
+        const int fine = marker == 0xDB   ? read_quantisation(content, next)
+                         : marker == 0xC4 ? read_huffman(content, next)
+                         : marker == 0xC0 ? read_frame(content, next, side)
+                         : marker == 0xDA ? read_scan(content, next)
+                                          : may_skip(marker, content, next);
+        if (!fine)
+            return NULL;
+        if (marker == 0xDA)
+            return next;
+        p = next;
+    }
+    return NULL;
+}
+
+/* The coded bytes without the zeros after each 0xFF, which no marker may interrupt but that of the end; their number, or -1. */
+static ptrdiff_t unstuff(const uint8_t *p, const uint8_t *end)
+{
+    uint8_t *out = D.coded;
+    if (end - p > MAX_BYTES)
+        return -1;
+    for (;;) {
+        const uint8_t *mark = memchr(p, 0xFF, (size_t)(end - p));
+        if (mark == NULL || end - mark < 2)
+            return -1;
+        const size_t n = (size_t)(mark - p) + (mark[1] == 0);
+        memcpy(out, p, n);
+        out += n;
+        p = mark + 2;
+        if (mark[1] != 0)
+            break;
+    }
+    memset(out, 0, SPARE_BYTES);
+    return p[-1] == 0xD9 ? out - D.coded : -1;
+}
+
+/* ---- blocks ---- */
+
+/* The unit of all components' blocks at (row, column) to their planes; 0 if one cannot be made as libjpeg-turbo does. */
+TARGET_JPEG static int make_unit(int row, int column)
+{
+    const int16_t *tables[6];
+    uint8_t *outs[6];
+    int n = 0;
+    for (int i = 0; i < 3; i++) {
+        const Component *c = &D.components[i];
+        for (int y = 0; y < c->v; y++)
+            for (int x = 0; x < c->h; x++, n++) {
+                tables[n] = c->quantisation;
+                outs[n] = D.planes[i] + (8 * (row * c->v + y)) * STRIDE + MARGIN + 8 * (column * c->h + x);
+            }
+    }
+    for (int i = 0; i < n; i += 2) { /* the last of three blocks is made twice */
+        const int other = i + 1 < n ? i + 1 : i;
+        if (!inverse_dct(D.blocks + i * BLOCK_STRIDE, D.blocks + other * BLOCK_STRIDE, tables[i], tables[other], outs[i],
+                         outs[other], STRIDE))
+            return 0;
+    }
+    return 1;
+}
+
+/* Read all blocks, make those that a window needs; 0 if the coded bytes are not just these blocks. */
+TARGET_JPEG static int read_blocks(ptrdiff_t n, int side, const Window *w)
+{
+    const int width = 8 * D.components[0].h, height = 8 * D.components[0].v, blocks = 2 + width * height / 64;
+    Bits bits = {.next = D.coded};
+    memset(D.blocks, 0, sizeof D.blocks);
+    for (int row = 0; row * height < side; row++) {
+        const int needed = row * height < w->bottom + 2 && (row + 1) * height > w->top - 2; /* colours reach two pixels far */
+        for (int column = 0; column * width < side; column++) {
+            int16_t *block = D.blocks;
+            for (int i = 0; i < 3; i++) {
+                Component *c = &D.components[i];
+                for (int k = c->h * c->v; k > 0; k--, block += BLOCK_STRIDE)
+                    if (!read_block(&bits, c->dc, c->ac, block, &c->last_dc))
+                        return 0;
+            }
+            if (bits.next - D.coded - bits.left / 8 > n)
+                return 0;
+            if (needed && column * width < w->right + 2 && (column + 1) * width > w->left - 2 && !make_unit(row, column))
+                return 0;
+            memset(D.blocks, 0, sizeof *D.blocks * BLOCK_STRIDE * (size_t)blocks);
+        }
+    }
+    const ptrdiff_t rest = 8 * (n - (bits.next - D.coded)) + bits.left;
+    return rest >= 0 && rest < 8;
+}
+
+/* ---- pixels ---- */
+
+/* The row of a component's samples at a picture's row, and the other one that it takes a quarter of, or NULL. */
+static const uint8_t *sample_row(int i, int y, int side, const uint8_t **far)
+{
+    const uint8_t *plane = D.planes[i] + MARGIN;
+    *far = NULL;
+    if (i == 0 || D.components[0].v == 1)
+        return plane + y * STRIDE;
+    const int last = (side + 1) / 2 - 1, near = y / 2, other = y % 2 == 0 ? near - 1 : near + 1;
+    *far = plane + (other < 0 ? 0 : other > last ? last : other) * STRIDE;
+    return plane + near * STRIDE;
+}
+
+/* What is beyond the ends of rows is what is at their ends. */
+static void extend_rows(int side)
+{
+    const int width = (side + 1) / 2, height = D.components[0].v == 2 ? width : side;
+    for (int i = 1; i < 3; i++)
+        for (int y = 0; y < height; y++) {
+            uint8_t *row = D.planes[i] + y * STRIDE + MARGIN;
+            row[-1] = row[0];
+            row[width] = row[width - 1];
+        }
+}
+
+TARGET_JPEG static void make_pixels(uint8_t *out, int side, const Window *w)
+{
+    const int halved = D.components[0].h == 2;
+    uint8_t last[3 * STEP_PX];
+    if (halved)
+        extend_rows(side);
+    for (int y = w->top; y < w->bottom; y++) {
+        const uint8_t *far[3], *near[3];
+        for (int i = 0; i < 3; i++)
+            near[i] = sample_row(i, y, side, &far[i]);
+        for (int x = w->left / STEP_PX * STEP_PX; x < w->right; x += STEP_PX) {
+            uint8_t *at = out + 3 * (y * side + x);
+            const __m256i luma = _mm256_loadu_si256((const __m256i *)(near[0] + x));
+            __m256i c[2];
+            for (int i = 0; i < 2; i++)
+                c[i] = halved ? upsampled(near[i + 1] + x / 2, far[i + 1] == NULL ? NULL : far[i + 1] + x / 2)
+                              : _mm256_loadu_si256((const __m256i *)(near[i + 1] + x));
+            write_pixels(x + STEP_PX <= side ? at : last, luma, c[0], c[1]);
+            if (x + STEP_PX > side)
+                memcpy(at, last, (size_t)(3 * (side - x)));
+        }
+    }
+}
+
+static int runs(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"); }
+
+static int decode_window(const Py_buffer *payload, uint8_t *out, int side, const Window *w)
+{
+    const uint8_t *begin = payload->buf, *end = begin + payload->len;
+    if (side < MIN_SIDE || !runs())
+        return 0;
+    const uint8_t *scan = read_headers(begin, end, side);
+    if (scan == NULL)
+        return 0;
+    const ptrdiff_t n = unstuff(scan, end);
+    if (n < 0 || !read_blocks(n, side, w))
+        return 0;
+    make_pixels(out, side, w);
+    return 1;
+}
+
+static void make_tables(void)
+{
+    make_places();
+    make_places_rgb();
+}
+
+#else
+
+typedef struct {
+    int top, left, bottom, right;
+} Window;
+enum { MAX_SIDE = 1024 };
+static void make_tables(void) {}
+static int runs(void) { return 0; }
+static int decode_window(const Py_buffer *payload, uint8_t *out, int side, const Window *w)
+{
+    (void)payload, (void)out, (void)side, (void)w;
+    return 0;
+}
+
+#endif
+
+/* ---- the module ---- */
+
+PyDoc_STRVAR(decode_doc, "decode(payload, into, side, top, left, height, width): see codecs.decode.");
+
+static PyObject *decode(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer payload = {0}, into = {0};
+    int side, top, left, height, width, made = -1;
+    if (!PyArg_ParseTuple(args, "y*w*iiiii", &payload, &into, &side, &top, &left, &height, &width))
+        return NULL;
+    if (side < 1 || side > MAX_SIDE || into.len != (Py_ssize_t)3 * side * side)
+        PyErr_Format(PyExc_ValueError, "%zd bytes are no room for %d x %d pixels", into.len, side, side);
+    else if (top < 0 || left < 0 || height < 1 || width < 1 || top > side - height || left > side - width)
+        PyErr_Format(PyExc_ValueError, "a window of %d x %d at (%d, %d) does not lie within %d pixels", height, width, top, left,
+                     side);
+    else
+        made = decode_window(&payload, into.buf, side, &(Window){top, left, top + height, left + width});
+    PyBuffer_Release(&payload);
+    PyBuffer_Release(&into);
+    return made < 0 ? NULL : PyBool_FromLong(made);
+}
+
+static PyObject *runs_here(PyObject *module, PyObject *args)
+{
+    (void)module, (void)args;
+    return PyBool_FromLong(runs());
+}
+
+static PyMethodDef METHODS[] = {
+    {"decode", decode, METH_VARARGS, decode_doc},
+    {"runs_here", runs_here, METH_NOARGS, "runs_here(): whether this machine's processor can run it."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_jpeg", "See codecs.py.", 0, METHODS, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__jpeg(void)
+{
+    make_tables();
+    return PyModule_Create(&MODULE);
+}

@@ -1,0 +1,16 @@
+"""The decoder of parts of JPEGs; see _jpeg.c. Sizes and places are checked before anything is written."""
+
+from typing import Any
+
+import numpy.typing as npt
+
+def decode(
+    payload: bytes | memoryview,
+    into: npt.NDArray[Any],
+    side: int,
+    top: int,
+    left: int,
+    height: int,
+    width: int,
+) -> bool: ...
+def runs_here() -> bool: ...

@@ -1,0 +1,195 @@
+"""Parts of JPEGs: the bytes that libjpeg-turbo makes of the whole, or libjpeg-turbo itself."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import simplejpeg
+from PIL import Image
+
+from loader_service.data import kernel
+from loader_service.data.codecs import CODECS, decode, encode, raw_bytes
+from loader_service.data.kernel import Window
+
+Picture = Callable[..., npt.NDArray[np.uint8]]
+JPEG = CODECS["jpeg"]
+SIDE = 256
+
+in_part = pytest.mark.skipif(not kernel.decodes_windows(), reason="no compiled decoder for this processor")
+
+
+@pytest.fixture
+def choose_form(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """``choose_form(form)``: the inner loops run in that form until the test ends."""
+
+    def choose(form: str) -> None:
+        monkeypatch.setenv(kernel.VARIABLE, form)
+        kernel.chosen.cache_clear()
+
+    yield choose
+    monkeypatch.undo()
+    kernel.chosen.cache_clear()
+
+
+def textured(side: int = SIDE, noise: float = 25.0) -> npt.NDArray[np.uint8]:
+    """Edges, gradients and noise in all colours, so that no two places are alike: (side, side, 3) uint8."""
+    y, x, channel = np.ogrid[:side, :side, :3]
+    wave = 128 + 100 * np.sin(x * (channel + 1) / 9 + y * y / 400) + 60 * ((x // 7 + y // 5 + channel) % 2)
+    grain = np.random.default_rng(side).normal(0, noise, (side, side, 3))
+    return np.clip(wave + grain, 0, 255).astype(np.uint8)
+
+
+def saved(pixels: npt.NDArray[np.uint8], **options: Any) -> bytes:
+    """A JPEG as Pillow writes it, with these options."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def check(payload: bytes, side: int, window: Window) -> None:
+    """The window is decoded in part, to what the whole has there, and nothing is written beside the record."""
+    memory = np.full(raw_bytes(side) + 64, 0xA5, np.uint8)
+    into = memory[32:-32]
+    assert kernel.decode_window(payload, into, side, window)
+    top, left, height, width = window
+    part = np.s_[top : top + height, left : left + width]
+    whole = simplejpeg.decode_jpeg(payload, colorspace="RGB")
+    np.testing.assert_array_equal(into.reshape(side, side, 3)[part], whole[part])
+    assert (memory[:32] == 0xA5).all()
+    assert (memory[-32:] == 0xA5).all()
+
+
+@in_part
+@pytest.mark.parametrize("subsampling", ["420", "422", "444"])
+def test_every_place_of_a_crop(subsampling: str) -> None:
+    """Wherever a crop begins within the units of the file, its pixels are those of the whole picture."""
+    payload = encode(textured(), "jpeg", {"quality": 90, "subsampling": subsampling})
+    for top in range(33):
+        for left in range(top % 2, 33, 2):
+            check(payload, SIDE, (top, left, 224, 224))
+
+
+@in_part
+@pytest.mark.parametrize("side", [16, 17, 31, 40, 250, 256, 300])
+@pytest.mark.parametrize("subsampling", ["420", "422", "444"])
+@pytest.mark.parametrize("quality", [5, 75, 100])
+def test_windows_of_any_size(side: int, subsampling: str, quality: int) -> None:
+    """Records of any side, from whole pictures to single pixels, at the edges and within."""
+    payload = encode(textured(side), "jpeg", {"quality": quality, "subsampling": subsampling})
+    rng = np.random.default_rng(quality)
+    check(payload, side, (0, 0, side, side))
+    check(payload, side, (side - 1, side - 1, 1, 1))
+    for _ in range(8):
+        height, width = rng.integers(1, side + 1, 2).tolist()
+        check(payload, side, (*rng.integers(0, (side - height + 1, side - width + 1)).tolist(), height, width))
+
+
+@in_part
+def test_every_colour() -> None:
+    """All pairs of the colours' samples that blocks of one colour can have are turned to the same red, green and blue."""
+    steps = np.arange(0, 256, 8, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
+    for part in colours.reshape(8, 64, 64, 3):
+        blocks = part.repeat(8, axis=0).repeat(8, axis=1)
+        check(encode(blocks, "jpeg", {"quality": 100, "subsampling": "444"}), 512, (0, 0, 512, 512))
+
+
+@in_part
+@pytest.mark.parametrize("picture", [np.zeros, lambda *a: np.full(*a[:1], 255, np.uint8)], ids=["black", "white"])
+def test_blocks_without_detail(picture: Callable[..., npt.NDArray[np.uint8]]) -> None:
+    """A block may have no coefficient but its mean."""
+    check(encode(picture((64, 64, 3), np.uint8), "jpeg"), 64, (3, 5, 50, 40))
+
+
+@in_part
+@pytest.mark.parametrize("noise", [0.0, 200.0])
+def test_tables_of_the_files_own(noise: float) -> None:
+    """Codes that were made for one picture serve for it alone, and the next picture has its own again."""
+    for picture in (textured(noise=noise), textured(noise=9.0)):
+        check(saved(picture, quality=85, optimize=True), SIDE, (7, 9, 224, 224))
+        check(saved(picture, quality=85), SIDE, (7, 9, 224, 224))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        saved(textured(64), progressive=True),
+        saved(textured(64), restart_marker_rows=1),
+        saved(textured(64)[:, :, 0]),
+        bytes(simplejpeg.encode_jpeg(textured(64), colorspace="RGB", colorsubsampling="440")),
+        bytes(simplejpeg.encode_jpeg(textured(64), colorspace="RGB", colorsubsampling="411")),
+    ],
+    ids=["progressive", "restarts", "grey", "440", "411"],
+)
+def test_what_records_are_not_made_of(payload: bytes) -> None:
+    """Other JPEGs are left to libjpeg-turbo, which decodes them whole."""
+    into = np.zeros(raw_bytes(64), np.uint8)
+    assert not kernel.decode_window(payload, into, 64, (0, 0, 64, 64))
+    whole = simplejpeg.decode_jpeg(payload, colorspace="RGB")
+    np.testing.assert_array_equal(decode(payload, JPEG, into, side=64, window=(5, 6, 7, 8)), whole)
+
+
+@pytest.mark.parametrize("form", kernel.FORMS)
+def test_all_forms_give_the_same_window(form: str, choose_form: Callable[[str], None]) -> None:
+    """In part or whole: what is asked for is the same."""
+    choose_form(form)
+    assert not (kernel.decodes_windows() and form in ("c", "numpy"))
+    payload = encode(textured(), "jpeg")
+    part = np.s_[9:233, 30:254]
+    pixels = decode(payload, JPEG, side=SIDE, window=(9, 30, 224, 224))
+    np.testing.assert_array_equal(pixels[part], decode(payload, JPEG, side=SIDE)[part])
+
+
+def without_end(payload: bytes) -> bytes:
+    """It ends within its last unit."""
+    return payload[:-20]
+
+
+def with_a_marker(payload: bytes) -> bytes:
+    """In the middle of its coded bytes is a mark that does not belong there."""
+    middle = len(payload) // 2
+    return payload[:middle] + b"\xff\xd0" + payload[middle:]
+
+
+def with_more(payload: bytes) -> bytes:
+    """After its last unit, there are coded bytes that belong to none."""
+    return payload[:-2] + b"\x55" * 20 + payload[-2:]
+
+
+@pytest.mark.parametrize("damage", [without_end, with_a_marker, with_more])
+def test_damage_is_told_whatever_the_window(damage: Callable[[bytes], bytes]) -> None:
+    """A record is good or bad as a whole: what libjpeg-turbo says of all of it is said of its first pixels, too."""
+    damaged = damage(encode(textured(), "jpeg"))
+    with pytest.raises(ValueError, match="its JPEG cannot be decoded") as whole:
+        decode(damaged, JPEG, side=SIDE)
+    with pytest.raises(ValueError, match="its JPEG cannot be decoded") as part:
+        decode(damaged, JPEG, side=SIDE, window=(0, 0, 8, 8))
+    assert str(part.value) == str(whole.value)
+
+
+def test_a_jpeg_of_another_side() -> None:
+    """It is refused with both sizes, in part as whole."""
+    with pytest.raises(ValueError, match=r"\(64, 64, 3\), not \(128, 128, 3\)"):
+        decode(encode(textured(64), "jpeg"), JPEG, side=128, window=(0, 0, 8, 8))
+
+
+@in_part
+@pytest.mark.parametrize("window", [(-1, 0, 8, 8), (0, 57, 8, 8), (0, 0, 65, 8), (0, 0, 8, 0), (2**31 - 1, 0, 8, 8)])
+def test_a_window_beside_the_record(window: Window) -> None:
+    """Nothing is written for it, not even where it overlaps."""
+    into = np.zeros(raw_bytes(64), np.uint8)
+    with pytest.raises(ValueError, match="does not lie within 64 pixels"):
+        kernel.decode_window(encode(textured(64), "jpeg"), into, 64, window)
+    assert not into.any()
+
+
+@in_part
+def test_too_little_room() -> None:
+    """A buffer of another size than a record's is refused."""
+    with pytest.raises(ValueError, match="12287 bytes are no room for 64 x 64 pixels"):
+        kernel.decode_window(encode(textured(64), "jpeg"), np.zeros(raw_bytes(64) - 1, np.uint8), 64, (0, 0, 8, 8))

@@ -46,7 +46,7 @@ cover: setup ## the tests, and which lines they do not reach
 chaos: setup ## every kind of failure, caused for four minutes while two clients train; [ARGS="--seed 1"]
 	@$(run) -m tools.chaos $(ARGS)
 
-fuzz: setup ## 100,000 damaged messages for the decoders, and as many for a node; [ARGS="--seed 1"]
+fuzz: setup ## 100,000 damaged messages for the decoders, as many JPEGs, and as many messages for a node; [ARGS="--seed 1"]
 	@$(run) -m tools.fuzz $(ARGS)
 
 docker: setup docker-images ## the images, and the demo in containers; [ENGINE=script that starts a Docker engine]

@@ -1,8 +1,8 @@
-"""Malformed, impossible and impolite messages by the hundred thousand: for the decoders, then for a living node.
+"""Malformed, impossible and impolite inputs by the hundred thousand: messages for the decoders, JPEGs, and a living node.
 
-Inputs are valid messages that were damaged, in their bytes or in their fields, by random numbers from a seed that is
+Inputs are valid messages or JPEGs that were damaged, in their bytes or in their fields, by random numbers from a seed that is
 printed; the same seed gives the same inputs. A decoder may raise MessageError and nothing else, and what it lets pass must
-survive the wire. A node must go on serving the same bytes, and must not have grown.
+survive the wire. A part of a JPEG must be what libjpeg-turbo makes of the whole, or be refused as it refuses that. A node must go on serving the same bytes, and must not have grown.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Any, Final
 
 import click
 import msgspec
+import numpy as np
 import zmq
 
 from loader_service import Loader, LocalNode, status
+from loader_service.data import golden, kernel
+from loader_service.data.codecs import CODECS, SUBSAMPLINGS, decode, encode, raw_bytes
 from loader_service.errors import MessageError
 from loader_service.link import messages
 from loader_service.link.messages import FromClient, FromNode, Place, Request
@@ -165,6 +168,46 @@ def fuzz_decoders(rng: Random, inputs: int, progress: Progress) -> int:
     return passed
 
 
+def jpegs(rng: Random) -> list[bytes]:
+    """JPEGs such as records are made of: smooth ones and noise, small and large numbers, all subsamplings."""
+    side = golden.SIDE_PX
+    noise = np.frombuffer(rng.randbytes(raw_bytes(side)), np.uint8).reshape(side, side, 3)
+    ways: list[dict[str, int | str]] = [
+        {"quality": quality, "subsampling": subsampling} for quality in (5, 90) for subsampling in SUBSAMPLINGS
+    ]
+    return [*golden.jpegs(), *(encode(noise, "jpeg", way) for way in ways)]
+
+
+def fuzz_jpegs(rng: Random, inputs: int, progress: Progress) -> tuple[int, int]:
+    """Damaged JPEGs, of each a part; how many were decoded in part, and how many refused.
+
+    Raises:
+        ToolFailed: pixels, or the reason for refusing, are not libjpeg-turbo's; with the input.
+    """
+    side, codec = golden.SIDE_PX, CODECS["jpeg"]
+    valid = jpegs(rng)
+    into = np.empty(raw_bytes(side), np.uint8)
+    in_part = refused = 0
+    for _ in range(inputs):
+        payload = damage_bytes(rng, rng.choice(valid), rng.choice(valid))
+        height, width = rng.randint(1, side), rng.randint(1, side)
+        top, left = rng.randint(0, side - height), rng.randint(0, side - width)
+        made = kernel.decode_window(payload, into, side, (top, left, height, width))
+        in_part += made
+        try:
+            whole = decode(payload, codec, side=side)
+        except ValueError as error:
+            refused += 1
+            if made:
+                raise ToolFailed(f"this JPEG is decoded in part, though {error}: {payload.hex()}.") from error
+        else:
+            part = np.s_[top : top + height, left : left + width]
+            if made and not np.array_equal(into.reshape(whole.shape)[part], whole[part]):
+                raise ToolFailed(f"{height} x {width} pixels at ({top}, {left}) differ: {payload.hex()}.")
+        progress.advance()
+    return in_part, refused
+
+
 class Pest:
     """A client that says anything, and may be too rude to listen."""
 
@@ -253,22 +296,25 @@ def fuzz_node(rng: Random, inputs: int, data: Path, progress: Progress) -> tuple
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
-@click.option(
-    "--inputs", type=click.IntRange(1), default=100_000, show_default=True, help="How many, for each of both."
-)
+@click.option("--inputs", type=click.IntRange(1), default=100_000, show_default=True, help="How many of each kind.")
 @click.option("--seed", type=int, help="Of the inputs; drawn and printed if not given.")
 @click.option("--data", type=click.Path(path_type=Path, exists=True), help="A directory with train.lmdb to serve.")
 def main(inputs: int, seed: int | None, data: Path | None) -> None:
-    """Fuzz the message decoders, and then a node."""
+    """Fuzz the message decoders, the JPEG decoder, and then a node."""
     seed = secrets.randbits(32) if seed is None else seed
     rng = Random(seed)  # noqa: S311 - inputs need not be hard to guess
     click.echo(f"seed {seed}: python -m tools.fuzz --seed {seed} --inputs {inputs}")
     with Progress("decoders", inputs, "inputs") as progress:
         passed = fuzz_decoders(rng, inputs, progress)
+    with Progress("jpegs", inputs, "inputs") as progress:
+        in_part, bad = fuzz_jpegs(rng, inputs, progress)
     with dataset(data) as served, Progress("node", inputs, "inputs") as progress:
         refused, grown = fuzz_node(rng, inputs, served, progress)
     click.echo(
         f"decoders: {inputs:,} inputs, {passed:,} of them valid; nothing but messages and MessageErrors came out"
+    )
+    click.echo(
+        f"jpegs: {inputs:,} inputs, {in_part:,} decoded in part, {bad:,} refused; all of it as libjpeg-turbo does"
     )
     click.echo(
         f"node: {inputs:,} inputs, {refused:,} refused; it serves the same bytes, and grew by {grown / 1024:,.0f} KiB"

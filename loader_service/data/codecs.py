@@ -26,6 +26,9 @@ SHAPE: Final = (RECORD_SIDE_PX, RECORD_SIDE_PX, 3)
 
 Codec = Literal["raw", "jpeg", "centered"]
 CODECS: Final[dict[Codec, int]] = {"raw": 0, "jpeg": 1, "centered": 2}
+SUBSAMPLINGS: Final = ("420", "422", "444")
+"""Of a jpeg's colours: how ``encode`` can store them."""
+
 DEFAULT_PARAMETERS: Final[dict[Codec, dict[str, int | str]]] = {
     "raw": {},
     "jpeg": {"quality": 90, "subsampling": "420"},

@@ -13,21 +13,43 @@ from typing import Any
 import msgspec
 import pytest
 
+from loader_service.data import kernel
 from loader_service.link import messages
 from tools.command import ToolFailed
-from tools.fuzz import fuzz_decoders
+from tools.fuzz import fuzz_decoders, fuzz_jpegs
 from tools.progress import Progress
 
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.skipif(not kernel.decodes_windows(), reason="no compiled decoder for this processor")
+@pytest.mark.parametrize("seed", [1, 2])
+def test_damaged_jpegs(seed: int) -> None:
+    """Parts of them are libjpeg-turbo's pixels or its refusals; some are decoded in part, so that it reaches deep."""
+    with Progress("jpegs", 3000, "inputs") as progress:
+        in_part, refused = fuzz_jpegs(Random(seed), 3000, progress)
+    assert in_part > 100
+    assert refused > 1500
+
+
+@pytest.mark.parametrize("decode_window", [lambda *_: True, lambda _, into, *__: into.fill(7) or True])
+def test_a_broken_decoder_of_jpegs_is_found(
+    monkeypatch: pytest.MonkeyPatch, decode_window: Callable[..., bool]
+) -> None:
+    """One that believes what libjpeg-turbo refuses, or makes other pixels, fails with the input at hand."""
+    monkeypatch.setattr(kernel, "decode_window", decode_window)
+    with pytest.raises(ToolFailed, match=r" [0-9a-f]*\.$"), Progress("jpegs", 100, "inputs") as progress:
+        fuzz_jpegs(Random(1), 100, progress)
+
+
 def test_a_few_thousand_inputs(dataset_dir: Path) -> None:
-    """Neither the decoders nor a node mind them, and some of them are valid, so that they reach deep."""
+    """Neither the decoders of messages and JPEGs nor a node mind them, and some of them are valid, so that they reach deep."""
     command = [sys.executable, "-m", "tools.fuzz", "--seed", "1", "--inputs", "4000", "--data", str(dataset_dir)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert ended.returncode == 0, ended.stderr
     passed = re.search(r"4,000 inputs, (\d+) of them valid", ended.stdout)
     refused = re.search(r"4,000 inputs, ([\d,]+) refused; it serves the same bytes", ended.stdout)
+    assert re.search(r"jpegs: 4,000 inputs, [\d,]+ decoded in part", ended.stdout)
     assert passed
     assert refused
     assert int(passed[1]) > 400

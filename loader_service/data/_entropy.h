@@ -57,7 +57,8 @@ ALWAYS_INLINE void drop(Bits *b, unsigned n)
 /* ---- tables ---- */
 
 /* One word, which stays in a register, from the lowest byte: bits of both coefficients, bits of the first one, run before
- * the first one, run before the second one; then two bytes for each value. No bits: longer than a look-up. */
+ * the first one, run before the second one; then two bytes for each value. No bits: longer than a look-up; then the second
+ * byte has the bits of its code, and the third one its symbol, or both are 0 where the code alone is longer. */
 typedef uint64_t Entry;
 
 ALWAYS_INLINE unsigned byte_of(Entry e, int i) { return (uint8_t)(e >> 8 * i); }
@@ -96,13 +97,12 @@ static int is_symbol(unsigned symbol, int is_ac)
 static void add_singles(Huffman *h, unsigned symbol, unsigned length, uint32_t code)
 {
     const unsigned size = symbol & 15;
-    if (length + size > LOOK_BITS)
+    if (length > LOOK_BITS)
         return;
-    const unsigned shift = LOOK_BITS - length - size;
-    Entry *at = h->entries + (code >> (16 - LOOK_BITS));
-    for (unsigned bits = 0; bits < 1u << size; bits++)
-        for (unsigned rest = 0; rest < 1u << shift; rest++)
-            *at++ = single(h, symbol, length, bits);
+    Entry *entries = h->entries + (code >> (16 - LOOK_BITS));
+    for (unsigned i = 0, n = 1u << (LOOK_BITS - length); i < n; i++)
+        entries[i] = length + size > LOOK_BITS ? entry(0, length, symbol, 0, 0, 0)
+                                               : single(h, symbol, length, i >> (LOOK_BITS - length - size));
 }
 
 /* To each look-up the coefficient that follows within its bits, if one does. */
@@ -150,23 +150,26 @@ static int make_huffman(Huffman *h, const uint8_t counts[16], const uint8_t *sym
 
 /* ---- blocks ---- */
 
-/* What is longer than a look-up; no bits if there is no such code. */
-static __attribute__((noinline)) Entry long_entry(const Huffman *h, uint64_t word)
+/* What is longer than a look-up, which found `e`; no bits if there is no such code. */
+static __attribute__((noinline)) Entry long_entry(const Huffman *h, uint64_t word, Entry e)
 {
-    const uint32_t code = (uint32_t)(word >> 48);
-    unsigned length = 1;
-    while (length <= 16 && code >= h->ends[length])
-        length++;
-    if (length > 16)
-        return 0;
-    const unsigned symbol = h->symbols[h->firsts[length] + (int)(code >> (16 - length))], size = symbol & 15;
+    unsigned length = byte_of(e, 1), symbol = byte_of(e, 2);
+    if (length == 0) {
+        const uint32_t code = (uint32_t)(word >> 48);
+        for (length = LOOK_BITS + 1; length <= 16 && code >= h->ends[length]; length++)
+            ;
+        if (length > 16)
+            return 0;
+        symbol = h->symbols[h->firsts[length] + (int)(code >> (16 - length))];
+    }
+    const unsigned size = symbol & 15;
     return single(h, symbol, length, size > 0 ? (unsigned)(word << length >> (64 - size)) : 0);
 }
 
 ALWAYS_INLINE Entry next_entry(const Huffman *h, uint64_t word)
 {
     const Entry e = h->entries[word >> (64 - LOOK_BITS)];
-    return __builtin_expect(byte_of(e, 0) > 0, 1) ? e : long_entry(h, word);
+    return __builtin_expect(byte_of(e, 0) > 0, 1) ? e : long_entry(h, word, e);
 }
 
 /* One or two coefficients; the next one's number. The second one may belong to the next block, and is then left there. */

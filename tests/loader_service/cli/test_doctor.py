@@ -42,6 +42,15 @@ def test_the_kernel(name: str, state: str, monkeypatch: pytest.MonkeyPatch) -> N
         kernel.chosen.cache_clear()
 
 
+@pytest.mark.parametrize(("in_part", "said"), [(True, "as far as a crop needs"), (False, "whole")])
+def test_how_jpegs_are_decoded(in_part: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the form it says whether a worker decodes JPEGs in part."""
+    monkeypatch.setattr(kernel, "FORMS", ("avx2", "numpy"))
+    monkeypatch.setattr(kernel, "chosen", lambda: "avx2")
+    monkeypatch.setattr(kernel, "decodes_windows", lambda: in_part)
+    assert check_kernel().found == f"avx2; JPEGs are decoded {said}"
+
+
 def test_two_pils(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stock Pillow beside pillow-simd, or none at all, is a warning."""
     monkeypatch.setattr("importlib.metadata.version", lambda name: "12")

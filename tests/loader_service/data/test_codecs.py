@@ -115,6 +115,25 @@ def test_tables_of_the_files_own(noise: float) -> None:
         check(saved(picture, quality=85), SIDE, (7, 9, 224, 224))
 
 
+def without_segments(payload: bytes, marker: int) -> bytes:
+    """A JPEG less its segments of one kind, before its scan."""
+    kept, at = payload[:2], 2
+    while payload[at + 1] != 0xDA:
+        end = at + 2 + int.from_bytes(payload[at + 2 : at + 4], "big")
+        kept += b"" if payload[at + 1] == marker else payload[at:end]
+        at = end
+    return kept + payload[at:]
+
+
+@pytest.mark.parametrize("marker", [0xC4, 0xDB], ids=["codes", "quantisation"])
+def test_tables_of_another_picture(marker: int) -> None:
+    """A JPEG that lacks its tables does not get those of the one before it."""
+    payload, into = encode(textured(64), "jpeg"), np.zeros(raw_bytes(64), np.uint8)
+    kernel.decode_window(payload, into, 64, (0, 0, 64, 64))
+    assert len(without_segments(payload, marker)) < len(payload) - 100
+    assert not kernel.decode_window(without_segments(payload, marker), into, 64, (0, 0, 64, 64))
+
+
 @pytest.mark.parametrize(
     "payload",
     [

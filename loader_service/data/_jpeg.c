@@ -265,7 +265,7 @@ TARGET_JPEG static void make_pixels(uint8_t *out, int side, const Window *w)
         const uint8_t *far[3], *near[3];
         for (int i = 0; i < 3; i++)
             near[i] = sample_row(i, y, side, &far[i]);
-        for (int x = w->left / STEP_PX * STEP_PX; x < w->right; x += STEP_PX) {
+        for (int x = w->left & ~1; x < w->right; x += STEP_PX) { /* even: two pixels share their colours' samples */
             uint8_t *at = out + 3 * (y * side + x);
             const __m256i luma = _mm256_loadu_si256((const __m256i *)(near[0] + x));
             __m256i c[2];

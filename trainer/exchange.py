@@ -4,15 +4,17 @@ It happens before conv3 and before each fully connected layer, and nowhere else.
 give the same numbers, forward and backward:
 
 - ``OneDevice``: both towers on one device. The towers' outputs are put together once and shared.
-- ``BetweenDevices``: two devices in one process. Each reader fetches what it lacks; autograd sends gradients back.
+- ``BetweenDevices``: two devices in one process. Parts are copied beside the computation, both ways at once; so are
+  their gradients on the way back.
 - ``BetweenProcesses``: one process for each tower, under ``torchrun``. Twins swap outputs, and gradients on the way back.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from typing import Final, Protocol
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from trainer.transfer import Parcel, Route
 from trainer.world import Pair
 
 _PROBE_NUMBERS: Final = 1 << 20
@@ -29,14 +32,17 @@ _PROBE_NUMBERS: Final = 1 << 20
 class Exchange(Protocol):
     """One way for the towers to meet."""
 
-    def __call__(self, parts: Sequence[Tensor], readers: Sequence[int]) -> list[Tensor]:
+    def __call__(self, parts: Iterable[Tensor], readers: Sequence[int]) -> Iterator[Tensor]:
         """Give each reader the outputs of all towers.
+
+        Both ends may be lazy. A part is passed on before the next one is asked for, and a result is made when it is asked
+        for: given ``parts`` that compute as they come, copies start early and are waited for late.
 
         Args:
             parts: for each tower of this process (B, C, ...), on the tower's device.
             readers: the towers that need the result.
 
-        Returns:
+        Yields:
             For each reader in this process (B, towers * C, ...), on its device, in the order of the towers. A process
             with no reader gets a zero, (), whose backward pass fetches the gradients of what it gave.
         """
@@ -58,33 +64,109 @@ class Share:
 class OneDevice:
     """All towers on one device."""
 
-    def __call__(self, parts: Sequence[Tensor], readers: Sequence[int]) -> list[Tensor]:
+    def __call__(self, parts: Iterable[Tensor], readers: Sequence[int]) -> Iterator[Tensor]:
         """See ``Exchange``."""
-        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
-        return [whole for _ in readers]
+        given = list(parts)
+        whole = given[0] if len(given) == 1 else torch.cat(given, dim=1)
+        for _ in readers:
+            yield whole
 
 
 class BetweenDevices:
-    """One device for each tower, in one process."""
+    """One device for each tower, in one process.
+
+    The pieces that one tower can compute without the other end here, so what a copy overlaps with is the other tower's
+    part of the piece before, the other way's copy, and the drawing of dropout masks; on the way back, whatever of a layer
+    does not wait for that gradient.
+    """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
         self._devices = tuple(devices)
-        self._through_host = not peer_copies_work(self._devices)
-        if self._through_host:
+        through_host = not peer_copies_work(self._devices)
+        if through_host:
             warnings.warn(
                 f"copies between {' and '.join(map(str, devices))} arrive damaged on this machine: "
                 "the towers meet through host memory instead, which is slower",
                 stacklevel=2,
             )
+        self._routes = {(a, b): Route(a, b, through_host) for a, b in permutations(set(self._devices), 2)}
 
-    def __call__(self, parts: Sequence[Tensor], readers: Sequence[int]) -> list[Tensor]:
+    def __call__(self, parts: Iterable[Tensor], readers: Sequence[int]) -> Iterator[Tensor]:
         """See ``Exchange``."""
-        return [torch.cat([self._fetch(part, self._devices[reader]) for part in parts], dim=1) for reader in readers]
+        sent = [{reader: self._send(part, tower, reader) for reader in readers} for tower, part in enumerate(parts)]
+        for reader in readers:
+            yield torch.cat([on_its_way[reader]() for on_its_way in sent], dim=1)
 
-    def _fetch(self, part: Tensor, device: torch.device) -> Tensor:
-        if self._through_host and part.device != device:
-            part = part.cpu()
-        return part.to(device, non_blocking=True)
+    def _send(self, part: Tensor, tower: int, reader: int) -> Callable[[], Tensor]:
+        """Begin to bring a part to a reader; returns what makes the reader's stream wait for it."""
+        source, target = self._devices[tower], self._devices[reader]
+        if source == target:
+            return lambda: part
+        trip = _Trip(self._routes[source, target], self._routes[target, source])
+        departed: Tensor = _Depart.apply(part, trip)  # type: ignore[no-untyped-call]
+        return partial(_Arrive.apply, departed, trip)
+
+
+class _Trip:
+    """A part's way to a reader on another device, and its gradient's way home."""
+
+    def __init__(self, there: Route, back: Route) -> None:
+        self.there, self.back = there, back
+        self._parcel: Parcel | None = None
+
+    def put(self, parcel: Parcel) -> Tensor:
+        """Keep what has just been sent; returns its tensor, whose numbers are not there yet."""
+        self._parcel = parcel
+        return parcel.tensor
+
+    def land(self) -> Tensor:
+        """Wait for what was put, and let go of it: the trip lives as long as its graph."""
+        parcel, self._parcel = self._parcel, None
+        assert parcel is not None, "nothing was sent"
+        return parcel.land()
+
+
+class _OnTrip(FunctionCtx):
+    trip: _Trip
+
+
+class _Depart(torch.autograd.Function):
+    """The part itself, whose copy sets out. Back, its gradient lands.
+
+    Autograd runs a node on the thread and stream of the device where its output lies, what is ready and was made last
+    first. So it is the source's stream that waits for the gradient, after all else that there was to do; and since parts
+    depart before any arrives, no tower waits for a gradient before it has sent its own.
+    """
+
+    @staticmethod
+    def forward(ctx: _OnTrip, part: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        trip.put(trip.there.send(part))
+        return part.view_as(part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _OnTrip, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.trip.land()  # it is the gradient
+        return gradient, None
+
+
+class _Arrive(torch.autograd.Function):
+    """The part's copy on the reader's device, landed. Back, its gradient sets out.
+
+    A gradient should be complete when a node hands it on, since autograd might add others to it. Only ``_Depart`` gets
+    this one, and waits for it.
+    """
+
+    @staticmethod
+    def forward(ctx: _OnTrip, _departed: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.land()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _OnTrip, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.trip.put(ctx.trip.back.send(gradient)), None
 
 
 class BetweenProcesses:
@@ -93,16 +175,16 @@ class BetweenProcesses:
     def __init__(self, pair: Pair) -> None:
         self._pair = pair
 
-    def __call__(self, parts: Sequence[Tensor], readers: Sequence[int]) -> list[Tensor]:
+    def __call__(self, parts: Iterable[Tensor], readers: Sequence[int]) -> Iterator[Tensor]:
         """See ``Exchange``."""
         (mine,) = parts
         if len(readers) == 1 and self._pair.tower != readers[0]:
-            given: Tensor = _Give.apply(_as_sent(mine), self._pair)  # type: ignore[no-untyped-call]
-            return [given]
+            yield _Give.apply(_as_sent(mine), self._pair)  # type: ignore[no-untyped-call]
+            return
         way = _Swap if len(readers) == 2 else _Take
         theirs = _as_maps(way.apply(_as_sent(mine), self._pair))  # type: ignore[no-untyped-call]
         both = [mine, theirs] if self._pair.tower == 0 else [theirs, mine]
-        return [torch.cat(both, dim=1)]
+        yield torch.cat(both, dim=1)
 
 
 class _Ours(FunctionCtx):

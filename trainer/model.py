@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar, cast
@@ -310,19 +310,28 @@ class AlexNet(nn.Module):
         """
         given = [images.to(device) for device in self.devices] if isinstance(images, Tensor) else images
         given = [image.contiguous(memory_format=self._layout) for image in given]
-        towers, everyone, exchange = self.each_tower, range(self.sizes.towers), self.exchange
-        parts = [way["lower"](x) for way, x in zip(self._ways, self._each(given), strict=True)]
-        parts = [way["upper"](x) for way, x in zip(self._ways, exchange(parts, everyone), strict=True)]
+        everyone, exchange = range(self.sizes.towers), self.exchange
+        parts = self._run("lower", self._each(given))
+        parts = self._run("upper", exchange(parts, everyone))
         for name in ("fc6", "fc7"):
             if name not in self.variation.without:
-                masks = [tower.kept(name, len(given[0]), dropout) for tower in towers]
-                wholes = exchange(parts, everyone)
-                parts = [
-                    way[name](whole) if kept is None else way[name](whole, kept)
-                    for way, whole, kept in zip(self._ways, wholes, masks, strict=True)
-                ]
-        (whole,) = exchange(parts, (0,))
+                parts = self._run_hidden(name, exchange(parts, everyone), len(given[0]), dropout)
+        (whole,) = exchange(parts, (0,))  # which asks for what it needs, and so on back to the images
         return whole if self.fc8 is None else self._head(whole).float()
+
+    def _run(self, name: str, given: Iterable[Tensor]) -> Iterator[Tensor]:
+        """One stretch of each tower here, on what each is given, as it is asked for."""
+        for way, each in zip(self._ways, given, strict=True):
+            yield way[name](each)
+
+    def _run_hidden(
+        self, name: str, wholes: Iterator[Tensor], batch: int, dropout: DropoutKey | None
+    ) -> Iterator[Tensor]:
+        """fc6 or fc7 of each tower here, as it is asked for."""
+        for tower, way in zip(self.each_tower, self._ways, strict=True):
+            kept = tower.kept(name, batch, dropout)  # drawn while the other tower's part is on its way
+            whole = next(wholes)
+            yield way[name](whole) if kept is None else way[name](whole, kept)
 
     def _each(self, given: Sequence[_T]) -> Sequence[_T]:
         """One entry for each tower here, from one for all or one for each."""

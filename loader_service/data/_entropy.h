@@ -20,8 +20,10 @@ enum {
 static uint8_t PLACES[BLOCK_ITEMS + 2 * END_OF_BLOCK + NO_COEFFICIENT];
 
 static const uint8_t ZIGZAG[BLOCK_ITEMS] = {
-    0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6,  7,  14, 21, 28,
-    35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63,
+    0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,
+    12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6,  7,  14, 21, 28,
+    35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51,
+    58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63,
 };
 
 static void make_places(void)
@@ -66,7 +68,8 @@ ALWAYS_INLINE int16_t value_of(Entry e, int i) { return (int16_t)(e >> (32 + 16 
 
 ALWAYS_INLINE Entry entry(unsigned bits, unsigned bits_first, unsigned run, unsigned run2, int value, int value2)
 {
-    return bits | bits_first << 8 | run << 16 | (Entry)run2 << 24 | (Entry)(uint16_t)value << 32 | (Entry)(uint16_t)value2 << 48;
+    return bits | bits_first << 8 | run << 16 | (Entry)run2 << 24 | (Entry)(uint16_t)value << 32 |
+           (Entry)(uint16_t)value2 << 48;
 }
 
 typedef struct {
@@ -117,7 +120,8 @@ static void add_seconds(Huffman *h)
             continue;
         const Entry f = singles[i << bits & ((1u << LOOK_BITS) - 1)];
         if (byte_of(f, 0) > 0 && bits + byte_of(f, 0) <= LOOK_BITS)
-            h->entries[i] = entry(bits + byte_of(f, 0), bits, byte_of(e, 2), byte_of(f, 2), value_of(e, 0), value_of(f, 0));
+            h->entries[i] =
+                entry(bits + byte_of(f, 0), bits, byte_of(e, 2), byte_of(f, 2), value_of(e, 0), value_of(f, 0));
     }
 }
 
@@ -189,8 +193,8 @@ TARGET_JPEG ALWAYS_INLINE unsigned read_pair(Bits *b, const Huffman *ac, int16_t
     return k + (uint8_t)(byte_of(e, 3) + 1);
 }
 
-/* Read a block of zeros' coefficients, in natural order; 65 items. 0 if it is not as it should be, which is not told by the
- * bits' end: the caller sees to that. */
+/* Read coefficients into a block of zeros, in natural order, with a 65th item. 0 if they are not as they should be; that
+ * the bits have not ended before, the caller sees to. */
 TARGET_JPEG static int read_block(Bits *bits, const Huffman *dc, const Huffman *ac, int16_t *block, int *last_dc)
 {
     Bits b = *bits; /* in registers */

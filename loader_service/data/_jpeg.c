@@ -156,7 +156,7 @@ static const uint8_t *read_headers(const uint8_t *p, const uint8_t *end, int sid
     return NULL;
 }
 
-/* The coded bytes without the zeros after each 0xFF, which no marker may interrupt but that of the end; their number, or -1. */
+/* The coded bytes without the zeros after each 0xFF; no marker may interrupt them but that of the end. Their number, or -1. */
 static ptrdiff_t unstuff(const uint8_t *p, const uint8_t *end)
 {
     uint8_t *out = D.coded;
@@ -320,7 +320,7 @@ static int decode_window(const Py_buffer *payload, uint8_t *out, int side, const
 
 /* ---- the module ---- */
 
-PyDoc_STRVAR(decode_doc, "decode(payload, into, side, top, left, height, width): see codecs.decode.");
+PyDoc_STRVAR(decode_doc, "decode(payload, into, side, top, left, height, width): see kernel.decode_window.");
 
 static PyObject *decode(PyObject *module, PyObject *args)
 {
@@ -332,8 +332,8 @@ static PyObject *decode(PyObject *module, PyObject *args)
     if (side < 1 || side > MAX_SIDE || into.len != (Py_ssize_t)3 * side * side)
         PyErr_Format(PyExc_ValueError, "%zd bytes are no room for %d x %d pixels", into.len, side, side);
     else if (top < 0 || left < 0 || height < 1 || width < 1 || top > side - height || left > side - width)
-        PyErr_Format(PyExc_ValueError, "a window of %d x %d at (%d, %d) does not lie within %d pixels", height, width, top, left,
-                     side);
+        PyErr_Format(PyExc_ValueError, "a window of %d x %d at (%d, %d) does not lie within %d pixels", height, width, top,
+                     left, side);
     else
         made = decode_window(&payload, into.buf, side, &(Window){top, left, top + height, left + width});
     PyBuffer_Release(&payload);
@@ -353,7 +353,7 @@ static PyMethodDef METHODS[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_jpeg", "See codecs.py.", 0, METHODS, NULL, NULL, NULL, NULL};
+static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_jpeg", "See kernel.py.", 0, METHODS, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__jpeg(void)
 {

@@ -51,15 +51,17 @@ def saved(pixels: npt.NDArray[np.uint8], **options: Any) -> bytes:
     return file.getvalue()
 
 
-def check(payload: bytes, side: int, window: Window) -> None:
-    """The window is decoded in part, to what the whole has there, and nothing is written beside the record."""
+def check(payload: bytes, side: int, *windows: Window) -> None:
+    """Windows are decoded in part, to what the whole has there, and nothing is written beside the record."""
+    whole = simplejpeg.decode_jpeg(payload, colorspace="RGB")
     memory = np.full(raw_bytes(side) + 64, 0xA5, np.uint8)
     into = memory[32:-32]
-    assert kernel.decode_window(payload, into, side, window)
-    top, left, height, width = window
-    part = np.s_[top : top + height, left : left + width]
-    whole = simplejpeg.decode_jpeg(payload, colorspace="RGB")
-    np.testing.assert_array_equal(into.reshape(side, side, 3)[part], whole[part])
+    for window in windows:
+        top, left, height, width = window
+        part = np.s_[top : top + height, left : left + width]
+        into[:] = 0xA5
+        assert kernel.decode_window(payload, into, side, window)
+        assert np.array_equal(into.reshape(side, side, 3)[part], whole[part]), window
     assert (memory[:32] == 0xA5).all()
     assert (memory[-32:] == 0xA5).all()
 
@@ -69,9 +71,7 @@ def check(payload: bytes, side: int, window: Window) -> None:
 def test_every_place_of_a_crop(subsampling: str) -> None:
     """Wherever a crop begins within the units of the file, its pixels are those of the whole picture."""
     payload = encode(textured(), "jpeg", {"quality": 90, "subsampling": subsampling})
-    for top in range(33):
-        for left in range(top % 2, 33, 2):
-            check(payload, SIDE, (top, left, 224, 224))
+    check(payload, SIDE, *((top, left, 224, 224) for top in range(33) for left in range(top % 2, 33, 2)))
 
 
 @in_part
@@ -82,11 +82,9 @@ def test_windows_of_any_size(side: int, subsampling: str, quality: int) -> None:
     """Records of any side, from whole pictures to single pixels, at the edges and within."""
     payload = encode(textured(side), "jpeg", {"quality": quality, "subsampling": subsampling})
     rng = np.random.default_rng(quality)
-    check(payload, side, (0, 0, side, side))
-    check(payload, side, (side - 1, side - 1, 1, 1))
-    for _ in range(8):
-        height, width = rng.integers(1, side + 1, 2).tolist()
-        check(payload, side, (*rng.integers(0, (side - height + 1, side - width + 1)).tolist(), height, width))
+    sizes = rng.integers(1, side + 1, (8, 2)).tolist()
+    drawn = [(*rng.integers(0, (side - h + 1, side - w + 1)).tolist(), h, w) for h, w in sizes]
+    check(payload, side, (0, 0, side, side), (side - 1, side - 1, 1, 1), *drawn)
 
 
 @in_part

@@ -37,7 +37,7 @@ MAX_BAD: Final = 100
 
 SEND_SLOT_BYTES: Final = 20 * 2**20
 """A node's slot for a slice that goes in frames: a batch of 128 uint8 samples of 224 x 224 fits,
-or 34 of float32, or 13 ten-crop ones."""
+or 69 of float16, 34 of float32, or 13 ten-crop ones."""
 
 CONNECTIONS: Final = max(1, min(4, WORKERS // 4))
 """Connections between a client and a node on another machine, and I/O threads at either end: each keeps a core busy, at

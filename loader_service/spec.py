@@ -31,7 +31,7 @@ MAX_SLICE: Final = 4096
 Split = Literal["train", "val"]
 Kind = Literal["train", "center", "ten-crop", "whole"]
 Order = Literal["shuffled", "sequential"]
-Dtype = Literal["uint8", "float32"]
+Dtype = Literal["uint8", "float16", "float32"]
 
 MAX_EXCLUDED: Final = 1024
 """Most records that a run may exclude as bad: they travel with every request, and a worse dataset wants mending."""
@@ -177,16 +177,19 @@ class SampleLayout(msgspec.Struct, frozen=True):
         return self.image_bytes + 8 + self.draws_bytes
 
 
+Images = npt.NDArray[np.uint8] | npt.NDArray[np.float16] | npt.NDArray[np.float32]
+
+
 class Slice(msgspec.Struct):
     """The arrays that a slice of n samples is written into, wherever they lie.
 
     Fields:
-        images: (n, *view.shape) uint8, or float32 with the mean's window subtracted.
+        images: (n, *view.shape) uint8, or float16 or float32 with the mean's window subtracted.
         labels: (n,) int64.
         draws: (n, *view.draws_shape) DRAWS.
     """
 
-    images: npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+    images: Images
     labels: npt.NDArray[np.int64]
     draws: npt.NDArray[np.void]
 
@@ -215,7 +218,7 @@ STAGES: Final = StageSeconds.__struct_fields__
 """What a worker does for a slice, in order; a stage's number is its index."""
 
 
-BUILTIN_GOLDEN: Final = "1de8c3efb410f57938c7dbab0c8e38cd"
+BUILTIN_GOLDEN: Final = "84ac929c26f8f74d7da07693135ce249"
 """The hash of the built-in pictures' samples, as every node of this version must make them: see ``data/golden.py``. It
 changes only with what samples are, and whoever changes that makes a version whose runs cannot go on from another's."""
 

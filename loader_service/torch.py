@@ -30,7 +30,7 @@ class TensorBatch(NamedTuple):
     """A batch of B samples as tensors on one device; V pictures per sample only for ten-crop views.
 
     Fields:
-        images: (B, [V,] side, side, 3) uint8 or float32, as the loader's dtype says; RGB, channels last.
+        images: (B, [V,] side, side, 3) uint8, float16 or float32, as the loader's dtype says; RGB, channels last.
         labels, ids, sources: (B,) int64.
         y, x: (B, [V]) int64, the crop's place in its record.
         flip: (B, [V]) bool.

@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     """What a training loop receives. The arrays are views of a slot, which is used again once all of them are gone.
 
     Fields:
-        images: (B, crop, crop, 3) uint8 RGB, or float32 minus the mean; ten-crop (B, 10, crop, crop, 3); whole
+        images: (B, crop, crop, 3) uint8 RGB, or float16 or float32 minus the mean; ten-crop (B, 10, crop, crop, 3); whole
             (B, side, side, 3). Of usual records crop is 224 and side 256.
         labels: (B,) int64, the class.
         ids: (B,) int64, the record number that the position stands for.
@@ -78,7 +78,8 @@ class Loader:
         batch_size: samples per batch and rank.
         seed: decides the order and all augmentation; 0 .. 2**63 - 1.
         epochs: how many.
-        dtype: ``uint8`` pixels, or ``float32`` with the mean's window subtracted.
+        dtype: ``uint8`` pixels, or ``float16`` or ``float32`` with the mean's window subtracted: two or four times the
+            bytes to move, and the node's work where the trainer's device would do it in passing.
         rank, world_size: this replica's part of each global batch.
         transport: ``shm`` or ``tcp`` to force one; ``auto`` shares memory where it can.
         drop_last: leave out an epoch's last batch if it is not full.

@@ -119,7 +119,7 @@ class Room:
         """A finished batch's arrays; ``release(slot)`` is called when the last of them is gone.
 
         Returns:
-            Pixels (count, *view.shape) uint8 or float32; labels (count,) int64; draws (count, *view.draws_shape) DRAWS.
+            Pixels (count, *view.shape) uint8, float16 or float32; labels (count,) int64; draws (count, *view.draws_shape) DRAWS.
         """
         layout = self.layout
         hold = Hold(self.segment.array(self._base(slot), (self._slot_bytes,), np.uint8), partial(release, slot))

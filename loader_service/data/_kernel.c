@@ -38,7 +38,8 @@ _Static_assert(sizeof(Draw) == 12, "spec.DRAWS has items of 12 bytes");
 typedef struct {
     const uint8_t *from;     /* the crop's first pixel in its record */
     const uint8_t *next;     /* the next sample's: only fetched ahead, never believed to be there */
-    void *out;               /* side x side x 3 uint8, or float */
+    void *out;               /* side x side x 3 of uint8, or of float or float16 where there is a mean */
+    ptrdiff_t item;          /* bytes of one */
     const float *mean;       /* the mean's window in the same orientation, rows of `row` floats; NULL for uint8 */
     ptrdiff_t side;
     ptrdiff_t row;           /* bytes in a row of the record */
@@ -47,6 +48,7 @@ typedef struct {
 } Sample;
 
 typedef void Row(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mirrored, const Shift *shift);
+typedef void Halves(uint16_t *out, const uint8_t *pixels, const float *mean, ptrdiff_t n);
 typedef void Stream(uint8_t *out, const uint8_t *in, ptrdiff_t n);
 
 /* ---- one sample ---- */
@@ -67,13 +69,13 @@ ALWAYS_INLINE void fetch_out(const Sample *s, ptrdiff_t r, ptrdiff_t out_row)
         __builtin_prefetch(out + i, 1);
 }
 
-ALWAYS_INLINE void make_sample(Row *row, const Sample *s)
+ALWAYS_INLINE void make_sample(Row *row, Halves *halves, const Sample *s)
 {
     const ptrdiff_t n = 3 * s->side;
     uint8_t pixels[3 * MAX_SIDE];
     for (ptrdiff_t r = 0; r < s->side; r++) {
         fetch_source(s, r);
-        fetch_out(s, r, n * (s->mean == NULL ? 1 : (ptrdiff_t)sizeof(float)));
+        fetch_out(s, r, n * s->item);
         const uint8_t *in = s->from + r * s->row;
         if (s->mean == NULL) {
             row((uint8_t *)s->out + r * n, in, n, s->mirrored, &s->shift);
@@ -82,8 +84,11 @@ ALWAYS_INLINE void make_sample(Row *row, const Sample *s)
         row(pixels, in, n, s->mirrored, &s->shift);
         float *out = (float *)s->out + r * n;
         const float *mean = s->mean + r * s->row;
-        for (ptrdiff_t i = 0; i < n; i++)
-            out[i] = (float)pixels[i] - mean[i];
+        if (s->item == sizeof(uint16_t))
+            halves((uint16_t *)s->out + r * n, pixels, mean, n);
+        else
+            for (ptrdiff_t i = 0; i < n; i++)
+                out[i] = (float)pixels[i] - mean[i];
     }
 }
 
@@ -110,26 +115,27 @@ ALWAYS_INLINE void stream_sample(Row *row, Stream *stream, const Sample *s)
 
 /* ---- the forms, the best first ---- */
 
-static void sample_c(const Sample *s) { make_sample(row_c, s); }
+static void sample_c(const Sample *s) { make_sample(row_c, halves_c, s); }
 static int always(void) { return 1; }
 
 #if defined(__x86_64__)
-TARGET_AVX2 static void sample_avx2(const Sample *s) { make_sample(row_avx2, s); }
-static int has_avx2(void) { return __builtin_cpu_supports("avx2"); }
+TARGET_AVX2 static void sample_avx2(const Sample *s) { make_sample(row_avx2, halves_avx2, s); }
+static int has_avx2(void) { return __builtin_cpu_supports("avx2") && has_f16c(); }
 
 TARGET_AVX512 static void sample_avx512(const Sample *s)
 {
     if (can_stream(s))
         stream_sample(row_avx512, stream_avx512, s);
     else
-        make_sample(row_avx512, s);
+        make_sample(row_avx512, halves_avx2, s);
 }
 static int has_avx512(void)
 {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi");
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vbmi");
 }
 #elif defined(__aarch64__)
-static void sample_neon(const Sample *s) { make_sample(row_neon, s); }
+static void sample_neon(const Sample *s) { make_sample(row_neon, halves_c, s); }
 #endif
 
 typedef struct {
@@ -177,6 +183,7 @@ static void make_record(const Slice *s, Py_ssize_t record)
             .from = crop_of(s, i),
             .next = crop_of(s, i + 1 < s->n * s->samples ? i + 1 : i),
             .out = (char *)s->images.buf + i * image_items * s->images.itemsize,
+            .item = s->images.itemsize,
             .side = s->side,
             .row = 3 * s->record_side,
             .mirrored = draw->flip != 0,
@@ -258,8 +265,13 @@ static int get_values(Slice *s, PyObject *values)
 
 static int get_images(Slice *s, PyObject *images, int floats)
 {
-    if (get_array(images, &s->images, "images", floats ? 4 : 1, -1, PyBUF_WRITABLE) < 0)
+    if (PyObject_GetBuffer(images, &s->images, PyBUF_ND | PyBUF_WRITABLE) < 0)
         return -1;
+    const Py_ssize_t item = s->images.itemsize;
+    if (floats ? item != 4 && item != 2 : item != 1) {
+        PyErr_Format(PyExc_ValueError, "images has items of %zd bytes; they are of 1, and of 2 or 4 where a mean is given", item);
+        return -1;
+    }
     const Py_ssize_t *shape = s->images.shape + s->images.ndim - 3;
     if ((s->images.ndim != 4 && s->images.ndim != 5) || shape[0] != shape[1] || shape[2] != 3 || shape[0] < 1 ||
         shape[0] > s->record_side || s->images.shape[0] != s->n) {

@@ -14,6 +14,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -43,11 +44,56 @@ ALWAYS_INLINE void row_c(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mirro
         }
 }
 
+/* The nearest float16, ties to even, as NumPy and CPUs have it. */
+ALWAYS_INLINE uint16_t to_half(float value)
+{
+    uint32_t bits, rest;
+    memcpy(&bits, &value, sizeof bits);
+    const uint32_t size = bits & 0x7fffffff;
+    float small;
+    memcpy(&small, &size, sizeof small);
+    small += 0.5f; /* whose last bit is the smallest float16: the sum is rounded to it */
+    memcpy(&rest, &small, sizeof rest);
+    const uint32_t subnormal = rest - 0x3f000000;
+    const uint32_t normal = (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13;
+    uint32_t half = size < 0x38800000 ? subnormal : normal; /* 2^-14 */
+    half = size < 0x47800000 ? half : 0x7c00;               /* 2^16: infinite */
+    half = size > 0x7f800000 ? 0x7e00 : half;               /* not a number */
+    return (uint16_t)(bits >> 16 & 0x8000) | (uint16_t)half;
+}
+
+/* n pixels' values minus the mean's, as float16. */
+ALWAYS_INLINE void halves_c(uint16_t *out, const uint8_t *pixels, const float *mean, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i++)
+        out[i] = to_half((float)pixels[i] - mean[i]);
+}
+
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 
-#define TARGET_AVX2 __attribute__((target("avx2")))
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vbmi")))
+#define TARGET_AVX2 __attribute__((target("avx2,f16c")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vbmi,avx2,f16c")))
+
+/* Not all compilers know __builtin_cpu_supports("f16c"). */
+static inline int has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+
+TARGET_AVX2 static inline void halves_avx2(uint16_t *out, const uint8_t *pixels, const float *mean, ptrdiff_t n)
+{
+    enum { STEP = 8 };
+    ptrdiff_t i = 0;
+    for (; i + STEP <= n; i += STEP) {
+        __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(pixels + i))));
+        v = _mm256_sub_ps(v, _mm256_loadu_ps(mean + i));
+        _mm_storeu_si128((__m128i *)(out + i), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    halves_c(out + i, pixels + i, mean + i, n - i);
+}
 
 /* Ten pixels a step, five in each half of a vector: shuffles do not cross halves. The halves' loads overlap by two
  * bytes, at 0 and 14, so that no byte outside of the 30 is read: half 0 ends, and half 14 begins, with a byte too many. */

@@ -13,7 +13,7 @@ from loader_service.data import kernel
 from loader_service.data.codecs import CODECS, HEADER, Pixels, raw_bytes
 from loader_service.data.draws import MAX_SHIFT
 from loader_service.data.manifest import Statistics
-from loader_service.spec import RECORD_SIDE_PX, View
+from loader_service.spec import RECORD_SIDE_PX, Images, View
 
 
 def complete_view(view: View, statistics: Statistics) -> View:
@@ -35,7 +35,7 @@ def complete_view(view: View, statistics: Statistics) -> View:
 
 
 def augment_records(
-    images: npt.NDArray[np.uint8] | npt.NDArray[np.float32],
+    images: Images,
     values: list[memoryview],
     draws: npt.NDArray[np.void],
     labels: npt.NDArray[np.int64],
@@ -49,7 +49,7 @@ def augment_records(
     """Write the samples and labels of raw records, until one is not a raw record. All arrays are C-contiguous.
 
     Args:
-        images: (n, side, side, 3) or (n, samples, side, side, 3); uint8, or float32 where ``mean`` is given.
+        images: (n, side, side, 3) or (n, samples, side, side, 3); uint8, or float16 or float32 where ``mean`` is given.
         values: the n records as they are stored, header and payload.
         draws: (n,) or (n, samples) DRAWS that fit the crop; memory that nobody else writes.
         labels: (n,) int64, written.
@@ -130,7 +130,7 @@ def augment(out: Pixels, pixels: Pixels, draw: npt.NDArray[np.void] | np.void) -
 
 
 def centre(
-    out: npt.NDArray[np.float32],
+    out: npt.NDArray[np.float16] | npt.NDArray[np.float32],
     sample: Pixels,
     mean_image: npt.NDArray[np.float32],
     draw: npt.NDArray[np.void] | np.void,
@@ -138,7 +138,7 @@ def centre(
     """Subtract the mean's window from a finished sample: the window that was cropped, flipped as it was.
 
     Args:
-        out: (side, side, 3) float32.
+        out: (side, side, 3) float16, the nearest to what float32 has, or float32.
         sample: (side, side, 3) uint8, already cropped, flipped and shifted.
         mean_image: (record side, record side, 3) float32.
         draw: the sample's DRAWS.
@@ -146,4 +146,4 @@ def centre(
     side = sample.shape[0]
     y, x = int(draw["y"]), int(draw["x"])
     window = mean_image[y : y + side, x : x + side]
-    np.subtract(sample, window[:, ::-1] if draw["flip"] else window, out=out)
+    np.subtract(sample, window[:, ::-1] if draw["flip"] else window, out=out, dtype=np.float32, casting="same_kind")

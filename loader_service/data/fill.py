@@ -55,7 +55,7 @@ def fill(
     """Write a slice.
 
     Args:
-        out: where to; its dtype decides between pixels (uint8) and pixels minus the mean's window (float32).
+        out: where to; its dtype decides between pixels (uint8) and pixels minus the mean's window (float16, float32).
         records: the dataset.
         what: which slice, its view complete (see :func:`complete_view`).
         at: (1,) int64; holds the record being worked on, so that a death names its record.
@@ -70,7 +70,7 @@ def fill(
     numbers = slice_sources(len(records), what)
     draws = draw(what.view, what.seed, what.epoch, what.start, what.count, records.side)
     out.draws.view(np.uint8)[...] = draws.view(np.uint8)  # as bytes: NumPy's own copy would leave the padding as it was
-    mean = records.mean_pair if out.images.dtype == np.float32 else None
+    mean = records.mean_pair if out.images.dtype != np.uint8 else None
     watch.enter(READ)
     records.ahead.ask(numbers)
     watch.enter(AUGMENT)

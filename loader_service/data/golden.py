@@ -40,7 +40,7 @@ _UPPER_HALF: Final = (0, 0, SIDE_PX // 2, SIDE_PX)
 _MANY: Final = 65_537
 """Records whose order is no table, by one: a Feistel network's, which walks far."""
 
-_DTYPES: Final[tuple[Dtype, ...]] = ("uint8", "float32")
+_DTYPES: Final[tuple[Dtype, ...]] = ("uint8", "float16", "float32")
 
 _JPEG_BYTES: Final = (901, 953, 995)
 _JPEGS: Final = (
@@ -132,7 +132,7 @@ def _made(values: list[memoryview], view: View, dtype: Dtype, mean: npt.NDArray[
     out = empty_slice(SampleLayout(view, dtype), PICTURES)
     out.draws[...] = draw(view, what.seed, what.epoch, what.start, what.count, SIDE_PX)
     chosen = [values[number] for number in sources.tolist()]
-    window = mean if dtype == "float32" else None
+    window = mean if dtype != "uint8" else None
     augment_records(out.images, chosen, out.draws, out.labels, sources, None, window, record_side=SIDE_PX)
     return out
 

@@ -35,7 +35,7 @@ from msgspec import Meta
 from loader_service.errors import MessageError
 from loader_service.spec import DatasetFacts, Dtype, Installation, SliceId, Split, StageSeconds
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 """Goes up whenever a message changes its shape or its meaning."""
 
 CLIENT_ID_BYTES: Final = 16

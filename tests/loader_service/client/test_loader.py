@@ -39,7 +39,7 @@ def _run(address: str, **options: Any) -> list[bytes]:
         return [_content(batch) for batch in loader]
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])
 @pytest.mark.parametrize("view", ["train", "center", "ten-crop", "whole"])
 def test_shared_memory_and_frames_give_the_pure_functions_bytes(
     node_address: str, dataset_dir: Path, view: str, dtype: Any

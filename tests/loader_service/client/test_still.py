@@ -60,6 +60,8 @@ def test_another_node_makes_what_it_owes(
         (account,) = loader.ledger
     assert sorted(ids) == list(range(300))
     (line,) = [record.message for record in caplog.records if record.message.startswith(f"node {mute} answers, but")]
-    assert re.search(r"given nothing for \d+ s: it owes \d+ slices, the oldest of positions \d+ to \d+ since \d+ s", line)
+    assert re.search(
+        r"given nothing for \d+ s: it owes \d+ slices, the oldest of positions \d+ to \d+ since \d+ s", line
+    )
     assert line.endswith("others are asked instead")
     assert account.reassigned > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from typing import get_args
 
 import msgspec
 import numpy as np
@@ -16,7 +17,7 @@ from loader_service.data import kernel
 from loader_service.data.augment import augment, augment_records, centre, complete_view
 from loader_service.data.codecs import HEADER, RAW_BYTES, SHAPE
 from loader_service.data.manifest import Statistics
-from loader_service.spec import DRAWS, VIEWS, View
+from loader_service.spec import DRAWS, VIEWS, Dtype, View
 
 COMPILED = [form for form in kernel.FORMS if form != "numpy"]
 PIXELS = np.random.Generator(np.random.Philox(1)).integers(0, 256, SHAPE, np.uint8)
@@ -76,20 +77,20 @@ class Case:
     GUARD_BYTES, LINE_BYTES = 128, 64
 
     def __init__(
-        self, drawn: npt.NDArray[np.void], side: int, floats: bool, record_side: int = 256, skew: int = 0
+        self, drawn: npt.NDArray[np.void], side: int, dtype: Dtype, record_side: int = 256, skew: int = 0
     ) -> None:
-        n, itemsize = len(drawn), 4 if floats else 1
-        size = drawn.size * side * side * 3 * itemsize + 2 * self.GUARD_BYTES
+        n = len(drawn)
+        size = drawn.size * side * side * 3 * np.dtype(dtype).itemsize + 2 * self.GUARD_BYTES
         memory = np.full(size + self.LINE_BYTES, 0xA5, np.uint8)
         first = (skew - memory.ctypes.data) % self.LINE_BYTES
         self.memory = memory[first : first + size]
-        inner = self.memory[self.GUARD_BYTES : -self.GUARD_BYTES].view(np.float32 if floats else np.uint8)
+        inner = self.memory[self.GUARD_BYTES : -self.GUARD_BYTES].view(dtype)
         self.images = inner.reshape(*drawn.shape, side, side, 3)
         self.values = [raw(label=3 * i + 2**31, roll=i, side=record_side) for i in range(n)]
         self.draws, self.labels, self.numbers = drawn, np.zeros(n, np.int64), np.arange(100, 100 + n)
         self.at, self.record_side = np.full(1, -1, np.int64), record_side
         mean = np.arange(3 * record_side**2, dtype=np.float32).reshape(record_side, record_side, 3) / 1024
-        self.mean = np.ascontiguousarray(np.stack((mean, mean[:, ::-1]))) if floats else None
+        self.mean = np.ascontiguousarray(np.stack((mean, mean[:, ::-1]))) if dtype != "uint8" else None
 
     def run(self, form: str) -> int:
         return augment_records(
@@ -106,8 +107,8 @@ class Case:
 
 
 @st.composite
-def slices(draw: st.DrawFn) -> tuple[npt.NDArray[np.void], int, bool, int, int]:
-    """DRAWS of (n,) or (n, samples), a crop's side, whether floats are wanted, the records' side, and where images begin.
+def slices(draw: st.DrawFn) -> tuple[npt.NDArray[np.void], int, Dtype, int, int]:
+    """DRAWS of (n,) or (n, samples), a crop's side, the pixels' dtype, the records' side, and where images begin.
 
     Sides of whole cache lines, two rows at a time, and beginnings of one take another way through some forms.
     """
@@ -121,18 +122,36 @@ def slices(draw: st.DrawFn) -> tuple[npt.NDArray[np.void], int, bool, int, int]:
     sample = st.tuples(places, places, st.booleans(), st.tuples(shifts, shifts, shifts))
     values = draw(st.lists(sample, min_size=n, max_size=n))
     skew = draw(st.sampled_from([0, 0, 4, 32]))
-    return np.array(values, DRAWS).reshape(shape), side, draw(st.booleans()), record_side, skew
+    return np.array(values, DRAWS).reshape(shape), side, draw(st.sampled_from(get_args(Dtype))), record_side, skew
 
 
 @pytest.mark.parametrize("form", COMPILED)
 @given(slices())
-def test_every_form_makes_the_same_bytes(form: str, case: tuple[npt.NDArray[np.void], int, bool, int, int]) -> None:
+def test_every_form_makes_the_same_bytes(form: str, case: tuple[npt.NDArray[np.void], int, Dtype, int, int]) -> None:
     """Each compiled form writes, bit for bit, what the NumPy form writes, and not a byte beside it."""
     ours, theirs = Case(*case), Case(*case)
     assert ours.run(form) == theirs.run("numpy") == len(ours.values)
     assert ours.memory.tobytes() == theirs.memory.tobytes()
     assert ours.labels.tolist() == theirs.labels.tolist() == [3 * i + 2**31 for i in range(len(ours.values))]
     assert ours.at.tolist() == theirs.at.tolist()
+
+
+@pytest.mark.parametrize("form", COMPILED)
+def test_float16_is_the_nearest_to_float32(form: str) -> None:
+    """Of every magnitude, ties, the smallest, infinite and no numbers included: what NumPy makes of it."""
+    bits = np.random.default_rng(5).integers(0, 2**32, 3 * 256**2, np.uint32)
+    wanted = bits.view(np.float32)
+    halves = np.arange(2**15, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)].astype(np.float32)
+    wanted[: len(halves)] = halves
+    wanted[len(halves) : 2 * len(halves) - 1] = (halves[1:] + halves[:-1]) / 2  # ties
+    case = Case(np.zeros(1, DRAWS), 256, "float16")
+    case.values = [memoryview(HEADER.pack(0, 0, 0) + bytes(3 * 256**2))]
+    case.mean = np.stack([-wanted.reshape(256, 256, 3)] * 2)
+    case.run(form)
+    with np.errstate(over="ignore"):
+        nearest = wanted.astype(np.float16)
+    assert np.array_equal(case.images.ravel(), nearest, equal_nan=True)
 
 
 DRAW = np.array([(0, 32, False, (1, 2, 3)), (32, 0, True, (-1, -2, -3)), (5, 6, False, (0, 0, 0))], DRAWS)
@@ -144,7 +163,7 @@ DRAW = np.array([(0, 32, False, (1, 2, 3)), (32, 0, True, (-1, -2, -3)), (5, 6, 
 )
 def test_a_record_that_is_not_raw_ends_the_slice(form: str, flaw: memoryview) -> None:
     """What comes before it is made, ``at`` holds its number, and the count names it."""
-    whole, cut = Case(DRAW, 224, floats=False), Case(DRAW, 224, floats=False)
+    whole, cut = Case(DRAW, 224, "uint8"), Case(DRAW, 224, "uint8")
     whole.run(form)
     cut.values[1] = flaw
     assert cut.run(form) == 1
@@ -160,7 +179,7 @@ def test_a_record_that_is_not_raw_ends_the_slice(form: str, flaw: memoryview) ->
 )
 def test_a_draw_outside_the_record_is_refused(form: str, field: str, value: int) -> None:
     """Draws that would read or shift beyond what there is are refused before anything is written."""
-    case = Case(DRAW.copy(), 224, floats=False)
+    case = Case(DRAW.copy(), 224, "uint8")
     case.draws[field][1] = value
     with pytest.raises(ValueError, match=r"draw 1 .* does not fit a crop of 224 in 256"):
         case.run(form)
@@ -176,6 +195,7 @@ def test_a_draw_outside_the_record_is_refused(form: str, field: str, value: int)
         ("images", np.zeros((3, 224, 224, 4), np.uint8)),
         ("images", np.zeros((3, 257, 257, 3), np.uint8)),
         ("images", np.zeros((3, 224, 224, 3), np.float32)),
+        ("images", np.zeros((3, 224, 224, 3), np.float16)),
         ("images", np.zeros((3, 224, 224, 6), np.uint8)[..., ::2]),
         ("images", np.broadcast_to(np.uint8(0), (3, 224, 224, 3))),
         ("images", np.zeros(3, np.uint8)),
@@ -191,7 +211,7 @@ def test_a_draw_outside_the_record_is_refused(form: str, field: str, value: int)
 )
 def test_an_array_of_another_size_is_refused(form: str, name: str, wrong: object) -> None:
     """The compiled forms believe no buffer: size, items, layout and access are checked before anything is written."""
-    case = Case(DRAW, 224, floats=False)
+    case = Case(DRAW, 224, "uint8")
     setattr(case, name, wrong)
     with pytest.raises((ValueError, TypeError)):
         case.run(form)
@@ -203,7 +223,7 @@ def test_a_form_that_is_not_there_is_refused() -> None:
     if kernel.compiled is None:
         pytest.skip("the extension was built without a compiler")
     with pytest.raises(ValueError, match="cannot run the form mmx"):
-        Case(DRAW, 224, floats=False).run("mmx")
+        Case(DRAW, 224, "uint8").run("mmx")
 
 
 @pytest.mark.parametrize("form", COMPILED)
@@ -218,7 +238,7 @@ def test_nothing_is_read_beyond_a_record(form: str, flip: bool, side: int) -> No
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(place + pages * page), page, no_access) == 0
     end = pages * page
     memory[end - HEADER.size - RAW_BYTES : end] = raw(7)
-    case = Case(np.array([(256 - side, 256 - side, flip, (0, 0, 0))], DRAWS), side, floats=False)
+    case = Case(np.array([(256 - side, 256 - side, flip, (0, 0, 0))], DRAWS), side, "uint8")
     case.values = [memoryview(memory)[end - HEADER.size - RAW_BYTES : end]]
     assert case.run(form) == 1
     window = PIXELS[256 - side :, 256 - side :]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import lmdb
 import msgspec
@@ -50,6 +51,7 @@ def digest(out: Slice) -> str:
     ("view", "dtype", "expected"),
     [
         (View(), "uint8", "95b392e9a47f4cc6c14c863c088a85e67867cafb19036f5c079f411f5728b49d"),
+        (View(), "float16", "eb2d8b428dee54d67284f836aef0b3b78d6d7ceb43b95438940627b0e58a9331"),
         (View(), "float32", "442c79727f430f287997a6e9e7cf951ed40158a3eb14ab7f6018f5b084bfd8c3"),
         (
             View(crop=100, flip=False, jitter=1.5),
@@ -71,7 +73,7 @@ def test_golden_slices(records: Records, view: View, dtype: Dtype, expected: str
     start=st.integers(0, 300),
     data=st.data(),
     seed=st.integers(0, 2**64 - 1),
-    dtype=st.sampled_from(["uint8", "float32"]),
+    dtype=st.sampled_from(get_args(Dtype)),
 )
 def test_two_cuts_of_the_same_positions_agree(
     records: Records, start: int, data: st.DataObject, seed: int, dtype: Dtype
@@ -179,6 +181,13 @@ def test_float32_is_uint8_minus_the_means_window(records: Records, view: View) -
         assert np.array_equal(centred, pixels.astype(np.float32) - (window[:, ::-1] if drawn["flip"] else window))
 
 
+def test_float16_is_the_nearest_to_float32(records: Records) -> None:
+    """A float16 sample is its float32 twin, rounded."""
+    halves, floats = (made(records, View(), 3, 4, dtype) for dtype in ("float16", "float32"))
+    assert halves.images.dtype == np.float16
+    assert np.array_equal(halves.images, floats.images.astype(np.float16))
+
+
 def test_jpeg_records_give_the_decoded_pixels(tmp_path: Path, make_dataset: Callable[..., object]) -> None:
     """A jpeg record's sample is cut from the pixels that the record decodes to, whatever the slice."""
     make_dataset(tmp_path / "d", 4, "jpeg")
@@ -229,7 +238,7 @@ def damage(path: Path, number: int, change: Callable[[bytes], bytes], new_number
         ("jpeg", lambda v: v[:16] + b"no jpeg at all", "its JPEG cannot be decoded"),
     ],
 )
-@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+@pytest.mark.parametrize("dtype", get_args(Dtype))
 def test_a_bad_record_is_named(
     tmp_path: Path, make_dataset: Callable[..., object], codec: str, change: Callable, reason: str, dtype: Dtype
 ) -> None:

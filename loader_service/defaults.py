@@ -1,4 +1,4 @@
-"""Every default of the service, in one place, with its reason."""
+"""Every default of the service, in one place, with its reason; docs/defaults.md has the figures."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SPARE_SLOTS: Final = 2
 
 SLICES_PER_WORKER: Final = 2
 """Slices that a client's prefetched batches are cut into, for each worker of a node: one in work, one waiting at the
-worker; the spare slots keep a third on its way. Fewer leave workers idle; more cost messages for nothing, and a slice's
-take 0.4 ms of three processes' time, whatever its size."""
+worker; the spare slots keep a third on its way. More cost messages for nothing: a slice's cost the same whatever its
+size."""
 
 MIN_SLICE_SAMPLES: Final = 8
 MAX_SLICE_SAMPLES: Final = 128
@@ -40,8 +40,8 @@ SEND_SLOT_BYTES: Final = 20 * 2**20
 or 69 of float16, 34 of float32, or 13 ten-crop ones."""
 
 CONNECTIONS: Final = max(1, min(4, WORKERS // 4))
-"""Connections between a client and a node on another machine, and I/O threads at either end: each keeps a core busy, at
-0.7 GB/s with CURVE and about 4 without, so a machine of few cores has none to spare for a second."""
+"""Connections between a client and a node on another machine, and I/O threads at either end: each keeps a core busy, so
+a machine of few cores has little to gain by a second."""
 
 SEND_SLOTS_PER_WORKER: Final = 3
 """One being written, one waiting to leave, one on its way."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -13,10 +12,11 @@ from typing import Final
 import click
 import msgspec
 
-from tools.bench.contest import ROOT, Contestant, Running, Turn
+from tools.bench.contest import ROOT
 from tools.bench.contestants import limits, ours, peers
 from tools.bench.document import Results, machine, markdown
 from tools.bench.pictures import make
+from tools.bench.rounds import play
 from tools.bench.single import measure
 from tools.bench.turns import BATCH, WORKERS_DEFAULT
 from tools.bench.venvs import PEERS, NotInstalled, python_of, versions
@@ -26,8 +26,6 @@ BUILD: Final = ROOT / "build" / "bench"
 DOCUMENT: Final = ROOT / "docs" / "benchmarks.md"
 NOTES: Final = ROOT / "docs" / "benchmarks-notes.md"
 SOURCES: Final = (ROOT.parent / "shared" / "data" / "imagenet-sample.tar", ROOT / "build" / "sample-images")
-WARM_SHARE: Final = 0.4
-"""Of a turn's seconds, spent before the clock starts: what was made ahead is used up by then."""
 
 PARTS: Final = ("loader-service", "numpy", "lmdb", "pyzmq", "simplejpeg")
 
@@ -53,38 +51,6 @@ def source() -> Path:
         if path.exists():
             return path
     raise ToolFailed("there are no photographs; make some: python -m tools.sample_images build/sample-images")
-
-
-def play(contestants: list[Contestant], rounds: int, seconds: float, missing: dict[str, str]) -> dict[str, list[Turn]]:
-    """Every contestant's turns, group by group; a peer that breaks is out, and why goes to ``missing``."""
-    turns: dict[str, list[Turn]] = {}
-    for group in dict.fromkeys(each.group for each in contestants):
-        with ExitStack() as stack:
-            together = [each for each in contestants if each.group == group]
-            running = [one for each in together if (one := _start(stack, each, seconds, missing))]
-            for number in range(rounds):
-                for one in running:
-                    turn = one.turn(WARM_SHARE * seconds, seconds)
-                    turns.setdefault(one.contestant.name, []).append(turn)
-                    click.echo(
-                        f"round {number + 1}/{rounds} {one.contestant.name:<18} {turn.images_per_s:>9,.0f}/s", err=True
-                    )
-    return turns
-
-
-def _start(stack: ExitStack, contestant: Contestant, seconds: float, missing: dict[str, str]) -> Running | None:
-    """A contestant that has had a turn which is not counted, so that pages are mapped and caches warm; None if it broke."""
-    click.echo(f"starting {contestant.name}", err=True)
-    try:
-        one = stack.enter_context(Running(contestant))
-        one.wait()
-        one.turn(WARM_SHARE * seconds, seconds)
-    except ToolFailed as error:
-        if contestant.kind != "peer":
-            raise
-        missing[contestant.name] = str(error)
-        return None
-    return one
 
 
 @click.command(cls=Command, context_settings=CONTEXT)

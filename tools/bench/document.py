@@ -51,6 +51,13 @@ def machine() -> str:
     return f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()} {platform.release()}"
 
 
+def shown(figures: Spread, form: str) -> str:
+    """A median, with what it lies between where that is more than one figure; each formatted with ``form``."""
+    if figures.least == figures.most:
+        return f"{figures.median:{form}}"
+    return f"{figures.median:{form}} ({figures.least:{form}} to {figures.most:{form}})"
+
+
 def markdown(results: Results, notes: str) -> str:
     """The whole document."""
     parts = [
@@ -93,7 +100,7 @@ def _bar_table(found: list[Bar]) -> str:
         if bar.figure is None:
             rows.append(f"| {bar.what} | {bar.need} | not measured | - |")
         else:
-            rows.append(f"| {bar.what} | {bar.need} | {_spread(bar.figure, '.2f')} | {_verdict(bar)} |")
+            rows.append(f"| {bar.what} | {bar.need} | {shown(bar.figure, '.2f')} | {_verdict(bar)} |")
     return "\n".join(rows)
 
 
@@ -121,7 +128,7 @@ def _table(results: Results, codec: str) -> str:
             return statistics.median(field(turn) for turn in turns)
 
         figures = [
-            _spread(spread([turn.images_per_s for turn in turns]), ",.0f"),
+            shown(spread([turn.images_per_s for turn in turns]), ",.0f"),
             f"{median(lambda turn: turn.cpu_ms):.3f}",
             f"{max(turn.memory_mb for turn in turns):,.0f}",
             _ratio(results, each.name, [LIMITS[codec]]),
@@ -147,9 +154,9 @@ def _chart(results: Results, codec: str) -> str:
 
 def _single(single: Single) -> str:
     starts, memory = spread(single.starts_s), spread(single.worker_mb)
-    return f"""- Start of the node's process to the first batch in a client's hands: {_spread(starts, ".2f")} s.
+    return f"""- Start of the node's process to the first batch in a client's hands: {shown(starts, ".2f")} s.
 - 128 positions of an order over a billion records: {single.order_us:.0f} us, at any place; nothing grows with the dataset.
-- A worker's own memory after an epoch, beyond LMDB's pages and the client's slots: {_spread(memory, ".1f")} MB.
+- A worker's own memory after an epoch, beyond LMDB's pages and the client's slots: {shown(memory, ".1f")} MB.
 - Preprocessing {single.originals:,} originals, process start and manifest included: {single.preprocess_per_s:,.0f}/s; decoding
   and resizing alone: {single.standardise_per_s:,.0f}/s."""
 
@@ -160,10 +167,4 @@ def _rate(results: Results, each: Contestant) -> float:
 
 def _ratio(results: Results, name: str, others: list[str]) -> str:
     found = ratio(results.rounds, name, others)
-    return "-" if found is None else _spread(found, ".2f")
-
-
-def _spread(figures: Spread, form: str) -> str:
-    if figures.least == figures.most:
-        return f"{figures.median:{form}}"
-    return f"{figures.median:{form}} ({figures.least:{form}} to {figures.most:{form}})"
+    return "-" if found is None else shown(found, ".2f")

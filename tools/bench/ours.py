@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
@@ -15,13 +15,16 @@ from typing import Final, Literal
 import click
 import numpy as np
 
-from loader_service import Loader
+from loader_service import Loader, defaults
 from loader_service.client.loader import Batch
+from loader_service.client.query import status
 from loader_service.data.augment import complete_view
 from loader_service.data.fill import empty_slice, fill
 from loader_service.data.records import Records
 from loader_service.link.keys import generate
+from loader_service.link.messages import WorkerStatus
 from loader_service.spec import SampleLayout, SliceId, View
+from tools.bench.altered import alter
 from tools.bench.turns import BATCH, WORKERS_DEFAULT, deliver, touch
 from tools.command import ToolFailed
 
@@ -34,9 +37,10 @@ CHECKED: Final = 2
 
 
 @contextmanager
-def node(data: Path, bind: str, workers: int, keys: Path | None = None) -> Iterator[str]:
-    """A node that dies with this process; gives its address."""
-    command = [sys.executable, "-m", "loader_service", "start", "--data", str(data), "--workers", str(workers)]
+def node(data: Path, bind: str, workers: int, keys: Path | None = None, changes: str = "", *more: str) -> Iterator[str]:
+    """A node that dies with this process, with other defaults where ``changes`` are; gives its address."""
+    program = ["tools.bench.altered", changes] if changes else ["loader_service"]
+    command = [sys.executable, "-m", *program, "start", "--data", str(data), "--workers", str(workers), *more]
     command += ["--bind", bind, "--parent", str(os.getpid()), *(["--keys", str(keys)] if keys else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -47,6 +51,13 @@ def node(data: Path, bind: str, workers: int, keys: Path | None = None) -> Itera
             yield line.split()[2].rstrip(":")
         finally:
             process.terminate()
+
+
+def pin(workers: Iterable[WorkerStatus]) -> None:
+    """Give each worker of a node a CPU for itself, as far as there are enough."""
+    cpus = sorted(os.sched_getaffinity(0))
+    for number, worker in enumerate(workers):
+        os.sched_setaffinity(worker.pid, {cpus[number % len(cpus)]})
 
 
 class Consumer:
@@ -96,15 +107,29 @@ class Consumer:
 @click.option("--transport", type=click.Choice(["shm", "tcp"]), default="shm")
 @click.option("--curve", is_flag=True, help="With keys.")
 @click.option("--workers", type=int, default=WORKERS_DEFAULT)
-def main(data: Path, transport: Literal["shm", "tcp"], curve: bool, workers: int) -> None:
+@click.option("--defaults", "changes", default="", metavar="NAME=VALUE,...", help="In place of the project's.")
+@click.option("--io-threads", type=int, help="Of the node; as many as connections if not given.")
+@click.option("--pinned", is_flag=True, help="Workers may not change CPUs.")
+def main(
+    data: Path,
+    transport: Literal["shm", "tcp"],
+    curve: bool,
+    workers: int,
+    changes: str,
+    io_threads: int | None,
+    pinned: bool,
+) -> None:
     """Deliver batches from a node with WORKERS workers."""
+    alter(changes)
+    threads = ("--io-threads", str(io_threads or defaults.CONNECTIONS))
     with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:
         keys = Path(folder) / "keys" if curve else None
         if keys:
             generate(keys)
+        server_key, client_key = (keys / "node.key", keys / "client.secret") if keys else (None, None)
         bind = "tcp://127.0.0.1:*" if transport == "tcp" else f"ipc://{folder}/node"
         with (
-            node(data, bind, workers, keys) as address,
+            node(data, bind, workers, keys, changes, *threads) as address,
             Loader(
                 address,
                 batch_size=BATCH,
@@ -112,11 +137,15 @@ def main(data: Path, transport: Literal["shm", "tcp"], curve: bool, workers: int
                 epochs=2**31,
                 transport=transport,
                 drop_last=True,
-                server_key=keys / "node.key" if keys else None,
-                client_key=keys / "client.secret" if keys else None,
+                prefetch=defaults.PREFETCH,
+                connections=defaults.CONNECTIONS,
+                server_key=server_key,
+                client_key=client_key,
             ) as loader,
             Records(data / "train.lmdb") as records,
         ):
+            if pinned:
+                pin(status(address, server_key=server_key, client_key=client_key).workers)
             consumer = Consumer(loader, records)
             deliver(consumer.counts(), lambda: consumer.spent_s)
 

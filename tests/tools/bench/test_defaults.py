@@ -1,0 +1,82 @@
+"""Each default beside what it might be instead, with tiny numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tools.bench.contest import Turn
+from tools.bench.defaults import SETTINGS, Cell, Cells, markdown
+from tools.bench.document import machine
+
+ROOT = Path(__file__).parents[3]
+
+
+def turn(rate: float, cpu: float = 1.0) -> Turn:
+    """A turn at this rate, and so many CPU milliseconds per image."""
+    return Turn(images_per_s=rate, cpu_ms=cpu, consumer_cpu_ms=0.0, memory_mb=1.0)
+
+
+def cell(setting: str, where: str) -> Cell:
+    """All of a setting's values at ten images per second."""
+    return Cell("2026-01-01 00:00", where, 0.5, {value: [turn(10)] for value in SETTINGS[setting].values})
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    """The command."""
+    command = [sys.executable, "-m", "tools.bench.defaults", *options]
+    return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=90)
+
+
+@pytest.fixture
+def records(dataset_dir: Path, tmp_path: Path) -> Path:
+    """A folder such as ``make bench`` leaves."""
+    for codec in ("raw", "jpeg"):
+        (tmp_path / codec).symlink_to(dataset_dir)
+    return tmp_path
+
+
+def test_a_run_adds_to_what_was_measured_on_this_machine(records: Path, tmp_path: Path) -> None:
+    """The document has a new table and an older one, and none of another machine's."""
+    kept, document = tmp_path / "defaults.json", tmp_path / "defaults.md"
+    before: Cells = {
+        "prefetch": {"raw-shm": cell("prefetch", machine())},
+        "spares": {"raw-shm": cell("spares", "else")},
+    }
+    kept.write_bytes(msgspec.json.encode(before))
+    small = ("--rounds", "1", "--seconds", "0.05", "--records", str(records), "--build", str(tmp_path))
+    done = run("--only", "affinity", "--way", "raw-shm", "--document", str(document), *small)
+    assert done.returncode == 0, done.stderr
+    cells = msgspec.json.decode(kept.read_bytes(), type=Cells)
+    assert all(turns[0].images_per_s > 0 for turns in cells["affinity"]["raw-shm"].rounds.values())
+    assert cells["prefetch"] == before["prefetch"]
+    text = document.read_text()
+    assert [SETTINGS[name].title in text for name in ("affinity", "prefetch", "spares")] == [True, True, False]
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    """Of a value the medians of its rates and CPU times by the default's are told, of the default its rate."""
+    rounds = {"2": [turn(8), turn(9, 3.0), turn(40)], "4": [turn(10), turn(10), turn(20)], "8": [turn(1)] * 3}
+    text = markdown({"prefetch": {"raw-shm": Cell("2026-01-01 00:00", "here", 0.5, rounds)}}, "The end.")
+    assert "| 2 | 0.90 (0.80 to 2.00); CPU 1.00 |\n| **4** | 10 (10 to 20) images/s |" in text
+    assert text.endswith("The end.\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ((), "there are no raw records in nowhere; make bench makes them."),
+        (("--only", "nothing"), "'nothing' is not one of 'prefetch'"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(tmp_path: Path, options: tuple[str, ...], sentence: str) -> None:
+    """It is said, and nothing is written."""
+    done = run("--records", "nowhere", "--build", str(tmp_path), *options)
+    assert done.returncode != 0
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

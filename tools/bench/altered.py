@@ -1,0 +1,36 @@
+"""``python -m tools.bench.altered NAME=VALUE,... COMMAND...``: loader-service with other defaults than it has.
+
+The benchmark compares defaults that no option reaches, in the very processes that go by them.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from typing import Final
+
+from loader_service import defaults
+from tools.command import ToolFailed
+
+READ_LATE: Final = ("PREFETCH", "SPARE_SLOTS", "SLICES_PER_WORKER", "SEND_SLOTS_PER_WORKER", "CONNECTIONS")
+"""What a node reads when it starts, and the benchmark when it makes a loader; the rest is read on import."""
+
+
+def alter(changes: str) -> None:
+    """Change defaults in this process: ``NAME=VALUE`` with commas between, of READ_LATE and whole numbers from 1.
+
+    Raises:
+        ToolFailed: one is not such a change.
+    """
+    for change in filter(None, changes.split(",")):
+        name, _, value = change.partition("=")
+        if name not in READ_LATE or not value.isdecimal() or int(value) < 1:
+            raise ToolFailed(f"{change!r} is not NAME=VALUE, with one of {', '.join(READ_LATE)} and a number from 1.")
+        setattr(defaults, name, int(value))
+
+
+if __name__ == "__main__":
+    _, chosen, *words = sys.argv
+    alter(chosen)
+    sys.argv = ["loader-service", *words]
+    runpy.run_module("loader_service", run_name="__main__")

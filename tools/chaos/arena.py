@@ -30,7 +30,7 @@ class Client:
     def __init__(self, transport: str, addresses: str, seed: int, folder: Path, names: Path, keys: Path | None) -> None:
         self.name, self.seed, self.folder = f"client-{transport}", seed, folder / f"client-{transport}"
         self._command = [sys.executable, "-m", "tools.chaos.client", addresses, transport, str(seed)]
-        self._command += [str(self.folder), str(names), *([str(keys)] if keys else [])]
+        self._command += [str(self.folder), "--names", str(names), *(["--keys", str(keys)] if keys else [])]
         self._process: subprocess.Popen[bytes] | None = None
         self.sessions: list[int] = []
         self.away = False  # killed by a fault, and not back yet

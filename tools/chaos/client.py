@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import Any, Final
 
+import click
 import msgspec
 
 from loader_service import Batch, Loader
@@ -153,12 +153,18 @@ def train(addresses: str, transport: Transport, seed: int, folder: Path, keys: P
                 return
 
 
-def main() -> None:
-    """`python -m tools.chaos.client ADDRESSES TRANSPORT SEED FOLDER NAMES [KEYS]`: not for people, but for `tools.chaos`."""
-    addresses, transport, seed, folder, names, *keys = sys.argv[1:]
-    chosen: Transport = "tcp" if transport == "tcp" else "auto"
-    answer_from(Path(names))
-    train(addresses, chosen, int(seed), Path(folder), Path(keys[0]) if keys else None)
+@click.command()
+@click.argument("addresses")
+@click.argument("transport", type=click.Choice(["auto", "tcp"]))
+@click.argument("seed", type=int)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--names", type=click.Path(path_type=Path), help="The file that stands for the name server.")
+@click.option("--keys", type=click.Path(path_type=Path), help="The folder with the keys, where there are any.")
+def main(addresses: str, transport: Transport, seed: int, folder: Path, names: Path | None, keys: Path | None) -> None:
+    """One client's epoch loop: not for people, but for `tools.chaos` and the tests of the network."""
+    if names:
+        answer_from(names)
+    train(addresses, transport, seed, folder, keys)
 
 
 if __name__ == "__main__":

@@ -8,41 +8,19 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from itertools import combinations_with_replacement
 from typing import Final
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from loader_service.data import kernel
 from loader_service.data.manifest import Statistics
 from loader_service.spec import RECORD_SIDE_PX
 
 GREY_LEVELS: Final = 255
 
-EXACT_PRODUCTS: Final = 256
-"""So many products of two pixels, each at most 255 * 255, sum to less than 2**24, up to which float32 is exact."""
-
 Matrix = list[list[float]]
-
-
-def colour_products(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """The sum over all pixels of each product of two channels, exactly.
-
-    Args:
-        pixels: (side, side, 3) uint8.
-
-    Returns:
-        (3, 3) int64, symmetric.
-    """
-    out = np.zeros((3, 3), np.int64)
-    for first in range(0, pixels.shape[1], EXACT_PRODUCTS):
-        columns = pixels[:, first : first + EXACT_PRODUCTS]
-        planes = np.ascontiguousarray(np.moveaxis(columns, -1, 0), np.float32)
-        for i, j in combinations_with_replacement(range(3), 2):
-            rows = np.einsum("yx,yx->y", planes[i], planes[j])
-            out[j, i] = out[i, j] = out[i, j] + int(rows.sum(dtype=np.float64))
-    return out
 
 
 class _Stored(msgspec.Struct, frozen=True, array_like=True):
@@ -66,6 +44,12 @@ class Sums:
         self.count += count
         self.image += image
         self.products += products
+
+    def add_picture(self, pixels: npt.NDArray[np.uint8]) -> None:
+        """Add one picture, (side, side, 3) uint8."""
+        image, products = np.zeros(pixels.shape, np.uint16), np.zeros((3, 3), np.int64)
+        kernel.add(pixels, image, products)
+        self.add(1, image, products)
 
     def to_bytes(self) -> bytes:
         """These sums as bytes, for :meth:`from_bytes`."""

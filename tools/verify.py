@@ -19,7 +19,7 @@ from loader_service.data.records import Records
 from loader_service.errors import DatasetInvalid, RecordError
 from tools.command import CONTEXT, Command
 from tools.progress import Progress
-from tools.statistics import Sums, colour_products
+from tools.statistics import Sums
 
 SHOWN_BAD: Final = 10
 """So many bad records are named; all are counted."""
@@ -76,7 +76,7 @@ def check_records(records: Records) -> tuple[Sums, list[int]]:
                     progress.say(str(error))
             else:
                 counts[label] += 1
-                sums.add(1, pixels, colour_products(pixels))
+                sums.add_picture(pixels)
                 progress.advance()
     if bad:
         raise DatasetInvalid(records.path, f"{bad} of its {len(records)} records are bad: preprocess the images again")

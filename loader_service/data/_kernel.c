@@ -374,6 +374,92 @@ static PyObject *copy(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* ---- sums ---- */
+
+/* A row of n pixels: to their sums, and to those of the products of their channels. */
+ALWAYS_INLINE void add_row(const uint8_t *in, ptrdiff_t n, uint16_t *total, int64_t products[9])
+{
+    int16_t planes[3][MAX_SIDE];
+    for (ptrdiff_t i = 0; i < n; i++)
+        for (int c = 0; c < 3; c++)
+            planes[c][i] = in[3 * i + c];
+    for (ptrdiff_t i = 0; i < 3 * n; i++)
+        total[i] = (uint16_t)(total[i] + in[i]);
+    for (int a = 0; a < 3; a++)
+        for (int b = a; b < 3; b++) {
+            int32_t sum = 0; /* MAX_SIDE * 255 * 255 at most */
+            for (ptrdiff_t i = 0; i < n; i++)
+                sum += planes[a][i] * planes[b][i];
+            products[3 * a + b] += sum;
+            if (b > a)
+                products[3 * b + a] += sum;
+        }
+}
+
+typedef void Add(const uint8_t *in, ptrdiff_t side, uint16_t *total, int64_t products[9]);
+
+ALWAYS_INLINE void add_rows(const uint8_t *in, ptrdiff_t side, uint16_t *total, int64_t products[9])
+{
+    for (ptrdiff_t y = 0; y < side; y++)
+        add_row(in + 3 * side * y, side, total + 3 * side * y, products);
+}
+
+static void add_c(const uint8_t *in, ptrdiff_t side, uint16_t *total, int64_t products[9])
+{
+    add_rows(in, side, total, products);
+}
+
+#if defined(__x86_64__)
+TARGET_AVX2 static void add_avx2(const uint8_t *in, ptrdiff_t side, uint16_t *total, int64_t products[9])
+{
+    add_rows(in, side, total, products);
+}
+#endif
+
+static Add *add_of(const char *form)
+{
+#if defined(__x86_64__)
+    if ((strcmp(form, "avx512") == 0 || strcmp(form, "avx2") == 0) && has_avx2())
+        return add_avx2;
+#endif
+    return strcmp(form, "c") == 0 || strcmp(form, "neon") == 0 ? add_c : NULL;
+}
+
+PyDoc_STRVAR(add_doc, "add(form, pixels, total, products): see kernel.add.");
+
+static PyObject *add(PyObject *module, PyObject *args)
+{
+    (void)module;
+    const char *form;
+    PyObject *pixels_object, *total_object, *products_object;
+    if (!PyArg_ParseTuple(args, "sOOO", &form, &pixels_object, &total_object, &products_object))
+        return NULL;
+    Py_buffer pixels = {0}, total = {0}, products = {0};
+    Add *const add_pixels = add_of(form);
+    int ready = 0;
+    if (add_pixels == NULL)
+        PyErr_Format(PyExc_ValueError, "this machine cannot run the form %s", form);
+    else if (get_array(pixels_object, &pixels, "pixels", 1, -1, 0) == 0) {
+        const Py_ssize_t side = pixels.ndim == 3 ? pixels.shape[0] : 0;
+        if (side < 1 || side > MAX_SIDE || pixels.shape[1] != side || pixels.shape[2] != 3)
+            PyErr_Format(PyExc_ValueError, "pixels must be (side, side, 3), of at most %d", MAX_SIDE);
+        else
+            ready = get_array(total_object, &total, "total", 2, pixels.len, PyBUF_WRITABLE) == 0 &&
+                    get_array(products_object, &products, "products", 8, 9, PyBUF_WRITABLE) == 0;
+    }
+    if (ready) {
+        Py_BEGIN_ALLOW_THREADS
+        add_pixels(pixels.buf, pixels.shape[0], total.buf, products.buf);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&pixels);
+    PyBuffer_Release(&total);
+    PyBuffer_Release(&products);
+    if (!ready)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 /* ---- the order ---- */
 
 static uint64_t mix(uint64_t half, uint64_t key)
@@ -446,6 +532,7 @@ static PyObject *forms(PyObject *module, PyObject *args)
 static PyMethodDef METHODS[] = {
     {"augment", augment, METH_VARARGS, augment_doc},
     {"copy", copy, METH_VARARGS, copy_doc},
+    {"add", add, METH_VARARGS, add_doc},
     {"walk", walk, METH_VARARGS, walk_doc},
     {"forms", forms, METH_NOARGS, "forms(): the names of the forms that this machine can run, the best first."},
     {NULL, NULL, 0, NULL},

@@ -12,6 +12,7 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
+import xxhash
 
 from loader_service.data import kernel
 from loader_service.data.centred import FRACTION_BITS
@@ -45,6 +46,11 @@ def raw_bytes(side: int) -> int:
 
 RAW_BYTES: Final = raw_bytes(RECORD_SIDE_PX)
 """Of a record of the usual side."""
+
+
+def header(label: int, codec: Codec, payload: bytes | memoryview) -> bytes:
+    """What stands before a payload."""
+    return HEADER.pack(label, CODECS[codec], xxhash.xxh3_64_intdigest(payload))
 
 
 def encode(pixels: Pixels, codec: Literal["raw", "jpeg"], parameters: dict[str, int | str] | None = None) -> bytes:

@@ -87,6 +87,28 @@ def decode_window(payload: bytes | memoryview, into: npt.NDArray[np.uint8], side
     return decodes_windows() and _jpeg.decode(payload, into, side, *window)
 
 
+def add(pixels: npt.NDArray[np.uint8], total: npt.NDArray[np.uint16], products: npt.NDArray[np.int64]) -> None:
+    """Add a picture to sums, in place.
+
+    Args:
+        pixels: (side, side, 3) uint8, C-contiguous.
+        total: (side, side, 3) uint16, C-contiguous: pixel by pixel; of 257 pictures at most.
+        products: (3, 3) int64: of each product of two channels, over all pixels.
+
+    Raises:
+        ValueError: they are not of these shapes.
+    """
+    if chosen() == "numpy":
+        if pixels.shape != total.shape:
+            raise ValueError(f"pixels of {pixels.shape} cannot be added to a sum of {total.shape}")
+        np.add(total, pixels, out=total)
+        flat = pixels.reshape(-1, 3).astype(np.float64)  # exact: below 2**53
+        products += (flat.T @ flat).astype(np.int64)
+    else:
+        assert compiled is not None
+        compiled.add(chosen(), pixels, total, products)
+
+
 def copy(out: npt.NDArray[np.uint8], content: npt.NDArray[np.uint8]) -> None:
     """Copy a frame to where it is read by others: past this CPU's caches where it can, without the GIL.
 

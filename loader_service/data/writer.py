@@ -14,10 +14,9 @@ import lmdb
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from loader_service.data import golden
-from loader_service.data.codecs import CODECS, DEFAULT_PARAMETERS, HEADER, Codec
+from loader_service.data.codecs import CODECS, DEFAULT_PARAMETERS, HEADER, Codec, header
 from loader_service.data.manifest import FORMAT, Manifest, Rejected, Statistics, fingerprint
 from loader_service.data.partial import PROGRESS, Progress, load, partial_path, store
 from loader_service.data.records import DATABASES, KEY, Records
@@ -131,18 +130,25 @@ class Writer:
             payload: what :func:`codecs.encode` made.
             source: the name of the file that it was made from.
         """
-        header = HEADER.pack(label, CODECS[self._codec], xxhash.xxh3_64_intdigest(payload))
+        return self.put_record(b"".join((header(label, self._codec, payload), payload)), source)
+
+    def put_record(self, record: bytes | memoryview, source: str) -> int:
+        """The same for a record that has its :func:`codecs.header` already."""
+        label, codec, _ = HEADER.unpack_from(record)
+        if codec != CODECS[self._codec]:
+            raise ValueError(f"records here are {self._codec}; this one is of the codec number {codec}")
         key = KEY.pack(self._count)
         try:
-            self._txn.put(key, b"".join((header, payload)), db=self._records, append=True)
+            self._txn.put(key, record, db=self._records, append=True)
             self._txn.put(key, source.encode("utf-8", "replace"), db=self._sources, append=True)
         except lmdb.Error as error:
             raise self._failed(f"cannot write record {self._count}", error) from error
         self._class_counts[label] += 1
         self._count += 1
-        self._digest.update(header)
-        self._new_headers.append(header)
-        self.uncommitted_bytes += len(payload)
+        stored_header = bytes(record[: HEADER.size])
+        self._digest.update(stored_header)
+        self._new_headers.append(stored_header)
+        self.uncommitted_bytes += len(record)
         if self._identity is None and self._count % _COMMIT_RECORDS == 0:
             self.commit()
         return self._count - 1

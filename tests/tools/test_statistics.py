@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loader_service.data.codecs import SHAPE
 from loader_service.data.manifest import Statistics
-from tools.statistics import Sums, colour_products, eigen
+from tools.statistics import Sums, eigen
 
 
 def pictures(count: int) -> npt.NDArray[np.uint8]:
@@ -24,7 +23,7 @@ def sums_of(batch: npt.NDArray[np.uint8]) -> Sums:
     """The sums of some pictures, one part for each."""
     sums = Sums()
     for picture in batch:
-        sums.add(1, picture, colour_products(picture))
+        sums.add_picture(picture)
     return sums
 
 
@@ -40,19 +39,6 @@ def test_they_agree_with_numpy() -> None:
     np.testing.assert_allclose(
         found.eigenvectors * found.eigenvalues @ found.eigenvectors.T, found.covariance, rtol=1e-12, atol=1e-15
     )
-
-
-@pytest.mark.parametrize("level", [0, 1, 254, 255])
-def test_colour_products_are_exact(level: int) -> None:
-    """No product is rounded, not even where all are largest."""
-    assert (colour_products(np.full(SHAPE, level, np.uint8)) == 65536 * level * level).all()
-    noise = pictures(1)[0]
-    flat = noise.reshape(-1, 3).astype(np.int64)
-    np.testing.assert_array_equal(colour_products(noise), flat.T @ flat)
-    for side in (1, 15, 17, 99, 257):
-        part = np.ascontiguousarray(np.resize(noise, (side, side, 3)))
-        flat = part.reshape(-1, 3).astype(np.int64)
-        np.testing.assert_array_equal(colour_products(part), flat.T @ flat)
 
 
 def bytes_of(statistics: Statistics) -> list[bytes]:

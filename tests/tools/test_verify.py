@@ -16,7 +16,7 @@ from loader_service.data.codecs import HEADER, Codec, encode
 from loader_service.data.manifest import Manifest
 from loader_service.data.records import KEY
 from loader_service.data.writer import Writer
-from tools.statistics import Sums, colour_products
+from tools.statistics import Sums
 from tools.verify import main
 
 Picture = Callable[[int], np.ndarray]
@@ -38,7 +38,7 @@ def write(path: Path, picture: Picture, codec: Codec) -> Manifest:
         for number in range(COUNT):
             pixels = picture(number)
             writer.put(number % 2, encode(pixels, codec), f"{number}.jpg")
-            sums.add(1, pixels, colour_products(pixels))
+            sums.add_picture(pixels)
         writer.reject("x", "y")
         return writer.finish(sums.statistics(), made_by={})
 

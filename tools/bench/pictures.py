@@ -24,7 +24,7 @@ from loader_service.data.writer import Writer
 from loader_service.spec import RECORD_SIDE_PX
 from tools.command import ToolFailed
 from tools.progress import Progress
-from tools.statistics import Sums, colour_products
+from tools.statistics import Sums
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -112,7 +112,7 @@ def _write(
             raw.put(label, encode(pixels, "raw"), name)
             jpeg.put(label, payload, name)
             (folder / "files" / name).write_bytes(payload)
-            sums.add(1, pixels.reshape(SHAPE), colour_products(pixels))
+            sums.add_picture(pixels.reshape(SHAPE))
             labels.append(label)
             sizes.append(len(payload))
             errors.append(float(np.mean((pixels.astype(np.float32) - decoded) ** 2)))

@@ -34,7 +34,7 @@ LEAST_BAD: Final = 100
 """A run is not called hopeless before it has met so many bad files."""
 
 COMMIT_BYTES: Final = 2**24
-"""So many bytes of payloads are lost at most by an interruption; the 1.5 MiB of sums beside them hardly count."""
+"""So many bytes of records are lost at most by an interruption; the 1.5 MiB of sums beside them hardly count."""
 
 COMMIT_S: Final = 5.0
 """Where files come slowly, so many seconds of work are lost at most."""
@@ -119,16 +119,16 @@ def build(task: Task, writer: Writer, pool: Pool) -> Manifest:
 
 
 def _take(writer: Writer, result: Result, progress: Progress) -> None:
-    """Store the payloads of one chunk, and note what has none."""
+    """Store the records of one chunk, and note what has none."""
     bad = 0
-    for item, payload in zip(result.items, result.payloads, strict=True):
-        if not isinstance(payload, str):
-            writer.put(item.label, payload, item.source)
+    for item, record in zip(result.items, result.records, strict=True):
+        if not isinstance(record, str):
+            writer.put_record(record, item.source)
             continue
         bad += 1
-        writer.reject(item.source, payload)
+        writer.reject(item.source, record)
         if len(writer.rejected) <= SHOWN_REJECTED:
-            progress.say(f"rejected {item.source}: {payload}")
+            progress.say(f"rejected {item.source}: {record}")
     progress.advance(len(result.items), bad=bad)
 
 

@@ -1,4 +1,4 @@
-"""The pool: worker processes that turn items into payloads, replaced when they die, with results in the items' order.
+"""The pool: worker processes that turn items into records, replaced when they die, with results in the items' order.
 
 Rules of this file:
 
@@ -48,14 +48,14 @@ class Result(msgspec.Struct, frozen=True):
 
     Fields:
         items: as they were given.
-        payloads: for each item a view of the worker's memory, valid until the next result is asked for, or why not.
-        count: how many have a payload.
-        image: (side, side, 3) uint16, the sum of their pixels; valid as the payloads are.
+        records: for each item a view of the worker's memory, valid until the next result is asked for, or why not.
+        count: how many have a record.
+        image: (side, side, 3) uint16, the sum of their pixels; valid as the records are.
         products: (3, 3) int64, the sum of their colour products.
     """
 
     items: Sequence[Item]
-    payloads: list[memoryview | str]
+    records: list[memoryview | str]
     count: int
     image: npt.NDArray[np.uint16]
     products: npt.NDArray[np.int64]
@@ -67,11 +67,10 @@ class _Worker:
     def __init__(self, setup: wire.Setup) -> None:
         self._setup = setup
         self._file = os.memfd_create("chunks")
-        os.ftruncate(self._file, wire.AREAS * setup.area_bytes)
-        self.memory = mmap.mmap(self._file, wire.AREAS * setup.area_bytes)
+        os.ftruncate(self._file, setup.memory_bytes)
+        self.memory = mmap.mmap(self._file, setup.memory_bytes)
         self.free = list(range(wire.AREAS))
         self.jobs: dict[int, wire.Job] = {}
-        self.at: int | None = None
         self.connection: socket.socket
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -79,7 +78,7 @@ class _Worker:
         """Start the process, or its replacement."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        self.at = None
+        self._at()[0] = 0
         self.connection = ours
         with theirs:
             self.process = subprocess.Popen(
@@ -90,6 +89,15 @@ class _Worker:
                 process_group=0,  # so that Ctrl-C is the pool's alone to answer
             )
         self.send(self._setup)
+
+    @property
+    def at(self) -> int | None:
+        """Which of its first job's items it is at."""
+        at = int(self._at()[0])
+        return at - 1 if at else None
+
+    def _at(self) -> npt.NDArray[np.int64]:
+        return np.frombuffer(self.memory, np.int64, 1, self._setup.at_offset)
 
     def send(self, message: wire.ToWorker) -> None:
         """Send; a worker that has just died is found dead by its end of file."""
@@ -213,13 +221,9 @@ class _Run:
     def _note(self, worker: _Worker, message: wire.FromWorker) -> None:
         if isinstance(message, wire.Failed):
             raise ToolFailed(message.sentence)
-        if isinstance(message, wire.At):
-            worker.at = message.index
-        else:
-            worker.at = None
-            self.deaths_at_start = 0
-            self.done[message.number] = (worker, message, worker.jobs.pop(message.number))
-            self._give(worker)
+        self.deaths_at_start = 0
+        self.done[message.number] = (worker, message, worker.jobs.pop(message.number))
+        self._give(worker)
 
     def _replace(self, worker: _Worker) -> None:
         """Blame a death, start the process anew, and let its jobs be done again."""
@@ -249,13 +253,13 @@ def _result(worker: _Worker, setup: wire.Setup, done: wire.Done, job: wire.Job) 
     """A chunk's result as views of its worker's memory."""
     start, side = job.area * setup.area_bytes, setup.side
     view = memoryview(worker.memory)
-    payloads = [
+    records = [
         outcome if isinstance(outcome, str) else view[start + outcome[0] : start + outcome[0] + outcome[1]]
         for outcome in done.outcomes
     ]
     image = np.frombuffer(worker.memory, np.uint16, raw_bytes(side), start + setup.sum_offset).reshape(side, side, 3)
-    count = sum(not isinstance(payload, str) for payload in payloads)
-    return Result(job.items, payloads, count, image, np.array(done.products, np.int64).reshape(3, 3))
+    count = sum(not isinstance(record, str) for record in records)
+    return Result(job.items, records, count, image, np.array(done.products, np.int64).reshape(3, 3))
 
 
 def _cause(code: int) -> str:

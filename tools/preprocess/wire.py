@@ -4,8 +4,11 @@ Each worker has a socket pair (SOCK_SEQPACKET: one message is one packet; Messag
 The pool names a free area in each :class:`Job`; the worker writes there and tells what lies where in :class:`Done`; the
 area is the pool's again from then on. An area holds::
 
-    [0, sum_offset)              payloads, one after another
+    [0, sum_offset)              records as they are stored, one after another
     [sum_offset, area_bytes)     (side, side, 3) uint16, the sum of the chunk's pictures
+
+Behind the areas is one number, int64: which of its job's items the worker is at, counted from 1; 0 if at none. A worker that
+dies leaves it there.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
 
     @property
     def sum_offset(self) -> int:
-        """Where in an area the sum begins: behind the largest payloads.
+        """Where in an area the sum begins: behind the largest records.
 
         A JPEG without subsampling has at most 6 bytes for each pixel of its whole blocks, and 2,048 (libjpeg-turbo's bound).
         """
@@ -51,9 +54,19 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
         """Bytes of an area, in whole pages."""
         return -(-(self.sum_offset + 2 * raw_bytes(self.side)) // mmap.PAGESIZE) * mmap.PAGESIZE
 
+    @property
+    def at_offset(self) -> int:
+        """Where in the memory the number of the item stands."""
+        return AREAS * self.area_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of a worker's memory."""
+        return self.at_offset + mmap.PAGESIZE
+
 
 class Job(msgspec.Struct, frozen=True, tag=True):
-    """Pool to worker: make the payloads of these items, in this area. ``refused`` are not to be touched again."""
+    """Pool to worker: make the records of these items, in this area. ``refused`` are not to be touched again."""
 
     number: int
     area: int
@@ -61,14 +74,8 @@ class Job(msgspec.Struct, frozen=True, tag=True):
     refused: dict[int, str]
 
 
-class At(msgspec.Struct, frozen=True, tag=True):
-    """Worker to pool, before each item: if I die now, it was this one's fault."""
-
-    index: int
-
-
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """Worker to pool: for each item where its payload lies in the area (offset, bytes), or why there is none.
+    """Worker to pool: for each item where its record lies in the area (offset, bytes), or why there is none.
 
     ``products`` are the nine sums of colour products, row by row.
     """
@@ -85,7 +92,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker = Setup | Job
-FromWorker = At | Done | Failed
+FromWorker = Done | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode

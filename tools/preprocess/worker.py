@@ -1,4 +1,4 @@
-"""A worker process: picture files in, payloads and sums out; started by the pool as ``-m tools.preprocess.worker``.
+"""A worker process: picture files in, records and sums out; started by the pool as ``-m tools.preprocess.worker``.
 
 Rules of this file:
 
@@ -20,14 +20,14 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.data.codecs import CODECS, decode, encode, raw_bytes
+from loader_service.data import kernel
+from loader_service.data.codecs import CODECS, decode, encode, header, raw_bytes
 from loader_service.data.picture import load_picture
 from loader_service.errors import PictureError
 from tools.command import ToolFailed
 from tools.preprocess import wire
 from tools.preprocess.layouts import CIFAR_SIDE_PX
 from tools.preprocess.sources import Item, read_bytes
-from tools.statistics import colour_products
 
 CIFAR_HEADER: Final = b"P6 %d %d 255\n" % (CIFAR_SIDE_PX, CIFAR_SIDE_PX)
 """With it CIFAR's pixels are a PPM file, and take the same way as every picture."""
@@ -39,20 +39,21 @@ def main(connection: socket.socket, file: int) -> None:
     while packet := connection.recv(wire.MESSAGE_BYTES):
         message = wire.decode_to_worker(packet)
         if isinstance(message, wire.Setup):
-            setup, memory = message, mmap.mmap(file, wire.AREAS * message.area_bytes)
+            setup, memory = message, mmap.mmap(file, message.memory_bytes)
         else:
             assert setup is not None, "the pool sends it first"
             assert memory is not None
             try:
-                answer: wire.FromWorker = work(connection, memory, setup, message)
+                answer: wire.FromWorker = work(memory, setup, message)
             except ToolFailed as error:
                 answer = wire.Failed(str(error))
             connection.sendall(wire.encode(answer))
 
 
-def work(connection: socket.socket, memory: mmap.mmap, setup: wire.Setup, job: wire.Job) -> wire.Done:
-    """Make one chunk's payloads and sums in the job's area."""
+def work(memory: mmap.mmap, setup: wire.Setup, job: wire.Job) -> wire.Done:
+    """Make one chunk's records and sums in the job's area."""
     start, side = job.area * setup.area_bytes, setup.side
+    at = np.frombuffer(memory, np.int64, 1, setup.at_offset)
     total = np.frombuffer(memory, np.uint16, raw_bytes(side), start + setup.sum_offset).reshape(side, side, 3)
     total[...] = 0
     products = np.zeros((3, 3), np.int64)
@@ -62,7 +63,7 @@ def work(connection: socket.socket, memory: mmap.mmap, setup: wire.Setup, job: w
         if reason := job.refused.get(index):
             outcomes.append(reason)
             continue
-        connection.sendall(wire.encode(wire.At(index)))
+        at[0] = index + 1
         signal.setitimer(signal.ITIMER_REAL, setup.limit_s)
         try:
             payload, pixels = make(item, setup)
@@ -71,11 +72,14 @@ def work(connection: socket.socket, memory: mmap.mmap, setup: wire.Setup, job: w
             continue
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        memory[start + offset : start + offset + len(payload)] = payload
-        outcomes.append((offset, len(payload)))
-        offset += len(payload)
-        np.add(total, pixels, out=total)
-        products += colour_products(pixels)
+        before = header(item.label, setup.codec, payload)
+        first, end = start + offset + len(before), start + offset + len(before) + len(payload)
+        memory[start + offset : first] = before
+        memory[first:end] = payload
+        outcomes.append((offset, len(before) + len(payload)))
+        offset = end - start
+        kernel.add(pixels, total, products)
+    at[0] = 0
     return wire.Done(job.number, outcomes, products.ravel().tolist())
 
 

@@ -87,3 +87,28 @@ def test_a_copy_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch, form
     monkeypatch.setenv(kernel.VARIABLE, form)
     with pytest.raises(ValueError, match="3 bytes do not fill 2"):
         kernel.copy(np.zeros(2, np.uint8), np.zeros(3, np.uint8))
+
+
+@pytest.mark.parametrize("form", kernel.FORMS)
+@pytest.mark.parametrize("side", [1, 15, 99, 256, 1024])
+def test_sums_are_exact_in_every_form(monkeypatch: pytest.MonkeyPatch, form: str, side: int) -> None:
+    """Pixels and products of channels add up as integers do, also where all of them are largest."""
+    monkeypatch.setenv(kernel.VARIABLE, form)
+    noise = np.random.Generator(np.random.Philox(key=side)).integers(0, 256, (side, side, 3), np.uint8)
+    white = np.full_like(noise, 255)
+    total, products = np.zeros(noise.shape, np.uint16), np.zeros((3, 3), np.int64)
+    for pixels in (noise, white):
+        kernel.add(pixels, total, products)
+    np.testing.assert_array_equal(total, noise.astype(np.uint16) + 255)
+    flat = np.concatenate([noise, white]).reshape(-1, 3).astype(np.int64)
+    np.testing.assert_array_equal(products, flat.T @ flat)
+
+
+@pytest.mark.parametrize("form", kernel.FORMS)
+def test_sums_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """A picture wider than the sum is added to nothing."""
+    monkeypatch.setenv(kernel.VARIABLE, form)
+    total = np.zeros((8, 8, 3), np.uint16)
+    with pytest.raises(ValueError, match=r"pixels|total"):
+        kernel.add(np.ones((9, 9, 3), np.uint8), total, np.zeros((3, 3), np.int64))
+    assert not total.any()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loader_service.data.codecs import encode
+from loader_service.data.codecs import encode, header
 from loader_service.data.manifest import Manifest, Rejected, Statistics
 from loader_service.data.partial import partial_path, partials
 from loader_service.data.records import Records
@@ -55,6 +55,15 @@ def test_the_manifest_says_what_was_written(tmp_path: Path, statistics: Statisti
         assert read.made_by == {"resize": "none"}
         assert np.array_equal(records.statistics.mean_image, statistics.mean_image)
         assert np.array_equal(records.statistics.eigenvectors, statistics.eigenvectors)
+
+
+def test_a_record_of_another_codec_is_refused(tmp_path: Path) -> None:
+    """A whole record's header is believed only where it is the environment's codec; nothing is written of another."""
+    with Writer(tmp_path / "d", codec="raw", class_names=("no", "yes")) as writer:
+        with pytest.raises(ValueError, match="records here are raw; this one is of the codec number 1"):
+            writer.put_record(header(0, "jpeg", GREY) + GREY, "a.png")
+        assert len(writer) == 0
+        assert writer.put_record(header(1, "raw", GREY) + GREY, "a.png") == 0
 
 
 def test_the_same_records_give_the_same_manifest(tmp_path: Path, make_dataset: MakeDataset) -> None:

@@ -1,4 +1,4 @@
-"""The pool gives every item's payload in order, whoever dies."""
+"""The pool gives every item's record in order, whoever dies."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import numpy as np
 import psutil
 import pytest
 
-from loader_service.data.codecs import RAW_BYTES, SHAPE
+from loader_service.data.codecs import HEADER, RAW_BYTES, SHAPE, header
 from loader_service.data.picture import load_picture
 from tools.preprocess.pool import Pool, Result
 from tools.preprocess.sources import Item, label_files, list_files
-from tools.statistics import colour_products
 
 
 @pytest.fixture(scope="module")
@@ -27,41 +26,49 @@ def items(album: Path) -> list[Item]:
 
 
 def collect(results: Iterator[Result]) -> list[tuple[str, bytes | str]]:
-    """Source and payload of every item, copied while the views are valid."""
+    """Source and record of every item, copied while the views are valid."""
     return [
-        (item.source, payload if isinstance(payload, str) else bytes(payload))
+        (item.source, record if isinstance(record, str) else bytes(record))
         for result in results
-        for item, payload in zip(result.items, result.payloads, strict=True)
+        for item, record in zip(result.items, result.records, strict=True)
     ]
 
 
 @pytest.fixture(scope="module")
 def expected(items: list[Item], album: Path) -> list[tuple[str, bytes | str]]:
-    """What raw payloads must come, in order."""
-    unknown = "it is in no known picture format"
-    return [
-        (i.source, unknown if i.source.endswith(".txt") else load_picture(album / "train" / i.source).tobytes())
-        for i in items
-    ]
+    """What raw records must come, in order."""
+
+    def record(item: Item) -> bytes | str:
+        if item.source.endswith(".txt"):
+            return "it is in no known picture format"
+        payload = load_picture(album / "train" / item.source).tobytes()
+        return header(item.label, "raw", payload) + payload
+
+    return [(item.source, record(item)) for item in items]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_results_come_in_order(workers: int, items: list[Item], expected: list[tuple[str, bytes | str]]) -> None:
-    """Payloads and reasons come in the items' order; the block leaves no process behind."""
+    """Records and reasons come in the items' order; the block leaves no process behind."""
     with Pool(workers, "raw", {}, 60) as pool:
         processes = [psutil.Process(pid) for pid in pool.pids]
         assert collect(pool.run(items)) == expected
     assert not any(process.is_running() for process in processes)
 
 
-def test_sums_are_of_the_payloads(items: list[Item]) -> None:
-    """Each chunk's sums are those of its payloads' pixels."""
+def test_sums_are_of_the_records(items: list[Item]) -> None:
+    """Each chunk's sums are those of its records' pixels."""
     with Pool(2, "raw", {}, 60) as pool:
         for result in pool.run(items):
-            good = [np.frombuffer(p, np.uint8).reshape(SHAPE) for p in result.payloads if not isinstance(p, str)]
+            good = [
+                np.frombuffer(record, np.uint8, offset=HEADER.size).reshape(SHAPE)
+                for record in result.records
+                if not isinstance(record, str)
+            ]
             assert result.count == len(good)
             np.testing.assert_array_equal(result.image, np.sum(good, axis=0, dtype=np.uint32))
-            np.testing.assert_array_equal(result.products, sum(colour_products(pixels) for pixels in good))
+            flat = np.concatenate(good).reshape(-1, 3).astype(np.int64)
+            np.testing.assert_array_equal(result.products, flat.T @ flat)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -102,8 +109,8 @@ def test_no_file_can_hang_the_run(items: list[Item], expected: list[tuple[str, b
     assert [found[0], *found[2:]] == expected
 
 
-def test_jpeg_payloads_are_small(items: list[Item]) -> None:
+def test_jpeg_records_are_small(items: list[Item]) -> None:
     """Payloads are encoded by the workers."""
     with Pool(1, "jpeg", {"quality": 50, "subsampling": "420"}, 60) as pool:
-        payloads = [payload for _, payload in collect(pool.run(items)) if isinstance(payload, bytes)]
-    assert all(payload.startswith(b"\xff\xd8") and len(payload) < RAW_BYTES // 4 for payload in payloads)
+        records = [record for _, record in collect(pool.run(items)) if isinstance(record, bytes)]
+    assert all(r[HEADER.size :].startswith(b"\xff\xd8") and len(r) < RAW_BYTES // 4 for r in records)

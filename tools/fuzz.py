@@ -16,11 +16,13 @@ from typing import Any, Final
 import click
 import msgspec
 import numpy as np
+import numpy.typing as npt
+import simplejpeg
 import zmq
 
 from loader_service import Loader, LocalNode, status
 from loader_service.data import golden, kernel
-from loader_service.data.codecs import CODECS, SUBSAMPLINGS, decode, encode, raw_bytes
+from loader_service.data.codecs import SUBSAMPLINGS
 from loader_service.errors import MessageError
 from loader_service.link import messages
 from loader_service.link.messages import FromClient, FromNode, Place, Request
@@ -168,14 +170,14 @@ def fuzz_decoders(rng: Random, inputs: int, progress: Progress) -> int:
     return passed
 
 
-def jpegs(rng: Random) -> list[bytes]:
-    """JPEGs such as records are made of: smooth ones and noise, small and large numbers, all subsamplings."""
-    side = golden.SIDE_PX
-    noise = np.frombuffer(rng.randbytes(raw_bytes(side)), np.uint8).reshape(side, side, 3)
-    ways: list[dict[str, int | str]] = [
-        {"quality": quality, "subsampling": subsampling} for quality in (5, 90) for subsampling in SUBSAMPLINGS
+def jpegs(rng: Random, shape: tuple[int, int]) -> list[bytes]:
+    """JPEGs of (height, width) that the decoder takes: noise, small and large numbers, all subsamplings."""
+    noise = np.frombuffer(rng.randbytes(3 * shape[0] * shape[1]), np.uint8).reshape(*shape, 3)
+    return [
+        bytes(simplejpeg.encode_jpeg(noise, quality=quality, colorspace="RGB", colorsubsampling=subsampling))
+        for quality in (5, 90)
+        for subsampling in SUBSAMPLINGS
     ]
-    return [*golden.jpegs(), *(encode(noise, "jpeg", way) for way in ways)]
 
 
 def fuzz_jpegs(rng: Random, inputs: int, progress: Progress) -> tuple[int, int]:
@@ -184,28 +186,39 @@ def fuzz_jpegs(rng: Random, inputs: int, progress: Progress) -> tuple[int, int]:
     Raises:
         ToolFailed: pixels, or the reason for refusing, are not libjpeg-turbo's; with the input.
     """
-    side, codec = golden.SIDE_PX, CODECS["jpeg"]
-    valid = jpegs(rng)
-    into = np.empty(raw_bytes(side), np.uint8)
+    side = golden.SIDE_PX
+    valid = {shape: jpegs(rng, shape) for shape in ((side, side), (side - 27, side + 5), (side + 9, 17))}
+    valid[side, side] += golden.jpegs()
     in_part = refused = 0
     for _ in range(inputs):
-        payload = damage_bytes(rng, rng.choice(valid), rng.choice(valid))
-        height, width = rng.randint(1, side), rng.randint(1, side)
-        top, left = rng.randint(0, side - height), rng.randint(0, side - width)
-        made = kernel.decode_window(payload, into, side, (top, left, height, width))
+        shape = rng.choice(list(valid))
+        payload = damage_bytes(rng, rng.choice(valid[shape]), rng.choice(valid[shape]))
+        height, width = (rng.randint(1, length) for length in shape)
+        top, left = rng.randint(0, shape[0] - height), rng.randint(0, shape[1] - width)
+        into = np.empty((*shape, rng.choice((3, 4))), np.uint8)
+        made = kernel.decode_window(payload, into.reshape(-1), shape, (top, left, height, width))
         in_part += made
         try:
-            whole = decode(payload, codec, side=side)
+            whole = _decode_whole(payload, shape)
         except ValueError as error:
             refused += 1
             if made:
                 raise ToolFailed(f"this JPEG is decoded in part, though {error}: {payload.hex()}.") from error
         else:
-            part = np.s_[top : top + height, left : left + width]
-            if made and not np.array_equal(into.reshape(whole.shape)[part], whole[part]):
+            part = np.s_[top : top + height, left : left + width, :3]
+            if made and not np.array_equal(into[part], whole[part]):
                 raise ToolFailed(f"{height} x {width} pixels at ({top}, {left}) differ: {payload.hex()}.")
         progress.advance()
     return in_part, refused
+
+
+def _decode_whole(payload: bytes, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """What libjpeg-turbo makes of a JPEG that should be of this shape; ValueError where it is not, or is damaged."""
+    room = np.empty(3 * shape[0] * shape[1], np.uint8)  # a JPEG that says it is huge does not fit
+    pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(payload, colorspace="RGB", buffer=room)
+    if pixels.shape[:2] != shape:
+        raise ValueError(f"it decodes to {pixels.shape}")
+    return pixels
 
 
 class Pest:

@@ -1,8 +1,8 @@
 /* A JPEG's pixels, of no more of it than a crop needs: the bytes that libjpeg-turbo makes of the whole.
  *
- * This decodes what records are made of, and nothing else: baseline, 8 bits, YCbCr at 4:2:0, 4:2:2 or 4:4:4, one scan,
+ * This decodes what records are, and most photographs that records are made of, and nothing else: baseline, 8 bits, YCbCr at 4:2:0, 4:2:2 or 4:4:4, one scan,
  * without restarts. At anything else, and at the first thing that is not as it should be, it says so and has nothing more
- * to say: the caller then asks libjpeg-turbo, which alone decides what is an error. So a record is good or bad as a whole,
+ * to say: the caller then asks libjpeg-turbo, which alone decides what is an error. So a picture is good or bad as a whole,
  * on every machine and for every crop: all coefficients are read, up to the mark of the end, but only those that the crop
  * needs are made into pixels.
  *
@@ -38,8 +38,9 @@ typedef struct {
     int last_dc;
 } Component;
 
-/* Rows [top, bottom) and columns [left, right), in pixels. */
+/* A picture's size in pixels, and what is needed of it: rows [top, bottom) and columns [left, right). */
 typedef struct {
+    int height, width;
     int top, left, bottom, right;
 } Window;
 
@@ -86,9 +87,10 @@ static int read_huffman(const uint8_t *p, const uint8_t *end)
     return 1;
 }
 
-static int read_frame(const uint8_t *p, const uint8_t *end, int side)
+static int read_frame(const uint8_t *p, const uint8_t *end, const Window *w)
 {
-    if (D.has_frame || end - p != 15 || p[0] != 8 || (p[1] << 8 | p[2]) != side || (p[3] << 8 | p[4]) != side || p[5] != 3)
+    if (D.has_frame || end - p != 15 || p[0] != 8 || (p[1] << 8 | p[2]) != w->height || (p[3] << 8 | p[4]) != w->width ||
+        p[5] != 3)
         return 0;
     for (int i = 0; i < 3; i++) {
         const uint8_t *c = p + 6 + 3 * i;
@@ -130,7 +132,7 @@ static int may_skip(int marker, const uint8_t *p, const uint8_t *end)
 }
 
 /* Where the coded blocks begin; NULL if this is not a picture for us. */
-static const uint8_t *read_headers(const uint8_t *p, const uint8_t *end, int side)
+static const uint8_t *read_headers(const uint8_t *p, const uint8_t *end, const Window *w)
 {
     memset(D.has_quantisation, 0, sizeof D.has_quantisation);
     memset(D.has_huffman, 0, sizeof D.has_huffman);
@@ -144,7 +146,7 @@ static const uint8_t *read_headers(const uint8_t *p, const uint8_t *end, int sid
             return NULL;
         const int fine = marker == 0xDB   ? read_quantisation(content, next)
                          : marker == 0xC4 ? read_huffman(content, next)
-                         : marker == 0xC0 ? read_frame(content, next, side)
+                         : marker == 0xC0 ? read_frame(content, next, w)
                          : marker == 0xDA ? read_scan(content, next)
                                           : may_skip(marker, content, next);
         if (!fine)
@@ -203,14 +205,14 @@ TARGET_JPEG static int make_unit(int row, int column)
 }
 
 /* Read all blocks, make those that a window needs; 0 if the coded bytes are not just these blocks. */
-TARGET_JPEG static int read_blocks(ptrdiff_t n, int side, const Window *w)
+TARGET_JPEG static int read_blocks(ptrdiff_t n, const Window *w)
 {
     const int width = 8 * D.components[0].h, height = 8 * D.components[0].v, blocks = 2 + width * height / 64;
     Bits bits = {.next = D.coded};
     memset(D.blocks, 0, sizeof D.blocks);
-    for (int row = 0; row * height < side; row++) {
+    for (int row = 0; row * height < w->height; row++) {
         const int needed = row * height < w->bottom + 2 && (row + 1) * height > w->top - 2; /* colours reach two pixels far */
-        for (int column = 0; column * width < side; column++) {
+        for (int column = 0; column * width < w->width; column++) {
             int16_t *block = D.blocks;
             for (int i = 0; i < 3; i++) {
                 Component *c = &D.components[i];
@@ -232,21 +234,21 @@ TARGET_JPEG static int read_blocks(ptrdiff_t n, int side, const Window *w)
 /* ---- pixels ---- */
 
 /* The row of a component's samples at a picture's row, and the other one that it takes a quarter of, or NULL. */
-static const uint8_t *sample_row(int i, int y, int side, const uint8_t **far)
+static const uint8_t *sample_row(int i, int y, const Window *w, const uint8_t **far)
 {
     const uint8_t *plane = D.planes[i] + MARGIN;
     *far = NULL;
     if (i == 0 || D.components[0].v == 1)
         return plane + y * STRIDE;
-    const int last = (side + 1) / 2 - 1, near = y / 2, other = y % 2 == 0 ? near - 1 : near + 1;
+    const int last = (w->height + 1) / 2 - 1, near = y / 2, other = y % 2 == 0 ? near - 1 : near + 1;
     *far = plane + (other < 0 ? 0 : other > last ? last : other) * STRIDE;
     return plane + near * STRIDE;
 }
 
 /* What is beyond the ends of rows is what is at their ends. */
-static void extend_rows(int side)
+static void extend_rows(const Window *w)
 {
-    const int width = (side + 1) / 2, height = D.components[0].v == 2 ? width : side;
+    const int width = (w->width + 1) / 2, height = D.components[0].v == 2 ? (w->height + 1) / 2 : w->height;
     for (int i = 1; i < 3; i++)
         for (int y = 0; y < height; y++) {
             uint8_t *row = D.planes[i] + y * STRIDE + MARGIN;
@@ -255,44 +257,47 @@ static void extend_rows(int side)
         }
 }
 
-TARGET_JPEG static void make_pixels(uint8_t *out, int side, const Window *w)
+TARGET_JPEG ALWAYS_INLINE void make_pixels(uint8_t *out, int item, const Window *w)
 {
     const int halved = D.components[0].h == 2;
-    uint8_t last[3 * STEP_PX];
+    uint8_t last[4 * STEP_PX];
     if (halved)
-        extend_rows(side);
+        extend_rows(w);
     for (int y = w->top; y < w->bottom; y++) {
         const uint8_t *far[3], *near[3];
         for (int i = 0; i < 3; i++)
-            near[i] = sample_row(i, y, side, &far[i]);
+            near[i] = sample_row(i, y, w, &far[i]);
         for (int x = w->left & ~1; x < w->right; x += STEP_PX) { /* even: two pixels share their colours' samples */
-            uint8_t *at = out + 3 * (y * side + x);
+            uint8_t *at = out + item * ((ptrdiff_t)y * w->width + x);
             const __m256i luma = _mm256_loadu_si256((const __m256i *)(near[0] + x));
             __m256i c[2];
             for (int i = 0; i < 2; i++)
                 c[i] = halved ? upsampled(near[i + 1] + x / 2, far[i + 1] == NULL ? NULL : far[i + 1] + x / 2)
                               : _mm256_loadu_si256((const __m256i *)(near[i + 1] + x));
-            write_pixels(x + STEP_PX <= side ? at : last, luma, c[0], c[1]);
-            if (x + STEP_PX > side)
-                memcpy(at, last, (size_t)(3 * (side - x)));
+            write_pixels(x + STEP_PX <= w->width ? at : last, item, luma, c[0], c[1]);
+            if (x + STEP_PX > w->width)
+                memcpy(at, last, (size_t)(item * (w->width - x)));
         }
     }
 }
 
+TARGET_JPEG static void make_pixels_of_3(uint8_t *out, const Window *w) { make_pixels(out, 3, w); }
+TARGET_JPEG static void make_pixels_of_4(uint8_t *out, const Window *w) { make_pixels(out, 4, w); }
+
 static int runs(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2"); }
 
-static int decode_window(const Py_buffer *payload, uint8_t *out, int side, const Window *w)
+static int decode_window(const Py_buffer *payload, uint8_t *out, int item, const Window *w)
 {
     const uint8_t *begin = payload->buf, *end = begin + payload->len;
-    if (side < MIN_SIDE || !runs())
+    if (w->height < MIN_SIDE || w->width < MIN_SIDE || !runs())
         return 0;
-    const uint8_t *scan = read_headers(begin, end, side);
+    const uint8_t *scan = read_headers(begin, end, w);
     if (scan == NULL)
         return 0;
     const ptrdiff_t n = unstuff(scan, end);
-    if (n < 0 || !read_blocks(n, side, w))
+    if (n < 0 || !read_blocks(n, w))
         return 0;
-    make_pixels(out, side, w);
+    (item == 3 ? make_pixels_of_3 : make_pixels_of_4)(out, w);
     return 1;
 }
 
@@ -305,14 +310,18 @@ static void make_tables(void)
 #else
 
 typedef struct {
+    int height, width;
     int top, left, bottom, right;
 } Window;
 enum { MAX_SIDE = 1024 };
 static void make_tables(void) {}
+TARGET_JPEG static void make_pixels_of_3(uint8_t *out, const Window *w) { make_pixels(out, 3, w); }
+TARGET_JPEG static void make_pixels_of_4(uint8_t *out, const Window *w) { make_pixels(out, 4, w); }
+
 static int runs(void) { return 0; }
-static int decode_window(const Py_buffer *payload, uint8_t *out, int side, const Window *w)
+static int decode_window(const Py_buffer *payload, uint8_t *out, int item, const Window *w)
 {
-    (void)payload, (void)out, (void)side, (void)w;
+    (void)payload, (void)out, (void)item, (void)w;
     return 0;
 }
 
@@ -320,22 +329,27 @@ static int decode_window(const Py_buffer *payload, uint8_t *out, int side, const
 
 /* ---- the module ---- */
 
-PyDoc_STRVAR(decode_doc, "decode(payload, into, side, top, left, height, width): see kernel.decode_window.");
+PyDoc_STRVAR(decode_doc, "decode(payload, into, picture_height, picture_width, top, left, height, width): see kernel.decode_window.");
 
 static PyObject *decode(PyObject *module, PyObject *args)
 {
     (void)module;
     Py_buffer payload = {0}, into = {0};
-    int side, top, left, height, width, made = -1;
-    if (!PyArg_ParseTuple(args, "y*w*iiiii", &payload, &into, &side, &top, &left, &height, &width))
+    Window w;
+    int height, width, made = -1;
+    if (!PyArg_ParseTuple(args, "y*w*iiiiii", &payload, &into, &w.height, &w.width, &w.top, &w.left, &height, &width))
         return NULL;
-    if (side < 1 || side > MAX_SIDE || into.len != (Py_ssize_t)3 * side * side)
-        PyErr_Format(PyExc_ValueError, "%zd bytes are no room for %d x %d pixels", into.len, side, side);
-    else if (top < 0 || left < 0 || height < 1 || width < 1 || top > side - height || left > side - width)
-        PyErr_Format(PyExc_ValueError, "a window of %d x %d at (%d, %d) does not lie within %d pixels", height, width, top,
-                     left, side);
-    else
-        made = decode_window(&payload, into.buf, side, &(Window){top, left, top + height, left + width});
+    const int fits = w.height > 0 && w.width > 0 && w.height <= MAX_SIDE && w.width <= MAX_SIDE;
+    const int item = fits && into.len % (w.height * w.width) == 0 ? (int)(into.len / (w.height * w.width)) : 0;
+    if (item != 3 && item != 4)
+        PyErr_Format(PyExc_ValueError, "%zd bytes are no room for %d x %d pixels", into.len, w.height, w.width);
+    else if (w.top < 0 || w.left < 0 || height < 1 || width < 1 || w.top > w.height - height || w.left > w.width - width)
+        PyErr_Format(PyExc_ValueError, "a window of %d x %d at (%d, %d) does not lie within %d x %d pixels", height, width,
+                     w.top, w.left, w.height, w.width);
+    else {
+        w.bottom = w.top + height, w.right = w.left + width;
+        made = decode_window(&payload, into.buf, item, &w);
+    }
     PyBuffer_Release(&payload);
     PyBuffer_Release(&into);
     return made < 0 ? NULL : PyBool_FromLong(made);

@@ -7,7 +7,8 @@ import numpy.typing as npt
 def decode(
     payload: bytes | memoryview,
     into: npt.NDArray[Any],
-    side: int,
+    picture_height: int,
+    picture_width: int,
     top: int,
     left: int,
     height: int,

@@ -195,8 +195,25 @@ static void make_places_rgb(void)
             PLACES_RGB[j / 16][c][j % 16] = (uint8_t)(j % 3 == c ? j / 3 : 0x80);
 }
 
-/* 32 pixels: 96 bytes. */
-TARGET_JPEG ALWAYS_INLINE void write_pixels(uint8_t *out, __m256i y, __m256i cb, __m256i cr)
+/* 32 pixels of red, green, blue and 255, from 16 in each half of three vectors. */
+TARGET_JPEG ALWAYS_INLINE void write_fours(uint8_t *out, const __m256i rgb[3])
+{
+    const __m256i full = _mm256_set1_epi8(-1);
+    const __m256i rg[2] = {_mm256_unpacklo_epi8(rgb[0], rgb[1]), _mm256_unpackhi_epi8(rgb[0], rgb[1])};
+    const __m256i bx[2] = {_mm256_unpacklo_epi8(rgb[2], full), _mm256_unpackhi_epi8(rgb[2], full)};
+    __m256i fours[4];
+    for (int i = 0; i < 2; i++) {
+        fours[2 * i] = _mm256_unpacklo_epi16(rg[i], bx[i]);
+        fours[2 * i + 1] = _mm256_unpackhi_epi16(rg[i], bx[i]);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm_storeu_si128((__m128i *)(out + 16 * i), _mm256_castsi256_si128(fours[i]));
+        _mm_storeu_si128((__m128i *)(out + 64 + 16 * i), _mm256_extracti128_si256(fours[i], 1));
+    }
+}
+
+/* 32 pixels of 3 bytes, or of 4, whose last is 255. */
+TARGET_JPEG ALWAYS_INLINE void write_pixels(uint8_t *out, int item, __m256i y, __m256i cb, __m256i cr)
 {
     const __m256i zero = _mm256_setzero_si256();
     __m256i low[3], high[3], thirds[3];
@@ -204,6 +221,10 @@ TARGET_JPEG ALWAYS_INLINE void write_pixels(uint8_t *out, __m256i y, __m256i cb,
     colours(high, _mm256_unpackhi_epi8(y, zero), _mm256_unpackhi_epi8(cb, zero), _mm256_unpackhi_epi8(cr, zero));
     for (int c = 0; c < 3; c++)
         low[c] = _mm256_packus_epi16(low[c], high[c]);
+    if (item == 4) {
+        write_fours(out, low);
+        return;
+    }
     for (int k = 0; k < 3; k++) {
         thirds[k] = zero;
         for (int c = 0; c < 3; c++) {

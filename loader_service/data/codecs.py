@@ -105,7 +105,7 @@ def decode(
     if codec == CODECS["jpeg"]:
         # Into a buffer of this size even where none is given: a JPEG that says it is huge is then refused.
         buffer = np.empty(size, np.uint8) if into is None else into
-        if window is not None and kernel.decode_window(payload, buffer, side, window):
+        if window is not None and kernel.decode_window(payload, buffer, (side, side), window):
             return buffer.reshape(shape)
         try:
             pixels: Pixels = simplejpeg.decode_jpeg(payload, colorspace="RGB", buffer=buffer)

@@ -68,23 +68,25 @@ def decodes_windows() -> bool:
     return chosen() in _DECODING_FORMS and _jpeg is not None and _jpeg.runs_here()
 
 
-def decode_window(payload: bytes | memoryview, into: npt.NDArray[np.uint8], side: int, window: Window) -> bool:
-    """Decode no more of a JPEG than a window of it, if the form in use can and the JPEG is such as records are made of.
+def decode_window(
+    payload: bytes | memoryview, into: npt.NDArray[np.uint8], size: tuple[int, int], window: Window
+) -> bool:
+    """Decode no more of a JPEG than a window of it, if the form in use can and the JPEG is such as records are.
 
     Args:
-        payload: the JPEG, (side, side, 3) pixels or anything else.
-        into: (3 * side * side,) uint8, a whole record's pixels: within the window they become what libjpeg-turbo
-            makes of them, beside it anything; above and below it nothing is written.
-        side: of the record, in pixels.
+        payload: the JPEG, of this size or anything else.
+        into: uint8, the whole picture's pixels of 3 bytes, or of 4 with 255 as the last: within the window they become
+            what libjpeg-turbo makes of them, beside it anything; above and below it nothing is written.
+        size: height and width of the picture, in pixels.
         window: what is needed.
 
     Returns:
         Whether the window is there. If not, ``into`` may have been written, and libjpeg-turbo tells what the payload is.
 
     Raises:
-        ValueError: the window does not lie within the record, or ``into`` has another size.
+        ValueError: the window does not lie within the picture, or ``into`` has another size.
     """
-    return decodes_windows() and _jpeg.decode(payload, into, side, *window)
+    return decodes_windows() and _jpeg.decode(payload, into, *size, *window)
 
 
 def add(pixels: npt.NDArray[np.uint8], total: npt.NDArray[np.uint16], products: npt.NDArray[np.int64]) -> None:

@@ -83,9 +83,10 @@ def bars(rounds: Rounds, single: Single | None) -> list[Bar]:
 
 
 def _single_bars(single: Single) -> list[Bar]:
-    preprocess = single.preprocess_per_s / single.standardise_per_s
+    rates = zip(single.preprocess_per_s, single.standardise_per_s, strict=True)
+    preprocess = spread([whole / alone for whole, alone in rates])
     return [
-        Bar("preprocessing: of decode + resize alone", "at least 0.75", spread([preprocess]), preprocess >= 0.75),
+        Bar("preprocessing: of decode + resize alone", "at least 0.75", preprocess, preprocess.median >= 0.75),
         Bar("MB of a worker's own", "below 60", spread(single.worker_mb), max(single.worker_mb) < 60),
         Bar("no torch in a worker (1: none)", "1", spread([float(single.torch_free)]), single.torch_free),
         Bar(

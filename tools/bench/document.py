@@ -154,11 +154,12 @@ def _chart(results: Results, codec: str) -> str:
 
 def _single(single: Single) -> str:
     starts, memory = spread(single.starts_s), spread(single.worker_mb)
+    whole, alone = spread(single.preprocess_per_s), spread(single.standardise_per_s)
     return f"""- Start of the node's process to the first batch in a client's hands: {shown(starts, ".2f")} s.
 - 128 positions of an order over a billion records: {single.order_us:.0f} us, at any place; nothing grows with the dataset.
 - A worker's own memory after an epoch, beyond LMDB's pages and the client's slots: {shown(memory, ".1f")} MB.
-- Preprocessing {single.originals:,} originals, process start and manifest included: {single.preprocess_per_s:,.0f}/s; decoding
-  and resizing alone: {single.standardise_per_s:,.0f}/s."""
+- Preprocessing {single.originals:,} originals, process start and manifest included: {shown(whole, ",.0f")}/s; as many processes
+  that decode and resize alone, with libjpeg-turbo and Pillow-SIMD: {shown(alone, ",.0f")}/s."""
 
 
 def _rate(results: Results, each: Contestant) -> float:

@@ -60,7 +60,7 @@ def check(payload: bytes, side: int, *windows: Window) -> None:
         top, left, height, width = window
         part = np.s_[top : top + height, left : left + width]
         into[:] = 0xA5
-        assert kernel.decode_window(payload, into, side, window)
+        assert kernel.decode_window(payload, into, (side, side), window)
         assert np.array_equal(into.reshape(side, side, 3)[part], whole[part]), window
     assert (memory[:32] == 0xA5).all()
     assert (memory[-32:] == 0xA5).all()
@@ -127,9 +127,9 @@ def without_segments(payload: bytes, marker: int) -> bytes:
 def test_tables_of_another_picture(marker: int) -> None:
     """A JPEG that lacks its tables does not get those of the one before it."""
     payload, into = encode(textured(64), "jpeg"), np.zeros(raw_bytes(64), np.uint8)
-    kernel.decode_window(payload, into, 64, (0, 0, 64, 64))
+    kernel.decode_window(payload, into, (64, 64), (0, 0, 64, 64))
     assert len(without_segments(payload, marker)) < len(payload) - 100
-    assert not kernel.decode_window(without_segments(payload, marker), into, 64, (0, 0, 64, 64))
+    assert not kernel.decode_window(without_segments(payload, marker), into, (64, 64), (0, 0, 64, 64))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_tables_of_another_picture(marker: int) -> None:
 def test_what_records_are_not_made_of(payload: bytes) -> None:
     """Other JPEGs are left to libjpeg-turbo, which decodes them whole."""
     into = np.zeros(raw_bytes(64), np.uint8)
-    assert not kernel.decode_window(payload, into, 64, (0, 0, 64, 64))
+    assert not kernel.decode_window(payload, into, (64, 64), (0, 0, 64, 64))
     whole = simplejpeg.decode_jpeg(payload, colorspace="RGB")
     np.testing.assert_array_equal(decode(payload, JPEG, into, side=64, window=(5, 6, 7, 8)), whole)
 
@@ -200,8 +200,8 @@ def test_a_jpeg_of_another_side() -> None:
 def test_a_window_beside_the_record(window: Window) -> None:
     """Nothing is written for it, not even where it overlaps."""
     into = np.zeros(raw_bytes(64), np.uint8)
-    with pytest.raises(ValueError, match="does not lie within 64 pixels"):
-        kernel.decode_window(encode(textured(64), "jpeg"), into, 64, window)
+    with pytest.raises(ValueError, match="does not lie within 64 x 64 pixels"):
+        kernel.decode_window(encode(textured(64), "jpeg"), into, (64, 64), window)
     assert not into.any()
 
 
@@ -209,4 +209,6 @@ def test_a_window_beside_the_record(window: Window) -> None:
 def test_too_little_room() -> None:
     """A buffer of another size than a record's is refused."""
     with pytest.raises(ValueError, match="12287 bytes are no room for 64 x 64 pixels"):
-        kernel.decode_window(encode(textured(64), "jpeg"), np.zeros(raw_bytes(64) - 1, np.uint8), 64, (0, 0, 8, 8))
+        kernel.decode_window(
+            encode(textured(64), "jpeg"), np.zeros(raw_bytes(64) - 1, np.uint8), (64, 64), (0, 0, 8, 8)
+        )

@@ -57,8 +57,10 @@ def test_a_decoder_of_windows_of_other_bytes_is_noticed(monkeypatch: pytest.Monk
     """What serves in place of libjpeg-turbo is told by the hash just as well."""
     true = kernel.decode_window
 
-    def decode_window(payload: bytes, into: npt.NDArray[np.uint8], side: int, window: kernel.Window) -> bool:
-        done = true(payload, into, side, window)
+    def decode_window(
+        payload: bytes, into: npt.NDArray[np.uint8], size: tuple[int, int], window: kernel.Window
+    ) -> bool:
+        done = true(payload, into, size, window)
         into[0] ^= 1
         return done
 

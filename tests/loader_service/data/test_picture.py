@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageOps, features
 
+from loader_service.data import kernel
 from loader_service.data.picture import FILTER, MAX_PIXELS, load_picture
 from loader_service.errors import PictureError
 
@@ -71,6 +72,71 @@ def test_a_path_and_its_content_give_the_same(tmp_path: Path) -> None:
     pixels = load_picture(path)
     assert np.array_equal(pixels, load_picture(path.read_bytes()))
     assert pixels.flags.c_contiguous
+
+
+@pytest.fixture
+def decoded_in_part(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each picture was decoded without Pillow, as they come."""
+    true, answers = kernel.decode_window, list[bool]()
+
+    def decode_window(*args: Any) -> bool:
+        answers.append(true(*args))
+        return answers[-1]
+
+    monkeypatch.setattr(kernel, "decode_window", decode_window)
+    return answers
+
+
+@pytest.mark.skipif(not kernel.decodes_windows(), reason="no compiled decoder for this processor")
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [
+        (500, 375),
+        (375, 500),
+        (501, 334),
+        (333, 500),
+        (256, 256),
+        (511, 1024),
+        (700, 300),
+        (64, 48),
+        (257, 16),
+        (17, 900),
+    ],
+)
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_the_square_alone_is_decoded_to_the_same(
+    width: int, height: int, subsampling: int, decoded_in_part: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A JPEG of which only the middle is decoded gives the pixels that Pillow's decoder gives, whatever it is resized to."""
+    noise = np.random.Generator(np.random.Philox(key=width)).integers(0, 256, (height // 3, width // 3, 3), np.uint8)
+    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    content = file_of(image, "JPEG", quality=92, subsampling=subsampling)
+    sides = [side for side in (16, 100, 256, 300, 512) if min(width, height) < 2 * side]  # others: DCT scaling
+    found = [load_picture(content, side=side) for side in sides]
+    assert decoded_in_part == [True] * len(sides)
+    monkeypatch.setattr(kernel, "decode_window", lambda *_: False)
+    for pixels, side in zip(found, sides, strict=True):
+        np.testing.assert_array_equal(pixels, load_picture(content, side=side))
+
+
+@pytest.mark.skipif(not kernel.decodes_windows(), reason="no compiled decoder for this processor")
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("RGB", {"progressive": True}),
+        ("RGB", {"restart_marker_rows": 1}),
+        ("RGB", {"keep_rgb": True}),
+        ("L", {}),
+        ("CMYK", {}),
+    ],
+    ids=["progressive", "restarts", "stored as RGB", "grey", "CMYK"],
+)
+def test_other_jpegs_are_left_to_pillow(mode: str, options: dict[str, Any], decoded_in_part: list[bool]) -> None:
+    """What the decoder of records does not know is decoded all the same."""
+    pixels = load_picture(file_of(quarters(400, 300, mode), "JPEG", quality=95, **options))
+    assert True not in decoded_in_part
+    if mode != "L":
+        assert_quarters(pixels, tolerance=12)
 
 
 @pytest.mark.parametrize("side", [600, 1024, 2100])

@@ -38,6 +38,11 @@ class Batch:
         return all(part.state == "done" for part in self.parts)
 
     @property
+    def wanting(self) -> bool:
+        """Whether a part is to be asked for."""
+        return any(part.state == "wanted" for part in self.parts)
+
+    @property
     def asked(self) -> bool:
         """Whether a part is under way."""
         return any(part.state == "asked" for part in self.parts)

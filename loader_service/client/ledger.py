@@ -175,7 +175,8 @@ class Ledger:
         Args:
             now: seconds on a clock that never goes back; to be called a few times a second, for it tells who stands still.
         """
-        self._pardon()
+        if self._condemned:
+            self._pardon()
         self._place()
         self._open()
         actions: list[Action] = [*self._standstills(now), *self._asks(now), *self._deliveries()]
@@ -235,9 +236,9 @@ class Ledger:
     def _asks(self, now: float) -> list[Ask]:
         asks: list[Ask] = []
         for batch in self._batches:
-            if self._pool.full:
-                break
-            if batch.slot != NO_SLOT:
+            if batch.slot != NO_SLOT and batch.wanting:
+                if self._pool.full:
+                    break
                 asks += self._asks_of(batch, now)
         return asks
 

@@ -379,10 +379,10 @@ class Loader:
         sources = ids.copy()
         for part in made.parts:
             if part.excluded:
-                what = self._room.slice_id(plan.epoch, part)
-                sources[part.offset : part.offset + part.count] = slice_sources(self.dataset.count, what)
-        if replaced := int(np.count_nonzero(sources != ids)):
-            self._substituted[plan.epoch] = self._substituted.get(plan.epoch, 0) + replaced
+                what, where = self._room.slice_id(plan.epoch, part), slice(part.offset, part.offset + part.count)
+                sources[where] = slice_sources(self.dataset.count, what)
+                replaced = int(np.count_nonzero(sources[where] != ids[where]))
+                self._substituted[plan.epoch] = self._substituted.get(plan.epoch, 0) + replaced
         return Batch(images, labels, ids, sources, draws, plan.epoch, plan.first)
 
 

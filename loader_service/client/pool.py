@@ -40,6 +40,11 @@ class Node(Generic[T]):
         """The share of its capacity that is in use; 1 is all of it."""
         return len(self.asks) / self.capacity
 
+    @property
+    def has_room(self) -> bool:
+        """Whether it may be asked for more."""
+        return len(self.asks) < self.capacity
+
     def owe(self, number: int, asked: T, now: float) -> None:
         """It is asked for something."""
         self.asks[number] = asked
@@ -106,11 +111,14 @@ class Pool(Generic[T]):
     @property
     def full(self) -> bool:
         """Whether no node has room for an ask."""
-        return all(node.load >= 1 for node in self._askable())
+        for node in self._askable():  # asked for each batch whenever a slice has come: any() takes twice as long
+            if node.has_room:
+                return False
+        return True
 
     def choose(self, avoid: set[str]) -> Node[T] | None:
         """The node with the smallest share of its capacity in use, of those that have room and are not to be avoided."""
-        roomy = [node for node in self._askable() if node.load < 1 and node.name not in avoid]
+        roomy = [node for node in self._askable() if node.has_room and node.name not in avoid]
         return min(roomy, key=lambda node: (node.load, node.name), default=None)
 
     def look(self, now: float) -> list[tuple[Node[T], float]]:

@@ -111,10 +111,7 @@ class Pool(Generic[T]):
     @property
     def full(self) -> bool:
         """Whether no node has room for an ask."""
-        for node in self._askable():  # asked for each batch whenever a slice has come: any() takes twice as long
-            if node.has_room:
-                return False
-        return True
+        return all(not node.has_room for node in self._askable())
 
     def choose(self, avoid: set[str]) -> Node[T] | None:
         """The node with the smallest share of its capacity in use, of those that have room and are not to be avoided."""

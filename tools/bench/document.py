@@ -70,7 +70,7 @@ def markdown(results: Results, notes: str) -> str:
     for codec in LIMITS:
         parts += [f"## {codec.capitalize()} records", _table(results, codec), _chart(results, codec)]
     if results.single:
-        parts += ["## Measured once", _single(results.single)]
+        parts += ["## Measured beside the contest", _single(results.single)]
     if results.missing:
         parts += ["## Not measured", "\n".join(f"- {peer}: {why}" for peer, why in results.missing.items())]
     return "\n\n".join([*parts, notes.strip()]).rstrip() + "\n"

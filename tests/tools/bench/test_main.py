@@ -103,6 +103,12 @@ def test_more_than_a_limit_is_not_believed() -> None:
     assert (bar.disturbed, bar.reached) == (True, False)
 
 
+def test_decoding_less_than_all_may_exceed_decoding_all() -> None:
+    """Whole records decoded by libjpeg-turbo are a limit to compare with, and no bound."""
+    found = bars({"ours-jpeg-shm": [turn(120)], "decode": [turn(100)]}, None)
+    assert [(bar.disturbed, bar.reached) for bar in found if bar.figure] == [(False, True)]
+
+
 def test_a_contestant_that_breaks_is_named_with_its_last_words() -> None:
     """Its exit code and the end of its log are in the sentence."""
     sentence = r"other ended with exit code 1: no such format"

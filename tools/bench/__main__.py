@@ -14,7 +14,7 @@ import msgspec
 
 from tools.bench.contest import ROOT
 from tools.bench.contestants import limits, ours, peers
-from tools.bench.document import Results, machine, markdown
+from tools.bench.document import CHART, Results, chart, machine, markdown
 from tools.bench.pictures import make
 from tools.bench.rounds import play
 from tools.bench.single import measure
@@ -107,7 +107,8 @@ def main(
     (build / "results.json").write_bytes(msgspec.json.format(msgspec.json.encode(results)))
     document.parent.mkdir(parents=True, exist_ok=True)
     document.write_text(markdown(results, NOTES.read_text() if NOTES.exists() else ""))
-    click.echo(f"wrote {document} and {build / 'results.json'}")
+    (document.parent / CHART).write_text(chart(results))
+    click.echo(f"wrote {document}, its chart and {build / 'results.json'}")
 
 
 def _own_versions() -> str:

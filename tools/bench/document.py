@@ -1,23 +1,25 @@
-"""``docs/benchmarks.md``, written from the results of a run and nothing else."""
+"""``docs/benchmarks.md`` and its chart, written from the results of a run and nothing else."""
 
 from __future__ import annotations
 
 import os
 import platform
 import statistics
-from collections.abc import Callable
 from typing import Final
 
 import msgspec
 
 from tools.bench.bars import Bar, Rounds, Spread, bars, ratio, spread
-from tools.bench.contest import Contestant, Turn
+from tools.bench.chart import Row, svg
+from tools.bench.contest import Contestant
 from tools.bench.kernel import cpu_name
 from tools.bench.pictures import Facts
 from tools.bench.single import Single
 from tools.bench.turns import BATCH
 
-CHART_WIDTH: Final = 50
+CHART: Final = "benchmarks.svg"
+"""The chart's name, beside the document."""
+
 LIMITS: Final = {"raw": "memcpy", "jpeg": "decode"}
 
 
@@ -66,14 +68,33 @@ def markdown(results: Results, notes: str) -> str:
         _setting(results),
         "## Bars",
         _bar_table(bars(results.rounds, results.single)),
+        f"![What the tables below show, as bars]({CHART})",
     ]
     for codec in LIMITS:
-        parts += [f"## {codec.capitalize()} records", _table(results, codec), _chart(results, codec)]
+        parts += [f"## {codec.capitalize()} records", _table(results, codec)]
     if results.single:
         parts += ["## Measured beside the contest", _single(results.single)]
     if results.missing:
         parts += ["## Not measured", "\n".join(f"- {peer}: {why}" for peer, why in results.missing.items())]
     return "\n\n".join([*parts, notes.strip()]).rstrip() + "\n"
+
+
+def chart(results: Results) -> str:
+    """The figures of all contestants as an SVG document."""
+    panels = {
+        f"{codec} records": [
+            Row(
+                each.title.replace("**", ""),
+                each.kind,
+                _rate(results, each),
+                _cpu_s(results, each),
+                _memory(results, each),
+            )
+            for each in _ranking(results, codec)
+        ]
+        for codec in LIMITS
+    }
+    return svg(panels, f"{results.machine}; {results.workers} workers; {results.date}")
 
 
 def _setting(results: Results) -> str:
@@ -119,18 +140,13 @@ def _table(results: Results, codec: str) -> str:
         f"| | images/s | CPU s / 1,000 | memory, MB | {of_limit} | {of_peer} |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    there = [each for each in results.contestants if each.codec == codec]
+    there = _ranking(results, codec)
     rivals = [each.name for each in there if each.kind == "peer"]
-    for each in sorted(there, key=lambda each: -_rate(results, each)):
-        turns = results.rounds[each.name]
-
-        def median(field: Callable[[Turn], float], turns: list[Turn] = turns) -> float:
-            return statistics.median(field(turn) for turn in turns)
-
+    for each in there:
         figures = [
-            shown(spread([turn.images_per_s for turn in turns]), ",.0f"),
-            f"{median(lambda turn: turn.cpu_ms):.3f}",
-            f"{max(turn.memory_mb for turn in turns):,.0f}",
+            shown(spread([turn.images_per_s for turn in results.rounds[each.name]]), ",.0f"),
+            f"{_cpu_s(results, each):.3f}",
+            f"{_memory(results, each):,.0f}",
             _ratio(results, each.name, [LIMITS[codec]]),
             _ratio(results, each.name, rivals),
         ]
@@ -138,18 +154,6 @@ def _table(results: Results, codec: str) -> str:
     return "\n".join(
         [*rows, "", "Memory is the greatest proportional set size of all processes: LMDB's pages are in it."]
     )
-
-
-def _chart(results: Results, codec: str) -> str:
-    there = sorted(
-        (each for each in results.contestants if each.codec == codec), key=lambda each: -_rate(results, each)
-    )
-    most = max(_rate(results, each) for each in there)
-    lines = []
-    for each in there:
-        bar = "█" * max(1, round(CHART_WIDTH * _rate(results, each) / most))
-        lines.append(f"{each.title.replace('**', ''):<46} {bar} {_rate(results, each):,.0f}")
-    return "\n".join(["```text", *lines, "```"])
 
 
 def _single(single: Single) -> str:
@@ -160,6 +164,19 @@ def _single(single: Single) -> str:
 - A worker's own memory after an epoch, beyond LMDB's pages and the client's slots: {shown(memory, ".1f")} MB.
 - Preprocessing {single.originals:,} originals, process start and manifest included: {shown(whole, ",.0f")}/s; as many processes
   that decode and resize alone, with libjpeg-turbo and Pillow-SIMD: {shown(alone, ",.0f")}/s."""
+
+
+def _ranking(results: Results, codec: str) -> list[Contestant]:
+    there = [each for each in results.contestants if each.codec == codec]
+    return sorted(there, key=lambda each: -_rate(results, each))
+
+
+def _cpu_s(results: Results, each: Contestant) -> float:
+    return statistics.median(turn.cpu_ms for turn in results.rounds[each.name])
+
+
+def _memory(results: Results, each: Contestant) -> float:
+    return max(turn.memory_mb for turn in results.rounds[each.name])
 
 
 def _rate(results: Results, each: Contestant) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import msgspec
 import numpy as np
@@ -65,6 +66,13 @@ def test_a_small_run_writes_its_results_and_document(tmp_path: Path, photographs
     assert all(turns[0].images_per_s > 0 for turns in results.rounds.values())
     document = (tmp_path / "benchmarks.md").read_text()
     assert [each.title for each in results.contestants if each.title not in document] == []
+    chart = ElementTree.parse(tmp_path / "benchmarks.svg")
+    words = [text.text or "" for text in chart.iter("{http://www.w3.org/2000/svg}text")]
+    for each in results.contestants:
+        [turn] = results.rounds[each.name]
+        at = words.index(each.title.replace("**", ""))
+        assert words[at + 1 : at + 4] == [f"{turn.images_per_s:,.0f}", f"{turn.cpu_ms:.3f}", f"{turn.memory_mb:,.0f}"]
+    assert "](benchmarks.svg)" in document
 
 
 def test_an_unknown_peer_is_refused() -> None:

@@ -19,6 +19,7 @@ from trainer.errors import ConfigError, DeviceError, RunFolderError, TrainerErro
 from trainer.evaluate import VIEWS, evaluate_runs
 from trainer.export import export_run
 from trainer.feed import LoaderServiceError, Node, open_source
+from trainer.figures import confusion_svg
 from trainer.loop import train
 from trainer.options import (
     BATCH_SIZE,
@@ -35,7 +36,7 @@ from trainer.options import (
     resumed_config,
 )
 from trainer.predict import predict
-from trainer.run_folder import RunFolder, newest_run
+from trainer.run_folder import RunFolder, newest_run, write_atomically
 from trainer.scores import class_errors, tables
 from trainer.state import Resume
 from trainer.stop import Stopped, StopRequest
@@ -92,10 +93,16 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **give
 @options(SOURCE, (BATCH_SIZE, DEVICES, JSON))
 @click.option("--views", type=click.Choice(VIEWS), default=VIEWS[0], show_default=True)
 @click.option("--classes", "by_class", is_flag=True, help="Also each class's errors, and which are taken for which.")
+@click.option(
+    "--figure",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also draw which classes are taken for which into this file, as SVG.",
+)
 def evaluate(
     runs: tuple[Path, ...],
     views: str,
     by_class: bool,
+    figure: Path | None,
     batch_size: int,
     devices: tuple[str, ...],
     as_json: bool,
@@ -107,7 +114,12 @@ def evaluate(
     """
     with _one_sentence(), open_source(Source(**places)) as node:
         click.echo(node.about, err=True)
+        if figure and not figure.parent.is_dir():  # known before hours of work
+            raise ConfigError("--figure", figure, "a file in a folder that is there")
         result, names = evaluate_runs(runs, node, views, batch_size, devices)
+        if figure:
+            write_atomically(figure, confusion_svg(result.confusion, names).encode())
+            click.echo(f"drew {figure}", err=True)
     if as_json:
         about = {"views": views, "classes": class_errors(result, names)}
         click.echo(msgspec.json.encode(msgspec.structs.asdict(result) | about).decode())

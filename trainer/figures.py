@@ -1,12 +1,14 @@
-"""Pictures of a run: the first layer's kernels (as figure 3 of the paper) and the learning curves.
+"""Pictures of a run: the first layer's kernels (as figure 3 of the paper), the learning curves, and what it confuses.
 
-The kernels go through Pillow; the curves are written as SVG by hand, so that no plotting library is needed.
+The kernels go through Pillow; the others are written as SVG by hand, so that no plotting library is needed.
 """
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Final
 from xml.sax.saxutils import escape
@@ -26,6 +28,13 @@ _GAP_PX: Final = 4
 _BETWEEN_TOWERS_PX: Final = 24
 _PANEL_PX: Final = (420, 260)
 _MARGIN_PX: Final = 48
+_MATRIX_PX: Final = 800
+_NAMED_CLASSES: Final = 60
+"""More classes have no room for their names beside the matrix."""
+
+_RIGHT, _WRONG = (26, 127, 55), (207, 34, 46)
+"""Colours of a class taken for itself and for another, where all its pictures are."""
+
 _MAX_POINTS: Final = 1000
 """Points of a curve; more would only make the file larger than a screen can show."""
 
@@ -136,3 +145,38 @@ def _panel(title: str, curves: Iterable[Curve], left: int) -> str:
             f'<text x="{width - 4}" y="{12 + 16 * row}" text-anchor="end" fill="{curve.colour}">{escape(curve.name)}</text>'
         )
     return "\n".join([*parts, "</g>", ""])
+
+
+def confusion_svg(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    """A confusion matrix as an SVG document: a row for each class, a column for each guess.
+
+    The more of a class's pictures got a guess, the darker it is: green where the guess is right, red where it is not.
+
+    Args:
+        confusion: ``confusion[label][guess]`` pictures.
+        names: of the classes; beside the matrix, where there is room for them.
+    """
+    counts = np.asarray(confusion, np.float64)
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    colours = np.where(np.eye(len(names), dtype=bool)[..., None], _RIGHT, _WRONG)
+    cells = (255 - shares[..., None] * (255 - colours)).round().astype(np.uint8)
+    file = BytesIO()
+    Image.fromarray(cells).save(file, "PNG")
+    named = len(names) <= _NAMED_CLASSES
+    cell, left = _MATRIX_PX / len(names), 200 if named else _MARGIN_PX
+    size = left + _MATRIX_PX + _MARGIN_PX
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}" font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<image x="{left}" y="{left}" width="{_MATRIX_PX}" height="{_MATRIX_PX}" style="image-rendering:pixelated" '
+        f'href="data:image/png;base64,{b64encode(file.getvalue()).decode()}"/>',
+        f'<rect x="{left}" y="{left}" width="{_MATRIX_PX}" height="{_MATRIX_PX}" fill="none" stroke="black"/>',
+        f'<text x="8" y="20">rows: the class; columns: what it was taken for; {int(counts.sum()):,} images</text>',
+    ]
+    for label, name in enumerate(names if named else ()):
+        middle = left + (label + 0.5) * cell
+        parts.append(f'<text x="{left - 6}" y="{middle + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        parts.append(
+            f'<text transform="translate({middle + 4:.1f} {left - 6}) rotate(-90)">{escape(name)}</text>'
+        )  # reads upwards
+    return "\n".join([*parts, "</svg>", ""])

@@ -124,6 +124,16 @@ def test_evaluate_tells_of_each_class(node: str, run: Path) -> None:
     assert all(name in shown for name in ("0 ant", "1 bee", "2 cat"))
 
 
+def test_evaluate_draws_what_is_taken_for_what(node: str, run: Path, tmp_path: Path) -> None:
+    """Into the file that is named; a folder that is not there is known before the work is done."""
+    figure = tmp_path / "confusion.svg"
+    assert trainer("evaluate", run, "--loader", node, "--figure", figure).exit_code == 0
+    assert "bee" in figure.read_text()
+    refused = trainer("evaluate", run, "--loader", node, "--figure", tmp_path / "no" / "confusion.svg")
+    assert refused.exit_code != 0
+    assert "a file in a folder that is there" in refused.stderr
+
+
 def test_predict(run: Path, tmp_path: Path) -> None:
     """Any picture file; probabilities of the best classes, most probable first."""
     Image.new("RGB", (300, 400), (200, 10, 10)).save(tmp_path / "red.png")

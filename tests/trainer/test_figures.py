@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -67,3 +69,20 @@ def test_draw_writes_both(tmp_path: Path) -> None:
         "kernels.png",
         "log.jsonl",
     ]
+
+
+def test_confusion_is_a_cell_for_each_pair() -> None:
+    """Right guesses are green, wrong ones red, the darker the more of the class; names are beside them, escaped."""
+    root = ElementTree.fromstring(figures.confusion_svg([[4, 0], [1, 3]], ["a & b", "c"]))
+    [image] = root.findall("{http://www.w3.org/2000/svg}image")
+    cells = np.asarray(Image.open(BytesIO(b64decode(image.attrib["href"].split(",")[1]))))
+    assert cells.tolist() == [[[26, 127, 55], [255, 255, 255]], [[243, 200, 203], [83, 159, 105]]]
+    words = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert words[1:] == ["a & b", "a & b", "c", "c"]
+    assert str(words[0]).endswith("8 images")
+
+
+def test_many_classes_have_no_names() -> None:
+    """A thousand of them would be one black line; a class without pictures has white cells."""
+    root = ElementTree.fromstring(figures.confusion_svg(np.zeros((1000, 1000), int).tolist(), ["n"] * 1000))
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}text"))) == 1

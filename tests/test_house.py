@@ -18,7 +18,6 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("loader_service", "trainer", "tools")
 EXTRAS_OF_MAKE = ("trainer", "dev")
 
 
@@ -30,38 +29,6 @@ def read(name: str) -> str:
 def section(document: str, heading: str) -> str:
     """The text below a second-level heading, up to the next one."""
     return document.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
-
-
-def tree_entries() -> dict[str, str]:
-    """README's tree: each path and its role. Two spaces of indentation are one folder."""
-    block = section(read("README.md"), "The tree").split("```")[1]
-    entries: dict[str, str] = {}
-    folders: list[str] = []
-    for line in block.strip("\n").splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        name, _, role = line.strip().partition(" ")
-        path = "".join([*folders[:depth], name])
-        folders = [*folders[:depth], name]
-        entries[path] = role.strip()
-    return entries
-
-
-def test_every_path_in_the_readme_is_there() -> None:
-    """A newcomer finds each file and folder that the tree names, and each has its role beside it."""
-    entries = tree_entries()
-    assert [path for path in entries if not (ROOT / path).exists()] == []
-    assert [path for path, role in entries.items() if not role] == []
-
-
-def test_every_module_is_in_the_readme() -> None:
-    """The tree names every module of the packages."""
-    modules = {
-        str(path.relative_to(ROOT))
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*.py")
-        if path.name != "__init__.py"
-    }
-    assert modules - tree_entries().keys() == set()
 
 
 def named_tests(text: str) -> list[tuple[str, str]]:

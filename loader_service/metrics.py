@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-from loader_service.link.messages import Status
-from loader_service.spec import STAGES
+from loader_service.types import STAGES
+from loader_service.wire.messages import Status
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Final
 
 import msgspec
 
-from loader_service.link.messages import Status
-from loader_service.spec import STAGES, StageSeconds
+from loader_service.types import STAGES, StageSeconds
+from loader_service.wire.messages import Status
 
 BUSY: Final = 0.75
 """Below it a request finds an idle worker most of the time; in measurements busy pools lie above 0.9."""

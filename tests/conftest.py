@@ -16,7 +16,7 @@ from loader_service.data.centred import centre_of, encode_centred
 from loader_service.data.codecs import Codec, encode
 from loader_service.data.manifest import Manifest, Statistics
 from loader_service.data.writer import Writer
-from loader_service.spec import RECORD_SIDE_PX
+from loader_service.types import RECORD_SIDE_PX
 
 # A shell that runs tests in the background has SIGINT ignored, and so would every program that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

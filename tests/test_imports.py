@@ -18,10 +18,10 @@ PACKAGES = ("loader_service", "trainer", "tools")
 MAY_IMPORT = {
     "loader_service": ("loader_service",),
     "loader_service.errors": (),
-    "loader_service.spec": ("loader_service.errors",),
-    "loader_service.metrics": ("loader_service.errors", "loader_service.spec", "loader_service.link"),
-    "loader_service.data": ("loader_service.errors", "loader_service.spec", "loader_service.data"),
-    "loader_service.link": ("loader_service.errors", "loader_service.spec", "loader_service.link"),
+    "loader_service.types": ("loader_service.errors",),
+    "loader_service.metrics": ("loader_service.errors", "loader_service.types", "loader_service.wire"),
+    "loader_service.data": ("loader_service.errors", "loader_service.types", "loader_service.data"),
+    "loader_service.wire": ("loader_service.errors", "loader_service.types", "loader_service.wire"),
     "trainer": ("trainer",),
     "trainer.feed": ("trainer", "loader_service"),
     "tools": PACKAGES,
@@ -31,7 +31,7 @@ MAY_IMPORT = {
 # Third-party imports that only these may make.
 ONLY_IN = {
     "lmdb": ("loader_service.data", "tools"),
-    "zmq": ("loader_service.link", "loader_service.node", "loader_service.client", "tools"),
+    "zmq": ("loader_service.wire", "loader_service.node", "loader_service.client", "tools"),
     "torch": ("trainer", "loader_service.torch", "tools"),
 }
 
@@ -40,12 +40,12 @@ PURE = (
     "loader_service.client.ledger",
     "loader_service.client.plan",
     "loader_service.client.pool",
-    "loader_service.node.roster",
+    "loader_service.node.scheduler",
 )
 IMPURE_IMPORTS = ("asyncio", "multiprocessing", "os", "random", "socket", "subprocess", "threading", "time", "zmq")
 
 # Where pixels and the wire meet: who writes a slice's arrays, and who hands them out.
-KNOW_DATA_AND_LINK = {"loader_service.node.worker", "loader_service.client.loader"}
+KNOW_DATA_AND_WIRE = {"loader_service.node.worker", "loader_service.client.loader"}
 
 EXECUTES_WHAT_IT_READS = ("pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")
 ONLY_NAMES = ("pickle.UnpicklingError",)  # what torch.load raises when it refuses a file
@@ -138,17 +138,17 @@ def test_a_third_party_package_stays_where_it_belongs(package: str) -> None:
     assert wrong == []
 
 
-def test_data_and_link_meet_in_two_places_alone() -> None:
+def test_data_and_wire_meet_in_two_places_alone() -> None:
     """Whoever knows pictures knows no network, and the other way round, but for those who join the two."""
     both = {
         module
         for module, tree in modules().items()
         if under(module, "loader_service")
         and all(
-            any(under(name, f"loader_service.{part}") for name, _ in imports(module, tree)) for part in ("data", "link")
+            any(under(name, f"loader_service.{part}") for name, _ in imports(module, tree)) for part in ("data", "wire")
         )
     }
-    assert both <= KNOW_DATA_AND_LINK
+    assert both <= KNOW_DATA_AND_WIRE
     assert "loader_service.node.worker" in both
 
 

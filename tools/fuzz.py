@@ -24,10 +24,10 @@ from loader_service import Loader, LocalNode, status
 from loader_service.data import golden, kernel
 from loader_service.data.codecs import SUBSAMPLINGS
 from loader_service.errors import MessageError
-from loader_service.link import messages
-from loader_service.link.messages import FromClient, FromNode, Place, Request
-from loader_service.link.slots import Segment
-from loader_service.spec import RECORD_SIDE_PX, VIEWS, DatasetFacts, Installation, SliceId, mean_bytes
+from loader_service.types import RECORD_SIDE_PX, VIEWS, DatasetFacts, Installation, SliceId, mean_bytes
+from loader_service.wire import messages
+from loader_service.wire.messages import FromClient, FromNode, Place, Request
+from loader_service.wire.shm import Segment
 from tools.chaos.__main__ import dataset
 from tools.chaos.client import digest
 from tools.chaos.processes import in_session

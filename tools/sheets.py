@@ -13,7 +13,7 @@ from loader_service.data.augment import complete_view
 from loader_service.data.codecs import Pixels
 from loader_service.data.fill import empty_slice, fill
 from loader_service.data.records import Records
-from loader_service.spec import SampleLayout, SliceId, View
+from loader_service.types import SampleLayout, SliceId, View
 
 TILE_PX: Final = 128
 CAPTION_PX: Final = 14

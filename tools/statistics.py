@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from loader_service.data import kernel
 from loader_service.data.manifest import Statistics
-from loader_service.spec import RECORD_SIDE_PX
+from loader_service.types import RECORD_SIDE_PX
 
 GREY_LEVELS: Final = 255
 

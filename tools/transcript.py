@@ -12,9 +12,9 @@ from typing import Final
 
 import click
 
-from loader_service.link import messages
-from loader_service.link.messages import FromClient, FromNode, Place, Request
-from loader_service.spec import RECORD_SIDE_PX, VIEWS, DatasetFacts, Installation, SliceId, mean_bytes
+from loader_service.types import RECORD_SIDE_PX, VIEWS, DatasetFacts, Installation, SliceId, mean_bytes
+from loader_service.wire import messages
+from loader_service.wire.messages import FromClient, FromNode, Place, Request
 
 INSTANCE: Final = "0123456789abcdef" * 2
 SEGMENT: Final = f"loader-service-{'fedcba9876543210' * 2}"

@@ -22,7 +22,7 @@ from torch import Tensor
 from loader_service import Loader, LocalNode, View, defaults, describe
 from loader_service.data.picture import load_picture
 from loader_service.errors import LoaderServiceError, NoNodeError
-from loader_service.spec import Split
+from loader_service.types import Split
 from trainer.centre import Windows
 from trainer.config import Source
 from trainer.dataset import Facts

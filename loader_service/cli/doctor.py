@@ -12,8 +12,8 @@ from loader_service import defaults
 from loader_service.cli.options import Command, option
 from loader_service.data import kernel
 from loader_service.errors import OptionError
-from loader_service.node import checkup
-from loader_service.node.checkup import Check
+from loader_service.node import health
+from loader_service.node.health import Check
 
 
 @click.command(cls=Command)
@@ -32,13 +32,13 @@ def doctor(data: Path, workers: int, bind: str, keys: Path | None) -> None:
     checks = [
         check_pillow(),
         check_kernel(),
-        checkup.check_samples(),
-        checkup.check_cpus(workers),
-        checkup.check_shared_memory(),
-        checkup.check_descriptors(workers),
-        checkup.check_keys(keys, bind),
-        checkup.check_address(bind),
-        checkup.check_dataset(data),
+        health.check_samples(),
+        health.check_cpus(workers),
+        health.check_shared_memory(),
+        health.check_descriptors(workers),
+        health.check_keys(keys, bind),
+        health.check_address(bind),
+        health.check_dataset(data),
     ]
     for check in checks:
         remedy = f"; {check.remedy}" if check.remedy else ""

@@ -18,8 +18,8 @@ from loader_service import defaults
 from loader_service.cli.options import Command, argument, option
 from loader_service.client.query import status as ask_status
 from loader_service.errors import NoNodeError
-from loader_service.link.messages import Status
 from loader_service.rates import Rates, between
+from loader_service.wire.messages import Status
 
 
 def _node_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loader_service.data.manifest import Statistics
-from loader_service.spec import DatasetFacts
+from loader_service.types import DatasetFacts
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from loader_service.errors import NodeRefused
-from loader_service.link import messages
-from loader_service.spec import BUILTIN_GOLDEN, DatasetFacts, Split
+from loader_service.types import BUILTIN_GOLDEN, DatasetFacts, Split
+from loader_service.wire import messages
 
 
 def check_welcome(

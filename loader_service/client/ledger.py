@@ -2,7 +2,7 @@
 
 Rules of this file: no sockets, clocks, threads or shared memory. Events come in as method calls, actions come out of
 :meth:`Ledger.advance`. The one thing it must know from outside at once, whether a slot's part is free of late writers,
-it asks through ``arm`` (see ``link.slots``).
+it asks through ``arm`` (see ``wire.shm``).
 
 A batch lives in a slot and is made of parts, one slice each. A part's life:
 

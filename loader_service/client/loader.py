@@ -19,22 +19,22 @@ import numpy.typing as npt
 from loader_service import defaults
 from loader_service.client.actions import Batch as MadeBatch
 from loader_service.client.actions import Deliver, Finish
+from loader_service.client.buffers import Room
 from loader_service.client.dataset import Dataset
 from loader_service.client.ledger import EpochAccount, Ledger
 from loader_service.client.options import check_choice, check_range, check_view, view_of
 from loader_service.client.plan import Schedule
 from loader_service.client.quarantine import Quarantined
-from loader_service.client.room import Room
 from loader_service.client.session import Delivery, Session
 from loader_service.client.state import State
 from loader_service.data import kernel
 from loader_service.data.augment import complete_view
 from loader_service.data.fill import slice_numbers, slice_sources
 from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld
-from loader_service.link.keys import chosen_keys
-from loader_service.link.messages import MAX_CONNECTIONS
 from loader_service.metrics import LoaderHook, LoaderMetrics
-from loader_service.spec import MAX_EXCLUDED, Dtype, SampleLayout, SliceId, Split, View
+from loader_service.types import MAX_EXCLUDED, Dtype, SampleLayout, SliceId, Split, View
+from loader_service.wire.auth import chosen_keys
+from loader_service.wire.messages import MAX_CONNECTIONS
 
 log = logging.getLogger("loader_service.client")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from loader_service.errors import OptionError
-from loader_service.spec import VIEWS, View
+from loader_service.types import VIEWS, View
 
 
 def check_view(view: str | View) -> None:

@@ -13,9 +13,9 @@ from loader_service import defaults
 from loader_service.client.dataset import Dataset
 from loader_service.client.handshake import check_protocol, check_welcome
 from loader_service.errors import MessageError, NoNodeError
-from loader_service.link import messages, sockets
-from loader_service.link.keys import ClientKeys, chosen_keys
-from loader_service.spec import Split
+from loader_service.types import Split
+from loader_service.wire import messages, sockets
+from loader_service.wire.auth import ClientKeys, chosen_keys
 
 
 def describe(

@@ -23,12 +23,12 @@ import zmq
 
 from loader_service import defaults
 from loader_service.client.actions import Ask, Deliver, Finish, Standstill
+from loader_service.client.buffers import Room
+from loader_service.client.connection import Link, Peer
 from loader_service.client.handshake import check_protocol, check_welcome
 from loader_service.client.ledger import MAX_EXCUSES, Ledger
-from loader_service.client.peer import Link, Peer
 from loader_service.client.quarantine import Quarantine
 from loader_service.client.resolver import Resolver
-from loader_service.client.room import Room
 from loader_service.errors import (
     LoaderServiceError,
     MessageError,
@@ -38,10 +38,10 @@ from loader_service.errors import (
     RecordError,
     SharedMemoryError,
 )
-from loader_service.link import messages, sockets
-from loader_service.link.keys import ClientKeys
-from loader_service.link.waker import Waker
-from loader_service.spec import DatasetFacts, Split
+from loader_service.types import DatasetFacts, Split
+from loader_service.wire import messages, sockets
+from loader_service.wire.auth import ClientKeys
+from loader_service.wire.waker import Waker
 
 log = logging.getLogger("loader_service.client")
 

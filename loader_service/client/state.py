@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from loader_service.errors import StateError
-from loader_service.spec import MAX_EXCLUDED, Count, Position, View
+from loader_service.types import MAX_EXCLUDED, Count, Position, View
 
 FORMAT: Final = 1
 _IDENTITY: Final = ("format", "fingerprint", "golden", "seed", "view")

@@ -13,7 +13,7 @@ from loader_service.data import kernel
 from loader_service.data.codecs import CODECS, HEADER, Pixels, raw_bytes
 from loader_service.data.draws import MAX_SHIFT
 from loader_service.data.manifest import Statistics
-from loader_service.spec import RECORD_SIDE_PX, Images, View
+from loader_service.types import RECORD_SIDE_PX, Images, View
 
 
 def complete_view(view: View, statistics: Statistics) -> View:

@@ -17,7 +17,7 @@ import xxhash
 from loader_service.data import kernel
 from loader_service.data.centred import FRACTION_BITS
 from loader_service.data.kernel import Window
-from loader_service.spec import RECORD_SIDE_PX
+from loader_service.types import RECORD_SIDE_PX
 
 HEADER: Final = struct.Struct("<IBxxxQ")
 """label, codec number, xxh3-64 of the payload: 16 bytes."""

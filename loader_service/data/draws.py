@@ -36,7 +36,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.spec import DRAWS, RECORD_SIDE_PX, View
+from loader_service.types import DRAWS, RECORD_SIDE_PX, View
 
 STREAM_ORDER: Final = 0
 STREAM_AUGMENT: Final = 1

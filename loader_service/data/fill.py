@@ -13,7 +13,7 @@ from loader_service.data.order import records_at, substitute
 from loader_service.data.records import Records, Values
 from loader_service.data.stopwatch import AUGMENT, DECODE, READ, Stopwatch
 from loader_service.errors import RecordError
-from loader_service.spec import DRAWS, SampleLayout, Slice, SliceId
+from loader_service.types import DRAWS, SampleLayout, Slice, SliceId
 
 
 def slice_numbers(count: int, what: SliceId) -> npt.NDArray[np.int64]:

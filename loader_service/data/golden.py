@@ -26,7 +26,7 @@ from loader_service.data.fill import empty_slice, fill, slice_sources
 from loader_service.data.manifest import Statistics
 from loader_service.data.order import records_at
 from loader_service.data.records import Records
-from loader_service.spec import VIEWS, Dtype, Installation, SampleLayout, Slice, SliceId, View
+from loader_service.types import VIEWS, Dtype, Installation, SampleLayout, Slice, SliceId, View
 
 SAMPLES: Final = 16
 _SEED, _EPOCH = 2012, 60

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import xxhash
 
 from loader_service.data.codecs import Codec
-from loader_service.spec import MAX_SIDE_PX, MIN_SIDE_PX, mean_bytes
+from loader_service.types import MAX_SIDE_PX, MIN_SIDE_PX, mean_bytes
 
 FORMAT: Final = 1
 MAX_CLASSES: Final = 2**20

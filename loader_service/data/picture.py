@@ -35,7 +35,7 @@ from PIL import Image, features
 
 from loader_service.data import kernel
 from loader_service.errors import PictureError
-from loader_service.spec import MAX_SIDE_PX, RECORD_SIDE_PX
+from loader_service.types import MAX_SIDE_PX, RECORD_SIDE_PX
 
 MAX_PIXELS: Final = 89_478_485
 """Largest picture, in pixels: Pillow's own warning limit. It takes 340 MiB while it is decoded."""

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.spec import STAGES, StageSeconds
+from loader_service.types import STAGES, StageSeconds
 
 READ, DECODE, AUGMENT = range(len(STAGES))
 NO_STAGE: Final = -1

@@ -10,8 +10,8 @@ from typing import Final
 
 import msgspec
 
-from loader_service.link.messages import Place
-from loader_service.spec import Dtype, SliceId, Split, StageSeconds
+from loader_service.types import Dtype, SliceId, Split, StageSeconds
+from loader_service.wire.messages import Place
 
 MAX_PACKET_BYTES: Final = 65_536
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from loader_service import defaults
-from loader_service.link.keys import node_keys
-from loader_service.link.slots import Segment
 from loader_service.metrics import NodeHook
-from loader_service.node.front import Front, Settings
-from loader_service.node.nursery import Nursery
+from loader_service.node.dispatcher import Front, Settings
+from loader_service.node.forkserver import Nursery
 from loader_service.node.worker import NO_RECORD, Worker, prove, survey
-from loader_service.spec import DatasetFacts, Split
+from loader_service.types import DatasetFacts, Split
+from loader_service.wire.auth import node_keys
+from loader_service.wire.shm import Segment
 
 OnReady = Callable[[Front, dict[Split, DatasetFacts]], None]
 

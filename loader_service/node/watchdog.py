@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loader_service.link.messages import WorkerStatus
+from loader_service.wire.messages import WorkerStatus
 
 
 @dataclass(frozen=True)

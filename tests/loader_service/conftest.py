@@ -17,7 +17,7 @@ import pytest
 import simplejpeg
 
 from loader_service import LocalNode
-from loader_service.link.slots import DIRECTORY
+from loader_service.wire.shm import DIRECTORY
 
 WAIT_S = 20.0
 

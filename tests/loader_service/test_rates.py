@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from loader_service.link.messages import ClientStatus, Status, WorkerStatus
 from loader_service.rates import between
-from loader_service.spec import StageSeconds
+from loader_service.types import StageSeconds
+from loader_service.wire.messages import ClientStatus, Status, WorkerStatus
 
 
 def _status(uptime_s: float, workers: list[WorkerStatus], **fields: Any) -> Status:

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from loader_service.data import kernel
-from loader_service.link import messages
+from loader_service.wire import messages
 from tools.command import ToolFailed
 from tools.fuzz import fuzz_decoders, fuzz_jpegs
 from tools.progress import Progress

@@ -17,7 +17,7 @@ from typing import Final
 import click
 
 from loader_service.data.records import Records
-from loader_service.spec import MAX_SIDE_PX, MIN_SIDE_PX, RECORD_SIDE_PX
+from loader_service.types import MAX_SIDE_PX, MIN_SIDE_PX, RECORD_SIDE_PX
 from tools.bench.contest import ROOT
 from tools.bench.document import machine
 from tools.bench.single import preprocess_s, standardising

@@ -21,7 +21,7 @@ from loader_service.data.codecs import CODECS, HEADER, RAW_BYTES, SUBSAMPLINGS, 
 from loader_service.data.draws import draw
 from loader_service.data.kernel import Window
 from loader_service.data.picture import load_picture
-from loader_service.spec import RECORD_SIDE_PX, View
+from loader_service.types import RECORD_SIDE_PX, View
 from tools.bench.__main__ import source as find_source
 from tools.bench.ours import SEED
 from tools.bench.pictures import Pixels, photographs

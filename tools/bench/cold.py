@@ -26,7 +26,7 @@ import numpy.typing as npt
 from loader_service.data.augment import complete_view
 from loader_service.data.fill import empty_slice, fill, slice_numbers
 from loader_service.data.records import Records
-from loader_service.spec import SampleLayout, SliceId, View
+from loader_service.types import SampleLayout, SliceId, View
 from tools.bench.contest import ROOT
 from tools.bench.turns import BATCH, WORKERS_DEFAULT
 from tools.command import CONTEXT, Command, ToolFailed

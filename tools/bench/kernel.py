@@ -37,7 +37,7 @@ from loader_service.data.manifest import Statistics
 from loader_service.data.order import records_at
 from loader_service.data.records import Records
 from loader_service.data.writer import Writer
-from loader_service.spec import DRAWS, SampleLayout, Slice, SliceId, View
+from loader_service.types import DRAWS, SampleLayout, Slice, SliceId, View
 from tools.bench.limit import copy_crops, first_pixels
 
 BATCH: Final = 128

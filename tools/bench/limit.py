@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loader_service.data.codecs import HEADER
-from loader_service.spec import RECORD_SIDE_PX
+from loader_service.types import RECORD_SIDE_PX
 
 _SOURCE = Path(__file__).with_name("limit.c")
 

@@ -24,9 +24,9 @@ from loader_service.data.codecs import HEADER, raw_value
 from loader_service.data.draws import draw
 from loader_service.data.order import records_at
 from loader_service.data.records import Records
-from loader_service.node.outbox import PIECE_BYTES
+from loader_service.node.send_buffers import PIECE_BYTES
 from loader_service.node.worker import die_with_parent
-from loader_service.spec import SampleLayout, View
+from loader_service.types import SampleLayout, View
 from tools.bench.limit import copy_crops, first_pixels
 from tools.bench.turns import BATCH, PAGE_BYTES, deliver
 

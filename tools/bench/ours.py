@@ -21,9 +21,9 @@ from loader_service.client.query import status
 from loader_service.data.augment import complete_view
 from loader_service.data.fill import empty_slice, fill
 from loader_service.data.records import Records
-from loader_service.link.keys import generate
-from loader_service.link.messages import WorkerStatus
-from loader_service.spec import SampleLayout, SliceId, View
+from loader_service.types import SampleLayout, SliceId, View
+from loader_service.wire.auth import generate
+from loader_service.wire.messages import WorkerStatus
 from tools.bench.altered import alter
 from tools.bench.turns import BATCH, WORKERS_DEFAULT, deliver, touch
 from tools.command import ToolFailed

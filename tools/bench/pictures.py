@@ -21,7 +21,7 @@ from PIL import Image
 from loader_service.data.codecs import CODECS, DEFAULT_PARAMETERS, SHAPE, decode, encode
 from loader_service.data.picture import FILTER
 from loader_service.data.writer import Writer
-from loader_service.spec import RECORD_SIDE_PX
+from loader_service.types import RECORD_SIDE_PX
 from tools.command import ToolFailed
 from tools.progress import Progress
 from tools.statistics import Sums

@@ -18,7 +18,7 @@ import click
 import psutil
 
 from loader_service import Loader, defaults
-from loader_service.link.keys import generate
+from loader_service.wire.auth import generate
 from tools.bench.contest import ROOT
 from tools.bench.ours import SEED, node
 from tools.bench.turns import BATCH, WORKERS_DEFAULT, touch

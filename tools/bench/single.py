@@ -25,7 +25,7 @@ from loader_service import Loader
 from loader_service.client.query import status
 from loader_service.data.order import records_at
 from loader_service.data.picture import FILTER
-from loader_service.spec import RECORD_SIDE_PX
+from loader_service.types import RECORD_SIDE_PX
 from tools.bench.contest import ROOT, Contestant, Running
 from tools.bench.ours import node
 from tools.bench.turns import BATCH, deliver

@@ -26,7 +26,7 @@ from rich.table import Table
 from loader_service.data.codecs import SHAPE
 from loader_service.data.manifest import Statistics
 from loader_service.data.writer import Writer
-from loader_service.link.slots import sweep
+from loader_service.wire.shm import sweep
 from tools.chaos.account import EpochResult, results
 from tools.chaos.arena import Arena
 from tools.chaos.faults import FAULTS, Undo

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from types import TracebackType
 
-from loader_service.link.keys import generate
+from loader_service.wire.auth import generate
 from tools.chaos import processes
 from tools.chaos.client import read_saved
 from tools.chaos.link import Links

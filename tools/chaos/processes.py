@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from loader_service.link.slots import DIRECTORY
+from loader_service.wire.shm import DIRECTORY
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from loader_service.data.picture import LIBRARY, RECIPE
 from loader_service.data.records import Records
 from loader_service.data.writer import Writer, adopt
 from loader_service.errors import OptionError
-from loader_service.spec import MAX_SIDE_PX, MIN_SIDE_PX, RECORD_SIDE_PX
+from loader_service.types import MAX_SIDE_PX, MIN_SIDE_PX, RECORD_SIDE_PX
 from tools.command import CONTEXT, Command, ToolFailed
 from tools.preprocess.build import Task, build, clear_unfinished, existing, locked, open_writer, report_rejected
 from tools.preprocess.centring import centre_records, raw_twin, twin_path

@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loader_service.data.codecs import Codec, raw_bytes
-from loader_service.spec import RECORD_SIDE_PX
+from loader_service.types import RECORD_SIDE_PX
 from tools.command import ToolFailed
 from tools.preprocess import wire
 from tools.preprocess.sources import Item

@@ -13,8 +13,8 @@ import pytest
 import zmq
 
 from loader_service import Loader, View, errors
-from loader_service.link import messages, sockets
-from loader_service.spec import BUILTIN_GOLDEN, DRAWS, DatasetFacts, Installation
+from loader_service.types import BUILTIN_GOLDEN, DRAWS, DatasetFacts, Installation
+from loader_service.wire import messages, sockets
 
 SIDE = 32
 COUNT = 4

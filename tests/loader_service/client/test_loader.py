@@ -18,7 +18,7 @@ from loader_service.data.augment import complete_view
 from loader_service.data.fill import empty_slice, fill
 from loader_service.data.manifest import Statistics
 from loader_service.data.records import Records
-from loader_service.spec import SampleLayout, SliceId
+from loader_service.types import SampleLayout, SliceId
 
 RECORDS = 300
 

@@ -12,8 +12,8 @@ import pytest
 import zmq
 
 from loader_service import Loader, describe, errors, status
-from loader_service.link import messages, sockets
-from loader_service.spec import BUILTIN_GOLDEN, Installation
+from loader_service.types import BUILTIN_GOLDEN, Installation
+from loader_service.wire import messages, sockets
 
 WELCOME = messages.Welcome(messages.PROTOCOL, "0" * 32, 1, 1 << 24, Installation(BUILTIN_GOLDEN, {}), {})
 NEWER = messages.PROTOCOL + 1

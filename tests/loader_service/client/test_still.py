@@ -13,8 +13,8 @@ import pytest
 import zmq
 
 from loader_service import Loader, defaults
-from loader_service.link import messages, sockets
 from loader_service.node.worker import prove, survey
+from loader_service.wire import messages, sockets
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from loader_service import Loader, describe, errors, status
-from loader_service.link import keys
+from loader_service.wire import auth
 
 StartNode = Callable[..., Any]
 
@@ -21,8 +21,8 @@ StartNode = Callable[..., Any]
 @pytest.fixture(scope="module")
 def keyring(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("keys")
-    keys.generate(directory / "ours")
-    keys.generate(directory / "theirs")
+    auth.generate(directory / "ours")
+    auth.generate(directory / "theirs")
     return directory
 
 

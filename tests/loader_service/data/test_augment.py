@@ -17,7 +17,7 @@ from loader_service.data import kernel
 from loader_service.data.augment import augment, augment_records, centre, complete_view
 from loader_service.data.codecs import HEADER, RAW_BYTES, SHAPE
 from loader_service.data.manifest import Statistics
-from loader_service.spec import DRAWS, VIEWS, Dtype, View
+from loader_service.types import DRAWS, VIEWS, Dtype, View
 
 COMPILED = [form for form in kernel.FORMS if form != "numpy"]
 PIXELS = np.random.Generator(np.random.Philox(1)).integers(0, 256, SHAPE, np.uint8)

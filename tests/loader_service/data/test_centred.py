@@ -16,7 +16,7 @@ from loader_service.data.fill import empty_slice, fill
 from loader_service.data.manifest import Manifest, Statistics
 from loader_service.data.records import Records
 from loader_service.errors import RecordError
-from loader_service.spec import Dtype, SampleLayout, SliceId, View
+from loader_service.types import Dtype, SampleLayout, SliceId, View
 
 MakeDataset = Callable[..., Manifest]
 

@@ -14,7 +14,7 @@ from loader_service.data import draws
 from loader_service.data.augment import complete_view
 from loader_service.data.draws import draw, exact_shift, normal_quantiles, position_words, raw_words, round_shift, scale
 from loader_service.data.manifest import Statistics
-from loader_service.spec import VIEWS, View
+from loader_service.types import VIEWS, View
 
 MASK = 2**64 - 1
 words = st.integers(0, MASK)

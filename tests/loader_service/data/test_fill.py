@@ -22,7 +22,7 @@ from loader_service.data.fill import empty_slice, fill, slice_numbers
 from loader_service.data.manifest import Manifest
 from loader_service.data.records import KEY, Records
 from loader_service.errors import RecordError
-from loader_service.spec import VIEWS, Dtype, SampleLayout, Slice, SliceId, View
+from loader_service.types import VIEWS, Dtype, SampleLayout, Slice, SliceId, View
 
 MakeDataset = Callable[..., Manifest]
 Picture = Callable[..., npt.NDArray[np.uint8]]

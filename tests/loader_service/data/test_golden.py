@@ -13,7 +13,7 @@ import simplejpeg
 from loader_service.data import golden, kernel, order
 from loader_service.data.codecs import CODECS, decode
 from loader_service.data.records import Records
-from loader_service.spec import BUILTIN_GOLDEN
+from loader_service.types import BUILTIN_GOLDEN
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from loader_service.data.fill import empty_slice, fill
 from loader_service.data.records import Records
 from loader_service.data.stopwatch import DECODE, NO_STAGE, READ, Stopwatch
-from loader_service.spec import STAGES, SampleLayout, SliceId, StageSeconds, View
+from loader_service.types import STAGES, SampleLayout, SliceId, StageSeconds, View
 
 CENTER = View.named("center")
 

@@ -14,10 +14,10 @@ import pytest
 import zmq
 
 from loader_service import Batch, Loader, View, defaults, status
-from loader_service.link import messages
-from loader_service.link.messages import Filled, Place, Request, Stranger, Welcome
-from loader_service.link.slots import PAGE_BYTES, Segment
-from loader_service.spec import SampleLayout, SliceId
+from loader_service.types import SampleLayout, SliceId
+from loader_service.wire import messages
+from loader_service.wire.messages import Filled, Place, Request, Stranger, Welcome
+from loader_service.wire.shm import PAGE_BYTES, Segment
 
 StartNode = Callable[..., Any]
 Eventually = Callable[[Callable[[], bool], str], None]

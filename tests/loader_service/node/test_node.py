@@ -16,8 +16,8 @@ import pytest
 import zmq
 
 from loader_service import Loader, LocalNode, errors, status
-from loader_service.link import messages
-from loader_service.node.front import MAX_CLIENTS
+from loader_service.node.dispatcher import MAX_CLIENTS
+from loader_service.wire import messages
 
 StartNode = Callable[..., Any]
 Eventually = Callable[[Callable[[], bool], str], None]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from loader_service.link.messages import WorkerStatus
 from loader_service.node.watchdog import Culprit, Watchdog, culprit
-from loader_service.spec import StageSeconds
+from loader_service.types import StageSeconds
+from loader_service.wire.messages import WorkerStatus
 
 
 def _worker(state: str, stage: str = "", record: int = -1) -> WorkerStatus:

@@ -17,8 +17,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from loader_service.errors import AddressError, KeyRefused, OptionError
-from loader_service.link.keys import ClientKeys, NodeKeys, secure_client, secure_node
-from loader_service.link.messages import MAX_CLIENT_MESSAGE_BYTES
+from loader_service.wire.auth import ClientKeys, NodeKeys, secure_client, secure_node
+from loader_service.wire.messages import MAX_CLIENT_MESSAGE_BYTES
 
 HEARTBEAT_INTERVAL_MS: Final = 1_000
 HEARTBEAT_TIMEOUT_MS: Final = 5_000

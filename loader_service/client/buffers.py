@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from loader_service.client.actions import Ask, Batch, Part
 from loader_service.errors import MessageError
-from loader_service.link.messages import Place
-from loader_service.link.slots import Hold, Segment
-from loader_service.spec import DRAWS, SampleLayout, SliceId
+from loader_service.types import DRAWS, SampleLayout, SliceId
+from loader_service.wire.messages import Place
+from loader_service.wire.shm import Hold, Segment
 
 _ALIGNMENT_BYTES = 4096
 Bytes = npt.NDArray[np.uint8]

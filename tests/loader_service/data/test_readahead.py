@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loader_service.data.ahead import SLICES, SLOW_S, ReadAhead
 from loader_service.data.codecs import CODECS
 from loader_service.data.manifest import Manifest
+from loader_service.data.readahead import SLICES, SLOW_S, ReadAhead
 from loader_service.data.records import Records
 
 HEADER_BYTES = 16

@@ -13,11 +13,11 @@ import zmq
 
 from loader_service import defaults
 from loader_service.errors import LoaderServiceError
-from loader_service.link import sockets
-from loader_service.link.keys import node_keys
-from loader_service.link.slots import DIRECTORY
 from loader_service.node.worker import prove, survey
-from loader_service.spec import SampleLayout, View
+from loader_service.types import SampleLayout, View
+from loader_service.wire import sockets
+from loader_service.wire.auth import node_keys
+from loader_service.wire.shm import DIRECTORY
 
 DESCRIPTORS: Final = 128
 """What a front opens beside its workers' links: sockets, segments, and a connection for each of dozens of clients."""

@@ -19,10 +19,10 @@ import numpy.typing as npt
 import zmq
 
 from loader_service.errors import NodeFailed
+from loader_service.node.forkserver import Nursery
 from loader_service.node.lease import MAX_PACKET_BYTES, Bad, Died, Done, Forked, Lease, Ready, decode_answer, encode
-from loader_service.node.nursery import Nursery
 from loader_service.node.worker import NO_RECORD
-from loader_service.spec import STAGES
+from loader_service.types import STAGES
 
 log = logging.getLogger("loader_service.node")
 

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from loader_service.link.messages import Place, Request
-from loader_service.node.roster import CRASHES, DEPTH, Action, Answer, Grant, Refuse, Roster
-from loader_service.spec import SliceId, View
+from loader_service.node.scheduler import CRASHES, DEPTH, Action, Answer, Grant, Refuse, Roster
+from loader_service.types import SliceId, View
+from loader_service.wire.messages import Place, Request
 
 PLACE = Place(0, 1, 0, 0, 0)
 

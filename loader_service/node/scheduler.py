@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from loader_service.link.messages import Failed, Request
-from loader_service.spec import SampleLayout, StageSeconds
+from loader_service.types import SampleLayout, StageSeconds
+from loader_service.wire.messages import Failed, Request
 
 DEPTH: Final = 2
 """Leases a worker may hold: one in work and one waiting, so that it never waits for the front."""

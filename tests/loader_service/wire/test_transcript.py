@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from loader_service.link import messages
+from loader_service.wire import messages
 from tools.transcript import TRANSCRIPT, from_text, lines
 
 DOCUMENT = Path(__file__).parent.parent.parent.parent / "ARCHITECTURE.md"

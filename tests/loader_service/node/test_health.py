@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from loader_service.link.keys import generate
-from loader_service.node import checkup
+from loader_service.node import health
+from loader_service.wire.auth import generate
 
 LOCAL = "tcp://127.0.0.1:5555"
 
 
 def test_a_dataset(dataset_dir: Path, tmp_path: Path) -> None:
     """A sound one is named with its records, a missing one with what to do."""
-    assert checkup.check_dataset(dataset_dir).state == "ok"
-    assert "train (300 records), val (60 records)" in checkup.check_dataset(dataset_dir).found
-    missing = checkup.check_dataset(tmp_path)
+    assert health.check_dataset(dataset_dir).state == "ok"
+    assert "train (300 records), val (60 records)" in health.check_dataset(dataset_dir).found
+    missing = health.check_dataset(tmp_path)
     assert missing.state == "failed"
     assert "make preprocess" in missing.found
 
 
 def test_samples(other_decoder: None) -> None:
     """An installation that makes other samples fails, as its node would, with the versions of what makes them."""
-    check = checkup.check_samples()
+    check = health.check_samples()
     assert check.state == "failed"
     assert f"with numpy {np.__version__}, simplejpeg {simplejpeg.__version__}" in check.found
 
@@ -39,16 +39,16 @@ def test_samples_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("no such thing as a JPEG")
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", fail)
-    check = checkup.check_samples()
+    check = health.check_samples()
     assert (check.state, "a built-in picture cannot be used" in check.found) == ("failed", True)
 
 
 def test_more_workers_than_processors() -> None:
     """One worker is always fine, ten thousand never."""
-    assert checkup.check_cpus(1).state == "ok"
-    many = checkup.check_cpus(10_000)
+    assert health.check_cpus(1).state == "ok"
+    many = health.check_cpus(10_000)
     assert many.state == "warning"
-    assert many.remedy.endswith(f"--workers {int(checkup.available_cpus())}")
+    assert many.remedy.endswith(f"--workers {int(health.available_cpus())}")
 
 
 def test_a_cgroups_quota_counts(tmp_path: Path) -> None:
@@ -56,17 +56,17 @@ def test_a_cgroups_quota_counts(tmp_path: Path) -> None:
     root, membership = tmp_path / "cgroup", tmp_path / "membership"
     membership.write_text("1:cpu:/x\n0::/box\n")
     (root / "box").mkdir(parents=True)
-    whole = checkup.available_cpus(root, membership)
+    whole = health.available_cpus(root, membership)
     assert whole == len(os.sched_getaffinity(0))
     (root / "cpu.max").write_text("max 100000\n")
-    assert checkup.available_cpus(root, membership) == whole
+    assert health.available_cpus(root, membership) == whole
     (root / "box" / "cpu.max").write_text("50000 100000\n")
-    assert checkup.available_cpus(root, membership) == 0.5
+    assert health.available_cpus(root, membership) == 0.5
     (root / "cpu").mkdir()
     (root / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     for quota, cpus in (("-1\n", 0.5), ("25000\n", 0.25)):
         (root / "cpu" / "cpu.cfs_quota_us").write_text(quota)
-        assert checkup.available_cpus(root, membership) == cpus
+        assert health.available_cpus(root, membership) == cpus
 
 
 def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,40 +74,40 @@ def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for free_mib, state in ((111, "ok"), (64, "warning")):
         usage = type("Usage", (), {"free": free_mib * 2**20})
         monkeypatch.setattr("shutil.disk_usage", lambda _, usage=usage: usage)
-        check = checkup.check_shared_memory(tmp_path)
+        check = health.check_shared_memory(tmp_path)
         assert check.state == state
         assert ("--shm-size" in check.remedy) == (state == "warning")
     monkeypatch.undo()
-    assert checkup.check_shared_memory(tmp_path / "nowhere").state == "failed"
+    assert health.check_shared_memory(tmp_path / "nowhere").state == "failed"
 
 
 def test_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """The soft limit is what counts; four for each worker, and some for clients."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
-    assert checkup.check_descriptors(32).state == "ok"
-    few = checkup.check_descriptors(33)
+    assert health.check_descriptors(32).state == "ok"
+    few = health.check_descriptors(33)
     assert (few.state, few.remedy) == ("failed", "raise the limit: ulimit -n 260")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert checkup.check_descriptors(33).state == "ok"
+    assert health.check_descriptors(33).state == "ok"
 
 
 def test_keys(tmp_path: Path) -> None:
     """None are needed on loopback; elsewhere they are, and others may not read them."""
-    assert checkup.check_keys(None, LOCAL).state == "ok"
-    assert checkup.check_keys(None, "tcp://0.0.0.0:5555").state == "failed"
-    assert checkup.check_keys(None, "nonsense").state == "failed"
+    assert health.check_keys(None, LOCAL).state == "ok"
+    assert health.check_keys(None, "tcp://0.0.0.0:5555").state == "failed"
+    assert health.check_keys(None, "nonsense").state == "failed"
     generate(tmp_path / "keys")
-    assert checkup.check_keys(tmp_path / "keys", "tcp://0.0.0.0:5555").state == "ok"
+    assert health.check_keys(tmp_path / "keys", "tcp://0.0.0.0:5555").state == "ok"
     (tmp_path / "keys" / "node.secret").chmod(0o644)
-    assert checkup.check_keys(tmp_path / "keys", LOCAL).state == "failed"
+    assert health.check_keys(tmp_path / "keys", LOCAL).state == "failed"
     (tmp_path / "keys" / "node.secret").chmod(0o600)
     (tmp_path / "keys" / "allowed" / "client.key").unlink()
-    assert checkup.check_keys(tmp_path / "keys", LOCAL).state == "failed"
+    assert health.check_keys(tmp_path / "keys", LOCAL).state == "failed"
 
 
 def test_an_address_that_is_taken(node_address: str) -> None:
     """A port that somebody has is no place for a node; any other is, and stays free."""
-    assert checkup.check_address("tcp://127.0.0.1:*").state == "ok"
-    taken = checkup.check_address(node_address)
+    assert health.check_address("tcp://127.0.0.1:*").state == "ok"
+    taken = health.check_address(node_address)
     assert taken.state == "failed"
     assert f"loader-service status {node_address}" in taken.remedy

@@ -20,19 +20,19 @@ import zmq
 
 from loader_service import defaults
 from loader_service.errors import MessageError, NodeFailed, SharedMemoryError
-from loader_service.link import messages, sockets
-from loader_service.link.keys import Doorkeeper, NodeKeys
-from loader_service.link.messages import Failed, Request
-from loader_service.link.slots import Segment, sweep
-from loader_service.link.waker import Waker
 from loader_service.metrics import NodeHook, NodeMetrics
-from loader_service.node.crew import Crew, Death, Event
+from loader_service.node.forkserver import Nursery
 from loader_service.node.lease import Bad, Done, Forked, Lease, Ready
-from loader_service.node.nursery import Nursery
-from loader_service.node.outbox import Outbox
-from loader_service.node.roster import Action, Answer, Grant, Refuse, Roster, Task, Worker
+from loader_service.node.scheduler import Action, Answer, Grant, Refuse, Roster, Task, Worker
+from loader_service.node.send_buffers import Outbox
 from loader_service.node.watchdog import Watchdog, culprit
-from loader_service.spec import DatasetFacts, Installation, Split
+from loader_service.node.worker_pool import Crew, Death, Event
+from loader_service.types import DatasetFacts, Installation, Split
+from loader_service.wire import messages, sockets
+from loader_service.wire.auth import Doorkeeper, NodeKeys
+from loader_service.wire.messages import Failed, Request
+from loader_service.wire.shm import Segment, sweep
+from loader_service.wire.waker import Waker
 
 log = logging.getLogger("loader_service.node")
 

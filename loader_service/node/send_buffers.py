@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from loader_service.link.messages import Filled, Pixels, Place, Request, encode
-from loader_service.link.slots import Hold, Segment
-from loader_service.node.roster import Client, Task
-from loader_service.spec import SampleLayout
+from loader_service.node.scheduler import Client, Task
+from loader_service.types import SampleLayout
+from loader_service.wire.messages import Filled, Pixels, Place, Request, encode
+from loader_service.wire.shm import Hold, Segment
 
 ALIGNMENT_BYTES: Final = 64
 

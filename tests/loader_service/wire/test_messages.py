@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loader_service.errors import MessageError
-from loader_service.link import messages
-from loader_service.link.messages import Place, Request
-from loader_service.spec import RECORD_SIDE_PX, DatasetFacts, Installation, SliceId, View, mean_bytes
+from loader_service.types import RECORD_SIDE_PX, DatasetFacts, Installation, SliceId, View, mean_bytes
+from loader_service.wire import messages
+from loader_service.wire.messages import Place, Request
 
 INSTANCE = "0" * 32
 SEGMENT = "loader-service-" + "a" * 32

@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from loader_service.errors import AddressError
-from loader_service.link import sockets
+from loader_service.wire import sockets
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_port_that_is_taken_is_said_so() -> None:
 _FRAMES_COME_AND_GO = """
 import resource, sys
 import numpy as np
-from loader_service.link import sockets
+from loader_service.wire import sockets
 
 if sys.argv[1] == "keep":
     sockets.keep_freed_frames()

@@ -33,7 +33,7 @@ import msgspec
 from msgspec import Meta
 
 from loader_service.errors import MessageError
-from loader_service.spec import DatasetFacts, Dtype, Installation, SliceId, Split, StageSeconds
+from loader_service.types import DatasetFacts, Dtype, Installation, SliceId, Split, StageSeconds
 
 PROTOCOL: Final = 5
 """Goes up whenever a message changes its shape or its meaning."""

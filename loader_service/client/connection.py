@@ -8,8 +8,8 @@ from typing import Any, Final
 import zmq
 
 from loader_service import defaults
-from loader_service.link import messages, sockets
-from loader_service.link.keys import ClientKeys
+from loader_service.wire import messages, sockets
+from loader_service.wire.auth import ClientKeys
 
 GREET_AGAIN_S: Final = 2.0
 """After so long without an answer a Hello is sent again."""

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from loader_service.errors import SharedMemoryError
-from loader_service.link.slots import DIRECTORY, Hold, Segment, sweep
+from loader_service.wire.shm import DIRECTORY, Hold, Segment, sweep
 
 WRITER = """
 import sys
-from loader_service.link.slots import Segment
+from loader_service.wire.shm import Segment
 segment = Segment.attach(sys.argv[1])
 with segment.writing(0, int(sys.argv[2])) as state:
     print(state, flush=True)
@@ -25,7 +25,7 @@ with segment.writing(0, int(sys.argv[2])) as state:
 """
 OWNER = """
 import sys
-from loader_service.link.slots import Segment
+from loader_service.wire.shm import Segment
 segment = Segment.create(4096, 1)
 print(segment.name, flush=True)
 sys.stdin.readline()

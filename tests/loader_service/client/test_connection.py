@@ -14,7 +14,7 @@ import pytest
 
 from loader_service import Loader, status
 from loader_service.errors import OptionError
-from loader_service.link.keys import generate
+from loader_service.wire.auth import generate
 
 CONNECTIONS = 3
 EPOCHS = 3

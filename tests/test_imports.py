@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "loader_service.data": ("loader_service.errors", "loader_service.types", "loader_service.data"),
     "loader_service.wire": ("loader_service.errors", "loader_service.types", "loader_service.wire"),
     "trainer": ("trainer",),
-    "trainer.feed": ("trainer", "loader_service"),
+    "trainer.data.feed": ("trainer", "loader_service"),
     "tools": PACKAGES,
     "tools.environment": (),
 }

@@ -55,7 +55,7 @@ class Account(msgspec.Struct):
 
 
 class Summary(msgspec.Struct):
-    """What the demo shows of RUN/summary.json; see ``trainer.summary``."""
+    """What the demo shows of RUN/summary.json; see ``trainer.run.summary``."""
 
     finished: bool
     chance: float

@@ -1,7 +1,7 @@
 """The two-GPU AlexNet of Krizhevsky, Sutskever and Hinton (2012), with everything its paper describes.
 
-The network is ``trainer.model.AlexNet``; ``trainer run`` trains it on batches from a loader service, which only
-``trainer.feed`` knows of.
+The network is ``trainer.model.alexnet.AlexNet``; ``trainer run`` trains it on batches from a loader service, which only
+``trainer.data.feed`` knows of.
 """
 
 import os

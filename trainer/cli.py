@@ -13,13 +13,13 @@ import msgspec
 import torch
 from rich.console import Console
 
-from trainer import checkpoint
 from trainer.config import DEFAULT_RUNS, Source
+from trainer.data.feed import LoaderServiceError, Node, open_source
 from trainer.errors import ConfigError, DeviceError, RunFolderError, TrainerError
-from trainer.evaluate import VIEWS, evaluate_runs
-from trainer.export import export_run
-from trainer.feed import LoaderServiceError, Node, open_source
-from trainer.figures import confusion_svg
+from trainer.evaluation.evaluate import VIEWS, evaluate_runs
+from trainer.evaluation.export import export_run
+from trainer.evaluation.predict import predict
+from trainer.evaluation.scores import class_errors, tables
 from trainer.loop import train
 from trainer.options import (
     BATCH_SIZE,
@@ -35,13 +35,13 @@ from trainer.options import (
     options,
     resumed_config,
 )
-from trainer.predict import predict
-from trainer.run_folder import RunFolder, newest_run, write_atomically
-from trainer.scores import class_errors, tables
-from trainer.state import Resume
+from trainer.parallel.world import World, join, launch_id, leave, was_restarted
+from trainer.run import checkpoint
+from trainer.run.folder import RunFolder, newest_run, write_atomically
+from trainer.run.plots import confusion_svg
+from trainer.run.state import Resume
+from trainer.run.summary import Summary
 from trainer.stop import Stopped, StopRequest
-from trainer.summary import Summary
-from trainer.world import World, join, launch_id, leave, was_restarted
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

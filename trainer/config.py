@@ -6,12 +6,12 @@ from typing import Final
 
 import msgspec
 
-from trainer.chance import MAX_SEED
 from trainer.errors import ConfigError
-from trainer.preset import PresetName, preset_named
+from trainer.model.ablation import Variation
+from trainer.model.presets import PresetName, preset_named
+from trainer.model.rng import MAX_SEED
+from trainer.model.speed import Speed
 from trainer.schedule import Policy, Schedule
-from trainer.speed import Speed
-from trainer.variation import Variation
 
 DEFAULT_RUNS: Final = "runs"
 """Where new run folders go."""
@@ -53,7 +53,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that decides what a run computes, and how it reports.
 
     Fields:
-        preset, width, towers, seed: the network's, as in ``trainer.model.AlexNet``; the seed also decides the order of
+        preset, width, towers, seed: the network's, as in ``trainer.model.alexnet.AlexNet``; the seed also decides the order of
             the data and every augmentation and dropout mask.
         crop: side of what the network sees of a record, in pixels; None takes 7/8 of the record's, 224 of 256.
         epochs: passes over the training split; 90 in the paper.
@@ -63,7 +63,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         devices: where the towers live; empty means what the machine has.
         checkpoint_every: steps between checkpoints within an epoch; 0 leaves those at each epoch's end.
         log_every: steps between log lines.
-        deterministic: whether kernels whose sums come out otherwise each time are left out; see ``trainer.determinism``.
+        deterministic: whether kernels whose sums come out otherwise each time are left out; see ``trainer.parallel.determinism``.
         peak_tflops: what one of the devices can do per second, in 1e12 operations, for the share of it that is used; None
             looks its name up.
         source: where batches come from.

@@ -1,6 +1,6 @@
 """The training loop: epochs of steps, a validation after each, checkpoints on the way.
 
-What a step changes is ``trainer.state.State``; what is written about it, ``trainer.archive.Archive``. Rules of the file:
+What a step changes is ``trainer.run.state.State``; what is written about it, ``trainer.run.recorder.Archive``. Rules of the file:
 
 1. The loader's position is taken down after a step is complete, so a checkpoint never counts an image that has not
    been trained on, nor trains on one twice.
@@ -22,27 +22,27 @@ import torch
 from rich.console import Console
 from torch.nn import functional
 
-from trainer.archive import Archive
-from trainer.centre import Centre, Windows
-from trainer.chance import DropoutKey
 from trainer.config import RunConfig
-from trainer.determinism import deterministic
+from trainer.data.feed import Batch, Feed, LoaderServiceError, Node, training_view
+from trainer.data.normalisation import Centre, Windows
+from trainer.data.paired_feed import TwinFeed, share_facts
 from trainer.errors import ConfigError
-from trainer.evaluate import Member, evaluate
-from trainer.feed import Batch, Feed, LoaderServiceError, Node, training_view
-from trainer.flops import TERA, peak_flops, training_flops
-from trainer.memory import too_large
-from trainer.preset import preset_named
-from trainer.progress import EpochRecord, Meter, Tally, Window
-from trainer.report import Reporter
-from trainer.run_folder import RunFolder
-from trainer.scores import Evaluation
-from trainer.state import Resume, State
+from trainer.evaluation.evaluate import Member, evaluate
+from trainer.evaluation.scores import Evaluation
+from trainer.model.flops import TERA, peak_flops, training_flops
+from trainer.model.presets import preset_named
+from trainer.model.rng import DropoutKey
+from trainer.parallel.determinism import deterministic
+from trainer.parallel.memory import too_large
+from trainer.parallel.world import World
+from trainer.run.console import Reporter
+from trainer.run.divergence import Watch
+from trainer.run.folder import RunFolder
+from trainer.run.progress import EpochRecord, Meter, Tally, Window
+from trainer.run.recorder import Archive
+from trainer.run.state import Resume, State
+from trainer.run.summary import Summary
 from trainer.stop import Stopped, StopRequest
-from trainer.summary import Summary
-from trainer.twins import TwinFeed, share_facts
-from trainer.watch import Watch
-from trainer.world import World
 
 _T = TypeVar("_T")
 

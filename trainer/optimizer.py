@@ -17,7 +17,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from trainer.preset import Preset
+from trainer.model.presets import Preset
 
 MOMENTUM: Final = 0.9
 WEIGHT_DECAY: Final = 0.0005

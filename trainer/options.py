@@ -12,10 +12,10 @@ from click.core import ParameterSource
 
 from trainer.config import FIXED_FOR_A_RUN, RunConfig, Source
 from trainer.errors import ConfigError
-from trainer.preset import PRESETS
+from trainer.model.ablation import REMOVABLE, Variation
+from trainer.model.presets import PRESETS
+from trainer.model.speed import Precision, Speed
 from trainer.schedule import Policy
-from trainer.speed import Precision, Speed
-from trainer.variation import REMOVABLE, Variation
 
 _RUN: Final = RunConfig()
 _GROUPS: Final[dict[str, type[msgspec.Struct]]] = {"source": Source, "variation": Variation, "speed": Speed}

@@ -17,10 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from loader_service import LocalNode
-from trainer import checkpoint, feed
 from trainer.cli import main
-from trainer.progress import StepRecord
-from trainer.run_folder import RunFolder, find_checkpoint
+from trainer.data import feed
+from trainer.run import checkpoint
+from trainer.run.folder import RunFolder, find_checkpoint
+from trainer.run.progress import StepRecord
 
 SMALL = ["--width", "0.05", "--epochs", "2", "--batch-size", "64", "--devices", "cpu", "--log-every", "2"]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from trainer import checkpoint
-from trainer.checkpoint import Checkpoint
 from trainer.cli import main
+from trainer.run import checkpoint
+from trainer.run.checkpoint import Checkpoint
 
 OPTIONS = ["--width", "0.05", "--epochs", "2", "--batch-size", "64", "--seed", "5"]
 OPTIONS += ["--no-dropout", "--log-every", "1", "--checkpoint-every", "0"]  # replicas drop units of their own
@@ -25,8 +25,8 @@ LEGS = ((1, "cpu", 2), (2, "cpu", 4), (4, "cpu", 7), (1, "cpu,cpu", 10))
 STOP_AT_STEP = """
 import os, signal, sys
 from trainer.cli import main
-from trainer.progress import StepRecord
-from trainer.run_folder import RunFolder
+from trainer.run.progress import StepRecord
+from trainer.run.folder import RunFolder
 
 last, append = int(sys.argv.pop()), RunFolder.append
 

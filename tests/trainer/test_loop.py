@@ -12,13 +12,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from trainer import checkpoint, memory
-from trainer.checkpoint import Checkpoint
 from trainer.cli import main
 from trainer.errors import CheckpointError
-from trainer.model import AlexNet
-from trainer.progress import StepRecord
-from trainer.run_folder import RunFolder
+from trainer.model.alexnet import AlexNet
+from trainer.parallel import memory
+from trainer.run import checkpoint
+from trainer.run.checkpoint import Checkpoint
+from trainer.run.folder import RunFolder
+from trainer.run.progress import StepRecord
 
 SMALL = ["--width", "0.05", "--epochs", "1", "--batch-size", "64", "--devices", "cpu", "--log-every", "1"]
 STEPS = 5

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from trainer.model.presets import PRESETS
 from trainer.optimizer import PaperSGD
-from trainer.preset import PRESETS
 
 RATES = (0.01, 0.01, 0.01, 0.001, 0.001, 0.0001)
 

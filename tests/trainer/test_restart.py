@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import checkpoint
-from trainer.checkpoint import Checkpoint
+from trainer.run import checkpoint
+from trainer.run.checkpoint import Checkpoint
 
 OPTIONS = [
     "--width",

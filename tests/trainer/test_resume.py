@@ -14,9 +14,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from trainer import checkpoint
-from trainer.checkpoint import Checkpoint
 from trainer.cli import main
+from trainer.run import checkpoint
+from trainer.run.checkpoint import Checkpoint
 
 EPOCHS, STEPS_PER_EPOCH, RECORDS = 2, 10, 300
 OPTIONS = ["--width", "0.05", "--epochs", str(EPOCHS), "--batch-size", "32", "--seed", "5", "--devices", "cpu"]
@@ -26,8 +26,8 @@ OPTIONS += ["--checkpoint-every", "4", "--log-every", "1"]
 END_AT_STEP = """
 import os, signal, sys
 from trainer.cli import main
-from trainer.progress import StepRecord
-from trainer.run_folder import RunFolder
+from trainer.run.progress import StepRecord
+from trainer.run.folder import RunFolder
 
 last, number = int(sys.argv.pop()), int(sys.argv.pop())
 append = RunFolder.append

@@ -17,13 +17,13 @@ import torch
 from torch.nn import functional
 
 from tools.bench.turns import deliver
-from trainer.centre import Centre, Windows
-from trainer.chance import DropoutKey
 from trainer.config import Source
-from trainer.feed import Batch, Feed, open_source
-from trainer.model import AlexNet
+from trainer.data.feed import Batch, Feed, open_source
+from trainer.data.normalisation import Centre, Windows
+from trainer.model.alexnet import AlexNet
+from trainer.model.rng import DropoutKey
+from trainer.model.speed import Speed
 from trainer.optimizer import PaperSGD
-from trainer.speed import Speed
 
 CLASSES = 1000
 RECORD, CROP = 256, 224
@@ -38,7 +38,7 @@ EPOCHS = 1 << 20
 @click.option("--batch", type=click.IntRange(1), required=True)
 @click.option("--width", type=float, default=1.0)
 @click.option("--device", default="cpu")
-@click.option("--speed", default="{}", help="Fields of trainer.speed.Speed, as JSON.")
+@click.option("--speed", default="{}", help="Fields of trainer.model.speed.Speed, as JSON.")
 @click.option("--data", type=click.Path(path_type=Path), help="A dataset to be fed from; else one batch of noise.")
 @click.option("--workers", type=int, default=2, help="Of the node.")
 def main(batch: int, width: float, device: str, speed: str, data: Path | None, workers: int) -> None:

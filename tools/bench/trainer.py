@@ -22,9 +22,9 @@ from tools.bench.contest import ROOT, Contestant, Running
 from tools.bench.document import machine
 from tools.bench.venvs import NotInstalled, python_of
 from tools.command import CONTEXT, Command, ToolFailed
-from trainer.flops import peak_flops, training_flops
-from trainer.model import IMAGE_SIDE_PX, Sizes
-from trainer.speed import Speed
+from trainer.model.alexnet import IMAGE_SIDE_PX, Sizes
+from trainer.model.flops import peak_flops, training_flops
+from trainer.model.speed import Speed
 
 DOCUMENT: Final = ROOT / "docs" / "trainer-benchmarks.md"
 WARM_SHARE: Final = 0.2

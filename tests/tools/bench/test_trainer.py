@@ -10,7 +10,7 @@ import pytest
 from tools.bench import trainer
 from tools.bench.contest import Contestant, Running
 from tools.bench.trainer import FORMS, Line, Settings, contestants, markdown, measure
-from trainer.speed import Speed
+from trainer.model.speed import Speed
 
 
 def settings(**fields: object) -> Settings:

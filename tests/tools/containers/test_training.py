@@ -13,8 +13,8 @@ from rich.console import Console
 from tools.command import ToolFailed
 from tools.containers import compose, training
 from tools.containers.compose import Compose
-from trainer.progress import StepRecord
-from trainer.report import Reporter
+from trainer.run.console import Reporter
+from trainer.run.progress import StepRecord
 
 Answer = Callable[..., None]
 

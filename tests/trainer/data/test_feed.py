@@ -1,0 +1,170 @@
+"""Batches as tensors: what arrives, what is left after a stop, and which node it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from loader_service import LocalNode, defaults, describe
+from loader_service.errors import LoaderServiceError, NoNodeError, PictureError
+from trainer.config import Source
+from trainer.data import feed
+from trainer.data.facts import Facts
+from trainer.data.feed import Feed, Node, load_image, open_source, training_view
+from trainer.model.ablation import Variation
+from trainer.model.presets import PRESETS
+
+CPU = (torch.device("cpu"),)
+CLASSES = 3
+
+
+def ids_of(batches: Feed) -> list[int]:
+    return [int(number) for batch in batches for number in batch.ids]
+
+
+def test_batches_are_tensors(node: str) -> None:
+    """uint8 pixels, the labels of their records, where they were cut, and the facts of the dataset."""
+    with Feed(Node(node, ""), "train", "train", 32, (*CPU, *CPU)) as batches:
+        batch = next(batches)
+        assert [images.shape for images in batch.images] == [(32, 224, 224, 3)] * 2
+        assert batch.images[0].dtype == torch.uint8
+        assert batch.labels.tolist() == [int(number) % CLASSES for number in batch.ids]
+        assert len(batch.windows.y) == len(batch.windows.flip) == 32
+        assert batches.waited_s > 0
+        assert batches.facts.count == 300
+        assert batches.facts.class_names == ("ant", "bee", "cat")
+        assert batches.facts.mean.shape == (256, 256, 3)
+
+
+def test_ten_crops_follow_each_other(node: str) -> None:
+    """Ten pictures of a record, then the next one's; one label for each record."""
+    with Feed(Node(node, ""), "val", "ten-crop", 4, CPU) as batches:
+        batch = next(batches)
+    assert batch.views == 10
+    assert batch.images[0].shape == (40, 224, 224, 3)
+    assert len(batch.labels) == 4
+    assert batch.windows.flip[:10].tolist() == [False] * 5 + [True] * 5
+
+
+def test_a_feed_goes_on_where_another_was_left(node: str) -> None:
+    """What was handed out and what a second feed hands out are together each sample once, in both epochs."""
+    with Feed(Node(node, ""), "train", "train", 32, CPU, seed=3, epochs=2) as batches:
+        first = [int(number) for _ in range(4) for number in next(batches).ids]
+        state = batches.state()
+    with Feed(Node(node, ""), "train", "train", 16, CPU, seed=3, epochs=2, state=state) as batches:
+        rest = ids_of(batches)
+        accounts = batches.accounts()
+    together = first + rest
+    assert sorted(together[:300]) == sorted(together[300:]) == list(range(300))
+    assert [(account.expected, account.delivered) for account in accounts] == [(300 - 128, 300 - 128), (300, 300)]
+
+
+def test_original_jitter_is_by_standard_deviation(node: str) -> None:
+    """The basis is 255 x eigenvector x sqrt(eigenvalue), column by column; the paper's is the loader's default."""
+    facts = describe(node)
+    basis = np.array(training_view(PRESETS["original"], Variation(), Node(node, "")).basis).reshape(3, 3)
+    np.testing.assert_allclose(basis, 255 * facts.eigenvectors * np.sqrt(facts.eigenvalues)[None, :])
+    assert training_view(PRESETS["paper"], Variation(), Node(node, "")).basis == ()
+
+
+def test_augmentations_can_be_switched_off(node: str) -> None:
+    """Jitter, mirror images and crops, each; without crops the centre comes, in shuffled order."""
+    plain = {"jitter": False, "flips": False}
+    for variation in (Variation(jitter=False), Variation(**plain), Variation(**plain, crops=False)):
+        view = training_view(PRESETS["original"], variation, Node(node, ""))
+        with Feed(Node(node, ""), "train", view, 32, CPU) as batches:
+            batch = next(batches)
+        assert view.jitter == 0
+        assert batch.windows.flip.any() == variation.flips
+        assert (len(set(batch.windows.y.tolist())) > 1) == variation.crops
+        assert batch.ids.tolist() != sorted(batch.ids.tolist())
+
+
+def test_a_named_loader_is_used(node: str) -> None:
+    """Without asking whether it is there: it may come later."""
+    with open_source(Source(loader="tcp://127.0.0.1:1")) as used:
+        assert used == Node("tcp://127.0.0.1:1", "Batches come from the node at tcp://127.0.0.1:1.", timeout_s=None)
+
+
+def test_keys_reach_the_named_loader(tmp_path: Path) -> None:
+    """A key file that is not there is said by the loader, which was given it."""
+    source = Source(
+        loader="tcp://127.0.0.1:1", server_key=str(tmp_path / "no.pub"), client_key=str(tmp_path / "no.key")
+    )
+    with open_source(source) as used, pytest.raises(LoaderServiceError, match=r"no\.(pub|key)"):
+        Feed(used, "train", "train", 32, CPU)
+
+
+def test_a_node_at_the_usual_address_is_used(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With neither --loader nor --data, if it answers."""
+    monkeypatch.setattr(defaults, "ADDRESS", node)
+    with open_source(Source()) as used:
+        assert used == Node(node, f"Batches come from the node that answers at {node}.", timeout_s=None)
+
+
+def test_keys_reach_the_node_at_the_usual_address(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked with them: a key file that is not there is said."""
+    monkeypatch.setattr(defaults, "ADDRESS", node)
+    source = Source(server_key=str(tmp_path / "no.pub"), client_key=str(tmp_path / "no.key"))
+    with pytest.raises(LoaderServiceError, match=r"no\.(pub|key)"), open_source(source):
+        pytest.fail("it was asked without keys")
+
+
+def test_else_a_private_node_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dataset_dir: Path) -> None:
+    """When nobody answers at the usual address, on the usual folder; it is gone afterwards."""
+    started: list[LocalNode] = []
+
+    @contextmanager
+    def private(data: str, workers: int) -> Iterator[LocalNode]:
+        assert (data, workers) == (str(dataset_dir), 1)
+        with LocalNode(data=data, workers=workers) as running:
+            started.append(running)
+            yield running
+
+    monkeypatch.setattr(defaults, "ADDRESS", f"ipc://{tmp_path}/nobody")
+    monkeypatch.setattr(defaults, "DATA", str(dataset_dir))
+    monkeypatch.setattr(feed, "_PROBE_S", 0.05)
+    monkeypatch.setattr(feed, "LocalNode", private)
+    with open_source(Source(workers=1)) as used:
+        assert describe(used.address).count == 300
+        assert used.address == started[0].address
+        assert used.about == f"Batches come from a private node on {dataset_dir} with 1 worker."
+
+
+def facts(side: int, crop: int) -> Facts:
+    """Of a dataset of records of ``side`` pixels."""
+    return Facts(1, ("ant",), "", torch.zeros(side, side, 3), crop)
+
+
+def test_any_picture_can_be_loaded(tmp_path: Path) -> None:
+    """Short side to 256, then the centre 224, as (1, 224, 224, 3) uint8."""
+    Image.new("RGB", (640, 480), (10, 20, 30)).save(tmp_path / "p.png")
+    pixels, windows = load_image(tmp_path / "p.png", facts(256, 224))
+    assert pixels.shape == (1, 224, 224, 3)
+    assert pixels[0, 100, 100].tolist() == [10, 20, 30]
+    assert (windows.y[0], windows.x[0], windows.flip[0]) == (16, 16, False)
+    pixels, windows = load_image(tmp_path / "p.png", facts(96, 71))
+    assert pixels.shape == (1, 71, 71, 3)
+    assert (windows.y[0], windows.x[0], windows.flip[0]) == (12, 12, False)
+
+
+def test_a_file_that_is_no_picture_is_said(tmp_path: Path) -> None:
+    """By its name."""
+    (tmp_path / "p.png").write_text("no picture")
+    with pytest.raises(PictureError, match=r"p\.png"):
+        load_image(tmp_path / "p.png", facts(256, 224))
+
+
+def test_a_private_node_that_died_is_not_waited_for(dataset_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would start it again: the trainer hears of it instead of waiting for ever."""
+    monkeypatch.setattr(feed, "_PRIVATE_TIMEOUT_S", 0.3)
+    with open_source(Source(data=str(dataset_dir), workers=1)) as used:
+        assert used.timeout_s == 0.3
+    with pytest.raises(NoNodeError):
+        Feed(used, "train", "train", 32, CPU)

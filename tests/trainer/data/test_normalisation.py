@@ -1,0 +1,67 @@
+"""The mean image's window: the crop's own, mirrored with it, or the centre's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.data import normalisation
+from trainer.data.normalisation import Centre, Windows
+from trainer.model.presets import PRESETS
+
+CPU = torch.device("cpu")
+PICTURES = 6
+
+
+@pytest.fixture
+def mean() -> np.ndarray:
+    return np.random.default_rng(0).uniform(0, 255, (256, 256, 3)).astype(np.float32)
+
+
+@pytest.fixture
+def windows() -> Windows:
+    return Windows(
+        y=np.array([0, 32, 5, 0, 32, 17]),
+        x=np.array([0, 32, 9, 32, 0, 3]),
+        flip=np.array([False, True, True, True, False, True]),
+    )
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (PICTURES, 224, 224, 3), np.uint8)
+
+
+def test_paper_subtracts_the_crops_own_window(mean: np.ndarray, windows: Windows, pixels: np.ndarray) -> None:
+    """What is left of a crop of the mean image itself, mirrored or not, is zero."""
+    for i in range(PICTURES):
+        y, x = windows.y[i], windows.x[i]
+        crop = mean[y : y + 224, x : x + 224]
+        pixels[i] = (crop[:, ::-1] if windows.flip[i] else crop).round().astype(np.uint8)
+    (centred,) = Centre(torch.from_numpy(mean), PRESETS["paper"], (CPU,))((torch.from_numpy(pixels),), windows)
+    assert centred.abs().max() <= 0.5
+
+
+def test_original_subtracts_the_centre(mean: np.ndarray, windows: Windows, pixels: np.ndarray) -> None:
+    """Wherever the crop was cut."""
+    (centred,) = Centre(torch.from_numpy(mean), PRESETS["original"], (CPU,))((torch.from_numpy(pixels),), windows)
+    expected = (pixels.astype(np.float32) - mean[16:240, 16:240]).transpose(0, 3, 1, 2)
+    assert np.array_equal(centred.numpy(), expected)
+
+
+def test_output_is_channels_last_float32(mean: np.ndarray, windows: Windows, pixels: np.ndarray) -> None:
+    """The layout that convolutions want, without another copy."""
+    (centred,) = Centre(torch.from_numpy(mean), PRESETS["paper"], (CPU,))((torch.from_numpy(pixels),), windows)
+    assert centred.shape == (PICTURES, 3, 224, 224)
+    assert centred.dtype == torch.float32
+    assert centred.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_both_ways_to_subtract_agree(mean: np.ndarray, windows: Windows, pixels: np.ndarray) -> None:
+    """The way for the CPU and the one for GPUs give the same bits."""
+    both = torch.stack([torch.from_numpy(mean), torch.from_numpy(mean[:, ::-1].copy())])
+    arguments = torch.from_numpy(pixels), both, windows.flip, windows.y, windows.x
+    one, other = normalisation.subtract_by_loop(*arguments), normalisation.subtract_at_once(*arguments)
+    assert torch.equal(one, other)
+    assert one.stride() == other.stride()

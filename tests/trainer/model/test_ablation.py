@@ -1,0 +1,94 @@
+"""The comparisons of the paper: each really changes what it says, and nets without a layer still learn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from trainer.errors import ConfigError
+from trainer.model.ablation import REMOVABLE, Variation
+from trainer.model.alexnet import AlexNet, Sizes
+from trainer.model.rng import DropoutKey
+from trainer.optimizer import PaperSGD
+
+SMALL = 0.05
+
+
+def images(batch: int) -> torch.Tensor:
+    pixels = np.random.default_rng(0).normal(0, 60, (batch, 3, 224, 224)).astype(np.float32)
+    return torch.from_numpy(pixels)
+
+
+def made(**fields: object) -> AlexNet:
+    return AlexNet(3, SMALL, variation=Variation(**fields))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"activation": "tanh"}, {"lrn": False}, {"pooling": "plain"}, {"dropout": False}], ids=str
+)
+def test_each_switch_changes_the_network(fields: dict[str, object]) -> None:
+    """From the same weights, in use, other logits of the same shape come out."""
+    plain, varied, pictures = made().eval(), made(**fields).eval(), images(2)
+    varied.load_state_dict(plain.state_dict())
+    with torch.inference_mode():
+        assert plain(pictures).shape == varied(pictures).shape == (2, 3)
+        assert not torch.equal(plain(pictures), varied(pictures))
+
+
+@pytest.mark.parametrize("layer", REMOVABLE)
+@pytest.mark.parametrize("towers", [1, 2])
+def test_a_net_without_a_layer_learns(layer: str, towers: int) -> None:
+    """Its parameters are gone, all others get gradients, and steps on one batch lower its loss."""
+    model = AlexNet(3, SMALL, towers=towers, variation=Variation(without=(layer,), dropout=False))
+    assert not any(layer in name for name, _ in model.named_parameters())
+    optimizer = PaperSGD(model, model.preset, 0.005)
+    pictures, labels, losses = images(3), torch.arange(3), []
+    for _ in range(4):
+        loss = functional.cross_entropy(model(pictures), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("layer", "parameters"), [("conv4", 663_936), ("fc7", 16_781_312)])
+def test_parameters_without_a_layer(layer: str, parameters: int) -> None:
+    """Leaving out a layer with as many outputs as inputs takes its parameters away; conv5 and fc8 read as much as before."""
+    kept = Sizes.of(2, 1.0).fan_ins()
+    left = Sizes.of(2, 1.0, (layer,)).fan_ins()
+    assert {name: n for name, n in kept.items() if name != layer} == left
+    assert 2 * Sizes.of(2, 1.0).counts()[layer] * (kept[layer] + 1) == parameters
+
+
+def test_without_dropout_training_and_use_agree() -> None:
+    """Nothing is dropped and nothing halved."""
+    model, pictures = made(dropout=False), images(2)
+    with torch.inference_mode():
+        trained = model(pictures, DropoutKey(0, 0))
+        assert torch.equal(trained, model.eval()(pictures))
+
+
+def test_tanh_starts_without_biases_of_one() -> None:
+    """They are there to push ReLUs into their positive part."""
+    assert not any(p.any() for name, p in made(activation="tanh").named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"without": ("conv1",)}, "--without=conv1 cannot work: expected one of conv2, conv3"),
+        ({"without": ("conv3", "conv4", "conv5")}, "expected at least one of conv3, conv4 and conv5 to stay"),
+        ({"activation": "gelu"}, "--activation=gelu cannot work: expected one of relu, tanh."),
+        ({"pooling": "mean"}, "--pooling=mean cannot work: expected one of overlapping, plain."),
+        ({"crops": False}, "expected --no-flips and --no-jitter beside it"),
+    ],
+)
+def test_what_cannot_be_varied_is_named(fields: dict[str, object], sentence: str) -> None:
+    """One sentence: the option, its value, and what would work."""
+    with pytest.raises(ConfigError) as caught:
+        Variation(**fields)
+    assert sentence in str(caught.value)

@@ -1,0 +1,77 @@
+"""Which batches take the fast form of a stretch, and which the plain one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.model.segment import Stretch
+from trainer.model.speed import Speed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes for which graphs were recorded; a graph of the fixture adds 1000 to what it computes."""
+    shapes: list[tuple[int, ...]] = []
+
+    def record(run: nn.Module, like: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        shapes.append(tuple(like[0].shape))
+        assert len(list(run.parameters())) == 2  # torch finds no others to record
+        return lambda *given: run(*given) + 1000
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    return shapes
+
+
+def linear(speed: Speed) -> Stretch:
+    layer = nn.Linear(3, 2)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return Stretch(layer, [layer], speed, CPU)
+
+
+def test_full_batches_in_training_take_the_graph(recorded: list[tuple[int, ...]]) -> None:
+    """It is recorded once, for the first batch; a short last one, and whatever needs no gradients, go without."""
+    stretch = linear(Speed(cuda_graphs=True))
+    assert stretch(torch.zeros(4, 3)).mean() == 1000
+    assert stretch(torch.zeros(4, 3)).mean() == 1000
+    assert stretch(torch.zeros(2, 3)).mean() == 0
+    with torch.inference_mode():
+        assert stretch(torch.zeros(4, 3)).mean() == 0
+    assert recorded == [(4, 3)]
+
+
+def test_a_larger_batch_takes_the_graphs_place(recorded: list[tuple[int, ...]]) -> None:
+    """A run that goes on with an epoch's short last batch still gets its graph for the full ones."""
+    stretch = linear(Speed(cuda_graphs=True))
+    stretch(torch.zeros(2, 3))
+    assert stretch(torch.zeros(4, 3)).mean() == 1000
+    assert stretch(torch.zeros(2, 3)).mean() == 0
+    assert recorded == [(2, 3), (4, 3)]
+
+
+def test_bfloat16_is_in_the_plain_form_too(recorded: list[tuple[int, ...]]) -> None:
+    """Whether a batch is short or not, products are made alike; the weights stay what they are."""
+    layer = nn.Linear(3, 2)
+    stretch = Stretch(layer, [layer], Speed(amp="bf16"), CPU)
+    assert stretch(torch.zeros(2, 3)).dtype == torch.bfloat16
+    with torch.inference_mode():
+        assert stretch(torch.zeros(4, 3)).dtype == torch.bfloat16
+    stretch(torch.ones(4, 3)).sum().backward()
+    assert layer.weight.dtype == layer.weight.grad.dtype == torch.float32
+    assert recorded == []
+
+
+def test_full_batches_in_training_take_the_compiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with graphs: a short batch and what needs no gradients cost no compilation."""
+    monkeypatch.setattr(torch, "compile", lambda run, dynamic: lambda *given: run(*given) + 1000)
+    stretch = linear(Speed(compile=True))
+    assert stretch(torch.zeros(4, 3)).mean() == 1000
+    assert stretch(torch.zeros(2, 3)).mean() == 0
+    with torch.inference_mode():
+        assert stretch(torch.zeros(4, 3)).mean() == 0

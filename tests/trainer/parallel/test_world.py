@@ -1,0 +1,168 @@
+"""A process for each tower, and pairs of them as replicas, learn what one process does.
+
+For runs that go on in other layouts see test_layouts.py. Run as a program, this file is one of several processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from trainer.cli import main
+from trainer.config import RunConfig, Source
+from trainer.data.feed import open_source
+from trainer.loop import train
+from trainer.model.ablation import Variation
+from trainer.model.speed import REFERENCE, Speed
+from trainer.parallel.world import join, leave
+from trainer.run import checkpoint
+from trainer.run.checkpoint import Checkpoint
+from trainer.run.folder import RunFolder
+from trainer.stop import StopRequest
+
+OPTIONS = ["--width", "0.05", "--epochs", "1", "--batch-size", "64", "--seed", "5", "--devices", "cpu"]
+OPTIONS += ["--log-every", "1", "--checkpoint-every", "2"]
+
+
+def torchrun(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += map(str, arguments)
+    return subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def ended(folder: Path) -> Checkpoint:
+    return checkpoint.load(checkpoint.saved(folder / "checkpoints")[-1])
+
+
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["event"] == "step"]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return read
+
+
+def alone(node: str, folder: Path, *more: str) -> Path:
+    """The same run in one process."""
+    result = CliRunner().invoke(main, ["run", "--loader", node, "--run", str(folder), *OPTIONS, *more])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(node: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return alone(node, tmp_path_factory.mktemp("alone") / "run")
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """The same losses within float32's tolerance; tensors too, but for pooling's and ReLU's close decisions.
+
+    Sums in another order differ by 1e-6; a maximum that is so decided otherwise changes a layer's gradient by a percent.
+    A gradient counted twice, or not at all, would be out by half or more.
+    """
+    assert losses(folder) == pytest.approx(losses(other), rel=1e-5)
+    end, expected = ended(folder), ended(other)
+    for tensors, others in ((end.model, expected.model), (end.momentum, expected.momentum)):
+        assert tensors.keys() == others.keys()
+        far = {name: float((tensor - others[name]).norm() / others[name].norm()) for name, tensor in tensors.items()}
+        assert {name: distance for name, distance in far.items() if not distance < 0.05} == {}
+    assert end.plain.progress.seen == expected.plain.progress.seen
+    assert summary(folder)["accuracy"] == pytest.approx(summary(other)["accuracy"], abs=0.04)
+    assert [(account.expected, account.delivered) for account in end.plain.ledger] == [(300, 300)]
+
+
+def test_a_process_for_each_tower(node: str, one_process: Path, tmp_path: Path) -> None:
+    """Two gloo processes learn what one does, dropout included; the one checkpoint has both towers."""
+    done = torchrun(2, "-m", "--", "trainer", "run", "--loader", node, "--run", tmp_path / "run", *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", one_process)
+
+
+FORMS = {
+    "bf16": Speed(amp="bf16"),
+    "contiguous": Speed(channels_last=False),
+    "fused-norm": Speed(fused_norm=True),
+    "unfused-sgd": Speed(fused_sgd=False),
+    "bf16-fused": Speed(amp="bf16", fused_norm=True),
+}
+COMPILED = {"compiled": Speed(compile=True, fused_norm=True)} if any(map(shutil.which, ("g++", "clang++"))) else {}
+
+
+def configs(node: str, replicas: int, speeds: dict[str, Speed]) -> dict[str, RunConfig]:
+    """A run of five short steps in each form. Replicas drop units of their own, so several are compared without."""
+    plain = RunConfig(
+        width=0.05,
+        crop=64,
+        epochs=1,
+        batch_size=64,
+        seed=5,
+        devices=("cpu",),
+        checkpoint_every=0,
+        log_every=1,
+        source=Source(loader=node),
+        variation=Variation(dropout=replicas == 1),
+    )
+    return {name: msgspec.structs.replace(plain, speed=speed) for name, speed in speeds.items()}
+
+
+def train_each(runs: dict[str, RunConfig], parent: Path) -> None:
+    """All runs one after the other, in the processes that the environment names."""
+    with join(("cpu",), 2) as world, StopRequest() as stop:
+        for name, config in runs.items():
+            folder = RunFolder.create(parent / name, parent) if world.is_first else RunFolder(parent / name)
+            with open_source(config.source) as node:
+                train(config, folder, node if world.has_head else None, Console(quiet=True), stop, None, world)
+    leave(world)
+
+
+def together(processes: int, runs: dict[str, RunConfig], parent: Path) -> None:
+    """``train_each`` in several processes."""
+    done = torchrun(processes, __file__, msgspec.json.encode(runs).decode(), parent)
+    assert done.returncode == 0, done.stderr
+
+
+def assert_same_form(folder: Path, plain: Path, own: Path) -> None:
+    """Losses are the plain form's, as exactly as the form is, and one process's of the same form; so are sums of gradients.
+
+    Not so bfloat16's gradients of replicas, whose small parts are rounded otherwise than the whole.
+    """
+    narrow = plain != own
+    assert losses(folder) == pytest.approx(losses(plain), rel=2e-2 if narrow else 1e-5)
+    assert losses(folder) == pytest.approx(losses(own), rel=1e-3)
+    if narrow:
+        assert losses(folder) != pytest.approx(losses(plain), rel=1e-5)
+    else:
+        momentum, expected = ended(folder).momentum, ended(own).momentum
+        far = {name: float((momentum[name] - sums).norm() / sums.norm()) for name, sums in expected.items()}
+        assert {name: distance for name, distance in far.items() if not distance < 0.05} == {}
+
+
+@pytest.mark.parametrize(("processes", "speeds"), [(2, FORMS), (4, FORMS | COMPILED)], ids=["a tower each", "replicas"])
+def test_faster_forms_in_company(node: str, tmp_path: Path, processes: int, speeds: dict[str, Speed]) -> None:
+    """A process for each tower, and pairs of them as replicas: each form learns what one plain process does."""
+    alone, parent = tmp_path / "alone", tmp_path / "together"
+    alone.mkdir()
+    parent.mkdir()
+    narrow = {name: speed for name, speed in FORMS.items() if speed.amp == "bf16"}
+    train_each(configs(node, processes // 2, {"plain": REFERENCE} | narrow), alone)
+    together(processes, configs(node, processes // 2, speeds), parent)
+    for name in speeds:
+        assert_same_form(parent / name, alone / "plain", alone / (name if name in narrow else "plain"))
+
+
+if __name__ == "__main__":
+    train_each(msgspec.json.decode(sys.argv[1], type=dict[str, RunConfig]), Path(sys.argv[2]))

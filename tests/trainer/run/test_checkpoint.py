@@ -1,0 +1,147 @@
+"""Checkpoints: whole or not there, few, and checked before they are believed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from trainer.config import RunConfig
+from trainer.errors import CheckpointError
+from trainer.run import checkpoint
+from trainer.run.checkpoint import BEST, KEPT, Checkpoint, Plain, load, save, saved
+from trainer.run.ledger import Account
+from trainer.run.progress import EpochRecord, Progress, Tally
+from trainer.schedule import Schedule
+
+
+def made(step: int = 7) -> Checkpoint:
+    plain = Plain(
+        config=RunConfig(width=0.25, devices=("cpu", "cpu")),
+        progress=Progress(step=step, epoch=1, seen=64, epoch_tally=Tally(1.5, 2.0, 64.0), images=364, trained_s=0.1),
+        schedule=Schedule(lr=0.001, patience=5, best=0.25, stalled=1, drops=1),
+        loader={
+            "format": 1,
+            "epoch": 1,
+            "position": 64,
+            "view": {"kind": "train", "basis": [1.0] * 9},
+            "golden": b"\0\xff",
+        },
+        ledger=[Account(0, 300, 300, 0, 2, 0)],
+        history=[EpochRecord(0, 5, 1.0, 0.5, 1.1, 0.25, 0.0, 0.01)],
+        class_names=("ant", "bee"),
+        fingerprint="abc",
+        count=300,
+    )
+    weights = torch.arange(24.0).view(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    return Checkpoint(plain, {"w": weights}, {"w": weights * 2}, torch.zeros(256, 256, 3), checkpoint.random_states())
+
+
+def assert_equal(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.plain == other.plain
+    for tensors, others in ((one.model, other.model), (one.momentum, other.momentum), (one.random, other.random)):
+        assert tensors.keys() == others.keys()
+        assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    assert torch.equal(one.mean, other.mean)
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    """Tensors, counters, schedule, the loader's position with its bytes, ledger and history."""
+    assert_equal(load(save(tmp_path, made(), is_best=False)), made())
+
+
+def test_only_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+    """However many are written; the best one outlives its turn."""
+    for step in range(1, 6):
+        save(tmp_path, made(step), is_best=step == 2)
+    assert [load(path).plain.progress.step for path in saved(tmp_path)] == [4, 5]
+    assert load(tmp_path / BEST).plain.progress.step == 2
+    assert len(list(tmp_path.iterdir())) == KEPT + 1
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_kill_while_writing_leaves_the_last_good_one(tmp_path: Path, moment: str) -> None:
+    """Killed before the new one is on the disk, or before it has its name: the old one is there, and the next save works."""
+    old = save(tmp_path, made(1), is_best=False)
+    patch = "os.fsync" if moment == "fsync" else "pathlib.Path.replace"
+    code = (
+        "import os, pathlib, signal, sys; from pathlib import Path; from trainer.run.checkpoint import load, save\n"
+        f"{patch} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "old = load(Path(sys.argv[1])); old.plain.progress.step = 2\n"
+        "save(Path(sys.argv[1]).parent, old, is_best=True)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(old)], check=False, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert [load(path).plain.progress.step for path in saved(tmp_path)] == [1]
+    save(tmp_path, made(3), is_best=False)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that fails is one sentence, and half a file does not stay."""
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written .*No space left"):
+        save(tmp_path, made(), is_best=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_a_cut_off_file_is_refused(tmp_path: Path, keep: float) -> None:
+    """Whatever is missing of it."""
+    path = save(tmp_path, made(), is_best=False)
+    os.truncate(path, int(path.stat().st_size * keep))
+    with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
+        load(path)
+
+
+def test_a_missing_file_is_said(tmp_path: Path) -> None:
+    """By its path."""
+    with pytest.raises(CheckpointError, match=r"nowhere\.pt cannot be used: there is no such file"):
+        load(tmp_path / "nowhere.pt")
+
+
+class Stranger:
+    """Something that only code could restore."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("true",))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"format": 1, "plain": Stranger()}, "damaged or no checkpoint"),
+        ({"format": 99}, "not of this trainer's format"),
+        ([1, 2], "not of this trainer's format"),
+        ({"format": 1, "plain": {}, "tensors": {}}, "not as it must be"),
+        (
+            {"format": 1, "plain": msgspec.to_builtins(made().plain), "tensors": {"model": {"w": 3}}},
+            "not as it must be",
+        ),
+        ({"format": 1, "plain": msgspec.to_builtins(made().plain), "tensors": {}}, "not as it must be"),
+    ],
+)
+def test_strange_content_is_refused(tmp_path: Path, content: object, sentence: str) -> None:
+    """Nothing of a file is executed, and nothing of the wrong type is believed."""
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=sentence):
+        load(tmp_path / "x.pt")
+
+
+def test_random_states_are_taken_over() -> None:
+    """Torch's generator goes on where it was."""
+    before = checkpoint.random_states()
+    drawn = torch.rand(3)
+    checkpoint.restore_random_states(before)
+    assert torch.equal(torch.rand(3), drawn)

@@ -1,0 +1,61 @@
+"""What counts as a training that has gone wrong, and what is said of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.config import RunConfig
+from trainer.data.facts import Facts
+from trainer.errors import TrainingDiverged
+from trainer.parallel.world import World
+from trainer.run.divergence import EXPLODED, Watch
+from trainer.run.progress import Tally
+from trainer.run.state import State
+
+ALONE = World((torch.device("cpu"),))
+GUESSING = math.log(3)
+
+
+def training() -> State:
+    facts = Facts(300, ("ant", "bee", "cat"), "abc", torch.zeros(256, 256, 3), 224)
+    return State.begin(RunConfig(width=0.05), facts, ALONE, None)
+
+
+def test_a_loss_far_above_guessing_has_exploded() -> None:
+    """Up to the limit nothing is said; beyond it step, layer and checkpoint are."""
+    state = training()
+    watch = Watch(state, ALONE)
+    watch.look(Tally(loss=10 * EXPLODED * GUESSING * 0.99, wrong=0, images=10), lambda: None)
+    state.progress.step = 7
+    with pytest.raises(TrainingDiverged) as caught:
+        watch.look(Tally(loss=10 * EXPLODED * GUESSING * 1.01, wrong=0, images=10), lambda: Path("last.pt"))
+    assert (caught.value.step, caught.value.checkpoint) == (7, Path("last.pt"))
+    assert caught.value.layer in dict(state.model.named_parameters())
+    assert "exploded to 11.1 at step 7" in str(caught.value)
+    assert "the last good checkpoint is last.pt; try a smaller --lr" in str(caught.value)
+
+
+def test_a_loss_that_is_no_number() -> None:
+    """Whatever the weights are."""
+    with pytest.raises(TrainingDiverged, match="the loss stopped being a number at step 0"):
+        Watch(training(), ALONE).look(Tally(loss=math.nan, wrong=0, images=10), lambda: None)
+
+
+def test_a_weight_that_is_no_number_is_named() -> None:
+    """Also where no image has been counted, as before a checkpoint."""
+    state = training()
+    with torch.no_grad():
+        state.model.get_parameter("towers.1.conv3.weight")[0, 0, 0, 0] = math.inf
+    with pytest.raises(TrainingDiverged, match=r"towers\.1\.conv3\.weight being the first layer to look at"):
+        Watch(state, ALONE).look(Tally(), lambda: None)
+
+
+def test_a_training_of_no_steps_is_sound() -> None:
+    """No images have no loss, and that is no reason to worry."""
+    watch = Watch(training(), ALONE)
+    watch.look(Tally(), lambda: None)
+    assert watch.layers["towers.0.conv1.weight"].mean_w > 0

@@ -1,0 +1,58 @@
+"""Mean |w| and mean |dw| of every parameter, as the authors' logs had them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from trainer.model.alexnet import AlexNet
+from trainer.model.presets import PRESETS
+from trainer.optimizer import PaperSGD
+from trainer.parallel.world import World
+from trainer.run.param_stats import Layer, LayerRecord, measure, suspect
+
+ALONE = World((torch.device("cpu"),))
+
+
+@pytest.mark.parametrize("preset", ["paper", "original"])
+def test_they_are_what_the_step_did(preset: str) -> None:
+    """dw is the difference of the weights around a step, also of biases with a rate of their own, and after a drop."""
+    model = AlexNet(3, 0.05, preset)
+    optimizer = PaperSGD(model, PRESETS[preset], 0.01)
+    for lr in (0.01, 0.01, 0.001):
+        optimizer.set_lr(lr)
+        for number, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.full_like(parameter, 1.0 + number)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        optimizer.step()
+        layers = measure(model, optimizer, ALONE)
+        assert list(layers) == list(before)
+        for name, parameter in model.named_parameters():
+            assert layers[name].mean_w == pytest.approx(float(parameter.detach().abs().mean()), rel=1e-4)
+            assert layers[name].mean_dw == pytest.approx(
+                float((parameter.detach() - before[name]).abs().mean()), rel=1e-3
+            )
+
+
+def test_before_the_first_step_nothing_has_moved() -> None:
+    """There is no momentum yet."""
+    model = AlexNet(3, 0.05)
+    layers = measure(model, PaperSGD(model, PRESETS["paper"], 0.01), ALONE)
+    assert {layer.mean_dw for layer in layers.values()} == {0.0}
+
+
+def test_the_first_broken_layer_is_suspected() -> None:
+    """As long as others are whole; when all are broken, the one that moved most before."""
+    sound = {"a.weight": Layer(1.0, 0.1), "b.weight": Layer(1.0, 0.5), "b.bias": Layer(0.0, 1.0)}
+    assert suspect(sound, {}) == "b.weight"
+    assert suspect(sound | {"b.bias": Layer(math.nan, 0.0)}, sound) == "b.bias"
+    broken = dict.fromkeys(sound, Layer(math.nan, math.nan))
+    assert suspect(broken, sound) == "b.weight"
+    assert suspect(broken, {}) is None
+
+
+def test_a_line_of_the_log_has_three_numbers_each() -> None:
+    """Mean |w|, mean |dw| and their ratio, in four digits."""
+    assert LayerRecord.of(7, {"a": Layer(0.123456, 0.001)}).parameters == {"a": (0.1235, 0.001, 0.0081)}

@@ -1,0 +1,162 @@
+"""What an evaluation comes to: errors, class by class, and what was taken for what.
+
+Everything follows from two counts that add up over batches and processes: how often a picture of one class was taken for
+another, and how often a class was not among the best guesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from trainer.parallel.world import World
+
+TOP: Final = 5
+"""The benchmark's other error counts a picture as right if its class is among the five best guesses."""
+
+MATRIX_CLASSES: Final = 20
+"""A terminal has room for a confusion matrix of so many classes; of more, the worst classes and mistakes are shown."""
+
+_SHOWN: Final = 15
+"""How many of the worst are shown."""
+
+
+class Evaluation(msgspec.Struct, frozen=True):
+    """Results on a split.
+
+    Fields:
+        images: how many pictures.
+        loss: mean of -log(probability of the label).
+        top1_error, top5_error: shares of 1.
+        confusion: ``confusion[label][guess]`` pictures of class ``label`` got ``guess`` as their best guess.
+        top5_missed: of each class, how many pictures had it not among their TOP best guesses.
+    """
+
+    images: int
+    loss: float
+    top1_error: float
+    top5_error: float
+    confusion: list[list[int]]
+    top5_missed: list[int]
+
+
+class ClassErrors(msgspec.Struct, frozen=True):
+    """One class of an evaluation; the errors, shares of 1, are None where the split has no picture of it."""
+
+    name: str
+    images: int
+    top1_error: float | None
+    top5_error: float | None
+
+
+class Counter:
+    """Adds up the outputs of many batches, on their device: nothing waits for it until ``evaluation`` is asked for."""
+
+    def __init__(self) -> None:
+        self._loss: Tensor | None = None  # (), float64, a sum
+        self._confusion = torch.zeros(0, dtype=torch.int64)  # (classes * classes,), label by label
+        self._missed = torch.zeros(0, dtype=torch.int64)  # (classes,)
+
+    def add(self, probabilities: Tensor, labels: Tensor) -> None:
+        """Count one batch.
+
+        Args:
+            probabilities: (B, classes) float32.
+            labels: (B,) int64, on the same device.
+        """
+        classes = probabilities.shape[1]
+        of_label = probabilities.gather(1, labels[:, None])
+        best = probabilities.topk(min(TOP, classes)).indices  # (B, TOP)
+        missed = (best != labels[:, None]).all(1)
+        # An impossible guess costs much, but not everything.
+        loss = -of_label.clamp_min(torch.finfo(of_label.dtype).tiny).log().double().sum()
+        confusion = torch.bincount(labels * classes + best[:, 0], minlength=classes**2)
+        by_class = torch.bincount(labels[missed], minlength=classes)
+        if self._loss is None:
+            self._loss, self._confusion, self._missed = loss, confusion, by_class
+        else:
+            self._loss, self._confusion, self._missed = (
+                self._loss + loss,
+                self._confusion + confusion,
+                self._missed + by_class,
+            )
+
+    def evaluation(self, world: World | None) -> Evaluation:
+        """The results of everything that was added, in all processes of ``world``, which all call this."""
+        classes, loss = len(self._missed), float(self._loss) if self._loss is not None else 0.0
+        mine = [loss, *self._confusion.tolist(), *self._missed.tolist()]
+        if world and world.size > 1:  # a process without tower 0, or without a batch, does not know how many classes
+            classes = int(max(row[0] for row in world.gather([classes])))
+            said = world.gather(mine if self._loss is not None else [0.0] * (1 + classes**2 + classes))
+            mine = [sum(column) for column in zip(*said, strict=True)]
+        counts = [round(count) for count in mine[1:]]
+        confusion = [counts[label * classes : (label + 1) * classes] for label in range(classes)]
+        missed = counts[classes**2 :]
+        images = sum(map(sum, confusion))
+        right = sum(confusion[label][label] for label in range(classes))
+        return Evaluation(
+            images=images,
+            loss=mine[0] / max(1, images),
+            top1_error=(images - right) / max(1, images),
+            top5_error=sum(missed) / max(1, images),
+            confusion=confusion,
+            top5_missed=missed,
+        )
+
+
+def class_errors(result: Evaluation, names: Sequence[str]) -> list[ClassErrors]:
+    """The errors of each class; ``names`` in the order of the labels."""
+    found = []
+    for label, (name, row, missed) in enumerate(zip(names, result.confusion, result.top5_missed, strict=True)):
+        images = sum(row)
+        top1 = (images - row[label]) / images if images else None
+        found.append(ClassErrors(name, images, top1, missed / images if images else None))
+    return found
+
+
+def tables(result: Evaluation, names: Sequence[str]) -> list[Table]:
+    """For people: the errors of each class and the confusion matrix; of many classes, the worst of both."""
+    classes = class_errors(result, names)
+    if len(names) <= MATRIX_CLASSES:
+        return [_errors(classes), _matrix(result, names)]
+    worst = sorted(classes, key=lambda each: each.top1_error or 0.0, reverse=True)[:_SHOWN]
+    return [_errors(worst, f"The {len(worst)} worst of {len(names)} classes"), _mistakes(result, names)]
+
+
+def _errors(classes: Sequence[ClassErrors], title: str = "Errors of each class") -> Table:
+    table = Table("class", title=title)
+    for heading in ("images", "top-1 error", "top-5 error"):
+        table.add_column(heading, justify="right")
+    for each in classes:
+        shares = ("-" if share is None else f"{share:.1%}" for share in (each.top1_error, each.top5_error))
+        table.add_row(Text(each.name), str(each.images), *shares)
+    return table
+
+
+def _matrix(result: Evaluation, names: Sequence[str]) -> Table:
+    table = Table("class", title="Confusion: a row for each class, a column for each guess")
+    for label in range(len(names)):
+        table.add_column(str(label), justify="right")
+    for label, (name, row) in enumerate(zip(names, result.confusion, strict=True)):
+        table.add_row(Text(f"{label} {name}"), *(str(count) if count else "·" for count in row))
+    return table
+
+
+def _mistakes(result: Evaluation, names: Sequence[str]) -> Table:
+    cells = [
+        (count, names[label], names[guess])
+        for label, row in enumerate(result.confusion)
+        for guess, count in enumerate(row)
+        if count and guess != label
+    ]
+    table = Table("class", "taken for", title="The most frequent mistakes")
+    table.add_column("images", justify="right")
+    for count, label, guess in sorted(cells, key=lambda cell: -cell[0])[:_SHOWN]:
+        table.add_row(Text(label), Text(guess), str(count))
+    return table

@@ -1,0 +1,8 @@
+"""The network: AlexNet in two towers, its layers, presets and faster forms.
+
+>>> from trainer.model import AlexNet
+"""
+
+from trainer.model.alexnet import AlexNet
+
+__all__ = ["AlexNet"]

@@ -1,0 +1,368 @@
+"""AlexNet in two towers (paper section 3.5, figure 2).
+
+Each tower has half of the kernels of every layer; towers meet in ``exchange`` and nowhere else::
+
+    images ─┬─ conv1 LRN pool conv2 LRN pool ─╳─ conv3 conv4 conv5 pool ─╳─ fc6 ─╳─ fc7 ─╲
+            └─ conv1 LRN pool conv2 LRN pool ─╳─ conv3 conv4 conv5 pool ─╳─ fc6 ─╳─ fc7 ──╳─ fc8 (on tower 0) ─ logits
+
+Maps at width 1, of all towers: 55x55x96, 27x27x256, 13x13x384, 13x13x384, 13x13x256; pooled 27, 13 and 6.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.errors import ConfigError
+from trainer.model.ablation import Variation
+from trainer.model.dropout import halve, keep_half
+from trainer.model.fused import relu_lrn_pool
+from trainer.model.lrn import local_response_norm
+from trainer.model.presets import Preset, preset_named
+from trainer.model.rng import DropoutKey, normal_weights
+from trainer.model.segment import Stretch
+from trainer.model.speed import REFERENCE, Speed, check_speed
+from trainer.parallel.exchange import Share, choose_exchange
+
+_T = TypeVar("_T")
+
+IMAGE_SIDE_PX: Final = 224
+
+WEIGHT_STD: Final = 0.01
+"""Of every weight at the start (paper section 5), but for the preset's ``middle_std``."""
+
+BIASES_OF_ONE: Final = frozenset({"conv2", "conv4", "conv5", "fc6", "fc7"})
+"""These biases start at 1, so that ReLUs see positive inputs early (paper section 5); the others, fc8's too, at 0. With
+tanh, which needs no such help, all start at 0."""
+
+NUMBERS: Final = {
+    name: n for n, name in enumerate(("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"), 1)
+}
+"""A layer's number in the addresses of random words, whether other layers are left out or not."""
+
+KERNELS: Final = {"conv1": (11, 4, 0), "conv2": (5, 1, 2), "conv3": (3, 1, 1), "conv4": (3, 1, 1), "conv5": (3, 1, 1)}
+"""Side, stride and padding of each convolution."""
+
+CONV1_ZEROS: Final = (0, 3, 0, 3)
+"""Columns at the right and rows at the bottom: 224 + 3 gives 55 places for kernels of 11 at stride 4."""
+
+
+POOLINGS: Final = {"overlapping": 3, "plain": 2}
+"""The side of a pooling's windows, which are two apart."""
+
+
+def pooled_side(crop: int, pooling: str) -> int:
+    """The side of conv5's maps after pooling, 6 for crops of 224; below 1 where the network has no room for its kernels.
+
+    conv2 to conv5 keep the side of their maps; conv1 and the three poolings shrink it.
+    """
+    kernel, stride, _ = KERNELS["conv1"]
+    side = (crop + CONV1_ZEROS[1] - kernel) // stride + 1
+    for _ in range(3):
+        side = (side - POOLINGS[pooling]) // 2 + 1
+    return side
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many kernels and units each tower has.
+
+    Fields:
+        towers: 1 or 2.
+        kernels: of conv1 to conv5, per tower.
+        units: of fc6 and fc7, per tower.
+        without: layers that are left out.
+        pooled: side of conv5's maps after pooling.
+    """
+
+    towers: int
+    kernels: tuple[int, int, int, int, int]
+    units: tuple[int, int]
+    without: tuple[str, ...] = ()
+    pooled: int = pooled_side(IMAGE_SIDE_PX, "overlapping")
+
+    @classmethod
+    def of(
+        cls,
+        towers: int,
+        width: float,
+        without: tuple[str, ...] = (),
+        crop: int = IMAGE_SIDE_PX,
+        pooling: str = "overlapping",
+    ) -> Sizes:
+        """The paper's net (two towers), or its smaller one of section 3.2: half the kernels, but the last ones whole."""
+        if towers not in (1, 2):
+            raise ConfigError("--towers", towers, "1 or 2")
+        if not (math.isfinite(width) and 0 < width <= 4):
+            raise ConfigError("--width", width, "a number above 0, at most 4")
+        if (pooled := pooled_side(crop, pooling)) < 1:
+            least = next(side for side in itertools.count(crop) if pooled_side(side, pooling) == 1)
+            raise ConfigError(
+                "--crop", crop, f"at least {least} pixels, or nothing is left after the last {pooling} pooling"
+            )
+        conv5, hidden = (128, 2048) if towers == 2 else (256, 4096)
+        c1, c2, c3, c4, c5, f6, f7 = (max(1, round(n * width)) for n in (48, 128, 192, 192, conv5, hidden, hidden))
+        return cls(towers, (c1, c2, c3, c4, c5), (f6, f7), without, pooled)
+
+    def counts(self) -> dict[str, int]:
+        """How many kernels or units each layer has in each tower, in the order of the layers; fc8 is not a tower's."""
+        names = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7")
+        return {
+            name: count
+            for name, count in zip(names, self.kernels + self.units, strict=True)
+            if name not in self.without
+        }
+
+    def fan_ins(self) -> dict[str, int]:
+        """How many inputs one unit of each layer has, in the order of the layers; fc8 included."""
+        counts = self.counts()
+        fan_ins = {"conv1": 3 * 11 * 11}
+        channels = counts["conv1"]
+        if "conv2" in counts:
+            fan_ins["conv2"], channels = channels * 5 * 5, counts["conv2"]
+        channels *= self.towers  # they meet
+        for name in ("conv3", "conv4", "conv5"):
+            if name in counts:
+                fan_ins[name], channels = channels * 3 * 3, counts[name]
+        units = self.towers * channels * self.pooled**2
+        for name in ("fc6", "fc7"):
+            if name in counts:
+                fan_ins[name], units = units, self.towers * counts[name]
+        return fan_ins | {"fc8": units}
+
+
+class Tower(nn.Module):
+    """One GPU's share of the network."""
+
+    def __init__(self, sizes: Sizes, preset: Preset, variation: Variation, index: int, fused: bool = False) -> None:
+        super().__init__()
+        self.index, self._preset, self._variation = index, preset, variation
+        self._fused = fused and variation.lrn and variation.activation == "relu"
+        self._activate = torch.tanh if variation.activation == "tanh" else functional.relu
+        count, fan_in = sizes.counts(), sizes.fan_ins()
+        for name in count:
+            side, stride, padding = KERNELS.get(name, (0, 1, 0))
+            layer: nn.Module
+            if side:
+                layer = nn.Conv2d(fan_in[name] // side**2, count[name], side, stride=stride, padding=padding)
+            else:
+                layer = nn.Linear(fan_in[name], count[name])
+            self.add_module(name, layer)
+
+    def lower(self, images: Tensor) -> Tensor:
+        """conv1 and conv2: (B, 3, crop, crop) -> (B, C2, S, S); S is 13 for crops of 224, and maps in comments are theirs."""
+        maps = self._layers["conv1"](functional.pad(images, CONV1_ZEROS))  # (B, C1, 55, 55)
+        maps = self._shrink(maps, self._preset.relu_before_lrn1)
+        if "conv2" not in self._layers:
+            return self._pool(maps)
+        return self._shrink(self._layers["conv2"](maps))  # of (B, C2, 27, 27)
+
+    def upper(self, whole: Tensor) -> Tensor:
+        """conv3 to conv5: (B, towers * C2, 13, 13) -> (B, C5 * 6 * 6), in the order (kernel, row, column)."""
+        maps = whole
+        for name in ("conv3", "conv4", "conv5"):
+            if name in self._layers:
+                maps = self._activate(self._layers[name](maps))
+        return self._pool(maps).flatten(1)
+
+    def hidden(self, name: str, whole: Tensor, kept: Tensor | None = None) -> Tensor:
+        """fc6 or fc7 with dropout.
+
+        Args:
+            name: of the layer.
+            whole: (B, inputs), of all towers.
+            kept: (B, units), which units stay; None in use, and without dropout.
+
+        Returns:
+            (B, units).
+        """
+        units: Tensor = self._activate(self._layers[name](whole))
+        if kept is not None:
+            return units * kept
+        return halve(units) if self._variation.dropout and not self.training else units
+
+    def kept(self, name: str, batch: int, key: DropoutKey | None) -> Tensor | None:
+        """The dropout mask of fc6 or fc7 for a batch, (B, units) on this tower's device; None where nothing is dropped."""
+        if not (self.training and self._variation.dropout):
+            return None
+        bias = cast("Tensor", self._layers[name].bias)
+        return keep_half((batch, len(bias)), key, self.index, NUMBERS[name], bias.device)
+
+    @property
+    def _layers(self) -> dict[str, nn.Module]:
+        return cast("dict[str, nn.Module]", self._modules)
+
+    def _shrink(self, maps: Tensor, activate_first: bool = True) -> Tensor:
+        """Activation, LRN and pooling of conv1 or conv2."""
+        if self._fused:
+            return relu_lrn_pool(maps, self._preset.lrn_alpha, POOLINGS[self._variation.pooling], activate_first)
+        if activate_first:
+            return self._pool(self._normalise(self._activate(maps)))
+        return self._activate(self._pool(self._normalise(maps)))
+
+    def _normalise(self, maps: Tensor) -> Tensor:
+        return local_response_norm(maps, self._preset.lrn_alpha) if self._variation.lrn else maps
+
+    def _pool(self, maps: Tensor) -> Tensor:
+        """Overlapping pooling (paper section 3.4): windows of 3, two apart; or plain. Of crops of 224, maps get equally large by both."""
+        return functional.max_pool2d(maps, POOLINGS[self._variation.pooling], 2)
+
+
+class AlexNet(nn.Module):
+    """The network of the paper, ready to train: its weights are drawn when it is made.
+
+    Args:
+        num_classes: how many logits.
+        width: factor of the numbers of kernels and units; 1 is the paper's. Narrower nets get wider weights, by
+            sqrt(full fan-in / fan-in), which keeps the signal as strong; without it they do not start to learn. So do
+            smaller maps' units in fc6.
+        preset: ``paper`` (its text) or ``original`` (its authors' code); see ``trainer.model.presets``.
+        devices: where the towers live: one device for all, or one for each.
+        towers: 2, or 1 for the paper's smaller net.
+        seed: of the weights. Equal seeds give equal weights on any devices.
+        variation: what is otherwise than in the paper's net.
+        share: of a network spread over processes, the towers that live in this one and the way they meet the others;
+            None for all of them. ``devices`` is then this process's one.
+        crop: side of the pictures, in pixels; the paper's is 224.
+        speed: how it is run.
+
+    At width 1 with 1,000 classes it has 60,965,224 parameters; with one tower 59,798,312.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        width: float = 1.0,
+        preset: str = "paper",
+        devices: Sequence[str | torch.device] = ("cpu",),
+        towers: int = 2,
+        seed: int = 0,
+        variation: Variation | None = None,
+        share: Share | None = None,
+        crop: int = IMAGE_SIDE_PX,
+        speed: Speed = REFERENCE,
+    ) -> None:
+        super().__init__()
+        self.preset, self.variation = preset_named(preset), variation or Variation()
+        self.sizes = Sizes.of(towers, width, self.variation.without, crop, self.variation.pooling)
+        self.devices = tuple(torch.device(device) for device in devices)
+        if len(self.devices) not in (1, towers):
+            raise ConfigError(
+                "--devices", ",".join(map(str, devices)), f"one device, or one for each of {towers} towers"
+            )
+        check_speed(speed, self.devices)
+        self.speed = speed
+        self._here = share.towers if share else tuple(range(towers))
+        self.exchange = share.exchange if share else choose_exchange(self.devices)
+        self.fc8: nn.Linear | None = None
+        with torch.device("meta"):  # torch's own initialisation would be thrown away
+            self.towers = nn.ModuleDict(
+                {
+                    str(index): Tower(self.sizes, self.preset, self.variation, index, speed.fused_norm)
+                    for index in self._here
+                }
+            )
+            if 0 in self._here:
+                self.fc8 = nn.Linear(self.sizes.fan_ins()["fc8"], num_classes)
+        for tower, device in zip(self.each_tower, self._each(self.devices), strict=True):
+            tower.to_empty(device=device)
+        if self.fc8 is not None:
+            self.fc8.to_empty(device=self.devices[0])
+        self._layout = torch.channels_last if speed.channels_last else torch.contiguous_format
+        self.to(memory_format=self._layout)  # type: ignore[call-overload]
+        self._initialise(Sizes.of(towers, 1.0, self.variation.without), seed)
+        self._ways = [
+            _ways(tower, speed, device) for tower, device in zip(self.each_tower, self._each(self.devices), strict=True)
+        ]
+        if self.fc8 is not None:
+            self._head = Stretch(self.fc8, [self.fc8], speed, self.devices[0])
+
+    def owns(self, name: str) -> bool:
+        """Whether a parameter of that name would be this process's to hold; true of names that no network has."""
+        owner, _, rest = name.partition(".")
+        elsewhere = {str(index) for index in range(self.sizes.towers)} - set(self.towers)
+        return rest.partition(".")[0] not in elsewhere if owner == "towers" else owner != "fc8" or self.fc8 is not None
+
+    @property
+    def each_tower(self) -> list[Tower]:
+        """The towers that live in this process, in order."""
+        return cast("list[Tower]", list(self.towers.values()))
+
+    def forward(self, images: Tensor | Sequence[Tensor], dropout: DropoutKey | None = None) -> Tensor:
+        """The logits of a batch.
+
+        Args:
+            images: (B, 3, crop, crop) float32, 0 to 255 minus the mean, channels R, G, B; or one such tensor for each
+                entry of ``devices``, already there. Channels-last is fastest.
+            dropout: which masks to draw in training mode; None takes them from torch's own generator.
+
+        Returns:
+            (B, num_classes) float32 on the first device. In a process that has not tower 0, a zero instead, (), whose backward
+            pass is this process's part of the whole net's.
+        """
+        given = [images.to(device) for device in self.devices] if isinstance(images, Tensor) else images
+        given = [image.contiguous(memory_format=self._layout) for image in given]
+        everyone, exchange = range(self.sizes.towers), self.exchange
+        parts = self._run("lower", self._each(given))
+        parts = self._run("upper", exchange(parts, everyone))
+        for name in ("fc6", "fc7"):
+            if name not in self.variation.without:
+                parts = self._run_hidden(name, exchange(parts, everyone), len(given[0]), dropout)
+        (whole,) = exchange(parts, (0,))  # which asks for what it needs, and so on back to the images
+        return whole if self.fc8 is None else self._head(whole).float()
+
+    def _run(self, name: str, given: Iterable[Tensor]) -> Iterator[Tensor]:
+        """One stretch of each tower here, on what each is given, as it is asked for."""
+        for way, each in zip(self._ways, given, strict=True):
+            yield way[name](each)
+
+    def _run_hidden(
+        self, name: str, wholes: Iterator[Tensor], batch: int, dropout: DropoutKey | None
+    ) -> Iterator[Tensor]:
+        """fc6 or fc7 of each tower here, as it is asked for."""
+        for tower, way in zip(self.each_tower, self._ways, strict=True):
+            kept = tower.kept(name, batch, dropout)  # drawn while the other tower's part is on its way
+            whole = next(wholes)
+            yield way[name](whole) if kept is None else way[name](whole, kept)
+
+    def _each(self, given: Sequence[_T]) -> Sequence[_T]:
+        """One entry for each tower here, from one for all or one for each."""
+        return given if len(given) == len(self._here) else list(given) * len(self._here)
+
+    def _initialise(self, full: Sizes, seed: int) -> None:
+        fan_in, full_fan_in = self.sizes.fan_ins(), full.fan_ins()
+        owners: list[tuple[int, nn.Module]] = [(tower.index, tower) for tower in self.each_tower]
+        for address, owner in [*owners, (self.sizes.towers, self)]:
+            for name in fan_in:
+                layer = getattr(owner, name, None)
+                if layer is None:
+                    continue  # fc8 is the whole net's, the other layers are the towers'
+                std = self.preset.middle_std if name in {"conv3", "conv4", "conv5"} else WEIGHT_STD
+                std *= math.sqrt(full_fan_in[name] / fan_in[name])
+                normal = normal_weights(seed, address, NUMBERS[name], tuple(layer.weight.shape))
+                layer.weight.data.copy_(torch.from_numpy(normal) * std)
+                one = name in BIASES_OF_ONE and self.variation.activation == "relu"
+                layer.bias.data.fill_(1.0 if one else 0.0)
+
+
+def _ways(tower: Tower, speed: Speed, device: torch.device) -> dict[str, Stretch]:
+    """What a tower does between two meetings, by name: ``lower``, ``upper``, and ``fc6`` and ``fc7`` if it has them."""
+    layers = dict(tower.named_children())
+    ways = {
+        "lower": Stretch(tower.lower, [layers[name] for name in ("conv1", "conv2") if name in layers], speed, device),
+        "upper": Stretch(
+            tower.upper, [layers[name] for name in ("conv3", "conv4", "conv5") if name in layers], speed, device
+        ),
+    }
+    for name in ("fc6", "fc7"):
+        if name in layers:
+            ways[name] = Stretch(partial(tower.hidden, name), [layers[name]], speed, device)
+    return ways

@@ -1,0 +1,170 @@
+"""The kernels of ``trainer.model.fused`` for GPUs, in Triton.
+
+One program makes all channels of a few places of a row, so what a thread wants of a neighbouring channel or an overlapping
+window is in the cache of its multiprocessor. Only what the convolution wrote comes from memory, and only what is pooled
+goes there, with a byte for which unit won: some 2 + 3 / 4 bytes for each of the convolution's units, in bfloat16, where the
+operations one by one move over 20. All arithmetic is float32.
+
+Checked in Triton's interpreter, on a CPU, against the operations one by one. These kernels have not met a GPU yet.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trainer.model import lrn
+
+_UNITS: Final = 1024
+"""Of a program: eight for each thread of four warps."""
+
+_REACH = tl.constexpr(lrn.SIZE // 2)
+_K = tl.constexpr(lrn.K)
+
+
+def forward(maps: Tensor, alpha: float, side: int, relu_first: bool) -> tuple[Tensor, Tensor]:
+    """As ``trainer.model.fused`` has it: what is pooled, and which place of its window won, uint8."""
+    shape = [*maps.shape[:2], *((n - side) // 2 + 1 for n in maps.shape[2:])]
+    last = maps.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    pooled = torch.empty(shape, dtype=maps.dtype, device=maps.device, memory_format=layout)
+    winners = torch.empty_like(pooled, dtype=torch.uint8)
+    block_c, block_x = _blocks(maps.shape[1])
+    grid = (shape[0] * shape[2], triton.cdiv(shape[3], block_x))
+    with _on(maps):
+        _forward_kernel[grid](
+            *(maps, pooled, winners, *maps.stride(), *pooled.stride()),
+            *(maps.shape[1], shape[2], shape[3], alpha, side, relu_first, block_c, block_x),
+        )
+    return pooled, winners
+
+
+def backward(gradient: Tensor, maps: Tensor, winners: Tensor, alpha: float, side: int, relu_first: bool) -> Tensor:
+    """The gradient of ``maps``, of its dtype and layout."""
+    gradient = torch.empty_like(winners, dtype=gradient.dtype).copy_(gradient)  # whoever made it chose its layout
+    back = torch.empty_like(maps)
+    batch, channels, height, width = maps.shape
+    block_c, block_x = _blocks(channels)
+    grid = (batch * height, triton.cdiv(width, block_x))
+    with _on(maps):
+        _backward_kernel[grid](
+            *(gradient, maps, winners, back, *maps.stride(), *winners.stride()),
+            *(channels, height, width, *winners.shape[2:], alpha, side, relu_first, block_c, block_x),
+        )
+    return back
+
+
+def _blocks(channels: int) -> tuple[int, int]:
+    """How many channels and columns a program has: powers of two."""
+    block_c = triton.next_power_of_2(channels)
+    return block_c, max(1, _UNITS // block_c)
+
+
+def _on(maps: Tensor) -> Any:
+    """Triton launches on torch's current device."""
+    return torch.cuda.device(maps.device) if maps.is_cuda else nullcontext()
+
+
+@triton.jit
+def _squares(at: Any, stride_c: Any, channel: Any, inside: Any, channels: Any, relu_first: tl.constexpr) -> Any:
+    """The sum of squares over the window of maps around ``channel``, at the places ``at``; ``inside`` are real ones."""
+    total = tl.zeros(inside.shape, tl.float32)
+    for d in tl.static_range(-_REACH, _REACH + 1):
+        near = channel + d
+        value = tl.load(at + near * stride_c, inside & (near >= 0) & (near < channels), 0.0).to(tl.float32)
+        if relu_first:
+            value = tl.where(value <= 0, 0.0, value)  # so that what is no number stays none
+        total += value * value
+    return total
+
+
+@triton.jit
+def _forward_kernel(
+    maps: Any, pooled: Any, winners: Any,
+    map_b: Any, map_c: Any, map_y: Any, map_x: Any,  # strides of maps
+    out_b: Any, out_c: Any, out_y: Any, out_x: Any,  # and of pooled and winners
+    channels: Any, out_height: Any, out_width: Any, alpha: Any,
+    side: tl.constexpr, relu_first: tl.constexpr, block_c: tl.constexpr, block_x: tl.constexpr,
+) -> None:  # fmt: skip
+    """A row of windows, ``block_x`` of them, all channels; units are (block_x, block_c)."""
+    row = tl.program_id(0)
+    image, top = (row // out_height).to(tl.int64), row % out_height
+    left = tl.program_id(1) * block_x + tl.arange(0, block_x)[:, None]
+    channel = tl.arange(0, block_c)[None, :]
+    inside = (left < out_width) & (channel < channels)
+    best = tl.full(inside.shape, float("-inf"), tl.float32)
+    winner = tl.zeros(inside.shape, tl.int32)
+    for dy in tl.static_range(side):
+        for dx in tl.static_range(side):
+            at = maps + image * map_b + (top * 2 + dy) * map_y + (left * 2 + dx) * map_x
+            value = tl.load(at + channel * map_c, inside, 0.0).to(tl.float32)
+            if relu_first:
+                value = tl.where(value <= 0, 0.0, value)
+            root = tl.rsqrt(alpha * _squares(at, map_c, channel, inside, channels, relu_first) + _K)
+            value = value * root * tl.sqrt(root)
+            better = (value > best) | (value != value)
+            best = tl.where(better, value, best)
+            winner = tl.where(better, dy * side + dx, winner)
+    if not relu_first:
+        best = tl.where(best <= 0, 0.0, best)
+    to = image * out_b + top * out_y + left * out_x + channel * out_c
+    tl.store(pooled + to, best.to(pooled.dtype.element_ty), inside)
+    tl.store(winners + to, winner.to(tl.uint8), inside)
+
+
+@triton.jit
+def _backward_kernel(
+    gradient: Any, maps: Any, winners: Any, back: Any,
+    map_b: Any, map_c: Any, map_y: Any, map_x: Any,  # strides of maps and back
+    out_b: Any, out_c: Any, out_y: Any, out_x: Any,  # and of gradient and winners
+    channels: Any, height: Any, width: Any, out_height: Any, out_width: Any, alpha: Any,
+    side: tl.constexpr, relu_first: tl.constexpr, block_c: tl.constexpr, block_x: tl.constexpr,
+) -> None:  # fmt: skip
+    """A row of units before pooling, ``block_x`` of them, all channels; units are (block_x, block_c).
+
+    See ``trainer.model.lrn.gradient_of_normalise`` for the formula. What the neighbours' windows of maps hold is made anew for
+    each: 25 loads from cache cost less than a meeting of threads.
+    """
+    row = tl.program_id(0)
+    image, y = (row // height).to(tl.int64), row % height
+    x = tl.program_id(1) * block_x + tl.arange(0, block_x)[:, None]
+    channel = tl.arange(0, block_c)[None, :]
+    inside = (x < width) & (channel < channels)
+    at = maps + image * map_b + y * map_y + x * map_x
+    own = tl.load(at + channel * map_c, inside, 0.0).to(tl.float32)
+    direct = tl.zeros(inside.shape, tl.float32)
+    around = tl.zeros(inside.shape, tl.float32)
+    for d in tl.static_range(-_REACH, _REACH + 1):
+        near = channel + d
+        real = inside & (near >= 0) & (near < channels)
+        value = tl.load(at + near * map_c, real, 0.0).to(tl.float32)
+        came = tl.zeros(inside.shape, tl.float32)  # the gradient of the neighbour's normalised value
+        for up in tl.static_range((side + 1) // 2):  # windows two apart: at most this many begin above and hold row y
+            for before in tl.static_range((side + 1) // 2):
+                top, left = y // 2 - up, x // 2 - before
+                dy, dx = y - top * 2, x - left * 2
+                there = real & (top >= 0) & (top < out_height) & (dy < side)
+                there = there & (left >= 0) & (left < out_width) & (dx < side)
+                spot = image * out_b + top * out_y + left * out_x + near * out_c
+                won = tl.load(winners + spot, there, 255).to(tl.int32) == dy * side + dx
+                came += tl.where(won, tl.load(gradient + spot, there, 0.0).to(tl.float32), 0.0)
+        if relu_first:
+            value = tl.where(value <= 0, 0.0, value)
+        else:
+            came = tl.where(value <= 0, 0.0, came)
+        scale = alpha * _squares(at, map_c, near, real, channels, relu_first) + _K
+        root = tl.rsqrt(scale)
+        passed = came * root * tl.sqrt(root)
+        around += passed * value / scale
+        if d == 0:
+            direct = passed
+    if relu_first:
+        found = tl.where(own <= 0, 0.0, direct - 1.5 * alpha * own * around)  # 2 beta = 1.5
+    else:
+        found = direct - 1.5 * alpha * own * around
+    tl.store(back + image * map_b + y * map_y + x * map_x + channel * map_c, found.to(back.dtype.element_ty), inside)

@@ -1,0 +1,83 @@
+"""A stretch of a tower's way from one meeting to the next: what is compiled, or recorded as a CUDA graph, as one piece.
+
+Towers exchange maps between stretches, so the pieces are the same whether both towers share a device, have one each, or
+live in processes of their own.
+
+The fast form serves the batches that a training consists of: those of the largest size seen, with gradients. Validation,
+predictions and an epoch's short last batch take the plain form, so that none of them costs another compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from trainer.model.speed import Speed
+
+
+class Stretch:
+    """One stretch of one tower.
+
+    Args:
+        run: computes it from what comes in: tensors on ``device``, the batch first.
+        layers: those whose parameters it uses.
+        speed: how it is run.
+        device: the tower's.
+    """
+
+    def __init__(self, run: Callable[..., Tensor], layers: list[nn.Module], speed: Speed, device: torch.device) -> None:
+        self._layers, self._speed, self._device = layers, speed, device
+        self._plain = self._narrow(run)
+        self._fast = self._narrow(torch.compile(run, dynamic=False)) if speed.compile else self._plain
+        self._graph: Callable[..., Tensor] | None = None
+        self._size = 0
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        """Run it."""
+        if not torch.is_grad_enabled():
+            return self._plain(*given)
+        size = len(given[0])
+        if size > self._size:
+            self._size, self._graph = size, self._record(given) if self._speed.cuda_graphs else None
+        if size < self._size:
+            return self._plain(*given)
+        with self._here():
+            return (self._graph or self._fast)(*given)
+
+    def _narrow(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if self._speed.amp == "off":
+            return run
+
+        def narrow(*given: Tensor) -> Tensor:
+            # No cache: a stretch uses each weight once, and a graph must not keep a cast made outside of it.
+            with torch.autocast(self._device.type, torch.bfloat16, cache_enabled=False):
+                return run(*given)
+
+        return narrow
+
+    def _record(self, given: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        """The stretch as two CUDA graphs, forward and backward, for inputs like those ``given``."""
+        like = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in given)
+        with self._here():
+            graph = torch.cuda.make_graphed_callables(_Callable(self._fast, self._layers), like)
+        return cast("Callable[..., Tensor]", graph)
+
+    def _here(self) -> AbstractContextManager[object]:
+        """Graphs are recorded and replayed on torch's current device."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+
+class _Callable(nn.Module):
+    """A stretch as torch wants it to be recorded: a module that knows its parameters."""
+
+    def __init__(self, run: Callable[..., Tensor], layers: list[nn.Module]) -> None:
+        super().__init__()
+        self._run = run
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, *given: Tensor) -> Tensor:
+        return self._run(*given)

@@ -1,0 +1,264 @@
+"""Where the two towers meet: each reader gets the outputs of all towers, side by side (paper section 3.2, figure 2).
+
+It happens before conv3 and before each fully connected layer, and nowhere else. There are several ways to run it; all
+give the same numbers, forward and backward:
+
+- ``OneDevice``: both towers on one device. The towers' outputs are put together once and shared.
+- ``BetweenDevices``: two devices in one process. Parts are copied beside the computation, both ways at once; so are
+  their gradients on the way back.
+- ``BetweenProcesses``: one process for each tower, under ``torchrun``. Twins swap outputs, and gradients on the way back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import permutations
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from trainer.parallel.transfer import Parcel, Route
+from trainer.parallel.world import Pair
+
+_PROBE_NUMBERS: Final = 1 << 20
+"""Numbers in the test of a peer-to-peer copy: 4 MiB, more than one transfer's granule."""
+
+
+class Exchange(Protocol):
+    """One way for the towers to meet."""
+
+    def __call__(self, parts: Iterable[Tensor], readers: Sequence[int]) -> Iterator[Tensor]:
+        """Give each reader the outputs of all towers.
+
+        Both ends may be lazy. A part is passed on before the next one is asked for, and a result is made when it is asked
+        for: given ``parts`` that compute as they come, copies start early and are waited for late.
+
+        Args:
+            parts: for each tower of this process (B, C, ...), on the tower's device.
+            readers: the towers that need the result.
+
+        Yields:
+            For each reader in this process (B, towers * C, ...), on its device, in the order of the towers. A process
+            with no reader gets a zero, (), whose backward pass fetches the gradients of what it gave.
+        """
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a process has of a network that is spread over several.
+
+    Fields:
+        towers: the numbers of the towers that live here.
+        exchange: how they meet the others.
+    """
+
+    towers: tuple[int, ...]
+    exchange: Exchange
+
+
+class OneDevice:
+    """All towers on one device."""
+
+    def __call__(self, parts: Iterable[Tensor], readers: Sequence[int]) -> Iterator[Tensor]:
+        """See ``Exchange``."""
+        given = list(parts)
+        whole = given[0] if len(given) == 1 else torch.cat(given, dim=1)
+        for _ in readers:
+            yield whole
+
+
+class BetweenDevices:
+    """One device for each tower, in one process.
+
+    The pieces that one tower can compute without the other end here, so what a copy overlaps with is the other tower's
+    part of the piece before, the other way's copy, and the drawing of dropout masks; on the way back, whatever of a layer
+    does not wait for that gradient.
+    """
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._devices = tuple(devices)
+        through_host = not peer_copies_work(self._devices)
+        if through_host:
+            warnings.warn(
+                f"copies between {' and '.join(map(str, devices))} arrive damaged on this machine: "
+                "the towers meet through host memory instead, which is slower",
+                stacklevel=2,
+            )
+        self._routes = {(a, b): Route(a, b, through_host) for a, b in permutations(set(self._devices), 2)}
+
+    def __call__(self, parts: Iterable[Tensor], readers: Sequence[int]) -> Iterator[Tensor]:
+        """See ``Exchange``."""
+        sent = [{reader: self._send(part, tower, reader) for reader in readers} for tower, part in enumerate(parts)]
+        for reader in readers:
+            yield torch.cat([on_its_way[reader]() for on_its_way in sent], dim=1)
+
+    def _send(self, part: Tensor, tower: int, reader: int) -> Callable[[], Tensor]:
+        """Begin to bring a part to a reader; returns what makes the reader's stream wait for it."""
+        source, target = self._devices[tower], self._devices[reader]
+        if source == target:
+            return lambda: part
+        trip = _Trip(self._routes[source, target], self._routes[target, source])
+        departed: Tensor = _Depart.apply(part, trip)  # type: ignore[no-untyped-call]
+        return partial(_Arrive.apply, departed, trip)
+
+
+class _Trip:
+    """A part's way to a reader on another device, and its gradient's way home."""
+
+    def __init__(self, there: Route, back: Route) -> None:
+        self.there, self.back = there, back
+        self._parcel: Parcel | None = None
+
+    def put(self, parcel: Parcel) -> Tensor:
+        """Keep what has just been sent; returns its tensor, whose numbers are not there yet."""
+        self._parcel = parcel
+        return parcel.tensor
+
+    def land(self) -> Tensor:
+        """Wait for what was put, and let go of it: the trip lives as long as its graph."""
+        parcel, self._parcel = self._parcel, None
+        assert parcel is not None, "nothing was sent"
+        return parcel.land()
+
+
+class _OnTrip(FunctionCtx):
+    trip: _Trip
+
+
+class _Depart(torch.autograd.Function):
+    """The part itself, whose copy sets out. Back, its gradient lands.
+
+    Autograd runs a node on the thread and stream of the device where its output lies, what is ready and was made last
+    first. So it is the source's stream that waits for the gradient, after all else that there was to do; and since parts
+    depart before any arrives, no tower waits for a gradient before it has sent its own.
+    """
+
+    @staticmethod
+    def forward(ctx: _OnTrip, part: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        trip.put(trip.there.send(part))
+        return part.view_as(part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _OnTrip, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.trip.land()  # it is the gradient
+        return gradient, None
+
+
+class _Arrive(torch.autograd.Function):
+    """The part's copy on the reader's device, landed. Back, its gradient sets out.
+
+    A gradient should be complete when a node hands it on, since autograd might add others to it. Only ``_Depart`` gets
+    this one, and waits for it.
+    """
+
+    @staticmethod
+    def forward(ctx: _OnTrip, _departed: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.land()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _OnTrip, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.trip.put(ctx.trip.back.send(gradient)), None
+
+
+class BetweenProcesses:
+    """One process for each of two towers."""
+
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
+
+    def __call__(self, parts: Iterable[Tensor], readers: Sequence[int]) -> Iterator[Tensor]:
+        """See ``Exchange``."""
+        (mine,) = parts
+        if len(readers) == 1 and self._pair.tower != readers[0]:
+            yield _Give.apply(_as_sent(mine), self._pair)  # type: ignore[no-untyped-call]
+            return
+        way = _Swap if len(readers) == 2 else _Take
+        theirs = _as_maps(way.apply(_as_sent(mine), self._pair))  # type: ignore[no-untyped-call]
+        both = [mine, theirs] if self._pair.tower == 0 else [theirs, mine]
+        yield torch.cat(both, dim=1)
+
+
+class _Ours(FunctionCtx):
+    pair: Pair
+    shape: torch.Size
+
+
+class _Swap(torch.autograd.Function):
+    """The twin's part for ours; back, our gradient of the twin's part for its gradient of ours."""
+
+    @staticmethod
+    def forward(ctx: _Ours, mine: Tensor, pair: Pair) -> Tensor:
+        ctx.pair = pair
+        return pair.swap(mine.contiguous())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Ours, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.pair.swap(gradient.contiguous()), None
+
+
+class _Take(torch.autograd.Function):
+    """The twin's part; back, its gradient goes to the twin. Our own part only says what it looks like."""
+
+    @staticmethod
+    def forward(ctx: _Ours, mine: Tensor, pair: Pair) -> Tensor:
+        ctx.pair = pair
+        return pair.receive(torch.empty_like(mine, memory_format=torch.contiguous_format))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Ours, gradient: Tensor) -> tuple[None, None]:
+        ctx.pair.send(gradient.contiguous())
+        return None, None
+
+
+class _Give(torch.autograd.Function):
+    """Our part to the twin; back, its gradient comes from the twin."""
+
+    @staticmethod
+    def forward(ctx: _Ours, mine: Tensor, pair: Pair) -> Tensor:
+        ctx.pair, ctx.shape = pair, mine.shape
+        pair.send(mine.contiguous())
+        return mine.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Ours, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.pair.receive(gradient.new_empty(ctx.shape)), None
+
+
+def _as_sent(part: Tensor) -> Tensor:
+    """Maps (B, C, H, W) as (B, H, W, C), which is free for channels-last ones; units as they are."""
+    return part.permute(0, 2, 3, 1) if part.dim() == 4 else part
+
+
+def _as_maps(sent: Tensor) -> Tensor:
+    """The inverse of ``_as_sent``."""
+    return sent.permute(0, 3, 1, 2) if sent.dim() == 4 else sent
+
+
+def choose_exchange(devices: Sequence[torch.device]) -> Exchange:
+    """The way to run towers that live on ``devices``: one entry puts all towers there, two give each its own."""
+    return OneDevice() if len(devices) == 1 else BetweenDevices(devices)
+
+
+def peer_copies_work(devices: Sequence[torch.device]) -> bool:
+    """Whether tensors survive a copy between each two of ``devices``, both ways.
+
+    On some machines the driver says that peers reach each other and then delivers zeros or garbage without an error
+    (pytorch issues 13803, 84803, 87363).
+    """
+    for source, target in permutations(set(devices), 2):
+        sent = torch.arange(_PROBE_NUMBERS, dtype=torch.int32, device=source)
+        if not torch.equal(sent.to(target).cpu(), sent.cpu()):
+            return False
+    return True

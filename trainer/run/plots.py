@@ -1,0 +1,182 @@
+"""Pictures of a run: the first layer's kernels (as figure 3 of the paper), the learning curves, and what it confuses.
+
+The kernels go through Pillow; the others are written as SVG by hand, so that no plotting library is needed.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Final
+from xml.sax.saxutils import escape
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import Tensor
+
+from trainer.run.folder import RunFolder, write_atomically
+from trainer.run.progress import EpochRecord, StepRecord
+
+_PER_ROW: Final = 16
+_SCALE: Final = 4
+_GAP_PX: Final = 4
+_BETWEEN_TOWERS_PX: Final = 24
+_PANEL_PX: Final = (420, 260)
+_MARGIN_PX: Final = 48
+_MATRIX_PX: Final = 800
+_NAMED_CLASSES: Final = 60
+"""More classes have no room for their names beside the matrix."""
+
+_RIGHT, _WRONG = (26, 127, 55), (207, 34, 46)
+"""Colours of a class taken for itself and for another, where all its pictures are."""
+
+_MAX_POINTS: Final = 1000
+"""Points of a curve; more would only make the file larger than a screen can show."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a panel: its name, colour and points (step, value)."""
+
+    name: str
+    colour: str
+    points: Sequence[tuple[float, float]]
+
+
+def draw(folder: RunFolder, kernels: Sequence[Tensor]) -> list[Path]:
+    """Draw both pictures into a run's folder and return their paths; ``kernels`` are each tower's of conv1."""
+    part = folder.kernels.with_suffix(".part.png")
+    Image.fromarray(kernel_picture([weights.detach().cpu().numpy() for weights in kernels])).save(part)
+    part.replace(folder.kernels)
+    steps, epochs = read_log(folder.log)
+    write_atomically(folder.curves, learning_curves(steps, epochs).encode())
+    return [folder.kernels, folder.curves]
+
+
+def kernel_picture(towers: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.uint8]:
+    """The first layer's kernels, 16 to a row, one tower below the other, as in figure 3.
+
+    Args:
+        towers: for each tower (K, 3, 11, 11); each kernel is shown on a scale of its own, grey being 0.
+
+    Returns:
+        (height, width, 3) uint8, R, G, B.
+    """
+    blocks = [_kernel_block(kernels) for kernels in towers]
+    white = np.full((_BETWEEN_TOWERS_PX, blocks[0].shape[1], 3), 255, np.uint8)
+    return np.concatenate([piece for block in blocks for piece in (block, white)][:-1])
+
+
+def _kernel_block(kernels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    largest = np.abs(kernels).max(axis=(1, 2, 3), keepdims=True)
+    grey = 127.5 + 127.5 * kernels / np.maximum(largest, np.finfo(np.float32).tiny)
+    tiles = grey.round().astype(np.uint8).transpose(0, 2, 3, 1).repeat(_SCALE, axis=1).repeat(_SCALE, axis=2)
+    pitch = tiles.shape[1] + _GAP_PX
+    rows = -(-len(tiles) // _PER_ROW)
+    block = np.full((rows * pitch + _GAP_PX, _PER_ROW * pitch + _GAP_PX, 3), 255, np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = _GAP_PX + i // _PER_ROW * pitch, _GAP_PX + i % _PER_ROW * pitch
+        block[top : top + len(tile), left : left + len(tile)] = tile
+    return block
+
+
+def read_log(path: Path) -> tuple[list[StepRecord], list[EpochRecord]]:
+    """The steps and epochs of a log, in order; of a step that was made again after a crash, the last."""
+    steps: dict[int, StepRecord] = {}
+    epochs: dict[int, EpochRecord] = {}
+    for line in path.read_bytes().splitlines():
+        try:
+            row = msgspec.json.decode(line)
+            if row["event"] == "step":
+                steps[row["step"]] = msgspec.convert(row, StepRecord)
+            elif row["event"] == "epoch":
+                epochs[row["epoch"]] = msgspec.convert(row, EpochRecord)
+        except (msgspec.DecodeError, KeyError, TypeError):
+            continue  # a line cut off by a crash; the curves do without it
+    return [steps[step] for step in sorted(steps)], [epochs[epoch] for epoch in sorted(epochs)]
+
+
+def learning_curves(steps: Sequence[StepRecord], epochs: Sequence[EpochRecord]) -> str:
+    """Loss and error against the step, in training and validation, as an SVG document."""
+    steps = steps[:: max(1, len(steps) // _MAX_POINTS)]
+    loss = [
+        Curve("training", "#999999", [(r.step, r.loss) for r in steps]),
+        Curve("validation", "#d62728", [(r.step, r.val_loss) for r in epochs]),
+    ]
+    error = [
+        Curve("training", "#999999", [(r.step, r.error) for r in steps]),
+        Curve("validation, top-1", "#d62728", [(r.step, r.val_top1_error) for r in epochs]),
+        Curve("validation, top-5", "#1f77b4", [(r.step, r.val_top5_error) for r in epochs]),
+    ]
+    panel_width, panel_height = _PANEL_PX[0] + 2 * _MARGIN_PX, _PANEL_PX[1] + 2 * _MARGIN_PX
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * panel_width}" height="{panel_height}" '
+        'font-family="sans-serif" font-size="12">\n'
+        f'<rect width="100%" height="100%" fill="white"/>\n{_panel("loss", loss, 0)}{_panel("error", error, panel_width)}'
+        "</svg>\n"
+    )
+
+
+def _panel(title: str, curves: Iterable[Curve], left: int) -> str:
+    """One diagram: axes from 0 to the largest values, the lines and their names."""
+    curves = [curve for curve in curves if curve.points]
+    width, height = _PANEL_PX
+    x_max = max((x for curve in curves for x, _ in curve.points), default=1.0) or 1.0
+    y_max = max((y for curve in curves for _, y in curve.points), default=1.0) or 1.0
+    parts = [
+        f'<g transform="translate({left + _MARGIN_PX} {_MARGIN_PX})">',
+        f'<path d="M0 0V{height}H{width}" fill="none" stroke="black"/>',
+        f'<text x="0" y="-12" font-size="14">{escape(title)}</text>',
+        f'<text x="-6" y="10" text-anchor="end">{y_max:.3g}</text>',
+        f'<text x="-6" y="{height}" text-anchor="end">0</text>',
+        f'<text x="{width}" y="{height + 18}" text-anchor="end">step {x_max:g}</text>',
+    ]
+    for row, curve in enumerate(curves):
+        places = [(x / x_max * width, height - y / y_max * height) for x, y in curve.points]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{curve.colour}" stroke-width="1.5"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{curve.colour}"/>' for x, y in places[-1:]]
+        parts.append(
+            f'<text x="{width - 4}" y="{12 + 16 * row}" text-anchor="end" fill="{curve.colour}">{escape(curve.name)}</text>'
+        )
+    return "\n".join([*parts, "</g>", ""])
+
+
+def confusion_svg(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    """A confusion matrix as an SVG document: a row for each class, a column for each guess.
+
+    The more of a class's pictures got a guess, the darker it is: green where the guess is right, red where it is not.
+
+    Args:
+        confusion: ``confusion[label][guess]`` pictures.
+        names: of the classes; beside the matrix, where there is room for them.
+    """
+    counts = np.asarray(confusion, np.float64)
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    colours = np.where(np.eye(len(names), dtype=bool)[..., None], _RIGHT, _WRONG)
+    cells = (255 - shares[..., None] * (255 - colours)).round().astype(np.uint8)
+    file = BytesIO()
+    Image.fromarray(cells).save(file, "PNG")
+    named = len(names) <= _NAMED_CLASSES
+    cell, left = _MATRIX_PX / len(names), 200 if named else _MARGIN_PX
+    size = left + _MATRIX_PX + _MARGIN_PX
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}" font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<image x="{left}" y="{left}" width="{_MATRIX_PX}" height="{_MATRIX_PX}" style="image-rendering:pixelated" '
+        f'href="data:image/png;base64,{b64encode(file.getvalue()).decode()}"/>',
+        f'<rect x="{left}" y="{left}" width="{_MATRIX_PX}" height="{_MATRIX_PX}" fill="none" stroke="black"/>',
+        f'<text x="8" y="20">rows: the class; columns: what it was taken for; {int(counts.sum()):,} images</text>',
+    ]
+    for label, name in enumerate(names if named else ()):
+        middle = left + (label + 0.5) * cell
+        parts.append(f'<text x="{left - 6}" y="{middle + 4:.1f}" text-anchor="end">{escape(name)}</text>')
+        parts.append(
+            f'<text transform="translate({middle + 4:.1f} {left - 6}) rotate(-90)">{escape(name)}</text>'
+        )  # reads upwards
+    return "\n".join([*parts, "</svg>", ""])

@@ -1,0 +1,148 @@
+"""How far a run has come, as plain values: what the log shows and a checkpoint keeps."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import torch
+from torch import Tensor
+
+
+class Tally(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sums over images: of the loss, of those whose best guess was wrong, and how many."""
+
+    loss: float = 0.0
+    wrong: float = 0.0
+    images: float = 0.0
+
+    def since(self, before: Tally) -> Tally:
+        """What has been added since ``before``."""
+        return Tally(self.loss - before.loss, self.wrong - before.wrong, self.images - before.images)
+
+    @property
+    def mean_loss(self) -> float:
+        """Loss per image; NaN of none."""
+        return self.loss / self.images if self.images else math.nan
+
+    @property
+    def error(self) -> float:
+        """Share of images whose best guess was wrong, 0 to 1; NaN of none."""
+        return self.wrong / self.images if self.images else math.nan
+
+
+class Meter:
+    """Adds up a tally on the device, so that no step waits for the GPU to be read."""
+
+    def __init__(self, device: torch.device, start: Tally) -> None:
+        self._sums = torch.tensor([start.loss, start.wrong, start.images], dtype=torch.float64).to(device)
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch: its mean loss (), logits (B, classes) and labels (B,)."""
+        images = len(labels)
+        wrong = (logits.detach().argmax(1) != labels).sum()
+        self._sums += torch.stack([loss.detach().double() * images, wrong, torch.full_like(wrong, images)])
+
+    def read(self) -> Tally:
+        """The sums so far; waits for the device."""
+        return Tally(*self._sums.tolist())
+
+
+class Progress(msgspec.Struct, forbid_unknown_fields=True):
+    """Counters of a run.
+
+    Fields:
+        step: updates of the weights so far.
+        epoch: the epoch under way, from 0.
+        seen: positions of this epoch that have been trained on.
+        epoch_tally: this epoch's sums.
+        images: trained on altogether.
+        trained_s, waited_s: seconds in training (without validation), and those of them spent waiting for data.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    seen: int = 0
+    epoch_tally: Tally = Tally()
+    images: int = 0
+    trained_s: float = 0.0
+    waited_s: float = 0.0
+
+    def start_next_epoch(self) -> None:
+        """Begin to count anew."""
+        self.epoch, self.seen, self.epoch_tally = self.epoch + 1, 0, Tally()
+
+    @property
+    def images_per_s(self) -> float:
+        """Images trained on per second, waiting included."""
+        return self.images / self.trained_s if self.trained_s else 0.0
+
+    @property
+    def waiting_share(self) -> float:
+        """Share of the training time spent waiting for data, 0 to 1."""
+        return self.waited_s / self.trained_s if self.trained_s else 0.0
+
+
+class StepRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="step", tag_field="event"):
+    """A line of the log: the steps since the line before.
+
+    Errors, ``waiting`` (time spent so) and ``mfu`` (see ``trainer.model.flops``; None where the devices' peak is not known) are
+    shares of 1.
+    """
+
+    step: int
+    epoch: int
+    seen: int
+    loss: float
+    error: float
+    lr: float
+    images_per_s: float
+    waiting: float
+    mfu: float | None = None
+
+
+class EpochRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="epoch", tag_field="event"):
+    """A line of the log: an epoch's training, and the validation after it (centre crop)."""
+
+    epoch: int
+    step: int
+    loss: float
+    error: float
+    val_loss: float
+    val_top1_error: float
+    val_top5_error: float
+    lr: float
+
+
+class Window:
+    """The steps since the last line of the log.
+
+    Args:
+        progress: at its start.
+        flops: of the model for one image, forward and backward.
+        peak: FLOP/s of all devices of the run; None if that is not known.
+    """
+
+    def __init__(self, progress: Progress, flops: int, peak: float | None) -> None:
+        self._before, self._flops, self._peak = msgspec.structs.replace(progress), flops, peak
+
+    def tally(self, progress: Progress) -> Tally:
+        """What they add up to so far."""
+        return progress.epoch_tally.since(self._before.epoch_tally)
+
+    def close(self, progress: Progress, lr: float) -> StepRecord:
+        """Their line."""
+        before, tally = self._before, self.tally(progress)
+        trained_s = max(progress.trained_s - before.trained_s, 1e-9)
+        images_per_s = tally.images / trained_s
+        return StepRecord(
+            step=progress.step,
+            epoch=progress.epoch,
+            seen=progress.seen,
+            loss=tally.mean_loss,
+            error=tally.error,
+            lr=lr,
+            images_per_s=images_per_s,
+            waiting=(progress.waited_s - before.waited_s) / trained_s,
+            mfu=images_per_s * self._flops / self._peak if self._peak else None,
+        )

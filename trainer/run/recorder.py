@@ -1,0 +1,182 @@
+"""What a run leaves behind while it trains: its log, its curves, its checkpoints and its summary.
+
+All processes of a run call these methods together, for each has a part of what is written; the first one writes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from trainer.errors import CheckpointError
+from trainer.parallel.world import World
+from trainer.run import checkpoint, plots
+from trainer.run.checkpoint import Checkpoint, Plain
+from trainer.run.console import Reporter
+from trainer.run.folder import RunFolder
+from trainer.run.ledger import Account, as_numbers, from_numbers, merge_accounts
+from trainer.run.param_stats import Layer, LayerRecord
+from trainer.run.progress import EpochRecord, StepRecord
+from trainer.run.saver import Saver
+from trainer.run.state import State
+from trainer.run.summary import Summary
+from trainer.run.tensorboard import Board
+
+
+class Archive:
+    """Writes about one training; a context manager.
+
+    Args:
+        folder: of the run.
+        state: the training.
+        world: its processes.
+        accounts: the loader's ledger of what this process has been given.
+        reporter: who tells people.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        state: State,
+        world: World,
+        accounts: Callable[[], list[Account]],
+        reporter: Reporter,
+    ) -> None:
+        self._folder, self._state, self._world = folder, state, world
+        self._accounts, self._reporter = accounts, reporter
+        self._first_epoch = state.progress.epoch
+        self._saver = Saver(folder.checkpoints)
+        self._board: Board | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Archive:
+        if self._world.is_first:
+            self._board = Board(self._folder.board, self._state.progress.step)
+            self._stack.callback(self._board.close)
+        self._stack.enter_context(self._saver)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def note(self, event: str, **more: float | str) -> None:
+        """Add a line to the log that says where the run is, and ``more``."""
+        progress = self._state.progress
+        where = {"step": progress.step, "epoch": progress.epoch, "seen": progress.seen}
+        self._log({"event": event, "unix_s": time.time(), **where, **more})
+
+    def step(self, record: StepRecord, layers: Mapping[str, Layer]) -> None:
+        """Tell of the steps since the last line, and of every parameter."""
+        self._log(record)
+        self._log(LayerRecord.of(record.step, layers))
+        if self._board:
+            self._board.step(record, layers)
+        self._reporter.step(record)
+        self._tell_failure(self._saver.failure())
+
+    def epoch(self, record: EpochRecord) -> None:
+        """Tell of an epoch that is over."""
+        self._log(record)
+        if self._board:
+            self._board.epoch(record)
+        self._reporter.epoch(record)
+
+    def save(self, is_best: bool = False, rate_by_hand: float = 0.0) -> None:
+        """Begin to write a checkpoint of this moment, and go on.
+
+        Args:
+            is_best: whether no epoch before had a lower validation error.
+            rate_by_hand: a learning rate that somebody asked for, and that this checkpoint has; 0 for none. The request
+                is forgotten when the checkpoint is on the disk.
+        """
+        state = self._state
+        model = self._world.bring_together(state.model.state_dict())
+        momentum = self._world.bring_together(state.optimizer.momentum())
+        plain = Plain(
+            config=state.config,
+            progress=state.progress,
+            schedule=state.schedule,
+            loader=state.loader,
+            ledger=self.ledger(),
+            history=state.history,
+            class_names=state.facts.class_names,
+            fingerprint=state.facts.fingerprint,
+            count=state.facts.count,
+            crop=state.facts.crop,
+        )
+        if not self._world.is_first:
+            return
+        whole = Checkpoint(plain, model, momentum, state.facts.mean, checkpoint.random_states())
+        self._saver.save(whole, is_best, partial(self._folder.forget_wanted_rate, rate_by_hand))
+
+    def finish(self) -> Path:
+        """Wait until the newest checkpoint is on the disk, and return where it lies.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        self._saver.finish()
+        return checkpoint.path_of(self._folder.checkpoints, self._state.progress.step)
+
+    def newest(self) -> Path | None:
+        """The last good checkpoint."""
+        self._saver.wait()
+        return self._folder.newest_checkpoint()
+
+    def summarise(self) -> Summary:
+        """Write the summary and the figures of what has been reached so far."""
+        state, progress, best = self._state, self._state.progress, self._state.schedule.best
+        kernels = self._world.bring_together(
+            {name: weights for name, weights in state.model.state_dict().items() if name.endswith("conv1.weight")}
+        )
+        first = self._world.is_first
+        last = state.history[-1] if state.history else None
+        summary = Summary(
+            finished=progress.epoch >= state.config.epochs,
+            epochs=progress.epoch,
+            steps=progress.step,
+            accuracy=1 - last.val_top1_error if last else None,
+            top5_accuracy=1 - last.val_top5_error if last else None,
+            best_accuracy=1 - best if best is not None else None,
+            chance=1 / len(state.facts.class_names),
+            images_per_s=progress.images_per_s,
+            waiting_share=progress.waiting_share,
+            ledger=self.ledger(),
+            checkpoint=str(self._folder.newest_checkpoint() or ""),
+            log=str(self._folder.log),
+            figures=[str(path) for path in plots.draw(self._folder, list(kernels.values()))] if first else [],
+        )
+        if first:
+            self._folder.write_summary(summary)
+        return summary
+
+    def ledger(self) -> list[Account]:
+        """Of each epoch begun, before and after a resumption; ``delivered`` counts what was trained on."""
+        progress = self._state.progress
+        epochs = range(self._first_epoch, progress.epoch + 1)
+        everyone = self._world.gather(as_numbers(self._accounts(), epochs))
+        merged = merge_accounts(self._state.earlier, from_numbers(everyone, epochs))
+        return [
+            msgspec.structs.replace(account, delivered=progress.seen) if account.epoch == progress.epoch else account
+            for account in merged
+            if account.epoch < progress.epoch or progress.seen
+        ]
+
+    def _tell_failure(self, failure: CheckpointError | None) -> None:
+        if failure:
+            self.note("not-saved", reason=failure.reason)
+            self._reporter.say(f"Not saved: {failure} The run goes on; the next checkpoint is tried as usual.")
+
+    def _log(self, record: msgspec.Struct | dict[str, Any]) -> None:
+        """Add a line to the log; the first process's is everyone's."""
+        if self._world.is_first:
+            self._folder.append(record)

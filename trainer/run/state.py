@@ -1,0 +1,88 @@
+"""What a training changes, and what of it must survive: all that a checkpoint is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config import RunConfig
+from trainer.data.facts import Facts
+from trainer.evaluation.evaluate import build, restore
+from trainer.model.alexnet import AlexNet
+from trainer.optimizer import PaperSGD
+from trainer.parallel.exchange import BetweenProcesses, Share
+from trainer.parallel.world import World
+from trainer.run import checkpoint
+from trainer.run.checkpoint import Checkpoint
+from trainer.run.ledger import Account
+from trainer.run.progress import EpochRecord, Progress
+from trainer.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from, and where it lies."""
+
+    path: Path
+    saved: Checkpoint
+
+
+@dataclass
+class State:
+    """A training between two steps, as one of its processes has it.
+
+    Fields:
+        config: of the run.
+        facts: of the training split.
+        model, optimizer: this process's part of the network, and its momentum.
+        schedule: of the learning rate.
+        progress: counters.
+        loader: the position of the first sample that has not been trained on.
+        earlier: the ledger up to where this process began.
+        history: of each epoch ended.
+    """
+
+    config: RunConfig
+    facts: Facts
+    model: AlexNet
+    optimizer: PaperSGD
+    schedule: Schedule
+    progress: Progress
+    loader: dict[str, Any]
+    earlier: list[Account]
+    history: list[EpochRecord]
+
+    @classmethod
+    def begin(cls, config: RunConfig, facts: Facts, world: World, resume: Resume | None) -> State:
+        """A new training, or an earlier one where it was left.
+
+        Raises:
+            CheckpointError: what was left does not fit the network.
+        """
+        share = Share((world.pair.tower,), BetweenProcesses(world.pair)) if world.pair else None
+        model = build(config, facts, world.devices, share)
+        schedule, progress = config.first_schedule(), Progress()
+        earlier: list[Account] = []
+        history: list[EpochRecord] = []
+        if resume:
+            plain = resume.saved.plain
+            restore(model, resume.saved, resume.path)
+            checkpoint.restore_random_states(resume.saved.random)
+            schedule, progress, earlier, history = plain.schedule, plain.progress, plain.ledger, list(plain.history)
+        optimizer = PaperSGD(model, model.preset, config.lr, config.speed.fused_sgd)
+        state = cls(config, facts, model, optimizer, schedule, progress, {}, earlier, history)
+        optimizer.set_lr(state.rate)
+        if resume:
+            optimizer.load_momentum(resume.saved.momentum)
+        return state
+
+    @property
+    def epochs_done(self) -> float:
+        """With the share of the epoch under way."""
+        return self.progress.epoch + self.progress.seen / self.facts.count
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return self.schedule.rate(self.epochs_done, self.config.epochs)

@@ -1,0 +1,60 @@
+"""A run's curves as TensorBoard reads them: RUN/tensorboard, written beside the log.
+
+Axes are steps. A run that goes on hides the steps that were made again after a crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from tensorboardX import SummaryWriter
+
+from trainer.run.param_stats import Layer
+from trainer.run.progress import EpochRecord, StepRecord
+
+_FLUSH_S: Final = 10
+"""How far a board may be behind the run."""
+
+
+class Board:
+    """Writes event files.
+
+    Args:
+        folder: where they go.
+        step: updates made so far.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._writer = SummaryWriter(logdir=str(folder), purge_step=step + 1, flush_secs=_FLUSH_S)
+
+    def step(self, record: StepRecord, layers: Mapping[str, Layer]) -> None:
+        """The steps since the line before, and each parameter."""
+        values: dict[str, float | None] = {
+            "train/loss": record.loss,
+            "train/error": record.error,
+            "train/learning rate": record.lr,
+            "speed/images per second": record.images_per_s,
+            "speed/waiting for data": record.waiting,
+            "speed/model FLOP utilisation": record.mfu,
+        }
+        for name, layer in layers.items():
+            values |= {f"mean w/{name}": layer.mean_w, f"mean dw/{name}": layer.mean_dw, f"dw by w/{name}": layer.ratio}
+        self._add(values, record.step)
+
+    def epoch(self, record: EpochRecord) -> None:
+        """The validation after an epoch."""
+        errors = {"top-1 error": record.val_top1_error, "top-5 error": record.val_top5_error}
+        self._add(
+            {f"validation/{name}": value for name, value in {"loss": record.val_loss, **errors}.items()}, record.step
+        )
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+    def _add(self, values: Mapping[str, float | None], step: int) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)

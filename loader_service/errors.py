@@ -11,6 +11,7 @@
     │   ├── RecordError                  one record cannot be read or decoded
     │   └── TooManyBadRecords            more are bad than may be replaced
     ├── PictureError                  3  one picture file cannot be used
+    ├── PreprocessingFailed           1  preprocessing cannot go on, for a reason outside of the pictures
     ├── LinkError                     4  never raised itself
     │   ├── AddressError                 an address that cannot be parsed, bound or resolved
     │   ├── NoNodeError                  nobody answered within the time given
@@ -108,6 +109,10 @@ class PictureError(LoaderServiceError):
     def __init__(self, source: str, reason: str) -> None:
         self.source, self.reason = source, reason
         super().__init__(f"{source} cannot be used: {reason}.")
+
+
+class PreprocessingFailed(LoaderServiceError):
+    """Preprocessing cannot go on, for a reason outside of the pictures: no room, no workers, a folder in use."""
 
 
 class LinkError(LoaderServiceError):

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from loader_service import LocalNode
-from tools.preprocess.__main__ import main as preprocess
+from loader_service.datasets.preprocessing.run import main as preprocess
 from trainer.cli import main as trainer
 
 ARCHIVE = Path(

@@ -16,7 +16,6 @@ import click
 import pytest
 
 import loader_service.cli
-import tools.preprocess.__main__
 import tools.sample_images
 import trainer.cli
 from loader_service.cli.options import VARIABLES, variable
@@ -26,7 +25,7 @@ DOCKER = ROOT / "docker"
 PROGRAMS: dict[str, click.Command] = {
     "loader-service": loader_service.cli.main,
     "trainer": trainer.cli.main,
-    "python -m tools.preprocess": tools.preprocess.__main__.main,
+    "python -m tools.preprocess": loader_service.cli.main.commands["preprocess"],
     "python -m tools.sample_images": tools.sample_images.main,
 }
 TRAINERS = ("trainer", "trainer-cpu")

@@ -22,6 +22,13 @@ MAY_IMPORT = {
     "loader_service.metrics": ("loader_service.errors", "loader_service.types", "loader_service.wire"),
     "loader_service.data": ("loader_service.errors", "loader_service.types", "loader_service.data"),
     "loader_service.wire": ("loader_service.errors", "loader_service.types", "loader_service.wire"),
+    "loader_service.datasets": (
+        "loader_service.errors",
+        "loader_service.types",
+        "loader_service.defaults",
+        "loader_service.data",
+        "loader_service.datasets",
+    ),
     "trainer": ("trainer",),
     "trainer.data.feed": ("trainer", "loader_service"),
     "tools": PACKAGES,
@@ -30,7 +37,7 @@ MAY_IMPORT = {
 
 # Third-party imports that only these may make.
 ONLY_IN = {
-    "lmdb": ("loader_service.data", "tools"),
+    "lmdb": ("loader_service.data", "loader_service.datasets", "tools"),
     "zmq": ("loader_service.wire", "loader_service.node", "loader_service.client", "tools"),
     "torch": ("trainer", "loader_service.torch", "tools"),
 }

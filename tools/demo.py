@@ -25,7 +25,8 @@ from typing import Annotated, Any, TypeVar
 import click
 import msgspec
 
-from tools.command import CONTEXT, Command, ToolFailed
+from loader_service.cli.job import CONTEXT, Job
+from tools.errors import ToolFailed
 
 T = TypeVar("T")
 
@@ -243,7 +244,7 @@ def demo(seed: int) -> None:
     report(summary, evaluation, time.monotonic() - started_s)
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
+@click.command(cls=Job, context_settings=CONTEXT)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the training run.")
 def main(seed: int) -> None:
     """Show the whole path on sample photographs: preprocess, serve, train, evaluate."""

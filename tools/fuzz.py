@@ -21,8 +21,10 @@ import simplejpeg
 import zmq
 
 from loader_service import Loader, LocalNode, status
+from loader_service.cli.job import CONTEXT, Job
 from loader_service.data import golden, kernel
 from loader_service.data.codecs import SUBSAMPLINGS
+from loader_service.datasets.progress import Progress
 from loader_service.errors import MessageError
 from loader_service.types import RECORD_SIDE_PX, VIEWS, DatasetFacts, Installation, SliceId, mean_bytes
 from loader_service.wire import messages
@@ -31,8 +33,7 @@ from loader_service.wire.shm import Segment
 from tools.chaos.__main__ import dataset
 from tools.chaos.client import digest
 from tools.chaos.processes import in_session
-from tools.command import CONTEXT, Command, ToolFailed
-from tools.progress import Progress
+from tools.errors import ToolFailed
 
 INSTANCE: Final = "0123456789abcdef" * 2
 SEGMENT: Final = f"loader-service-{INSTANCE}"
@@ -308,7 +309,7 @@ def fuzz_node(rng: Random, inputs: int, data: Path, progress: Progress) -> tuple
     return refused, grown
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
+@click.command(cls=Job, context_settings=CONTEXT)
 @click.option("--inputs", type=click.IntRange(1), default=100_000, show_default=True, help="How many of each kind.")
 @click.option("--seed", type=int, help="Of the inputs; drawn and printed if not given.")
 @click.option("--data", type=click.Path(path_type=Path, exists=True), help="A directory with train.lmdb to serve.")

@@ -29,9 +29,10 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from tools.command import CONTEXT, Command, ToolFailed
+from loader_service.cli.job import CONTEXT, Job
+from loader_service.datasets.progress import Progress
+from tools.errors import ToolFailed
 from tools.photographs import PHOTOGRAPHS, Photograph
-from tools.progress import Progress
 
 MARKER: Final = "sample-images.json"
 """Written last, so its presence means whole; its content says what was asked for."""
@@ -66,7 +67,7 @@ class Marker(msgspec.Struct, frozen=True):
     seed: int
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
+@click.command(cls=Job, context_settings=CONTEXT)
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
     "--views", type=click.IntRange(len(PHOTOGRAPHS) * 5), default=2000, show_default=True, help="About how many."

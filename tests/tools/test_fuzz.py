@@ -14,10 +14,10 @@ import msgspec
 import pytest
 
 from loader_service.data import kernel
+from loader_service.datasets.progress import Progress
 from loader_service.wire import messages
-from tools.command import ToolFailed
+from tools.errors import ToolFailed
 from tools.fuzz import fuzz_decoders, fuzz_jpegs
-from tools.progress import Progress
 
 ROOT = Path(__file__).parent.parent.parent
 

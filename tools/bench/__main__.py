@@ -12,6 +12,7 @@ from typing import Final
 import click
 import msgspec
 
+from loader_service.cli.job import CONTEXT, Job
 from tools.bench.contest import ROOT
 from tools.bench.contestants import limits, ours, peers
 from tools.bench.document import CHART, Results, chart, machine, markdown
@@ -20,7 +21,7 @@ from tools.bench.rounds import play
 from tools.bench.single import measure
 from tools.bench.turns import BATCH, WORKERS_DEFAULT
 from tools.bench.venvs import PEERS, NotInstalled, python_of, versions
-from tools.command import CONTEXT, Command, ToolFailed
+from tools.errors import ToolFailed
 
 BUILD: Final = ROOT / "build" / "bench"
 DOCUMENT: Final = ROOT / "docs" / "benchmarks.md"
@@ -53,7 +54,7 @@ def source() -> Path:
     raise ToolFailed("there are no photographs; make some: python -m tools.sample_images build/sample-images")
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
+@click.command(cls=Job, context_settings=CONTEXT)
 @click.option("--peers", "peer_names", default="all", show_default=True, help="none, all, or names with commas.")
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(1), help="Turns of each contestant.")
 @click.option("--seconds", default=1.5, show_default=True, type=click.FloatRange(0.01), help="Length of a turn.")

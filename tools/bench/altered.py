@@ -10,7 +10,7 @@ import sys
 from typing import Final
 
 from loader_service import defaults
-from tools.command import ToolFailed
+from tools.errors import ToolFailed
 
 READ_LATE: Final = ("PREFETCH", "SPARE_SLOTS", "SLICES_PER_WORKER", "SEND_SLOTS_PER_WORKER", "CONNECTIONS")
 """What a node reads when it starts, and the benchmark when it makes a loader; the rest is read on import."""

@@ -16,17 +16,17 @@ from typing import Final
 
 import click
 
+from loader_service.cli.job import CONTEXT, Job
 from loader_service.data.records import Records
 from loader_service.types import MAX_SIDE_PX, MIN_SIDE_PX, RECORD_SIDE_PX
 from tools.bench.contest import ROOT
 from tools.bench.document import machine
 from tools.bench.single import preprocess_s, standardising
-from tools.command import CONTEXT, Command
 
 COLUMNS: Final = ("archive", "pictures", "size", "seconds", "pictures/s", "decode + resize alone", "ratio")
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
+@click.command(cls=Job, context_settings=CONTEXT)
 @click.argument("archives", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--size", type=click.IntRange(MIN_SIDE_PX, MAX_SIDE_PX), default=RECORD_SIDE_PX, show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count(), show_default="one per CPU")

@@ -17,16 +17,16 @@ from typing import Final
 import click
 import numpy as np
 
+from loader_service.cli.job import CONTEXT, Job
 from loader_service.data.codecs import CODECS, HEADER, RAW_BYTES, SUBSAMPLINGS, decode, encode, raw_value
 from loader_service.data.draws import draw
 from loader_service.data.kernel import Window
 from loader_service.data.picture import load_picture
+from loader_service.datasets.progress import Progress
 from loader_service.types import RECORD_SIDE_PX, View
 from tools.bench.__main__ import source as find_source
 from tools.bench.ours import SEED
 from tools.bench.pictures import Pixels, photographs
-from tools.command import CONTEXT, Command
-from tools.progress import Progress
 
 Pass = tuple[list[bytes], list[Window | None]]
 """Payloads, and what is decoded of each."""
@@ -34,7 +34,7 @@ Pass = tuple[list[bytes], list[Window | None]]
 QUALITIES: Final = (80, 85, 90, 92, 95)
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
+@click.command(cls=Job, context_settings=CONTEXT)
 @click.option("--source", type=click.Path(path_type=Path), help="Photographs; those of the benchmark if not given.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 def main(source: Path | None, rounds: int) -> None:

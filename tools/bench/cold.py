@@ -23,13 +23,14 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from loader_service.cli.job import CONTEXT, Job
 from loader_service.data.augment import complete_view
 from loader_service.data.fill import empty_slice, fill, slice_numbers
 from loader_service.data.records import Records
 from loader_service.types import SampleLayout, SliceId, View
 from tools.bench.contest import ROOT
 from tools.bench.turns import BATCH, WORKERS_DEFAULT
-from tools.command import CONTEXT, Command, ToolFailed
+from tools.errors import ToolFailed
 
 SLICES: Final = 12
 """For each worker and turn: 1,536 records, 0.3 GB raw."""
@@ -68,7 +69,7 @@ def forget(path: Path) -> None:
         os.close(file)
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
+@click.command(cls=Job, context_settings=CONTEXT)
 @click.option("--records", type=click.Path(path_type=Path), default=ROOT / "build" / "bench" / "records-8192")
 @click.option("--workers", type=click.IntRange(1), default=WORKERS_DEFAULT, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)

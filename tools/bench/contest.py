@@ -23,7 +23,7 @@ from typing import Final
 import msgspec
 import psutil
 
-from tools.command import ToolFailed
+from tools.errors import ToolFailed
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 GONE_S: Final = 10.0

@@ -18,12 +18,13 @@ import click
 import msgspec
 
 from loader_service import defaults
+from loader_service.cli.job import CONTEXT, Job
 from tools.bench.bars import Rounds, spread
 from tools.bench.contest import ROOT, Contestant, Turn
 from tools.bench.document import machine, shown
 from tools.bench.rounds import play
 from tools.bench.turns import BATCH, WORKERS_DEFAULT
-from tools.command import CONTEXT, Command, ToolFailed
+from tools.errors import ToolFailed
 
 BUILD: Final = ROOT / "build" / "bench"
 RECORDS: Final = BUILD / "records-8192"
@@ -181,7 +182,7 @@ def _figure(turns: list[Turn], of_default: list[Turn]) -> str:
     return f"{shown(rate, '.2f')}; CPU {cpu:.2f}"
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
+@click.command(cls=Job, context_settings=CONTEXT)
 @click.option(
     "--only", "names", multiple=True, type=click.Choice(list(SETTINGS)), help="These settings; may be repeated."
 )

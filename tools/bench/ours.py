@@ -26,7 +26,7 @@ from loader_service.wire.auth import generate
 from loader_service.wire.messages import WorkerStatus
 from tools.bench.altered import alter
 from tools.bench.turns import BATCH, WORKERS_DEFAULT, deliver, touch
-from tools.command import ToolFailed
+from tools.errors import ToolFailed
 
 SEED: Final = 7
 CHECK_EVERY: Final = 16

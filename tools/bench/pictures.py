@@ -21,10 +21,10 @@ from PIL import Image
 from loader_service.data.codecs import CODECS, DEFAULT_PARAMETERS, SHAPE, decode, encode
 from loader_service.data.picture import FILTER
 from loader_service.data.writer import Writer
+from loader_service.datasets.progress import Progress
+from loader_service.datasets.statistics import Sums
 from loader_service.types import RECORD_SIDE_PX
-from tools.command import ToolFailed
-from tools.progress import Progress
-from tools.statistics import Sums
+from tools.errors import ToolFailed
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -18,11 +18,12 @@ import click
 import psutil
 
 from loader_service import Loader, defaults
+from loader_service.cli.job import CONTEXT, Job
 from loader_service.wire.auth import generate
 from tools.bench.contest import ROOT
 from tools.bench.ours import SEED, node
 from tools.bench.turns import BATCH, WORKERS_DEFAULT, touch
-from tools.command import CONTEXT, Command, ToolFailed
+from tools.errors import ToolFailed
 
 WARM_S: Final = 1.0
 LEAST_US: Final = 1.0
@@ -42,7 +43,7 @@ def spent_s(loader: psutil.Process) -> dict[str, float]:
     return seconds
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
+@click.command(cls=Job, context_settings=CONTEXT)
 @click.option("--codec", type=click.Choice(["raw", "jpeg"]), default="raw", show_default=True)
 @click.option("--transport", type=click.Choice(["shm", "tcp"]), default="shm", show_default=True)
 @click.option("--records", type=click.Path(path_type=Path), default=ROOT / "build" / "bench" / "records-8192")

@@ -9,7 +9,7 @@ import click
 
 from tools.bench.bars import Rounds
 from tools.bench.contest import Contestant, Running
-from tools.command import ToolFailed
+from tools.errors import ToolFailed
 
 WARM_SHARE: Final = 0.4
 """Of a turn's seconds, spent before the clock starts: what was made ahead is used up by then."""

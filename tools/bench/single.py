@@ -29,7 +29,7 @@ from loader_service.types import RECORD_SIDE_PX
 from tools.bench.contest import ROOT, Contestant, Running
 from tools.bench.ours import node
 from tools.bench.turns import BATCH, deliver
-from tools.command import ToolFailed
+from tools.errors import ToolFailed
 
 BILLION: Final = 10**9
 STARTS: Final = 5

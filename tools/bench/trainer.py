@@ -18,10 +18,11 @@ import click
 import msgspec
 import torch
 
+from loader_service.cli.job import CONTEXT, Job
 from tools.bench.contest import ROOT, Contestant, Running
 from tools.bench.document import machine
 from tools.bench.venvs import NotInstalled, python_of
-from tools.command import CONTEXT, Command, ToolFailed
+from tools.errors import ToolFailed
 from trainer.model.alexnet import IMAGE_SIDE_PX, Sizes
 from trainer.model.flops import peak_flops, training_flops
 from trainer.model.speed import Speed
@@ -182,7 +183,7 @@ def _bars(settings: Settings, lines: list[Line], device: str) -> str:
     return "\n".join(rows)
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
+@click.command(cls=Job, context_settings=CONTEXT)
 @click.option("--device", default=None, help="cuda:0, cpu, ...  [default: a GPU if there is one]")
 @click.option("--batch-sizes", default="128,512", show_default=True)
 @click.option("--width", type=float, default=1.0, show_default=True, help="Of our network; torchvision's is whole.")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from tools.command import ToolFailed
+from tools.errors import ToolFailed
 
 ENVIRONMENTS: Final = Path("build/bench/venvs")
 

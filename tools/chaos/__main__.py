@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from loader_service.cli.job import CONTEXT, Job
 from loader_service.data.codecs import SHAPE
 from loader_service.data.manifest import Statistics
 from loader_service.data.writer import Writer
@@ -30,7 +31,7 @@ from loader_service.wire.shm import sweep
 from tools.chaos.account import EpochResult, results
 from tools.chaos.arena import Arena
 from tools.chaos.faults import FAULTS, Undo
-from tools.command import CONTEXT, Command, ToolFailed
+from tools.errors import ToolFailed
 
 RECORDS: Final = 400
 PACE_S: Final = (0.3, 2.0)
@@ -192,7 +193,7 @@ def dataset(given: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
+@click.command(cls=Job, context_settings=CONTEXT)
 @click.option("--seed", type=int, help="Which faults, when and on whom; drawn and printed if not given.")
 @click.option("--seconds", type=float, default=240, show_default=True, help="For how long faults are begun.")
 @click.option("--faults", default=",".join(FAULTS), help="Which kinds, with commas between; all of them if not given.")

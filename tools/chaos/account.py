@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loader_service import Loader, LocalNode
 from tools.chaos.client import BATCH_SIZE, Account, Line, line_of, read_journal, read_saved
-from tools.command import ToolFailed
+from tools.errors import ToolFailed
 
 CHECKING_WORKERS = 2
 

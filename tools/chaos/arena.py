@@ -15,7 +15,7 @@ from tools.chaos.client import read_saved
 from tools.chaos.link import Links
 from tools.chaos.names import NAME, Names
 from tools.chaos.node import Node, common_port
-from tools.command import ToolFailed
+from tools.errors import ToolFailed
 
 FIRST_NODES = 4
 """Enough for the three longest faults of a node at once, with one left to go on."""

@@ -21,7 +21,7 @@ import msgspec
 from loader_service import Batch, Loader
 from loader_service.client.loader import Transport
 from tools.chaos.names import answer_from
-from tools.command import ToolFailed
+from tools.errors import ToolFailed
 
 BATCH_SIZE: Final = 48
 CONNECTIONS: Final = 2

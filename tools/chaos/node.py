@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tools.chaos import processes
 from tools.chaos.link import HOST, Link, Links
-from tools.command import ToolFailed
+from tools.errors import ToolFailed
 
 WORKERS = 2
 STOP_S = 10.0

@@ -12,7 +12,7 @@ from typing import Final
 
 import click
 
-from tools.command import CONTEXT, Command
+from loader_service.cli.job import CONTEXT, Job
 from tools.containers.demo import demo
 from tools.containers.images import build
 from tools.containers.scale import scale
@@ -20,7 +20,7 @@ from tools.containers.scale import scale
 PARTS: Final = {"build": build, "demo": demo, "scale": scale}
 
 
-@click.command(cls=Command, context_settings=CONTEXT)
+@click.command(cls=Job, context_settings=CONTEXT)
 @click.argument("part", type=click.Choice(list(PARTS)))
 def main(part: str) -> None:
     """Build the images, run the demo by them, or kill and add loaders while they train."""

@@ -19,8 +19,8 @@ from typing import Annotated, Any, Final, Self
 import click
 import msgspec
 
-from tools.command import ToolFailed
 from tools.demo import ROOT, read, say
+from tools.errors import ToolFailed
 
 FILE: Final = Path("docker/compose.yaml")
 PROJECT: Final = "loader-service-demo"

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from tools.command import ToolFailed
 from tools.containers.compose import PROJECT, Compose
 from tools.containers.training import MIDDLE, RUNS, TRAINER, TRAINING, account, copy_run, expect_transport, heading
 from tools.demo import ROOT, Evaluation, Summary, read, say
+from tools.errors import ToolFailed
 
 EPOCHS: Final = "6"
 KEYS: Final = ROOT / RUNS / "keys"

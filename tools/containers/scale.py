@@ -8,7 +8,6 @@ import shlex
 import sys
 from typing import Final
 
-from tools.command import ToolFailed
 from tools.containers.compose import Compose, Lines
 from tools.containers.training import (
     EPOCH_OVER,
@@ -23,6 +22,7 @@ from tools.containers.training import (
     heading,
 )
 from tools.demo import IMAGES, ROOT, run, say
+from tools.errors import ToolFailed
 
 EPOCHS: Final = "4"
 CHECKPOINT_STEPS: Final = "10"

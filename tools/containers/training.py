@@ -9,9 +9,9 @@ from typing import Final
 
 import click
 
-from tools.command import ToolFailed
 from tools.containers.compose import Compose
 from tools.demo import ROOT, Summary, check, read, say
+from tools.errors import ToolFailed
 
 RUNS: Final = Path("build/containers")
 """Where a run's folder is copied to before its volume is removed."""

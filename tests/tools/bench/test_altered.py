@@ -11,7 +11,7 @@ import pytest
 
 from loader_service import defaults
 from tools.bench.altered import alter
-from tools.command import ToolFailed
+from tools.errors import ToolFailed
 
 ROOT = Path(__file__).parents[3]
 

@@ -17,7 +17,7 @@ from tools.bench.bars import bars, ratio
 from tools.bench.contest import Contestant, Running, Turn
 from tools.bench.document import Results
 from tools.bench.turns import touch
-from tools.command import ToolFailed
+from tools.errors import ToolFailed
 
 ROOT = Path(__file__).parents[3]
 

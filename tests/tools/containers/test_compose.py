@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.command import ToolFailed
 from tools.containers.compose import Compose
+from tools.errors import ToolFailed
 
 Answer = Callable[..., None]
 Asked = Callable[[], list[list[str]]]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tools.command import ToolFailed
 from tools.containers import compose, training
 from tools.containers.compose import Compose
+from tools.errors import ToolFailed
 from trainer.run.console import Reporter
 from trainer.run.progress import StepRecord
 

@@ -15,8 +15,8 @@ import pytest
 
 from loader_service.data.codecs import HEADER, RAW_BYTES, SHAPE, header
 from loader_service.data.picture import load_picture
-from tools.preprocess.pool import Pool, Result
-from tools.preprocess.sources import Item, label_files, list_files
+from loader_service.datasets.preprocessing.pool import Pool, Result
+from loader_service.datasets.preprocessing.sources import Item, label_files, list_files
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from loader_service.data.centred import centre_of, encode_centred
 from loader_service.data.manifest import Manifest
 from loader_service.data.records import Records
 from loader_service.data.writer import Writer
-from tools.preprocess.build import COMMIT_BYTES, COMMIT_S, Task
-from tools.progress import Progress
+from loader_service.datasets.preprocessing.build import COMMIT_BYTES, COMMIT_S, Task
+from loader_service.datasets.progress import Progress
 
 
 def raw_twin(task: Task) -> Task:

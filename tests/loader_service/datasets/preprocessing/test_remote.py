@@ -19,10 +19,9 @@ import s3fs
 from click.testing import Result
 
 from loader_service.data.records import Records
-from loader_service.errors import PictureError
-from tools.command import ToolFailed
-from tools.preprocess.remote import Url, list_remote, read_remote
-from tools.preprocess.sources import list_files, read_bytes
+from loader_service.datasets.preprocessing.remote import Url, list_remote, read_remote
+from loader_service.datasets.preprocessing.sources import list_files, read_bytes
+from loader_service.errors import PictureError, PreprocessingFailed
 
 Preprocess = Callable[..., Result]
 
@@ -130,7 +129,7 @@ def test_what_is_gone_is_the_pictures_fault_and_an_outage_is_not(tmp_path: Path)
     path.write_bytes(b"on")
     with pytest.raises(PictureError, match="it ends after 2 of 3 bytes"):
         read_remote(path.as_uri(), "1.jpg", 0, 3)
-    with pytest.raises(ToolFailed, match="cannot be read now"):
+    with pytest.raises(PreprocessingFailed, match="cannot be read now"):
         read_remote(tmp_path.as_uri(), "1.jpg", 0, 3)
 
 

@@ -20,12 +20,11 @@ from loader_service.data.manifest import Manifest, Statistics
 from loader_service.data.partial import partial_path, partials
 from loader_service.data.records import Records
 from loader_service.data.writer import Writer
-from loader_service.errors import DatasetError, DatasetInvalid
-from tools.command import ToolFailed
-from tools.preprocess.pool import Pool, Result
-from tools.preprocess.sources import Item
-from tools.progress import Progress
-from tools.statistics import Sums
+from loader_service.datasets.preprocessing.pool import Pool, Result
+from loader_service.datasets.preprocessing.sources import Item
+from loader_service.datasets.progress import Progress
+from loader_service.datasets.statistics import Sums
+from loader_service.errors import DatasetError, DatasetInvalid, PreprocessingFailed
 
 SHOWN_REJECTED: Final = 10
 """So many bad files are named while they come; the manifest names all."""
@@ -87,7 +86,7 @@ def build(task: Task, writer: Writer, pool: Pool) -> Manifest:
 
     Raises:
         DatasetInvalid: it cannot be written, or nothing could be made a record.
-        ToolFailed: too many files are bad, or workers cannot start.
+        PreprocessingFailed: too many files are bad, or workers cannot start.
     """
     most_bad = max(LEAST_BAD, int(task.max_bad * len(task.items)))
     sums = Sums.from_bytes(writer.state, task.size) if writer.state else Sums(task.size)
@@ -101,7 +100,7 @@ def build(task: Task, writer: Writer, pool: Pool) -> Manifest:
             sums.add(result.count, result.image, result.products)
             if len(writer.rejected) > most_bad:
                 last = writer.rejected[-1]
-                raise ToolFailed(
+                raise PreprocessingFailed(
                     f"{len(writer.rejected)} files are bad, the last one {last.source} ({last.reason}): "
                     "is this the right folder? --max-bad sets what share of bad files is taken."
                 )
@@ -140,14 +139,14 @@ def clear_unfinished(task: Task, replace: bool) -> None:
         replace: whether records of other tasks may be lost.
 
     Raises:
-        ToolFailed: they may not, and there are some.
+        PreprocessingFailed: they may not, and there are some.
     """
     own = partial_path(task.path, task.made_by["input"])
     for partial, count in partials(task.path).items():
         if partial == own:
             continue
         if count and not replace:
-            raise ToolFailed(
+            raise PreprocessingFailed(
                 f"{partial} holds {count:,} records of an interrupted run with another source or other options: "
                 "run that command again to go on with it, name another folder, or say --replace to drop it."
             )
@@ -188,7 +187,7 @@ def locked(out: Path) -> Iterator[None]:
     """Hold ``out`` for this run alone, and clear away what a killed run has left in it and cannot go on from.
 
     Raises:
-        ToolFailed: another run holds it.
+        PreprocessingFailed: another run holds it.
     """
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -196,7 +195,9 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ToolFailed(f"another run is writing to {out}: wait for it, or name another folder.") from None
+            raise PreprocessingFailed(
+                f"another run is writing to {out}: wait for it, or name another folder."
+            ) from None
         _clear(out)
         yield
     finally:

@@ -31,10 +31,10 @@ import numpy as np
 import numpy.typing as npt
 
 from loader_service.data.codecs import Codec, raw_bytes
+from loader_service.datasets.preprocessing import messages
+from loader_service.datasets.preprocessing.sources import Item
+from loader_service.errors import PreprocessingFailed
 from loader_service.types import RECORD_SIDE_PX
-from tools.command import ToolFailed
-from tools.preprocess import wire
-from tools.preprocess.sources import Item
 
 DEATHS: Final = 2
 """So many workers that die at an item are proof against it."""
@@ -64,13 +64,13 @@ class Result(msgspec.Struct, frozen=True):
 class _Worker:
     """One process, its socket, its memory, and which of its areas hold what. The memory outlives the process."""
 
-    def __init__(self, setup: wire.Setup) -> None:
+    def __init__(self, setup: messages.Setup) -> None:
         self._setup = setup
         self._file = os.memfd_create("chunks")
         os.ftruncate(self._file, setup.memory_bytes)
         self.memory = mmap.mmap(self._file, setup.memory_bytes)
-        self.free = list(range(wire.AREAS))
-        self.jobs: dict[int, wire.Job] = {}
+        self.free = list(range(messages.AREAS))
+        self.jobs: dict[int, messages.Job] = {}
         self.connection: socket.socket
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -82,7 +82,13 @@ class _Worker:
         self.connection = ours
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tools.preprocess.worker", str(theirs.fileno()), str(self._file)],
+                [
+                    sys.executable,
+                    "-m",
+                    "loader_service.datasets.preprocessing.worker",
+                    str(theirs.fileno()),
+                    str(self._file),
+                ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), self._file),
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
@@ -99,10 +105,10 @@ class _Worker:
     def _at(self) -> npt.NDArray[np.int64]:
         return np.frombuffer(self.memory, np.int64, 1, self._setup.at_offset)
 
-    def send(self, message: wire.ToWorker) -> None:
+    def send(self, message: messages.ToWorker) -> None:
         """Send; a worker that has just died is found dead by its end of file."""
         try:
-            self.connection.sendall(wire.encode(message))
+            self.connection.sendall(messages.encode(message))
         except (BrokenPipeError, ConnectionResetError):
             return
 
@@ -139,7 +145,7 @@ class Pool:
         limit_s: float,
         side: int = RECORD_SIDE_PX,
     ) -> None:
-        self._count, self._setup = workers, wire.Setup(codec, parameters, limit_s, side)
+        self._count, self._setup = workers, messages.Setup(codec, parameters, limit_s, side)
         self._workers: list[_Worker] = []
         self._exit = ExitStack()
 
@@ -167,7 +173,7 @@ class Pool:
         """The results of all items, chunk by chunk, in their order.
 
         Raises:
-            ToolFailed: workers die before they have begun anything, or cannot reach what is behind a URL.
+            PreprocessingFailed: workers die before they have begun anything, or cannot reach what is behind a URL.
         """
         run = _Run(self._workers, self._selector, items)
         for number in range(len(run.chunks)):
@@ -184,9 +190,9 @@ class _Run:
 
     def __init__(self, workers: Sequence[_Worker], selector: selectors.BaseSelector, items: Sequence[Item]) -> None:
         self._workers, self._selector = workers, selector
-        self.chunks = [items[i : i + wire.CHUNK_ITEMS] for i in range(0, len(items), wire.CHUNK_ITEMS)]
+        self.chunks = [items[i : i + messages.CHUNK_ITEMS] for i in range(0, len(items), messages.CHUNK_ITEMS)]
         self.waiting = list(range(len(self.chunks)))  # sorted, so it is a heap
-        self.done: dict[int, tuple[_Worker, wire.Done, wire.Job]] = {}
+        self.done: dict[int, tuple[_Worker, messages.Done, messages.Job]] = {}
         self.refused: dict[int, dict[int, str]] = {}
         self.deaths: Counter[tuple[int, int]] = Counter()
         self.deaths_at_start = 0
@@ -201,7 +207,7 @@ class _Run:
     def _give(self, worker: _Worker) -> None:
         if self.waiting and worker.free:
             number = heapq.heappop(self.waiting)
-            job = wire.Job(number, worker.free.pop(), list(self.chunks[number]), self.refused.get(number, {}))
+            job = messages.Job(number, worker.free.pop(), list(self.chunks[number]), self.refused.get(number, {}))
             worker.jobs[number] = job
             worker.send(job)
 
@@ -210,17 +216,17 @@ class _Run:
         for key, _ in self._selector.select():
             worker: _Worker = key.data
             try:
-                message = worker.connection.recv(wire.MESSAGE_BYTES)
+                message = worker.connection.recv(messages.MESSAGE_BYTES)
             except ConnectionResetError:
                 continue  # it died with a job unread; what it said before can still be received, then comes the end
             if message:
-                self._note(worker, wire.decode_from_worker(message))
+                self._note(worker, messages.decode_from_worker(message))
             else:
                 self._replace(worker)
 
-    def _note(self, worker: _Worker, message: wire.FromWorker) -> None:
-        if isinstance(message, wire.Failed):
-            raise ToolFailed(message.sentence)
+    def _note(self, worker: _Worker, message: messages.FromWorker) -> None:
+        if isinstance(message, messages.Failed):
+            raise PreprocessingFailed(message.sentence)
         self.deaths_at_start = 0
         self.done[message.number] = (worker, message, worker.jobs.pop(message.number))
         self._give(worker)
@@ -233,7 +239,7 @@ class _Run:
         if at is None or number is None:
             self.deaths_at_start += 1
             if self.deaths_at_start > DEATHS * len(self._workers):
-                raise ToolFailed(
+                raise PreprocessingFailed(
                     f"worker processes end before they have begun (exit code {code}): see what they say above."
                 )
         else:
@@ -249,7 +255,7 @@ class _Run:
         self.assign()
 
 
-def _result(worker: _Worker, setup: wire.Setup, done: wire.Done, job: wire.Job) -> Result:
+def _result(worker: _Worker, setup: messages.Setup, done: messages.Done, job: messages.Job) -> Result:
     """A chunk's result as views of its worker's memory."""
     start, side = job.area * setup.area_bytes, setup.side
     view = memoryview(worker.memory)

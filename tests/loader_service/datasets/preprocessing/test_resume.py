@@ -20,8 +20,8 @@ from click.testing import Result
 
 from loader_service.data.partial import partials
 from loader_service.data.records import Records
-from tools.preprocess.build import COMMIT_BYTES
-from tools.verify import verify
+from loader_service.datasets.preprocessing.build import COMMIT_BYTES
+from loader_service.datasets.verify import verify
 
 Preprocess = Callable[..., Result]
 

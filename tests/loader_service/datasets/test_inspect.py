@@ -11,14 +11,15 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from loader_service.cli import main
 from loader_service.data.records import Records
 from loader_service.data.writer import Writer
-from tools.inspect import histogram, main
+from loader_service.datasets.inspect import histogram
 
 
 def run(path: Path, *options: str) -> str:
     """What the command prints to stdout."""
-    result = CliRunner().invoke(main, [str(path), *options])
+    result = CliRunner().invoke(main, ["inspect", str(path), *options])
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -80,6 +81,6 @@ def test_a_small_environment_of_odd_names_is_shown(
 
 def test_what_is_no_environment_is_refused(tmp_path: Path) -> None:
     """A folder that is none ends with its exit code and a sentence."""
-    result = CliRunner().invoke(main, [str(tmp_path)])
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
     assert result.exit_code == 3
     assert "there is no dataset at" in result.stderr

@@ -14,8 +14,7 @@ import msgspec
 import xxhash
 
 from loader_service.data.picture import MAX_FILE_BYTES
-from loader_service.errors import DatasetInvalid, OptionError, PictureError
-from tools.command import ToolFailed
+from loader_service.errors import DatasetInvalid, OptionError, PictureError, PreprocessingFailed
 
 URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+")
 
@@ -79,7 +78,7 @@ def read_remote(url: str, source: str, offset: int, size: int) -> bytes:
 
     Raises:
         PictureError: it is gone, too large, or shorter than it was.
-        ToolFailed: it cannot be had now. That is not the picture's fault, and the run may go on later.
+        PreprocessingFailed: it cannot be had now. That is not the picture's fault, and the run may go on later.
     """
     if size > MAX_FILE_BYTES:
         raise PictureError(source, f"it has {size} bytes, more than {MAX_FILE_BYTES}")
@@ -89,7 +88,7 @@ def read_remote(url: str, source: str, offset: int, size: int) -> bytes:
     except FileNotFoundError as error:
         raise PictureError(source, "it is not there any more") from error
     except Exception as error:  # each file system has errors of its own
-        raise ToolFailed(f"{url} cannot be read now ({_said(error)}).") from error
+        raise PreprocessingFailed(f"{url} cannot be read now ({_said(error)}).") from error
     if len(content) != size:
         raise PictureError(source, f"it ends after {len(content)} of {size} bytes")
     return content

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from loader_service.datasets.preprocessing.sources import File, label_files, list_files, split_files
 from loader_service.errors import DatasetInvalid
-from tools.preprocess.sources import File, label_files, list_files, split_files
 
 
 def touch(root: Path, *names: str) -> None:

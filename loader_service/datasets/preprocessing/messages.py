@@ -19,7 +19,7 @@ from typing import Final
 import msgspec
 
 from loader_service.data.codecs import Codec, raw_bytes
-from tools.preprocess.sources import Item
+from loader_service.datasets.preprocessing.sources import Item
 
 CHUNK_ITEMS: Final = 32
 """Items per job: messages and sums then cost nothing beside decoding, little is done again after a death, and a sum of so

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.command import ToolFailed
-from tools.preprocess.plan import (
+from loader_service.datasets.preprocessing.plan import (
     check_room,
     choose_codec,
     identity,
@@ -20,7 +19,8 @@ from tools.preprocess.plan import (
     shuffled,
     split_off,
 )
-from tools.preprocess.sources import Item, Listing
+from loader_service.datasets.preprocessing.sources import Item, Listing
+from loader_service.errors import PreprocessingFailed
 
 
 def listing(sizes: list[int]) -> Listing:
@@ -74,7 +74,7 @@ def test_room_is_looked_for_before_the_start(tmp_path: Path) -> None:
     check_room(tmp_path, 10, "raw", 256)
     assert room_bytes(10, "raw", 256) > 10 * 256 * 256 * 3 > room_bytes(10, "jpeg", 256) > 0
     with pytest.raises(
-        ToolFailed, match=r"GB free, and 1,000,000,000,000 raw records need about .* or take --codec jpeg"
+        PreprocessingFailed, match=r"GB free, and 1,000,000,000,000 raw records need about .* or take --codec jpeg"
     ):
         check_room(tmp_path, 10**12, "raw", 256)
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from tools.preprocess.__main__ import main
+from loader_service.cli import main
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -49,7 +49,7 @@ def preprocess() -> Callable[..., Result]:
     """``preprocess(source, out, *options)``: run the command in this process."""
 
     def run(source: Path, out: Path, *options: str) -> Result:
-        arguments = [str(source), str(out), *options]
+        arguments = ["preprocess", str(source), str(out), *options]
         return CliRunner().invoke(main, arguments if "--workers" in options else [*arguments, "--workers", "1"])
 
     return run

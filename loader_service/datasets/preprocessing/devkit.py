@@ -14,8 +14,8 @@ from io import BytesIO
 from pathlib import PurePosixPath
 from typing import Final, NamedTuple
 
+from loader_service.datasets.preprocessing.sources import File, read_bytes
 from loader_service.errors import DatasetInvalid, OptionError, PictureError
-from tools.preprocess.sources import File, read_bytes
 
 GROUND_TRUTH: Final = "ILSVRC2012_validation_ground_truth.txt"
 META: Final = "meta.mat"

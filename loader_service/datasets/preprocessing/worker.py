@@ -1,4 +1,4 @@
-"""A worker process: picture files in, records and sums out; started by the pool as ``-m tools.preprocess.worker``.
+"""A worker process: picture files in, records and sums out; started by the pool as ``-m loader_service.datasets.preprocessing.worker``.
 
 Rules of this file:
 
@@ -23,11 +23,10 @@ import numpy.typing as npt
 from loader_service.data import kernel
 from loader_service.data.codecs import CODECS, decode, encode, header, raw_bytes
 from loader_service.data.picture import load_picture
-from loader_service.errors import PictureError
-from tools.command import ToolFailed
-from tools.preprocess import wire
-from tools.preprocess.layouts import CIFAR_SIDE_PX
-from tools.preprocess.sources import Item, read_bytes
+from loader_service.datasets.preprocessing import messages
+from loader_service.datasets.preprocessing.layouts import CIFAR_SIDE_PX
+from loader_service.datasets.preprocessing.sources import Item, read_bytes
+from loader_service.errors import PictureError, PreprocessingFailed
 
 CIFAR_HEADER: Final = b"P6 %d %d 255\n" % (CIFAR_SIDE_PX, CIFAR_SIDE_PX)
 """With it CIFAR's pixels are a PPM file, and take the same way as every picture."""
@@ -36,21 +35,21 @@ CIFAR_HEADER: Final = b"P6 %d %d 255\n" % (CIFAR_SIDE_PX, CIFAR_SIDE_PX)
 def main(connection: socket.socket, file: int) -> None:
     """Do jobs until the pool closes its end; ``file`` is the shared memory's."""
     setup = memory = None
-    while packet := connection.recv(wire.MESSAGE_BYTES):
-        message = wire.decode_to_worker(packet)
-        if isinstance(message, wire.Setup):
+    while packet := connection.recv(messages.MESSAGE_BYTES):
+        message = messages.decode_to_worker(packet)
+        if isinstance(message, messages.Setup):
             setup, memory = message, mmap.mmap(file, message.memory_bytes)
         else:
             assert setup is not None, "the pool sends it first"
             assert memory is not None
             try:
-                answer: wire.FromWorker = work(memory, setup, message)
-            except ToolFailed as error:
-                answer = wire.Failed(str(error))
-            connection.sendall(wire.encode(answer))
+                answer: messages.FromWorker = work(memory, setup, message)
+            except PreprocessingFailed as error:
+                answer = messages.Failed(str(error))
+            connection.sendall(messages.encode(answer))
 
 
-def work(memory: mmap.mmap, setup: wire.Setup, job: wire.Job) -> wire.Done:
+def work(memory: mmap.mmap, setup: messages.Setup, job: messages.Job) -> messages.Done:
     """Make one chunk's records and sums in the job's area."""
     start, side = job.area * setup.area_bytes, setup.side
     at = np.frombuffer(memory, np.int64, 1, setup.at_offset)
@@ -80,10 +79,10 @@ def work(memory: mmap.mmap, setup: wire.Setup, job: wire.Job) -> wire.Done:
         offset = end - start
         kernel.add(pixels, total, products)
     at[0] = 0
-    return wire.Done(job.number, outcomes, products.ravel().tolist())
+    return messages.Done(job.number, outcomes, products.ravel().tolist())
 
 
-def make(item: Item, setup: wire.Setup) -> tuple[bytes | memoryview, npt.NDArray[np.uint8]]:
+def make(item: Item, setup: messages.Setup) -> tuple[bytes | memoryview, npt.NDArray[np.uint8]]:
     """The payload of one item, and the pixels that a reader will decode from it."""
     content = read_bytes(item.path, item.source, item.offset, item.size)
     if item.form == "cifar":

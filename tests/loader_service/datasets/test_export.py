@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from loader_service.cli import main
 from loader_service.data.codecs import Codec
 from loader_service.data.manifest import Manifest, Statistics
 from loader_service.data.picture import load_picture
 from loader_service.data.records import Records
 from loader_service.data.writer import Writer
-from tools.export import folder_names, main
-from tools.preprocess.__main__ import main as preprocess
+from loader_service.datasets.export import folder_names
 
 COUNT = 7
 
 
 def run(*arguments: Path | str) -> Result:
     """Run the command."""
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, ["export", *map(str, arguments)])
 
 
 @pytest.fixture(params=["raw", "jpeg"])
@@ -54,7 +54,7 @@ def test_what_is_exported_can_be_preprocessed(form: str, tmp_path: Path, make_da
     make_dataset(tmp_path / "a.lmdb", COUNT)
     assert run(tmp_path / "a.lmdb", tmp_path / "files", "--format", form).exit_code == 0
     options = ["--val-fraction", "0", "--workers", "1"]
-    result = CliRunner().invoke(preprocess, [str(tmp_path / "files"), str(tmp_path / "out"), *options])
+    result = CliRunner().invoke(main, ["preprocess", str(tmp_path / "files"), str(tmp_path / "out"), *options])
     assert result.exit_code == 0, result.output
     with Records(tmp_path / "a.lmdb") as before, Records(tmp_path / "out" / "train.lmdb") as after:
         samples = [

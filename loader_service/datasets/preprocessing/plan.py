@@ -14,8 +14,8 @@ import xxhash
 
 from loader_service.data.codecs import Codec, raw_bytes
 from loader_service.data.picture import LIBRARY, RECIPE
-from tools.command import ToolFailed
-from tools.preprocess.sources import Item, Listing
+from loader_service.datasets.preprocessing.sources import Item, Listing
+from loader_service.errors import PreprocessingFailed
 
 PAGE_BYTES: Final = 4096
 
@@ -121,11 +121,11 @@ def check_room(out: Path, count: int, codec: Codec, size: int) -> None:
     """See that there is room for ``count`` records of ``size`` pixels.
 
     Raises:
-        ToolFailed: there is not.
+        PreprocessingFailed: there is not.
     """
     need, free = room_bytes(count, codec, size), shutil.disk_usage(out).free
     if need > free:
-        raise ToolFailed(
+        raise PreprocessingFailed(
             f"{out} has {free / 1e9:.1f} GB free, and {count:,} {codec} records need about {need / 1e9:.1f} GB: "
             f"make room, name another folder{', or take --codec jpeg' if codec != 'jpeg' else ''}."
         )

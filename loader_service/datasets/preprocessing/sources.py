@@ -17,8 +17,8 @@ from typing import IO, Final, Literal
 import msgspec
 
 from loader_service.data.picture import read_content
+from loader_service.datasets.preprocessing.remote import URL, Url, list_remote, open_remote, read_remote
 from loader_service.errors import DatasetInvalid
-from tools.preprocess.remote import URL, Url, list_remote, open_remote, read_remote
 
 TRAIN_FOLDER: Final = "train"
 VALIDATION_FOLDERS: Final = ("val", "valid", "validation", "test")

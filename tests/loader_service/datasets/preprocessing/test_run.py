@@ -20,12 +20,11 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from loader_service.cli import main
 from loader_service.data.codecs import encode
 from loader_service.data.picture import load_picture
 from loader_service.data.records import Records
-from tools import export, inspect
-from tools import verify as verifying
-from tools.verify import verify
+from loader_service.datasets.verify import verify
 
 Preprocess = Callable[..., Result]
 
@@ -135,11 +134,11 @@ def test_another_size(codec: str, album: Path, tmp_path: Path, preprocess: Prepr
         if codec != "jpeg":
             expected = load_picture(album / "train" / records.source(7), side=99)
             assert np.array_equal(records.pixels(7)[1], expected)
-    for tool, options in ((verifying.main, ()), (inspect.main, ("--pictures", str(tmp_path / "sheets")))):
-        result = CliRunner().invoke(tool, [str(path), *options])
+    for command, options in (("verify", ()), ("inspect", ("--pictures", str(tmp_path / "sheets")))):
+        result = CliRunner().invoke(main, [command, str(path), *options])
         assert result.exit_code == 0, result.output
     assert "78 of 99 x 99 pixels" in result.output
-    assert CliRunner().invoke(export.main, [str(path), str(tmp_path / "back")]).exit_code == 0
+    assert CliRunner().invoke(main, ["export", str(path), str(tmp_path / "back")]).exit_code == 0
     for file in (tmp_path / "back").rglob("*.*"):
         with Image.open(file) as picture:
             assert picture.size == (99, 99)

@@ -15,11 +15,11 @@ from typing import IO, Final
 
 import msgspec
 
+from loader_service.datasets.preprocessing.layouts import Found, Pairs, find
+from loader_service.datasets.preprocessing.plan import split_listed, split_off
+from loader_service.datasets.preprocessing.remote import Url, list_remote, open_remote
+from loader_service.datasets.preprocessing.sources import Listing, label_pairs
 from loader_service.errors import DatasetInvalid, OptionError
-from tools.preprocess.layouts import Found, Pairs, find
-from tools.preprocess.plan import split_listed, split_off
-from tools.preprocess.remote import Url, list_remote, open_remote
-from tools.preprocess.sources import Listing, label_pairs
 
 VALIDATION_SHARE: Final = 0.1
 """Of each class, where the source holds one split and no share is named."""

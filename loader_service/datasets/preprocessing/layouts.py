@@ -21,10 +21,9 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from loader_service.errors import DatasetInvalid, PictureError
-from tools.preprocess.devkit import find_devkit, label_by_devkit
-from tools.preprocess.remote import Url
-from tools.preprocess.sources import (
+from loader_service.datasets.preprocessing.devkit import find_devkit, label_by_devkit
+from loader_service.datasets.preprocessing.remote import Url
+from loader_service.datasets.preprocessing.sources import (
     VALIDATION_FOLDERS,
     File,
     Form,
@@ -34,6 +33,7 @@ from tools.preprocess.sources import (
     split_files,
     subtree,
 )
+from loader_service.errors import DatasetInvalid, PictureError
 
 Pairs = list[tuple[File, str]]
 

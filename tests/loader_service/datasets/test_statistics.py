@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loader_service.data.codecs import SHAPE
 from loader_service.data.manifest import Statistics
-from tools.statistics import Sums, eigen
+from loader_service.datasets.statistics import Sums, eigen
 
 
 def pictures(count: int) -> npt.NDArray[np.uint8]:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from loader_service.cli import main
 from loader_service.data.codecs import HEADER, Codec, encode
 from loader_service.data.manifest import Manifest
 from loader_service.data.records import KEY
 from loader_service.data.writer import Writer
-from tools.statistics import Sums
-from tools.verify import main
+from loader_service.datasets.statistics import Sums
 
 Picture = Callable[[int], np.ndarray]
 COUNT = 40
@@ -45,7 +45,7 @@ def write(path: Path, picture: Picture, codec: Codec) -> Manifest:
 
 def run(path: Path) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of the command."""
-    result = CliRunner().invoke(main, [str(path)])
+    result = CliRunner().invoke(main, ["verify", str(path)])
     return result.exit_code, result.stdout, result.stderr
 
 

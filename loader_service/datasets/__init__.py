@@ -1,0 +1,1 @@
+"""Datasets on disk: make them from pictures, verify, inspect and export them."""

@@ -1,0 +1,124 @@
+"""Export an environment to files: an image folder or WebDataset shards.
+
+A jpeg record becomes its own JPEG, byte for byte; a raw record becomes a PNG, pixel for pixel. So what is exported and
+preprocessed again has the same pixels where records are raw. OUT appears when it is whole.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Final, Literal
+
+from PIL import Image
+
+from loader_service.data.codecs import CODECS
+from loader_service.data.records import Records
+from loader_service.datasets.progress import Progress
+from loader_service.errors import OptionError, RecordError
+
+SHARD_RECORDS: Final = 1000
+"""Records per WebDataset shard: 20 MB to 150 MB, a size that streams well."""
+
+Put = Callable[[int, str, str, bytes], None]
+"""Stores one record: its number, its class's name, its file's suffix, its file's bytes."""
+
+
+def export(path: Path, out: Path, form: Literal["folder", "webdataset"]) -> int:
+    """Write every record of the environment at ``path`` into a new folder, which appears when it is whole.
+
+    Returns:
+        How many records were written.
+
+    Raises:
+        OptionError: ``out`` is there already.
+        RecordError: a record is damaged.
+    """
+    if out.exists():
+        raise OptionError("OUT", str(out), "a folder that is not there yet")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with Records(path) as records:
+            write_records(records, partial, form)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already where all went well
+    return len(records)
+
+
+def write_records(records: Records, out: Path, form: Literal["folder", "webdataset"]) -> None:
+    """Write every record's file into a new folder.
+
+    Raises:
+        RecordError: a record is damaged.
+    """
+    out.mkdir()
+    names = folder_names(records.manifest.class_names)
+    storing = folder(out) if form == "folder" else shards(out, {name: label for label, name in enumerate(names)})
+    with storing as put, Progress("export", len(records), "records") as progress, records.values() as values:
+        for number in range(len(records)):
+            label, codec, _, payload = values.read(number)
+            if label >= len(names):
+                raise RecordError(records.path, number, f"its label {label} is beyond the last class")
+            if codec == CODECS["jpeg"]:
+                put(number, names[label], "jpg", bytes(payload))
+            else:
+                png = BytesIO()
+                Image.fromarray(values.decode(number, payload, codec)).save(png, "PNG", compress_level=1)
+                put(number, names[label], "png", png.getvalue())
+            progress.advance()
+
+
+def folder_names(class_names: tuple[str, ...]) -> list[str]:
+    """Names that are safe as folders; they sort as the labels do where the classes' own do and need no change.
+
+    A name from a manifest is not believed to be one of a file: what could lead out of the folder is replaced.
+    """
+    names = [re.sub(r"[/\\\0]", "_", name)[:200].strip() or "_" for name in class_names]
+    names = [f"_{name}" if name.startswith(".") else name for name in names]
+    if len(set(names)) < len(names):
+        names = [f"{label:06d}_{name}" for label, name in enumerate(names)]
+    return names
+
+
+@contextmanager
+def folder(out: Path) -> Iterator[Put]:
+    """Stores records as ``out/CLASS/NUMBER.SUFFIX``."""
+
+    def put(number: int, name: str, suffix: str, content: bytes) -> None:
+        path = out / name / f"{number:08d}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+
+    yield put
+
+
+@contextmanager
+def shards(out: Path, labels: dict[str, int]) -> Iterator[Put]:
+    """Stores records as samples NUMBER.SUFFIX and NUMBER.cls in shards ``out/000000.tar`` and so on."""
+    shard: tarfile.TarFile | None = None
+
+    def put(number: int, name: str, suffix: str, content: bytes) -> None:
+        nonlocal shard
+        if number % SHARD_RECORDS == 0:
+            if shard is not None:
+                shard.close()
+            shard = tarfile.open(out / f"{number // SHARD_RECORDS:06d}.tar", "w")  # noqa: SIM115  # closed below
+        assert shard is not None, "numbers begin at 0"
+        for ending, data in ((suffix, content), ("cls", b"%d" % labels[name])):
+            member = tarfile.TarInfo(f"{number:08d}.{ending}")
+            member.size = len(data)
+            shard.addfile(member, BytesIO(data))
+
+    try:
+        yield put
+    finally:
+        if shard is not None:
+            shard.close()

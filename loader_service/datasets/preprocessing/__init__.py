@@ -1,0 +1,1 @@
+"""Turn any collection of labelled pictures into ``train.lmdb`` and ``val.lmdb``."""

@@ -1,0 +1,101 @@
+"""Verify that an environment is what its manifest says.
+
+Every record's checksum, label and decodability, source names, counts, the statistics, the golden samples and the
+fingerprint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from loader_service.data import golden
+from loader_service.data.manifest import Manifest, Statistics, digest_headers, fingerprint
+from loader_service.data.records import Records
+from loader_service.datasets.progress import Progress
+from loader_service.datasets.statistics import Sums
+from loader_service.errors import DatasetInvalid, RecordError
+
+SHOWN_BAD: Final = 10
+"""So many bad records are named; all are counted."""
+
+PARTS: Final = ("mean_image", "channel_means", "covariance", "eigenvalues", "eigenvectors")
+
+
+def verify(path: Path) -> str:
+    """Check an environment and return its fingerprint.
+
+    Raises:
+        DatasetNotFound, DatasetUnfinished, DatasetInvalid: what is wrong with it.
+    """
+    with Records(path) as records:
+        sums, counts = check_records(records)
+        manifest = records.manifest
+        if counts != list(manifest.class_counts):
+            raise DatasetInvalid(
+                path, f"its manifest counts {list(manifest.class_counts)} records by class, there are {counts}"
+            )
+        check_statistics(path, manifest, sums.statistics())
+        if golden.of_dataset(records) != manifest.golden:
+            raise DatasetInvalid(path, "this machine makes other golden samples of it than its manifest says")
+        plain = msgspec.structs.replace(manifest, fingerprint="", golden="")
+        if (found := fingerprint(plain, digest_headers(records.headers()))) != manifest.fingerprint:
+            raise DatasetInvalid(path, f"its fingerprint is {found}, its manifest says {manifest.fingerprint}")
+    return found
+
+
+def check_records(records: Records) -> tuple[Sums, list[int]]:
+    """The sums of all pixels and the number of records of each class.
+
+    Raises:
+        DatasetInvalid: some records are bad; the first are named.
+    """
+    sums, counts, bad = Sums(records.side), [0] * len(records.manifest.class_names), 0
+    with Progress("verify", len(records), "records") as progress:
+        for number in range(len(records)):
+            try:
+                records.check(number)
+                records.source(number)
+                label, pixels = records.pixels(number)
+            except RecordError as error:
+                bad += 1
+                progress.advance(bad=1)
+                if bad <= SHOWN_BAD:
+                    progress.say(str(error))
+            else:
+                counts[label] += 1
+                sums.add_picture(pixels)
+                progress.advance()
+    if bad:
+        raise DatasetInvalid(records.path, f"{bad} of its {len(records)} records are bad: preprocess the images again")
+    return sums, counts
+
+
+def check_statistics(path: Path, manifest: Manifest, own: Statistics) -> None:
+    """Compare the manifest's statistics with those of the records, or see that another split's have their form.
+
+    Raises:
+        DatasetInvalid: they are neither.
+    """
+    stored = manifest.statistics
+    differing = [part for part in PARTS if not np.array_equal(getattr(stored, part), getattr(own, part))]
+    if not differing:
+        return
+    if manifest.made_by.get("statistics", "own") == "own":
+        raise DatasetInvalid(path, f"its manifest's {', '.join(differing)} are not those of its records")
+    check_form(path, stored)
+
+
+def check_form(path: Path, statistics: Statistics) -> None:
+    """See that statistics of other pixels are possible ones."""
+    vectors, values = statistics.eigenvectors, statistics.eigenvalues
+    mean = statistics.mean_image
+    if not (np.isfinite(mean).all() and mean.min() >= 0 and mean.max() <= 255):
+        raise DatasetInvalid(path, "its mean image is not one")
+    if not np.allclose(mean.mean(axis=(0, 1), dtype=np.float64), statistics.channel_means, atol=1e-3):
+        raise DatasetInvalid(path, "its channel means are not those of its mean image")
+    if not np.allclose(vectors * values @ vectors.T, statistics.covariance, atol=1e-9):
+        raise DatasetInvalid(path, "its eigenvectors and eigenvalues are not those of its covariance")

@@ -1,0 +1,8 @@
+"""``python -m tools.preprocess`` is ``loader-service preprocess``."""
+
+import sys
+
+from loader_service.cli import main
+
+if __name__ == "__main__":
+    main(["preprocess", *sys.argv[1:]])

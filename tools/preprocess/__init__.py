@@ -1,1 +1,0 @@
-"""Any pile of labelled pictures -> ``train.lmdb`` and ``val.lmdb``; run as ``python -m tools.preprocess SRC OUT``."""

@@ -57,7 +57,7 @@ class LocalNode:
 
     @property
     def pid(self) -> int:
-        """Of the node's front process."""
+        """Of the node's dispatcher."""
         return self._process.pid
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from loader_service import LocalNode
-from loader_service.datasets.preprocessing.run import main as preprocess
+from loader_service.cli import main as loader_service_main
 from trainer.cli import main as trainer
 
 ARCHIVE = Path(
@@ -45,7 +45,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_learns_to_tell_ten_classes(pictures: Path, tmp_path: Path) -> None:
     """Preprocessed, served by a node, trained on for six epochs and evaluated with ten crops, by the commands."""
     torch.set_num_threads(1)
-    made = CliRunner().invoke(preprocess, [str(pictures), str(tmp_path), "--size", "72", "--workers", "1"])
+    made = CliRunner().invoke(
+        loader_service_main, ["preprocess", str(pictures), str(tmp_path), "--size", "72", "--workers", "1"]
+    )
     assert made.exit_code == 0, made.output
     recipe = "--preset original --width 0.25 --crop 64 --batch-size 32 --epochs 6 --lr 0.005 --schedule cosine"
     run = str(tmp_path / "run")

@@ -85,7 +85,7 @@ def from_node() -> list[FromNode]:
         messages.Pixels(7, 4096),
         messages.Filled(7),
         messages.Failed(7, 3, "because", "cat/1.jpg"),
-        messages.Stranger(),
+        messages.UnknownClient(),
         messages.Ping(),
         messages.Pong(),
     ]

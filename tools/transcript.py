@@ -58,7 +58,7 @@ TRANSCRIPT: Final[tuple[FromClient | FromNode, ...]] = (
         0,
         0,
     ),
-    messages.Stranger(),
+    messages.UnknownClient(),
     messages.Bye(),
 )
 """A client comes, is served once, is told of a bad record, asks how things are, is forgotten, and leaves."""

@@ -22,6 +22,7 @@ from trainer.evaluation.predict import predict
 from trainer.evaluation.scores import class_errors, tables
 from trainer.loop import train
 from trainer.options import (
+    ABLATION,
     BATCH_SIZE,
     DEVICES,
     JSON,
@@ -30,7 +31,6 @@ from trainer.options import (
     RECIPE,
     SOURCE,
     SPEED,
-    VARIATION,
     make_config,
     options,
     resumed_config,
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 @main.command()
-@options(SOURCE, OUTPUT, RECIPE, NETWORK, (DEVICES,), VARIATION, SPEED)
+@options(SOURCE, OUTPUT, RECIPE, NETWORK, (DEVICES,), ABLATION, SPEED)
 @click.pass_context
 def run(context: click.Context, /, path: Path | None, resume: str | None, **given: Any) -> None:
     """Train a network."""

@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 
 from trainer.errors import ConfigError
-from trainer.model.ablation import Variation
+from trainer.model.ablation import Ablation
 from trainer.model.presets import PresetName, preset_named
 from trainer.model.rng import MAX_SEED
 from trainer.model.speed import Speed
@@ -67,7 +67,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         peak_tflops: what one of the devices can do per second, in 1e12 operations, for the share of it that is used; None
             looks its name up.
         source: where batches come from.
-        variation: what is otherwise than in the paper's net and recipe.
+        ablation: what differs from the paper's network and recipe; files name it ``variation``, as version 0.1 did.
         speed: how the network is run; a resumed run may change it.
     """
 
@@ -89,7 +89,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deterministic: bool = False
     peak_tflops: float | None = None
     source: Source = Source()
-    variation: Variation = Variation()
+    ablation: Ablation = msgspec.field(default=Ablation(), name="variation")
     speed: Speed = Speed()
 
     def __post_init__(self) -> None:
@@ -129,6 +129,6 @@ FIXED_FOR_A_RUN: Final = (
     "patience",
     "drop_at",
     "warmup",
-    "variation",
+    "ablation",
 )
 """What a resumed run cannot change: the weights, or the meaning of the positions already seen, hang on it."""

@@ -1,6 +1,6 @@
 """The training loop: epochs of steps, a validation after each, checkpoints on the way.
 
-What a step changes is ``trainer.run.state.State``; what is written about it, ``trainer.run.recorder.Archive``. Rules of the file:
+What a step changes is ``trainer.run.state.State``; what is written about it, ``trainer.run.recorder.Recorder``. Rules of the file:
 
 1. The loader's position is taken down after a step is complete, so a checkpoint never counts an image that has not
    been trained on, nor trains on one twice.
@@ -25,7 +25,7 @@ from torch.nn import functional
 from trainer.config import RunConfig
 from trainer.data.feed import Batch, Feed, LoaderServiceError, Node, training_view
 from trainer.data.normalisation import Centre, Windows
-from trainer.data.paired_feed import TwinFeed, share_facts
+from trainer.data.paired_feed import PairedFeed, share_facts
 from trainer.errors import ConfigError
 from trainer.evaluation.evaluate import Member, evaluate
 from trainer.evaluation.scores import Evaluation
@@ -36,10 +36,10 @@ from trainer.parallel.determinism import deterministic
 from trainer.parallel.memory import too_large
 from trainer.parallel.world import World
 from trainer.run.console import Reporter
-from trainer.run.divergence import Watch
+from trainer.run.divergence import DivergenceMonitor
 from trainer.run.folder import RunFolder
 from trainer.run.progress import EpochRecord, Meter, Tally, Window
-from trainer.run.recorder import Archive
+from trainer.run.recorder import Recorder
 from trainer.run.state import Resume, State
 from trainer.run.summary import Summary
 from trainer.stop import Stopped, StopRequest
@@ -82,9 +82,9 @@ def train(
             raise ConfigError("--data", node.address if node else "", "a training split with at least one image")
         state = State.begin(config, facts, world, resume)
         reporter = stack.enter_context(Reporter(console, config.epochs, facts.count))
-        archive = stack.enter_context(Archive(folder, state, world, feed.accounts if feed else list, reporter))
-        training = Training(state, archive, folder, node, feed, world, reporter, stop)
-        archive.note("resume" if resume else "start")
+        recorder = stack.enter_context(Recorder(folder, state, world, feed.accounts if feed else list, reporter))
+        training = Training(state, recorder, folder, node, feed, world, reporter, stop)
+        recorder.note("resume" if resume else "start")
         exhausted = False
         try:
             training.run()
@@ -92,16 +92,16 @@ def train(
             exhausted = True  # the batch's tensors hang on the traceback: they are free only after this block
         except (Stopped, LoaderServiceError) as why:
             training.save()
-            path = archive.finish()
-            archive.note("stop")
+            path = recorder.finish()
+            recorder.note("stop")
             reporter.say(f"Stopped at step {state.progress.step}: {path} is where --resume auto goes on.")
             if isinstance(why, LoaderServiceError):
                 raise
         if exhausted:
             alone = world.size == 1
             raise too_large(config.batch_size // world.replicas, world.devices, training.try_batch if alone else None)
-        archive.finish()
-        return archive.summarise()
+        recorder.finish()
+        return recorder.summarise()
 
 
 def _open_feed(config: RunConfig, node: Node, stop: StopRequest, resume: Resume | None, world: World) -> Feed:
@@ -111,7 +111,7 @@ def _open_feed(config: RunConfig, node: Node, stop: StopRequest, resume: Resume 
         return Feed(
             node,
             "train",
-            training_view(preset_named(config.preset), config.variation, node),
+            training_view(preset_named(config.preset), config.ablation, node),
             config.batch_size // world.replicas,
             world.devices,
             config.seed,
@@ -139,7 +139,7 @@ class Training:
     def __init__(
         self,
         state: State,
-        archive: Archive,
+        recorder: Recorder,
         folder: RunFolder,
         node: Node | None,
         feed: Feed | None,
@@ -147,14 +147,14 @@ class Training:
         reporter: Reporter,
         stop: StopRequest,
     ) -> None:
-        self._state, self._archive, self._folder, self._node = state, archive, folder, node
+        self._state, self._recorder, self._folder, self._node = state, recorder, folder, node
         self._feed, self._world, self._reporter, self._stop = feed, world, reporter, stop
-        self._batches = TwinFeed(feed, world, stop)
+        self._batches = PairedFeed(feed, world, stop)
         self._centre = Centre(state.facts.mean, state.model.preset, world.devices)
         self._meter = self._new_meter()
-        self._watch = Watch(state, world)
+        self._divergence = DivergenceMonitor(state, world)
         self._flops = training_flops(
-            state.model.sizes, len(state.facts.class_names), state.facts.crop, state.config.variation.pooling
+            state.model.sizes, len(state.facts.class_names), state.facts.crop, state.config.ablation.pooling
         )
         self._peak = _peak_of_all(state.config, world)
         self._window = self._new_window()
@@ -166,7 +166,7 @@ class Training:
         while self._state.progress.epoch < self._state.config.epochs:
             self._train_epoch()
             self._end_epoch()
-        self._archive.note("end")
+        self._recorder.note("end")
 
     def save(self, is_best: bool = False) -> None:
         """Begin to write a checkpoint of this moment; all processes take part.
@@ -175,7 +175,7 @@ class Training:
             TrainingDiverged: such a checkpoint would only push out good ones.
         """
         self._read_meter()
-        self._archive.save(is_best, self._obeyed)
+        self._recorder.save(is_best, self._obeyed)
 
     def try_batch(self, images: int) -> None:
         """A step with that many black images, for what it costs: the weights are of no use afterwards."""
@@ -236,7 +236,7 @@ class Training:
             return
         state = self._state
         state.schedule = state.schedule.by_hand(wanted, state.epochs_done, state.config.epochs)
-        self._archive.note("set-lr", lr=wanted, before=state.optimizer.lr)
+        self._recorder.note("set-lr", lr=wanted, before=state.optimizer.lr)
         self._reporter.say(f"By hand: the learning rate is {wanted:g} from step {state.progress.step + 1} on.")
         state.optimizer.set_lr(wanted)
         self.save()
@@ -263,7 +263,7 @@ class Training:
             progress.trained_s += time.perf_counter() - began_s
             progress.waited_s += self._waited_s - waited_s
             if log_now:
-                self._archive.step(self._window.close(progress, state.optimizer.lr), self._watch.layers)
+                self._recorder.step(self._window.close(progress, state.optimizer.lr), self._divergence.layers)
                 self._window = self._new_window()
             if save_now:
                 self.save()
@@ -315,16 +315,16 @@ class Training:
         state.history.append(record)
         progress.start_next_epoch()
         self._meter, self._window = self._new_meter(), self._new_window()
-        self._archive.epoch(record)
+        self._recorder.epoch(record)
         self.save(is_best)
         if state.schedule.drops > before.drops:
             self._reporter.say(f"The validation error has stalled: the learning rate drops to {state.schedule.lr:g}.")
-        self._archive.summarise()
+        self._recorder.summarise()
 
     def _validate(self) -> Evaluation:
         world, member = self._world, Member(self._state.model, self._centre)
         if self._node is None:
-            return evaluate([member], TwinFeed(None, world, self._stop), world)
+            return evaluate([member], PairedFeed(None, world, self._stop), world)
         size = self._state.config.batch_size // world.replicas
         with Feed(
             self._node,
@@ -336,14 +336,14 @@ class Training:
             world_size=world.replicas,
             crop=self._state.facts.crop,
         ) as feed:
-            return evaluate([member], TwinFeed(feed, world, self._stop), world)
+            return evaluate([member], PairedFeed(feed, world, self._stop), world)
 
     def _read_meter(self) -> None:
         """Bring the epoch's sums up to date, and make sure that the training is sound."""
         progress = self._state.progress
         everyone = self._world.gather(msgspec.structs.astuple(self._meter.read()))
         progress.epoch_tally = Tally(*(sum(column) for column in zip(*everyone, strict=True)))
-        self._watch.look(self._window.tally(progress), self._archive.newest)
+        self._divergence.look(self._window.tally(progress), self._recorder.newest)
 
 
 def _peak_of_all(config: RunConfig, world: World) -> float | None:

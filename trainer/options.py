@@ -12,13 +12,13 @@ from click.core import ParameterSource
 
 from trainer.config import FIXED_FOR_A_RUN, RunConfig, Source
 from trainer.errors import ConfigError
-from trainer.model.ablation import REMOVABLE, Variation
+from trainer.model.ablation import REMOVABLE, Ablation
 from trainer.model.presets import PRESETS
 from trainer.model.speed import Precision, Speed
 from trainer.schedule import Policy
 
 _RUN: Final = RunConfig()
-_GROUPS: Final[dict[str, type[msgspec.Struct]]] = {"source": Source, "variation": Variation, "speed": Speed}
+_GROUPS: Final[dict[str, type[msgspec.Struct]]] = {"source": Source, "ablation": Ablation, "speed": Speed}
 """Fields of a RunConfig that are values of their own, with options for each of their fields."""
 
 _OWNER: Final = {field: name for name, group in _GROUPS.items() for field in group.__struct_fields__}
@@ -89,7 +89,7 @@ RECIPE: Final = (
     click.option("--drop-at", metavar="EPOCHS", callback=_numbers, help="Where step drops the rate, e.g. 30,60,80."),
     _option("--warmup", float, "Epochs in which the rate rises to --lr."),
 )
-VARIATION: Final = (
+ABLATION: Final = (
     click.option("--activation", type=click.Choice(["relu", "tanh"]), default="relu", show_default=True),
     _switch("lrn", "Local response normalisation."),
     click.option("--pooling", type=click.Choice(["overlapping", "plain"]), default="overlapping", show_default=True),
@@ -109,8 +109,8 @@ SPEED: Final = (
         help="bf16: products in bfloat16; weights, LRN, softmax and loss stay float32.",
     ),
     _switch("channels-last", "Maps in memory place by place.", _SPEED.channels_last),
-    _switch("compile", "torch.compile, stretch by stretch of each tower.", _SPEED.compile),
-    _switch("cuda-graphs", "Each such stretch as one CUDA graph.", _SPEED.cuda_graphs),
+    _switch("compile", "torch.compile, segment by segment of each tower.", _SPEED.compile),
+    _switch("cuda-graphs", "Each such segment as one CUDA graph.", _SPEED.cuda_graphs),
     _switch("fused-norm", "ReLU, LRN and pooling as one operation.", _SPEED.fused_norm),
     _switch("fused-sgd", "The update of all parameters as one kernel.", _SPEED.fused_sgd),
 )

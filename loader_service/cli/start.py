@@ -12,7 +12,7 @@ from loader_service import __version__, defaults
 from loader_service.cli import logs
 from loader_service.cli.options import Command, argument, hidden_option, option
 from loader_service.metrics import NodeMetrics
-from loader_service.node.dispatcher import Front
+from loader_service.node.dispatcher import Dispatcher
 from loader_service.node.start import run_node
 from loader_service.node.worker import die_with_parent
 from loader_service.prometheus import Exporter
@@ -77,10 +77,10 @@ def start(
         die_with_parent(parent)
     logs.set_up(log_format, "warning" if quiet else log_level)
 
-    def announce(front: Front, facts: dict[Split, DatasetFacts]) -> None:
-        line = _announcement(front, facts, workers)
+    def announce(dispatcher: Dispatcher, facts: dict[Split, DatasetFacts]) -> None:
+        line = _announcement(dispatcher, facts, workers)
         if log_format == "json":
-            log.info(line, extra={"address": front.address, "instance": front.instance, "workers": workers})
+            log.info(line, extra={"address": dispatcher.address, "instance": dispatcher.instance, "workers": workers})
         elif not quiet:
             click.echo(line)
 
@@ -130,7 +130,7 @@ def keygen(directory: Path) -> None:
     )
 
 
-def _announcement(front: Front, facts: dict[Split, DatasetFacts], workers: int) -> str:
+def _announcement(dispatcher: Dispatcher, facts: dict[Split, DatasetFacts], workers: int) -> str:
     serves = ", ".join(f"{split} ({f.count:,} records, {len(f.class_names):,} classes)" for split, f in facts.items())
-    ceiling = front.memory_ceiling_bytes / 2**20
-    return f"listening on {front.address}: {serves}; {workers} workers; at most {ceiling:.0f} MiB of shared memory"
+    ceiling = dispatcher.memory_ceiling_bytes / 2**20
+    return f"listening on {dispatcher.address}: {serves}; {workers} workers; at most {ceiling:.0f} MiB of shared memory"

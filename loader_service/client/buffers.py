@@ -20,7 +20,7 @@ Bytes = npt.NDArray[np.uint8]
 Copy = Callable[[Bytes, Bytes], None]
 
 
-class Room:
+class Buffers:
     """Slots for batches of up to ``batch_size`` samples.
 
     A slot is three areas, each from a page boundary: pixels, labels, draws. A slice is a run of samples in each.

@@ -32,7 +32,7 @@ Arm = Callable[[int, int], int | None]
 """(slot, part) -> the part's new generation, or None while a late writer holds it."""
 
 ASKS_PER_WORKER: Final = 3
-"""Slices asked of a node at a time, per worker: one in work, one waiting at the worker, one at the front."""
+"""Slices asked of a node at a time, per worker: one in work, one waiting at the worker, one at the dispatcher."""
 
 NO_SLOT: Final = -1
 

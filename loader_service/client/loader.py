@@ -19,7 +19,7 @@ import numpy.typing as npt
 from loader_service import defaults
 from loader_service.client.actions import Batch as MadeBatch
 from loader_service.client.actions import Deliver, Finish
-from loader_service.client.buffers import Room
+from loader_service.client.buffers import Buffers
 from loader_service.client.dataset import Dataset
 from loader_service.client.ledger import EpochAccount, Ledger
 from loader_service.client.options import check_choice, check_range, check_view, view_of
@@ -151,14 +151,14 @@ class Loader:
             self.dataset = Dataset.of(self._facts)
             self._view = complete_view(view_of(view, crop, self.dataset.side), self.dataset.statistics)
             self._schedule = Schedule(self._facts.count, batch_size, rank, world_size, epochs, drop_last)
-            self._room = self._make_room(
+            self._buffers = self._make_buffers(
                 SampleLayout(self._view, dtype), seed, batch_size, prefetch + defaults.SPARE_SLOTS
             )
         except BaseException:
             self.close()
             raise
         self._close.detach()
-        self._close = weakref.finalize(self, _close, self._session, self._room)
+        self._close = weakref.finalize(self, _close, self._session, self._buffers)
         self._next = (0, 0)  # epoch and global position of the first batch not yet returned
         self._deliveries: queue.SimpleQueue[Delivery] | None = None
         self._held: set[int] = set()
@@ -255,14 +255,14 @@ class Loader:
         return LoaderMetrics(
             batches=self._batches,
             samples=self._samples,
-            delivered_bytes=self._samples * self._room.layout.sample_bytes,
+            delivered_bytes=self._samples * self._buffers.layout.sample_bytes,
             waited_s=self.waited_s,
             used_s=self._used_s,
             slots={
                 "held": held,
                 "ready": ready,
                 "filling": filling,
-                "free": max(0, self._room.slots - held - ready - filling),
+                "free": max(0, self._buffers.slots - held - ready - filling),
             },
             duplicates_refused=sum(account.duplicates_refused for account in accounts),
             reassigned=sum(account.reassigned for account in accounts),
@@ -272,12 +272,12 @@ class Loader:
     @property
     def memory_bytes(self) -> int:
         """Most memory that this loader's batches ever take: all its slots."""
-        return self._room.memory_bytes
+        return self._buffers.memory_bytes
 
     @property
     def memory(self) -> npt.NDArray[np.uint8]:
         """All slots as one array, (memory_bytes of data,) uint8; for registering it as pinned memory, not for reading."""
-        return self._room.memory
+        return self._buffers.memory
 
     # Closing
 
@@ -306,7 +306,7 @@ class Loader:
             exclusions=ledger.excluded if ledger else self._excluded,
         )
 
-    def _make_room(self, layout: SampleLayout, seed: int, batch_size: int, slots: int) -> Room:
+    def _make_buffers(self, layout: SampleLayout, seed: int, batch_size: int, slots: int) -> Buffers:
         fitting = self._session.slot_bytes // (layout.sample_bytes + 64)
         if fitting < 1:
             raise OptionError(
@@ -316,20 +316,20 @@ class Loader:
         fair = -(-batch_size * self._prefetch // (defaults.SLICES_PER_WORKER * self._session.workers))
         slice_samples = min(max(fair, defaults.MIN_SLICE_SAMPLES), defaults.MAX_SLICE_SAMPLES, fitting, batch_size)
 
-        def room(named: bool) -> Room:
-            return Room(
+        def buffers(named: bool) -> Buffers:
+            return Buffers(
                 layout, seed, batch_size, slots=slots, slice_samples=slice_samples, named=named, copy=kernel.copy
             )
 
         if self._transport == "tcp":
-            return room(named=False)
+            return buffers(named=False)
         try:
-            return room(named=True)
+            return buffers(named=True)
         except SharedMemoryError as error:
             if self._transport == "shm":
                 raise
             log.warning("%s Slices will come in frames instead.", error)
-            return room(named=False)
+            return buffers(named=False)
 
     def _begin(self) -> queue.SimpleQueue[Delivery]:
         epoch, position = self._next
@@ -340,24 +340,24 @@ class Loader:
                 epoch,
                 position,
                 slots=slots,
-                slice_samples=self._room.slice_samples,
-                arm=self._room.arm,
+                slice_samples=self._buffers.slice_samples,
+                arm=self._buffers.arm,
                 numbers=numbers,
                 patience_s=defaults.NODE_STILL_S,
                 excluded=self._excluded,
             )
 
-        return self._session.begin(self._room, self._transport, new_ledger)
+        return self._session.begin(self._buffers, self._transport, new_ledger)
 
     def _wait(self, deliveries: queue.SimpleQueue[Delivery]) -> Delivery:
         try:
             return deliveries.get_nowait()
         except queue.Empty:
             pass
-        if len(self._held) == self._room.slots:
+        if len(self._held) == self._buffers.slots:
             gc.collect()  # arrays in reference cycles are not really held
-            if len(self._held) == self._room.slots:
-                raise SlotsHeld(self._room.slots)
+            if len(self._held) == self._buffers.slots:
+                raise SlotsHeld(self._buffers.slots)
         try:
             return deliveries.get(timeout=self._timeout_s)
         except queue.Empty:
@@ -372,20 +372,20 @@ class Loader:
             held.discard(slot)
             session.slot_returned(slot)
 
-        images, labels, draws = self._room.arrays(slot, plan.count, release)
+        images, labels, draws = self._buffers.arrays(slot, plan.count, release)
         ids = slice_numbers(
             self.dataset.count, SliceId(self._view, self._seed, plan.epoch, plan.first, plan.count)
         ).copy()
         sources = ids.copy()
         for part in made.parts:
             if part.excluded:
-                what, where = self._room.slice_id(plan.epoch, part), slice(part.offset, part.offset + part.count)
+                what, where = self._buffers.slice_id(plan.epoch, part), slice(part.offset, part.offset + part.count)
                 sources[where] = slice_sources(self.dataset.count, what)
                 replaced = int(np.count_nonzero(sources[where] != ids[where]))
                 self._substituted[plan.epoch] = self._substituted.get(plan.epoch, 0) + replaced
         return Batch(images, labels, ids, sources, draws, plan.epoch, plan.first)
 
 
-def _close(session: Session, room: Room) -> None:
+def _close(session: Session, buffers: Buffers) -> None:
     session.close()
-    room.close()
+    buffers.close()

@@ -23,7 +23,7 @@ import zmq
 
 from loader_service import defaults
 from loader_service.client.actions import Ask, Deliver, Finish, Standstill
-from loader_service.client.buffers import Room
+from loader_service.client.buffers import Buffers
 from loader_service.client.connection import Link, Peer
 from loader_service.client.handshake import check_protocol, check_welcome
 from loader_service.client.ledger import MAX_EXCUSES, Ledger
@@ -84,7 +84,7 @@ class Session:
         self._commands: deque[Callable[[], None]] = deque()
         self._numbers = itertools.count(1)
         self._ledger: Ledger | None = None
-        self._room: Room | None = None
+        self._buffers: Buffers | None = None
         self._due = 0  # answers, when the thread last went to sleep
         self._out: set[int] = set()  # slots of batches on their way to the caller or in the caller's hands
         self._transport = "auto"
@@ -119,15 +119,15 @@ class Session:
         assert self.facts is not None
         return self.facts
 
-    def begin(self, room: Room, transport: str, new_ledger: NewLedger) -> queue.SimpleQueue[Delivery]:
-        """Start a run, or start anew, with slots in ``room``; returns the queue that its batches will come from."""
+    def begin(self, buffers: Buffers, transport: str, new_ledger: NewLedger) -> queue.SimpleQueue[Delivery]:
+        """Start a run, or start anew, with slots in ``buffers``; returns the queue that its batches will come from."""
         deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
 
         def command() -> None:
             self._forget_undelivered()
             self._deliveries, self._transport = deliveries, transport
-            free = [slot for slot in range(room.slots) if slot not in self._out]
-            self._room, self._ledger = room, new_ledger(free, self._numbers)
+            free = [slot for slot in range(buffers.slots) if slot not in self._out]
+            self._buffers, self._ledger = buffers, new_ledger(free, self._numbers)
             for peer in self._peers:
                 self._employ(peer)
 
@@ -284,7 +284,7 @@ class Session:
                 self._filled(peer, message.id, frames)
             case messages.Failed():
                 self._failed(peer, message)
-            case messages.Stranger():
+            case messages.UnknownClient():
                 self._begin_anew(peer, "it was restarted")
             case messages.Ping():
                 peer.send(messages.Pong())
@@ -304,19 +304,19 @@ class Session:
 
     def _employ(self, peer: Peer) -> None:
         """Have a node work for the run, through shared memory if it can."""
-        if peer.state not in ("welcomed", "working") or self._room is None:
+        if peer.state not in ("welcomed", "working") or self._buffers is None:
             return
-        if self._transport == "tcp" or not self._room.segment.name:
+        if self._transport == "tcp" or not self._buffers.segment.name:
             self._put_to_work(peer, shared=False)
         elif peer.state == "working":
             self._put_to_work(peer, shared=peer.shared)
         else:
-            peer.send(messages.Attach(self._room.segment.name))
+            peer.send(messages.Attach(self._buffers.segment.name))
 
     def _attached(self, peer: Peer, answer: messages.Attached) -> None:
-        if self._room is None or answer.segment != self._room.segment.name or peer.state != "welcomed":
+        if self._buffers is None or answer.segment != self._buffers.segment.name or peer.state != "welcomed":
             return
-        shared = answer.nonce == self._room.segment.nonce
+        shared = answer.nonce == self._buffers.segment.nonce
         if not shared and self._transport == "shm":
             reason = answer.reason or "it opened another segment of that name"
             raise SharedMemoryError(
@@ -355,14 +355,14 @@ class Session:
     def _pixels(self, peer: Peer, pixels: messages.Pixels, frames: list[zmq.Frame]) -> None:
         """A piece of a slice from another machine: frame to slot, the one copy that it takes."""
         found = self._ledger.answering(peer.address, pixels.id) if self._ledger else None
-        if found is None or self._room is None:
+        if found is None or self._buffers is None:
             return
         if peer.shared or len(frames) != 1:
             raise MessageError(f"{len(frames)} frames came where a slice's pixels are due in one or in none")
-        self._room.write_pixels(*found, pixels.start, np.frombuffer(frames[0].buffer, np.uint8))
+        self._buffers.write_pixels(*found, pixels.start, np.frombuffer(frames[0].buffer, np.uint8))
 
     def _filled(self, peer: Peer, number: int, frames: list[zmq.Frame]) -> None:
-        if self._ledger is None or self._room is None:
+        if self._ledger is None or self._buffers is None:
             return
         if found := self._ledger.answering(peer.address, number):
             if len(frames) != (0 if peer.shared else 1):
@@ -370,7 +370,7 @@ class Session:
                     f"a slice came with {len(frames)} frames, which is another way than it was asked for"
                 )
             if frames:
-                self._room.write_tail(*found, np.frombuffer(frames[0].buffer, np.uint8))
+                self._buffers.write_tail(*found, np.frombuffer(frames[0].buffer, np.uint8))
         self._ledger.filled(peer.address, number)
 
     def _failed(self, peer: Peer, failed: messages.Failed) -> None:
@@ -421,12 +421,12 @@ class Session:
         self._due = self._ledger.waiting
 
     def _ask(self, ask: Ask) -> None:
-        assert self._room is not None
+        assert self._buffers is not None
         assert self._ledger is not None
         peer = next(p for p in self._peers if p.address == ask.node)
-        place = self._room.place(ask) if peer.shared else None
-        what = self._room.slice_id(ask.batch.plan.epoch, ask.part)
+        place = self._buffers.place(ask) if peer.shared else None
+        what = self._buffers.slice_id(ask.batch.plan.epoch, ask.part)
         lane = 0 if peer.shared else peer.next_lane()
-        request = messages.Request(peer.instance, ask.number, self.split, what, self._room.layout.dtype, place, lane)
+        request = messages.Request(peer.instance, ask.number, self.split, what, self._buffers.layout.dtype, place, lane)
         if not peer.send(request):
             self._lose(peer, "its connection was cut")

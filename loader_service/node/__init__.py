@@ -1,1 +1,1 @@
-"""One machine of the pool: a front process that leases slices to its workers."""
+"""One machine of the pool: a dispatcher that leases slices to its workers."""

@@ -1,6 +1,6 @@
-"""The front process of a node: the shell around the roster. It talks to clients, workers and the nursery.
+"""The dispatcher of a node: the shell around the scheduler. It talks to clients, workers and the fork server.
 
-One thread, one poll. A message comes in, the roster decides, the actions go out. Image bytes pass through here only for
+One thread, one poll. A message comes in, the scheduler decides, the actions go out. Image bytes pass through here only for
 clients on other machines, and then without being copied: from the send slot that a worker wrote into libzmq's hands.
 """
 
@@ -21,15 +21,15 @@ import zmq
 from loader_service import defaults
 from loader_service.errors import MessageError, NodeFailed, SharedMemoryError
 from loader_service.metrics import NodeHook, NodeMetrics
-from loader_service.node.forkserver import Nursery
+from loader_service.node.forkserver import ForkServer
 from loader_service.node.lease import Bad, Done, Forked, Lease, Ready
-from loader_service.node.scheduler import Action, Answer, Grant, Refuse, Roster, Task, Worker
-from loader_service.node.send_buffers import Outbox
+from loader_service.node.scheduler import Action, Answer, Grant, Refuse, Scheduler, Task, Worker
+from loader_service.node.send_buffers import SendBuffers
 from loader_service.node.watchdog import Watchdog, culprit
-from loader_service.node.worker_pool import Crew, Death, Event
+from loader_service.node.worker_pool import Death, Event, WorkerPool
 from loader_service.types import DatasetFacts, Installation, Split
 from loader_service.wire import messages, sockets
-from loader_service.wire.auth import Doorkeeper, NodeKeys
+from loader_service.wire.auth import Authenticator, NodeKeys
 from loader_service.wire.messages import Failed, Request
 from loader_service.wire.shm import Segment, sweep
 from loader_service.wire.waker import Waker
@@ -46,7 +46,7 @@ MESSAGES_PER_TURN: Final = 64
 
 @dataclass(frozen=True)
 class Settings:
-    """What a front is told at start."""
+    """What a dispatcher is told at start."""
 
     bind: str
     workers: int
@@ -60,14 +60,14 @@ class Settings:
     io_threads: int = defaults.CONNECTIONS
 
 
-class Front:
-    """One node's front.
+class Dispatcher:
+    """One node's dispatcher.
 
     Args:
         settings: see there.
         facts: of the splits that are served.
         installation: what makes them.
-        nursery: forks the workers.
+        fork_server: forks the workers.
         own: the memory of the send slots.
         at: (workers, 2) int64, shared with the workers: the record and the stage each is working at, -1 for none.
         version: of the package, for status.
@@ -78,14 +78,14 @@ class Front:
         settings: Settings,
         facts: dict[Split, DatasetFacts],
         installation: Installation,
-        nursery: Nursery,
+        fork_server: ForkServer,
         own: Segment,
         at: npt.NDArray[np.int64],
         version: str,
     ) -> None:
         self.instance = secrets.token_hex(16)
         self._settings, self._facts, self._version = settings, facts, version
-        self._roster = Roster(settings.workers, settings.send_slots)
+        self._scheduler = Scheduler(settings.workers, settings.send_slots)
         # Encoded once and sent without copying, so that a thousand Hellos of a client that does not read cost no memory.
         self._welcome = messages.encode(
             messages.Welcome(
@@ -94,18 +94,18 @@ class Front:
         )
         self._context: zmq.Context[Any] = zmq.Context(io_threads=settings.io_threads)
         # Before the bind: from its first moment on, the socket asks somebody who may come in.
-        self._doorkeeper = Doorkeeper(self._context, settings.keys) if settings.keys else None
+        self._authenticator = Authenticator(self._context, settings.keys) if settings.keys else None
         self._router, self.address = self._bind()
         self._waker = Waker()
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._waker.fileno(), zmq.POLLIN)
-        if self._doorkeeper:
-            self._poller.register(self._doorkeeper.socket, zmq.POLLIN)
+        if self._authenticator:
+            self._poller.register(self._authenticator.socket, zmq.POLLIN)
         self._heard: dict[bytes, float] = {}  # by client: when it last gave a sign of life
         self._watchdog = Watchdog(settings.standstill_s)
-        self._outbox = Outbox(own, settings.slot_bytes, self._waker.wake)
-        self._crew = Crew(nursery, at, self._poller, settings.stall_s)
+        self._send_buffers = SendBuffers(own, settings.slot_bytes, self._waker.wake)
+        self._worker_pool = WorkerPool(fork_server, at, self._poller, settings.stall_s)
         self._refused = 0
         self._started = time.monotonic()
         self._stopping = False
@@ -121,7 +121,7 @@ class Front:
             self._context.destroy(linger=0)
             raise
 
-    def run(self, on_ready: Callable[[Front], None], hook: NodeHook | None = None) -> None:
+    def run(self, on_ready: Callable[[Dispatcher], None], hook: NodeHook | None = None) -> None:
         """Serve until SIGTERM or SIGINT; leaves no process, socket or segment behind.
 
         Args:
@@ -138,7 +138,7 @@ class Front:
             while not self._stopping:
                 for descriptor, _ in self._poller.poll(TICK_MS):
                     self._handle(descriptor)
-                if not announced and any(w.ready for w in self._roster.workers):
+                if not announced and any(w.ready for w in self._scheduler.workers):
                     announced = True
                     on_ready(self)
                 if (now := time.monotonic()) >= next_tick:
@@ -162,12 +162,12 @@ class Front:
         return self._settings.send_slots * self._settings.slot_bytes
 
     def _close(self) -> None:
-        self._crew.close()  # first, so that no worker writes any more
+        self._worker_pool.close()  # first, so that no worker writes any more
         self._router.close()
-        if self._doorkeeper:
-            self._doorkeeper.close()
+        if self._authenticator:
+            self._authenticator.close()
         self._context.term()
-        self._outbox.close()
+        self._send_buffers.close()
         self._waker.close()
 
     # Events
@@ -175,16 +175,16 @@ class Front:
     def _handle(self, item: Any) -> None:
         if item is self._router:
             self._hear_clients()
-        elif self._doorkeeper and item is self._doorkeeper.socket:
-            if stranger := self._doorkeeper.answer():
+        elif self._authenticator and item is self._authenticator.socket:
+            if stranger := self._authenticator.answer():
                 self._refused += 1
                 log.warning("a client at %s was refused: its key is not allowed", stranger)
         elif item == self._waker.fileno():
             self._waker.clear()
-            for slot, client in self._outbox.freed():
-                self._do(self._roster.slot_freed(slot, client))
+            for slot, client in self._send_buffers.freed():
+                self._do(self._scheduler.slot_freed(slot, client))
         else:
-            for index, event in self._crew.hear(item):
+            for index, event in self._worker_pool.hear(item):
                 self._heard_of_worker(index, event)
 
     def _hear_clients(self) -> None:
@@ -207,7 +207,7 @@ class Front:
                 self._send(frames[0], messages.Pong())
             else:
                 self._answer(client, message)
-            if client in self._roster.clients:
+            if client in self._scheduler.clients:
                 self._heard[client] = time.monotonic()
 
     def _refuse(self, client: bytes, flaw: str) -> None:
@@ -217,19 +217,19 @@ class Front:
             log.warning("client %s: %r (%d refused so far)", client.hex()[:8], flaw, self._refused)
 
     def _answer(self, client: bytes, message: messages.FromClient) -> None:
-        known = client in self._roster.clients
+        known = client in self._scheduler.clients
         match message:
-            case messages.Hello() if not known and len(self._roster.clients) >= MAX_CLIENTS:
+            case messages.Hello() if not known and len(self._scheduler.clients) >= MAX_CLIENTS:
                 self._refuse(client, f"there are {MAX_CLIENTS} clients already")
             case messages.Hello():
-                self._do(self._roster.client_joined(client, message.client))
+                self._do(self._scheduler.client_joined(client, message.client))
                 self._post(client, [self._welcome])
             case messages.StatusQuery():
                 self._send(client, self.status())
             case messages.Bye():
                 self._forget(client)
             case _ if not known:
-                self._send(client, messages.Stranger())
+                self._send(client, messages.UnknownClient())
             case messages.Ping():
                 self._send(client, messages.Pong())
             case messages.Attach():
@@ -245,18 +245,18 @@ class Front:
             return
         nonce = segment.nonce
         segment.close()
-        self._do(self._roster.client_attached(client, name))
+        self._do(self._scheduler.client_attached(client, name))
         self._send(client, messages.Attached(name, nonce))
 
     def _request(self, client: bytes, request: Request) -> None:
         if request.instance != self.instance:
-            self._send(client, messages.Stranger())
+            self._send(client, messages.UnknownClient())
             return
         if flaw := self._flaw(request):
             self._refused += 1
             self._send(client, Failed(request.id, -1, flaw))
             return
-        self._do(self._roster.requested(client, request))
+        self._do(self._scheduler.requested(client, request))
 
     def _flaw(self, request: Request) -> str:
         """Why a request cannot be served by anybody; empty if it can."""
@@ -268,44 +268,49 @@ class Front:
             return f"positions {what.start} to {what.start + what.count} are not within an epoch of {facts.count}"
         if what.view.jitter and not what.view.basis:
             return "the view's jitter basis is empty"
-        if request.place is None and not self._outbox.fits(request):
-            return f"the slice is larger than a send slot of {self._outbox.slot_bytes} bytes"
+        if request.place is None and not self._send_buffers.fits(request):
+            return f"the slice is larger than a send slot of {self._send_buffers.slot_bytes} bytes"
         return ""
 
     def _heard_of_worker(self, index: int, event: Event) -> None:
-        roster = self._roster
+        scheduler = self._scheduler
         match event:
             case Forked(_, pid):
-                self._do(roster.worker_forked(index, pid))
+                self._do(scheduler.worker_forked(index, pid))
             case Ready():
-                self._do(roster.worker_ready(index))
+                self._do(scheduler.worker_ready(index))
             case Done(lease, seconds, stages):
-                self._do(roster.worker_done(index, lease, seconds, stages))
+                self._do(scheduler.worker_done(index, lease, seconds, stages))
             case Bad(lease, record, reason, source):
-                self._do(roster.worker_failed(index, lease, record, reason, source))
+                self._do(scheduler.worker_failed(index, lease, record, reason, source))
             case Death(crashed, record, how):
-                self._do(roster.worker_died(index, crashed=crashed, record=record, how=how))
+                self._do(scheduler.worker_died(index, crashed=crashed, record=record, how=how))
 
     def _tick(self, now: float) -> None:
-        self._crew.replace_dead(now)
+        self._worker_pool.replace_dead(now)
         for client in [c for c, heard in self._heard.items() if now - heard > self._settings.client_silent_s]:
             log.warning(
                 "client %s has been silent for %.0f s and is forgotten", client.hex()[:8], now - self._heard[client]
             )
             self._forget(client)
             sweep()
-        for worker in self._roster.workers:
-            self._crew.watch(worker.index, worker.pid, next(iter(worker.tasks), None), now)
+        for worker in self._scheduler.workers:
+            self._worker_pool.watch(worker.index, worker.pid, next(iter(worker.tasks), None), now)
         self._watch_all(now)
 
     def _watch_all(self, now: float) -> None:
         """Say once when nothing moves though something is asked for, and where it stands."""
-        roster = self._roster
-        asked = roster.leases + roster.queued
-        state = (self._crew.trace(), [w.slices for w in roster.workers], roster.bad_samples, self._outbox.send_s)
+        scheduler = self._scheduler
+        asked = scheduler.leases + scheduler.queued
+        state = (
+            self._worker_pool.trace(),
+            [w.slices for w in scheduler.workers],
+            scheduler.bad_samples,
+            self._send_buffers.send_s,
+        )
         still_s = self._watchdog.look(now, state, asked)
         if still_s is not None:
-            found = culprit([self._worker_status(w) for w in roster.workers])
+            found = culprit([self._worker_status(w) for w in scheduler.workers])
             log.warning(
                 "nothing has moved for %.0f s though %d slices are asked for: %s",
                 still_s,
@@ -332,17 +337,17 @@ class Front:
             assert request.place is not None
             segment, place = task.client.segment, request.place
         else:
-            own = self._outbox.place(task)
+            own = self._send_buffers.place(task)
             if own is None:
                 raise NodeFailed(f"send slot {task.slot} is locked, though the worker that had it is gone")
-            segment, place = self._outbox.segment_name, own
-        self._crew.give(worker, Lease(lease, request.split, request.what, request.dtype, segment, place))
+            segment, place = self._send_buffers.segment_name, own
+        self._worker_pool.give(worker, Lease(lease, request.split, request.what, request.dtype, segment, place))
 
     def _deliver(self, task: Task) -> None:
         if task.slot is None:
             self._send(task.client.id, messages.Filled(task.request.id))
             return
-        for frames in self._outbox.messages(task):
+        for frames in self._send_buffers.messages(task):
             if not self._post(messages.lane_id(task.client.id, task.request.lane), frames):
                 return
 
@@ -356,13 +361,13 @@ class Front:
 
     def _forget(self, client: bytes) -> None:
         self._heard.pop(client, None)
-        self._do(self._roster.client_left(client))
+        self._do(self._scheduler.client_left(client))
 
     # Self-description
 
     def status(self) -> messages.Status:
         """The node as it is now."""
-        roster = self._roster
+        scheduler = self._scheduler
         return messages.Status(
             protocol=messages.PROTOCOL,
             instance=self.instance,
@@ -371,29 +376,29 @@ class Front:
             uptime_s=time.monotonic() - self._started,
             memory_ceiling_bytes=self.memory_ceiling_bytes,
             splits={split: facts.fingerprint for split, facts in self._facts.items()},
-            workers=tuple(self._worker_status(w) for w in roster.workers),
+            workers=tuple(self._worker_status(w) for w in scheduler.workers),
             clients=tuple(
                 messages.ClientStatus(
                     c.name, "shm" if c.segment else "tcp", len(c.queue), c.slices, c.samples, c.delivered_bytes
                 )
-                for c in roster.clients.values()
+                for c in scheduler.clients.values()
             ),
-            leases=roster.leases,
-            reassigned=roster.reassigned,
-            restarts=roster.restarts,
+            leases=scheduler.leases,
+            reassigned=scheduler.reassigned,
+            restarts=scheduler.restarts,
             refused=self._refused,
-            queued=roster.queued,
-            samples=roster.samples,
-            delivered_bytes=roster.delivered_bytes,
-            bad_samples=roster.bad_samples,
+            queued=scheduler.queued,
+            samples=scheduler.samples,
+            delivered_bytes=scheduler.delivered_bytes,
+            bad_samples=scheduler.bad_samples,
             send_slots=self._settings.send_slots,
-            send_slots_used=roster.send_slots_used,
-            send_s=self._outbox.send_s,
+            send_slots_used=scheduler.send_slots_used,
+            send_s=self._send_buffers.send_s,
         )
 
     def _worker_status(self, worker: Worker) -> messages.WorkerStatus:
         state = "working" if worker.tasks else "idle" if worker.ready and worker.pid else "starting"
-        record, stage = self._crew.at(worker.index)
+        record, stage = self._worker_pool.at(worker.index)
         return messages.WorkerStatus(
             worker.pid,
             state,

@@ -1,8 +1,8 @@
-"""The nursery: a small process, forked before any thread or socket exists, that forks the workers.
+"""The fork server: a small process, forked before any thread or socket exists, that forks the workers.
 
 Forking from a process that has everything imported starts a worker in milliseconds and shares the libraries' memory.
-The front cannot do it itself, since libzmq's threads do not survive a fork. The nursery reaps the workers and tells
-the front of each death; when the front is gone, however that happened, it kills the workers and ends.
+The dispatcher cannot do it itself, since libzmq's threads do not survive a fork. The fork server reaps the workers and tells
+the dispatcher of each death; when the dispatcher is gone, however that happened, it kills the workers and ends.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from collections.abc import Callable
 from typing import Final, NoReturn
 
 from loader_service.errors import LoaderServiceError
-from loader_service.node.lease import MAX_PACKET_BYTES, Died, Fork, Forked, decode_fork, decode_nursery, encode
+from loader_service.node.lease import MAX_PACKET_BYTES, Died, Fork, Forked, decode_fork, decode_fork_server, encode
 from loader_service.node.worker import die_with_parent
 
 log = logging.getLogger("loader_service.node")
 
 WorkerMain = Callable[[int, socket.socket], None]
-"""What a forked worker runs: its index, and its end of the socket pair with the front."""
+"""What a forked worker runs: its index, and its end of the socket pair with the dispatcher."""
 
 _OWN_DESCRIPTORS: Final = 1
 
 
-class Nursery:
-    """The front's handle on its nursery.
+class ForkServer:
+    """The dispatcher's handle on its fork server.
 
     Must be made while the process has one thread. ``worker_main`` runs in each worker.
     """
 
     def __init__(self, worker_main: WorkerMain) -> None:
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        front = os.getpid()
+        dispatcher = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
             self.link.close()
-            _run_and_exit(lambda: _tend(theirs, worker_main, front))
+            _run_and_exit(lambda: _tend(theirs, worker_main, dispatcher))
         theirs.close()
 
     def fork_worker(self, index: int) -> socket.socket:
-        """Ask for worker ``index``; returns the front's end of its socket pair."""
+        """Ask for worker ``index``; returns the dispatcher's end of its socket pair."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         socket.send_fds(self.link, [encode(Fork(index))], [theirs.fileno()])
         theirs.close()
@@ -55,25 +55,25 @@ class Nursery:
         return ours
 
     def receive(self) -> Forked | Died | None:
-        """The next message, when :attr:`link` is readable; None if the nursery is gone."""
+        """The next message, when :attr:`link` is readable; None if the fork server is gone."""
         packet = self.link.recv(MAX_PACKET_BYTES)
-        return decode_nursery(packet) if packet else None
+        return decode_fork_server(packet) if packet else None
 
     def close(self) -> None:
-        """End the nursery and all workers, and wait until they are gone."""
+        """End the fork server and all workers, and wait until they are gone."""
         self.link.close()
         os.waitpid(self.pid, 0)
 
 
-def _tend(link: socket.socket, worker_main: WorkerMain, front: int) -> None:
-    """The nursery's loop: fork on demand, report deaths, end with the front."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the front decides
+def _tend(link: socket.socket, worker_main: WorkerMain, dispatcher: int) -> None:
+    """The fork server's loop: fork on demand, report deaths, end with the dispatcher."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the dispatcher decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    die_with_parent(front)
+    die_with_parent(dispatcher)
     children: dict[int, tuple[int, int]] = {}  # by pidfd: index, pid
     try:
         _fork_on_demand(link, worker_main, children)
-    except ConnectionError:  # the front went while it was being told something
+    except ConnectionError:  # the dispatcher went while it was being told something
         _end(children)
 
 
@@ -99,7 +99,7 @@ def _fork_on_demand(link: socket.socket, worker_main: WorkerMain, children: dict
 
 
 def _fork_worker(index: int, link: socket.socket, worker_main: WorkerMain, foreign: list[int]) -> int:
-    nursery = os.getpid()
+    fork_server = os.getpid()
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -107,7 +107,7 @@ def _fork_worker(index: int, link: socket.socket, worker_main: WorkerMain, forei
             os.close(descriptor)
 
         def run() -> None:
-            die_with_parent(nursery)
+            die_with_parent(fork_server)
             worker_main(index, link)
 
         _run_and_exit(run)

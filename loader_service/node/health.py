@@ -20,7 +20,7 @@ from loader_service.wire.auth import node_keys
 from loader_service.wire.shm import DIRECTORY
 
 DESCRIPTORS: Final = 128
-"""What a front opens beside its workers' links: sockets, segments, and a connection for each of dozens of clients."""
+"""What a dispatcher opens beside its workers' links: sockets, segments, and a connection for each of dozens of clients."""
 
 DESCRIPTORS_PER_WORKER: Final = 4
 """Both ends of a link, a pidfd, and one to spare while a dead worker is replaced."""
@@ -105,7 +105,7 @@ def check_shared_memory(directory: Path = DIRECTORY) -> Check:
 
 
 def check_descriptors(workers: int) -> Check:
-    """Whether the front may open as many files and sockets as it needs."""
+    """Whether the dispatcher may open as many files and sockets as it needs."""
     need = DESCRIPTORS + DESCRIPTORS_PER_WORKER * workers
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f"{limit} may be open, {need} are needed"

@@ -1,4 +1,4 @@
-"""What a front process, its nursery and its workers say to one another, over socket pairs made before the fork.
+"""What a dispatcher, its fork server and its workers say to one another, over socket pairs made before the fork.
 
 The pairs are SOCK_SEQPACKET: a message is a packet, the end of a process is an end of file, no name on disk outlives a
 crash and no stranger can connect.
@@ -17,7 +17,7 @@ MAX_PACKET_BYTES: Final = 65_536
 
 
 class Lease(msgspec.Struct, frozen=True, tag="lease"):
-    """Front to worker: write this slice at this place of that segment; without a name, of the node's own send slots."""
+    """Dispatcher to worker: write this slice at this place of that segment; without a name, of the node's own send slots."""
 
     id: int
     split: Split
@@ -28,11 +28,11 @@ class Lease(msgspec.Struct, frozen=True, tag="lease"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """Worker to front: the datasets are open."""
+    """Worker to dispatcher: the datasets are open."""
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """Worker to front: the slice is written; it took so many seconds, of which these went into its stages."""
+    """Worker to dispatcher: the slice is written; it took so many seconds, of which these went into its stages."""
 
     id: int
     seconds: float
@@ -40,7 +40,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Bad(msgspec.Struct, frozen=True, tag="bad"):
-    """Worker to front: the slice cannot be written; ``record`` is to blame, or -1 if none is."""
+    """Worker to dispatcher: the slice cannot be written; ``record`` is to blame, or -1 if none is."""
 
     id: int
     record: int
@@ -49,20 +49,20 @@ class Bad(msgspec.Struct, frozen=True, tag="bad"):
 
 
 class Fork(msgspec.Struct, frozen=True, tag="fork"):
-    """Front to nursery, with the worker's end of a socket pair attached: start worker ``index``."""
+    """Dispatcher to fork server, with the worker's end of a socket pair attached: start worker ``index``."""
 
     index: int
 
 
 class Forked(msgspec.Struct, frozen=True, tag="forked"):
-    """Nursery to front: worker ``index`` runs as ``pid``."""
+    """Fork server to dispatcher: worker ``index`` runs as ``pid``."""
 
     index: int
     pid: int
 
 
 class Died(msgspec.Struct, frozen=True, tag="died"):
-    """Nursery to front: ``pid`` is gone and reaped; ``code`` as ``os.waitstatus_to_exitcode`` gives it."""
+    """Fork server to dispatcher: ``pid`` is gone and reaped; ``code`` as ``os.waitstatus_to_exitcode`` gives it."""
 
     index: int
     pid: int
@@ -73,4 +73,4 @@ encode: Final = msgspec.msgpack.Encoder().encode
 decode_lease: Final = msgspec.msgpack.Decoder(Lease).decode
 decode_answer: Final = msgspec.msgpack.Decoder(Ready | Done | Bad).decode
 decode_fork: Final = msgspec.msgpack.Decoder(Fork).decode
-decode_nursery: Final = msgspec.msgpack.Decoder(Forked | Died).decode
+decode_fork_server: Final = msgspec.msgpack.Decoder(Forked | Died).decode

@@ -21,7 +21,7 @@ from loader_service.types import SampleLayout, StageSeconds
 from loader_service.wire.messages import Failed, Request
 
 DEPTH: Final = 2
-"""Leases a worker may hold: one in work and one waiting, so that it never waits for the front."""
+"""Leases a worker may hold: one in work and one waiting, so that it never waits for the dispatcher."""
 
 CRASHES: Final = 3
 """After so many workers crashed on a lease its record is called bad: once may be chance, three times is the record."""
@@ -100,7 +100,7 @@ class Refuse:
 Action = Grant | Answer | Refuse
 
 
-class Roster:
+class Scheduler:
     """The state of a node.
 
     Args:

@@ -22,7 +22,7 @@ PIECE_BYTES: Final = 2 * 2**20
 libzmq receives it into has been used before; a frame of 19 MB is neither."""
 
 
-class Outbox:
+class SendBuffers:
     """The send slots of one node.
 
     Args:

@@ -1,4 +1,4 @@
-"""Putting a node together: the datasets are surveyed, the nursery is forked, and then the front runs."""
+"""Putting a node together: the datasets are surveyed, the fork server is forked, and then the dispatcher runs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 from loader_service import defaults
 from loader_service.metrics import NodeHook
-from loader_service.node.dispatcher import Front, Settings
-from loader_service.node.forkserver import Nursery
+from loader_service.node.dispatcher import Dispatcher, Settings
+from loader_service.node.forkserver import ForkServer
 from loader_service.node.worker import NO_RECORD, Worker, prove, survey
 from loader_service.types import DatasetFacts, Split
 from loader_service.wire.auth import node_keys
 from loader_service.wire.shm import Segment
 
-OnReady = Callable[[Front, dict[Split, DatasetFacts]], None]
+OnReady = Callable[[Dispatcher, dict[Split, DatasetFacts]], None]
 
 
 def run_node(
@@ -40,7 +40,7 @@ def run_node(
         workers: how many worker processes.
         bind: address to listen at.
         version: of the package.
-        on_ready: called when the node can serve, with the front and what it serves.
+        on_ready: called when the node can serve, with the dispatcher and what it serves.
         keys: directory of the node's keys; without it only this machine may reach ``bind``.
         insecure: let other machines reach it without keys all the same.
         io_threads: of libzmq, which send slices to other machines.
@@ -63,11 +63,11 @@ def run_node(
     def worker_main(index: int, link: socket.socket) -> None:
         Worker(link, data, facts, own, at[index]).run()
 
-    nursery = Nursery(worker_main)
+    fork_server = ForkServer(worker_main)
     try:
         settings = Settings(bind, workers, send_slots=slots, keys=may_enter, insecure=insecure, io_threads=io_threads)
-        front = Front(settings, facts, installation, nursery, own, at, version)
+        dispatcher = Dispatcher(settings, facts, installation, fork_server, own, at, version)
     except BaseException:
-        nursery.close()
+        fork_server.close()
         raise
-    front.run(lambda ready: on_ready(ready, facts), hook)
+    dispatcher.run(lambda ready: on_ready(ready, facts), hook)

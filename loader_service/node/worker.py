@@ -1,7 +1,7 @@
 """A worker process: it knows one thing, to fill these bytes with this slice.
 
-It is forked by the nursery, opens the datasets by itself, and then reads leases from its end of a socket pair until the
-other end is gone. Before each record it publishes the record's number in memory shared with the front, so that even a
+It is forked by the fork server, opens the datasets by itself, and then reads leases from its end of a socket pair until the
+other end is gone. Before each record it publishes the record's number in memory shared with the dispatcher, so that even a
 death by SIGKILL names its record.
 """
 
@@ -121,11 +121,11 @@ class Worker:
     """The worker's loop.
 
     Args:
-        link: its end of the socket pair with the front.
+        link: its end of the socket pair with the dispatcher.
         data: the directory of the splits.
         facts: what the node told its clients of each; a dataset that was replaced since is not served.
         own: the node's send slots, inherited.
-        at: (2,) int64 in memory shared with the front: the record being worked on, or NO_RECORD; and the stage, or
+        at: (2,) int64 in memory shared with the dispatcher: the record being worked on, or NO_RECORD; and the stage, or
             NO_STAGE.
     """
 
@@ -144,7 +144,7 @@ class Worker:
         self._segments: OrderedDict[str, Segment] = OrderedDict()
 
     def run(self) -> None:
-        """Serve until the front is gone."""
+        """Serve until the dispatcher is gone."""
         self._link.send(encode(Ready()))
         while packet := self._link.recv(MAX_PACKET_BYTES):
             lease = decode_lease(packet)

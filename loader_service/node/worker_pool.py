@@ -1,6 +1,6 @@
 """The workers as processes: started, heard, watched, buried and replaced.
 
-The crew knows pids, socket pairs and deaths; who works on what is the roster's business.
+The worker pool knows pids, socket pairs and deaths; who works on what is the scheduler's business.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import zmq
 
 from loader_service.errors import NodeFailed
-from loader_service.node.forkserver import Nursery
+from loader_service.node.forkserver import ForkServer
 from loader_service.node.lease import MAX_PACKET_BYTES, Bad, Died, Done, Forked, Lease, Ready, decode_answer, encode
 from loader_service.node.worker import NO_RECORD
 from loader_service.types import STAGES
@@ -51,36 +51,36 @@ class Death:
 Event = Forked | Ready | Done | Bad | Death
 
 
-class Crew:
+class WorkerPool:
     """The processes of one node's workers.
 
     Args:
-        nursery: forks them.
+        fork_server: forks them.
         at: (workers, 2) int64, shared with them: the record and the stage each is working at, -1 for none.
-        poller: the front's; the crew's descriptors come and go in it.
+        poller: the dispatcher's; the worker pool's descriptors come and go in it.
         stall_s: a worker that has been at one record for so long is stopped or hung, and is killed.
     """
 
-    def __init__(self, nursery: Nursery, at: npt.NDArray[np.int64], poller: zmq.Poller, stall_s: float) -> None:
-        self._nursery, self._at, self._poller, self._stall_s = nursery, at, poller, stall_s
+    def __init__(self, fork_server: ForkServer, at: npt.NDArray[np.int64], poller: zmq.Poller, stall_s: float) -> None:
+        self._fork_server, self._at, self._poller, self._stall_s = fork_server, at, poller, stall_s
         self._links: dict[int, socket.socket] = {}  # by worker index
         self._by_descriptor: dict[int, int] = {}
         self._ready: set[int] = set()
         self._watch: dict[int, tuple[int, int, float]] = {}  # by worker: its lease and record, and since when
         self._failed_births = 0
         self._due_births: list[tuple[float, int]] = []
-        poller.register(nursery.link.fileno(), zmq.POLLIN)
+        poller.register(fork_server.link.fileno(), zmq.POLLIN)
         for index in range(len(at)):
             self._fork(index)
 
     def hear(self, descriptor: int) -> Iterator[tuple[int, Event]]:
-        """What has happened, if a readable descriptor is the crew's: the worker's index, and what it said or became.
+        """What has happened, if a readable descriptor is the worker pool's: the worker's index, and what it said or became.
 
         Raises:
-            NodeFailed: the nursery is gone, or workers die before they are ready, again and again.
+            NodeFailed: the fork server is gone, or workers die before they are ready, again and again.
         """
-        if descriptor == self._nursery.link.fileno():
-            yield from self._hear_nursery()
+        if descriptor == self._fork_server.link.fileno():
+            yield from self._hear_fork_server()
         elif descriptor in self._by_descriptor:
             yield from self._hear_worker(self._by_descriptor[descriptor])
 
@@ -132,13 +132,13 @@ class Crew:
             os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """End all workers and the nursery, and wait until they are gone."""
-        self._nursery.close()
+        """End all workers and the fork server, and wait until they are gone."""
+        self._fork_server.close()
         for link in self._links.values():
             link.close()
 
     def _fork(self, index: int) -> None:
-        link = self._nursery.fork_worker(index)
+        link = self._fork_server.fork_worker(index)
         self._links[index] = link
         self._by_descriptor[link.fileno()] = index
         self._poller.register(link.fileno(), zmq.POLLIN)
@@ -159,7 +159,7 @@ class Crew:
                 return
             except ConnectionResetError:  # it died with a lease unread; what it had said before can still be read
                 continue
-            if not packet:  # the nursery will tell how it died
+            if not packet:  # the fork server will tell how it died
                 self._unlink(index)
                 return
             answer = decode_answer(packet)
@@ -168,8 +168,8 @@ class Crew:
                 self._failed_births = 0
             yield index, answer
 
-    def _hear_nursery(self) -> Iterator[tuple[int, Event]]:
-        match self._nursery.receive():
+    def _hear_fork_server(self) -> Iterator[tuple[int, Event]]:
+        match self._fork_server.receive():
             case Forked() as forked:
                 yield forked.index, forked
             case Died(index, pid, code):
@@ -178,7 +178,7 @@ class Crew:
                 self._unlink(index)
                 yield index, self._bury(index, pid, code)
             case None:
-                raise NodeFailed("its nursery was killed, and with it the workers; start it again")
+                raise NodeFailed("its fork server was killed, and with it the workers; start it again")
 
     def _bury(self, index: int, pid: int, code: int) -> Death:
         record, self._at[index] = int(self._at[index, 0]), NO_RECORD

@@ -1,8 +1,8 @@
 """Keys: who may connect to a node, and which node a client will believe.
 
 CurveZMQ (RFC 26) encrypts and authenticates both ways, but libzmq lets every client key in unless somebody answers its
-questions (ZAP, RFC 27). The :class:`Doorkeeper` does, from a list of allowed keys, and nodes always set a ZAP domain
-with enforcement, so that without a doorkeeper nobody gets in.
+questions (ZAP, RFC 27). The :class:`Authenticator` does, from a list of allowed keys, and nodes always set a ZAP domain
+with enforcement, so that without an authenticator nobody gets in.
 
 A key is one line of 40 characters (Z85) in a file; lines that begin with # are comments. ``keygen DIR`` makes:
 
@@ -125,7 +125,7 @@ def secure_client(dealer: zmq.Socket[bytes], keys: ClientKeys) -> None:
     dealer.setsockopt(zmq.CURVE_PUBLICKEY, zmq.curve_public(keys.secret))
 
 
-class Doorkeeper:
+class Authenticator:
     """Answers libzmq's question, for each connection, whether its key may come in.
 
     Poll :attr:`socket` and call :meth:`answer` when it is readable. Must be made before the node's socket is bound.

@@ -17,7 +17,7 @@ client     Request             make this slice, and put it there or send it
 node       Pixels              here is the next piece of it
 node       Filled              it is done
 node       Failed              it cannot be done: this record is bad
-node       Stranger            I do not know you (any more): say Hello
+node       UnknownClient            I do not know you (any more): say Hello
 either     Ping, Pong          a sign of life
 client     Bye                 I am leaving; forget my requests
 client     StatusQuery         how are you
@@ -147,7 +147,7 @@ class Failed(_Message, frozen=True, tag="failed"):
     source: Text = ""
 
 
-class Stranger(_Message, frozen=True, tag="stranger"):
+class UnknownClient(_Message, frozen=True, tag="stranger"):
     """The node does not know this client: it was restarted, or has not heard from it for long."""
 
 
@@ -232,7 +232,7 @@ class _Version(msgspec.Struct):
 
 
 FromClient = Hello | Attach | Request | Ping | Pong | Bye | StatusQuery
-FromNode = Welcome | Attached | Pixels | Filled | Failed | Stranger | Ping | Pong | Status
+FromNode = Welcome | Attached | Pixels | Filled | Failed | UnknownClient | Ping | Pong | Status
 
 _encoder = msgspec.msgpack.Encoder()
 _from_client = msgspec.msgpack.Decoder(FromClient)

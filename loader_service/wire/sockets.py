@@ -92,7 +92,7 @@ def bind_node(
     """A node's ROUTER, bound; and the address it really has (tcp://127.0.0.1:* gets a port).
 
     Args:
-        context: the node's; with keys, its :class:`keys.Doorkeeper` is made already.
+        context: the node's; with keys, its :class:`keys.Authenticator` is made already.
         address: to listen at.
         keys: the node's; without them only this machine may reach the address.
         insecure: let other machines reach it without keys all the same.

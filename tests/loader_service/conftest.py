@@ -49,20 +49,20 @@ class Node:
 
     @property
     def family(self) -> list[psutil.Process]:
-        """The front and all its descendants."""
-        front = psutil.Process(self.process.pid)
-        return [front, *front.children(recursive=True)]
+        """The dispatcher and all its descendants."""
+        dispatcher = psutil.Process(self.process.pid)
+        return [dispatcher, *dispatcher.children(recursive=True)]
 
     def workers(self) -> list[psutil.Process]:
         """The processes that nobody was forked from: the workers."""
         return [process for process in self.family[1:] if not process.children()]
 
     def segments(self) -> set[Path]:
-        """The segments that the front has open."""
+        """The segments that the dispatcher has open."""
         return segments_of(self.process.pid)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
-        """Signal the front; its exit code and what it said on standard error."""
+        """Signal the dispatcher; its exit code and what it said on standard error."""
         if self.process.poll() is None:
             os.kill(self.process.pid, number)
         _, said = self.process.communicate(timeout=WAIT_S)

@@ -19,10 +19,10 @@ import msgspec
 
 from loader_service import defaults
 from loader_service.cli.job import CONTEXT, Job
-from tools.bench.bars import Rounds, spread
 from tools.bench.contest import ROOT, Contestant, Turn
 from tools.bench.document import machine, shown
 from tools.bench.rounds import play
+from tools.bench.targets import Rounds, spread
 from tools.bench.turns import BATCH, WORKERS_DEFAULT
 from tools.errors import ToolFailed
 

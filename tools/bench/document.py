@@ -9,12 +9,12 @@ from typing import Final
 
 import msgspec
 
-from tools.bench.bars import Bar, Rounds, Spread, bars, ratio, spread
 from tools.bench.chart import Row, svg
 from tools.bench.contest import Contestant
 from tools.bench.kernel import cpu_name
 from tools.bench.pictures import Facts
 from tools.bench.single import Single
+from tools.bench.targets import Rounds, Spread, Target, ratio, spread, targets
 from tools.bench.turns import BATCH
 
 CHART: Final = "benchmarks.svg"
@@ -67,7 +67,7 @@ def markdown(results: Results, notes: str) -> str:
         "Written by `make bench` from one run; do not edit, but for benchmarks-notes.md, which is the last section.",
         _setting(results),
         "## Bars",
-        _bar_table(bars(results.rounds, results.single)),
+        _target_table(targets(results.rounds, results.single)),
         f"![What the tables below show, as bars]({CHART})",
     ]
     for codec in LIMITS:
@@ -115,23 +115,23 @@ def _setting(results: Results) -> str:
 - {versions}."""
 
 
-def _bar_table(found: list[Bar]) -> str:
-    rows = ["| what | bar | here | reached |", "| --- | --- | --- | --- |"]
-    for bar in found:
-        if bar.figure is None:
-            rows.append(f"| {bar.what} | {bar.need} | not measured | - |")
+def _target_table(found: list[Target]) -> str:
+    rows = ["| what | target | here | reached |", "| --- | --- | --- | --- |"]
+    for target in found:
+        if target.figure is None:
+            rows.append(f"| {target.what} | {target.need} | not measured | - |")
         else:
-            rows.append(f"| {bar.what} | {bar.need} | {shown(bar.figure, '.2f')} | {_verdict(bar)} |")
+            rows.append(f"| {target.what} | {target.need} | {shown(target.figure, '.2f')} | {_verdict(target)} |")
     return "\n".join(rows)
 
 
-def _verdict(bar: Bar) -> str:
-    if bar.disturbed:
+def _verdict(target: Target) -> str:
+    if target.disturbed:
         return "not shown: above the limit, so its turns were disturbed"
-    if bar.reached or bar.figure is None:
+    if target.reached or target.figure is None:
         return "yes"
-    need = float(bar.need.split()[-1])
-    return f"no: {bar.figure.median / need:.0%} of the bar"
+    need = float(target.need.split()[-1])
+    return f"no: {target.figure.median / need:.0%} of the target"
 
 
 def _table(results: Results, codec: str) -> str:

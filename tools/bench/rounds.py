@@ -7,8 +7,8 @@ from typing import Final
 
 import click
 
-from tools.bench.bars import Rounds
 from tools.bench.contest import Contestant, Running
+from tools.bench.targets import Rounds
 from tools.errors import ToolFailed
 
 WARM_SHARE: Final = 0.4

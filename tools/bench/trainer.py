@@ -173,13 +173,13 @@ def _bars(settings: Settings, lines: list[Line], device: str) -> str:
         ours = [line for line in here if "torchvision" not in line.title and "fed" not in line.title]
         best = max(ours, key=lambda line: line.median)
         if batch in BARS and settings.width == 1 and "H100" in device:
-            rows.append(f"- batch {batch}: {best.median:,.0f} images/s; the bar is {BARS[batch]:,} on an H100.")
+            rows.append(f"- batch {batch}: {best.median:,.0f} images/s; the target is {BARS[batch]:,} on an H100.")
         for line in here:
             if "torchvision" in line.title:
                 rows.append(f"- batch {batch}: {best.median / line.median:.2f} times torchvision's, by {best.title}.")
             if "fed" in line.title:
                 share = line.median / next(each.median for each in ours if line.title.startswith(f"{each.title}, fed"))
-                rows.append(f"- batch {batch}: fed by a node {share:.1%} of synthetic; the bar is {FED_SHARE:.0%}.")
+                rows.append(f"- batch {batch}: fed by a node {share:.1%} of synthetic; the target is {FED_SHARE:.0%}.")
     return "\n".join(rows)
 
 

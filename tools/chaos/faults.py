@@ -72,9 +72,9 @@ def _stop_worker(arena: Arena, rng: Random) -> Undo | None:
     return _stop(node, [rng.choice(workers)]) if node and workers else None
 
 
-def _stop_front(arena: Arena, rng: Random) -> Undo | None:
+def _stop_dispatcher(arena: Arena, rng: Random) -> Undo | None:
     node = _victim(arena, rng)
-    return _stop(node, [node.front]) if node else None
+    return _stop(node, [node.dispatcher]) if node else None
 
 
 def _stop_node(arena: Arena, rng: Random) -> Undo | None:
@@ -196,7 +196,9 @@ def _kill_client(arena: Arena, rng: Random) -> Undo | None:
 FAULTS: Final[dict[str, Fault]] = {
     "worker-killed": Fault("a worker, by SIGKILL", (0, 0), _kill_worker),
     "worker-stopped": Fault("a worker, by SIGSTOP, for longer than its node waits", LONG_S, _stop_worker),
-    "front-stopped": Fault("a node's front, by SIGSTOP, for longer than clients wait", LONG_S, _stop_front),
+    "dispatcher-stopped": Fault(
+        "a node's dispatcher, by SIGSTOP, for longer than clients wait", LONG_S, _stop_dispatcher
+    ),
     "node-stopped": Fault("all of a node, by SIGSTOP, workers in mid-slice, for as long", LONG_S, _stop_node),
     "node-restarted": Fault("a node, by SIGKILL, and started again at its address", SHORT_S, _restart_node),
     "node-lost": Fault("a node, by SIGKILL, for good", (0, 0), _lose_node),

@@ -64,12 +64,12 @@ class Node:
 
     @property
     def runs(self) -> bool:
-        """Whether its front is there, be it stopped."""
+        """Whether its dispatcher is there, be it stopped."""
         return self._process is not None and self._process.poll() is None
 
     @property
-    def front(self) -> int:
-        """The front's process id."""
+    def dispatcher(self) -> int:
+        """The dispatcher's process id."""
         assert self._process is not None
         return self._process.pid
 
@@ -88,22 +88,22 @@ class Node:
             raise ToolFailed(f"{self.name} did not start; {self._log} says why.")
 
     def workers(self) -> list[int]:
-        """The workers' process ids: of the front's session, whoever is the nursery's child."""
-        family = processes.in_session(self.front)
-        nursery = {process.pid for process in family if process.parent == self.front}
-        return sorted(process.pid for process in family if process.parent in nursery)
+        """The workers' process ids: of the dispatcher's session, whoever is the fork server's child."""
+        family = processes.in_session(self.dispatcher)
+        fork_server = {process.pid for process in family if process.parent == self.dispatcher}
+        return sorted(process.pid for process in family if process.parent in fork_server)
 
     def family(self) -> list[int]:
-        """All its process ids, the front's last."""
-        pids = [process.pid for process in processes.in_session(self.front) if process.pid != self.front]
-        return [*pids, self.front]
+        """All its process ids, the dispatcher's last."""
+        pids = [process.pid for process in processes.in_session(self.dispatcher) if process.pid != self.dispatcher]
+        return [*pids, self.dispatcher]
 
     def segments(self) -> set[Path]:
-        """The segments that the front has open."""
-        return processes.segments_of(self.front) if self.runs else set()
+        """The segments that the dispatcher has open."""
+        return processes.segments_of(self.dispatcher) if self.runs else set()
 
     def kill(self) -> None:
-        """SIGKILL its front, as a machine's end would."""
+        """SIGKILL its dispatcher, as a machine's end would."""
         assert self._process is not None
         self._process.kill()
         self._process.communicate()

@@ -26,7 +26,7 @@ from loader_service.types import Split
 from trainer.config import Source
 from trainer.data.facts import Facts
 from trainer.data.normalisation import Windows
-from trainer.model.ablation import Variation
+from trainer.model.ablation import Ablation
 from trainer.model.presets import Preset
 from trainer.parallel.devices import Stager
 from trainer.run.ledger import Account
@@ -204,21 +204,21 @@ def open_source(source: Source) -> Iterator[Node]:
             yield Node(local.address, f"Batches come from a private node on {data} with {workers}.", _PRIVATE_TIMEOUT_S)
 
 
-def training_view(preset: Preset, variation: Variation, node: Node) -> View:
+def training_view(preset: Preset, ablation: Ablation, node: Node) -> View:
     """The random crops, mirror images and colour jitter of the paper's section 4.1, as preset and variation have it.
 
     Its crop is left to the dataset.
     """
-    if not variation.crops:
+    if not ablation.crops:
         return View(kind="center", crop=0, flip=False, jitter=0.0)  # in shuffled order all the same
-    if not variation.jitter:
-        return View(crop=0, flip=variation.flips, jitter=0.0)
+    if not ablation.jitter:
+        return View(crop=0, flip=ablation.flips, jitter=0.0)
     if not preset.jitter_by_deviation:
-        return View(crop=0, flip=variation.flips)
+        return View(crop=0, flip=ablation.flips)
     facts = describe(node.address, split="train", server_key=node.server_key, client_key=node.client_key)
     deviations = np.sqrt(np.asarray(facts.eigenvalues, np.float64))
     basis = _GREY_LEVELS * np.asarray(facts.eigenvectors, np.float64) * deviations  # column k is axis k
-    return View(crop=0, flip=variation.flips, basis=tuple(basis.flatten().tolist()))
+    return View(crop=0, flip=ablation.flips, basis=tuple(basis.flatten().tolist()))
 
 
 def load_image(path: Path, facts: Facts) -> tuple[Tensor, Windows]:

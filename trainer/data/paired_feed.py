@@ -43,7 +43,7 @@ def share_facts(facts: Facts | None, world: World) -> Facts:
     return Facts(count, ("",) * classes, "", mean, crop)
 
 
-class TwinFeed:
+class PairedFeed:
     """The batches of ``feed``, in both processes of a pair, or in the one process there is.
 
     Args:

@@ -137,7 +137,7 @@ def build(config: RunConfig, facts: Facts, devices: Sequence[torch.device], shar
         devices=devices,
         towers=config.towers,
         seed=config.seed,
-        variation=config.variation,
+        ablation=config.ablation,
         share=share,
         crop=facts.crop,
         speed=config.speed,

@@ -32,8 +32,8 @@ class Grouped(nn.Module):
 
     def __init__(self, model: AlexNet) -> None:
         super().__init__()
-        self._towers, self._preset, self._variation = model.sizes.towers, model.preset, model.variation
-        self._activate = torch.tanh if model.variation.activation == "tanh" else functional.relu
+        self._towers, self._preset, self._ablation = model.sizes.towers, model.preset, model.ablation
+        self._activate = torch.tanh if model.ablation.activation == "tanh" else functional.relu
         self._first_after_meeting = next(name for name in ("conv3", "conv4", "conv5") if name in model.sizes.counts())
         for name, tensor in merge(model).items():
             self.register_buffer(name.replace(".", "_"), tensor)
@@ -55,7 +55,7 @@ class Grouped(nn.Module):
         for name in ("fc6", "fc7"):
             if self._has(name):
                 units = self._activate(functional.linear(units, *self._of(name)))
-                units = units * 0.5 if self._variation.dropout else units
+                units = units * 0.5 if self._ablation.dropout else units
         return functional.linear(units, *self._of("fc8"))
 
     def _has(self, name: str) -> bool:
@@ -70,13 +70,13 @@ class Grouped(nn.Module):
         return functional.conv2d(maps, *self._of(name), stride=stride, padding=padding, groups=groups)
 
     def _normalise(self, maps: Tensor) -> Tensor:
-        if not self._variation.lrn:
+        if not self._ablation.lrn:
             return maps
         parts = [local_response_norm(part, self._preset.lrn_alpha) for part in maps.chunk(self._towers, 1)]
         return torch.cat(parts, 1)
 
     def _pool(self, maps: Tensor) -> Tensor:
-        return functional.max_pool2d(maps, 3 if self._variation.pooling == "overlapping" else 2, 2)
+        return functional.max_pool2d(maps, 3 if self._ablation.pooling == "overlapping" else 2, 2)
 
 
 def merge(model: AlexNet) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ Activation = Literal["relu", "tanh"]
 Pooling = Literal["overlapping", "plain"]
 
 
-class Variation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Ablation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is otherwise than in the paper's net; the default is the paper's net itself.
 
     Fields:

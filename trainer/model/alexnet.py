@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.errors import ConfigError
-from trainer.model.ablation import Variation
+from trainer.model.ablation import Ablation
 from trainer.model.dropout import halve, keep_half
 from trainer.model.fused import relu_lrn_pool
 from trainer.model.lrn import local_response_norm
 from trainer.model.presets import Preset, preset_named
 from trainer.model.rng import DropoutKey, normal_weights
-from trainer.model.segment import Stretch
+from trainer.model.segment import TowerSegment
 from trainer.model.speed import REFERENCE, Speed, check_speed
 from trainer.parallel.exchange import Share, choose_exchange
 
@@ -142,11 +142,11 @@ class Sizes:
 class Tower(nn.Module):
     """One GPU's share of the network."""
 
-    def __init__(self, sizes: Sizes, preset: Preset, variation: Variation, index: int, fused: bool = False) -> None:
+    def __init__(self, sizes: Sizes, preset: Preset, ablation: Ablation, index: int, fused: bool = False) -> None:
         super().__init__()
-        self.index, self._preset, self._variation = index, preset, variation
-        self._fused = fused and variation.lrn and variation.activation == "relu"
-        self._activate = torch.tanh if variation.activation == "tanh" else functional.relu
+        self.index, self._preset, self._ablation = index, preset, ablation
+        self._fused = fused and ablation.lrn and ablation.activation == "relu"
+        self._activate = torch.tanh if ablation.activation == "tanh" else functional.relu
         count, fan_in = sizes.counts(), sizes.fan_ins()
         for name in count:
             side, stride, padding = KERNELS.get(name, (0, 1, 0))
@@ -187,11 +187,11 @@ class Tower(nn.Module):
         units: Tensor = self._activate(self._layers[name](whole))
         if kept is not None:
             return units * kept
-        return halve(units) if self._variation.dropout and not self.training else units
+        return halve(units) if self._ablation.dropout and not self.training else units
 
     def kept(self, name: str, batch: int, key: DropoutKey | None) -> Tensor | None:
         """The dropout mask of fc6 or fc7 for a batch, (B, units) on this tower's device; None where nothing is dropped."""
-        if not (self.training and self._variation.dropout):
+        if not (self.training and self._ablation.dropout):
             return None
         bias = cast("Tensor", self._layers[name].bias)
         return keep_half((batch, len(bias)), key, self.index, NUMBERS[name], bias.device)
@@ -203,17 +203,17 @@ class Tower(nn.Module):
     def _shrink(self, maps: Tensor, activate_first: bool = True) -> Tensor:
         """Activation, LRN and pooling of conv1 or conv2."""
         if self._fused:
-            return relu_lrn_pool(maps, self._preset.lrn_alpha, POOLINGS[self._variation.pooling], activate_first)
+            return relu_lrn_pool(maps, self._preset.lrn_alpha, POOLINGS[self._ablation.pooling], activate_first)
         if activate_first:
             return self._pool(self._normalise(self._activate(maps)))
         return self._activate(self._pool(self._normalise(maps)))
 
     def _normalise(self, maps: Tensor) -> Tensor:
-        return local_response_norm(maps, self._preset.lrn_alpha) if self._variation.lrn else maps
+        return local_response_norm(maps, self._preset.lrn_alpha) if self._ablation.lrn else maps
 
     def _pool(self, maps: Tensor) -> Tensor:
         """Overlapping pooling (paper section 3.4): windows of 3, two apart; or plain. Of crops of 224, maps get equally large by both."""
-        return functional.max_pool2d(maps, POOLINGS[self._variation.pooling], 2)
+        return functional.max_pool2d(maps, POOLINGS[self._ablation.pooling], 2)
 
 
 class AlexNet(nn.Module):
@@ -245,14 +245,14 @@ class AlexNet(nn.Module):
         devices: Sequence[str | torch.device] = ("cpu",),
         towers: int = 2,
         seed: int = 0,
-        variation: Variation | None = None,
+        ablation: Ablation | None = None,
         share: Share | None = None,
         crop: int = IMAGE_SIDE_PX,
         speed: Speed = REFERENCE,
     ) -> None:
         super().__init__()
-        self.preset, self.variation = preset_named(preset), variation or Variation()
-        self.sizes = Sizes.of(towers, width, self.variation.without, crop, self.variation.pooling)
+        self.preset, self.ablation = preset_named(preset), ablation or Ablation()
+        self.sizes = Sizes.of(towers, width, self.ablation.without, crop, self.ablation.pooling)
         self.devices = tuple(torch.device(device) for device in devices)
         if len(self.devices) not in (1, towers):
             raise ConfigError(
@@ -266,7 +266,7 @@ class AlexNet(nn.Module):
         with torch.device("meta"):  # torch's own initialisation would be thrown away
             self.towers = nn.ModuleDict(
                 {
-                    str(index): Tower(self.sizes, self.preset, self.variation, index, speed.fused_norm)
+                    str(index): Tower(self.sizes, self.preset, self.ablation, index, speed.fused_norm)
                     for index in self._here
                 }
             )
@@ -278,12 +278,12 @@ class AlexNet(nn.Module):
             self.fc8.to_empty(device=self.devices[0])
         self._layout = torch.channels_last if speed.channels_last else torch.contiguous_format
         self.to(memory_format=self._layout)  # type: ignore[call-overload]
-        self._initialise(Sizes.of(towers, 1.0, self.variation.without), seed)
+        self._initialise(Sizes.of(towers, 1.0, self.ablation.without), seed)
         self._ways = [
             _ways(tower, speed, device) for tower, device in zip(self.each_tower, self._each(self.devices), strict=True)
         ]
         if self.fc8 is not None:
-            self._head = Stretch(self.fc8, [self.fc8], speed, self.devices[0])
+            self._head = TowerSegment(self.fc8, [self.fc8], speed, self.devices[0])
 
     def owns(self, name: str) -> bool:
         """Whether a parameter of that name would be this process's to hold; true of names that no network has."""
@@ -314,13 +314,13 @@ class AlexNet(nn.Module):
         parts = self._run("lower", self._each(given))
         parts = self._run("upper", exchange(parts, everyone))
         for name in ("fc6", "fc7"):
-            if name not in self.variation.without:
+            if name not in self.ablation.without:
                 parts = self._run_hidden(name, exchange(parts, everyone), len(given[0]), dropout)
         (whole,) = exchange(parts, (0,))  # which asks for what it needs, and so on back to the images
         return whole if self.fc8 is None else self._head(whole).float()
 
     def _run(self, name: str, given: Iterable[Tensor]) -> Iterator[Tensor]:
-        """One stretch of each tower here, on what each is given, as it is asked for."""
+        """One segment of each tower here, on what each is given, as it is asked for."""
         for way, each in zip(self._ways, given, strict=True):
             yield way[name](each)
 
@@ -349,20 +349,22 @@ class AlexNet(nn.Module):
                 std *= math.sqrt(full_fan_in[name] / fan_in[name])
                 normal = normal_weights(seed, address, NUMBERS[name], tuple(layer.weight.shape))
                 layer.weight.data.copy_(torch.from_numpy(normal) * std)
-                one = name in BIASES_OF_ONE and self.variation.activation == "relu"
+                one = name in BIASES_OF_ONE and self.ablation.activation == "relu"
                 layer.bias.data.fill_(1.0 if one else 0.0)
 
 
-def _ways(tower: Tower, speed: Speed, device: torch.device) -> dict[str, Stretch]:
+def _ways(tower: Tower, speed: Speed, device: torch.device) -> dict[str, TowerSegment]:
     """What a tower does between two meetings, by name: ``lower``, ``upper``, and ``fc6`` and ``fc7`` if it has them."""
     layers = dict(tower.named_children())
     ways = {
-        "lower": Stretch(tower.lower, [layers[name] for name in ("conv1", "conv2") if name in layers], speed, device),
-        "upper": Stretch(
+        "lower": TowerSegment(
+            tower.lower, [layers[name] for name in ("conv1", "conv2") if name in layers], speed, device
+        ),
+        "upper": TowerSegment(
             tower.upper, [layers[name] for name in ("conv3", "conv4", "conv5") if name in layers], speed, device
         ),
     }
     for name in ("fc6", "fc7"):
         if name in layers:
-            ways[name] = Stretch(partial(tower.hidden, name), [layers[name]], speed, device)
+            ways[name] = TowerSegment(partial(tower.hidden, name), [layers[name]], speed, device)
     return ways

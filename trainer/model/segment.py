@@ -1,6 +1,6 @@
-"""A stretch of a tower's way from one meeting to the next: what is compiled, or recorded as a CUDA graph, as one piece.
+"""A segment of a tower's way from one meeting to the next: what is compiled, or recorded as a CUDA graph, as one piece.
 
-Towers exchange maps between stretches, so the pieces are the same whether both towers share a device, have one each, or
+Towers exchange maps between segments, so the pieces are the same whether both towers share a device, have one each, or
 live in processes of their own.
 
 The fast form serves the batches that a training consists of: those of the largest size seen, with gradients. Validation,
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from trainer.model.speed import Speed
 
 
-class Stretch:
-    """One stretch of one tower.
+class TowerSegment:
+    """One segment of one tower.
 
     Args:
         run: computes it from what comes in: tensors on ``device``, the batch first.
@@ -53,14 +53,14 @@ class Stretch:
             return run
 
         def narrow(*given: Tensor) -> Tensor:
-            # No cache: a stretch uses each weight once, and a graph must not keep a cast made outside of it.
+            # No cache: a segment uses each weight once, and a graph must not keep a cast made outside of it.
             with torch.autocast(self._device.type, torch.bfloat16, cache_enabled=False):
                 return run(*given)
 
         return narrow
 
     def _record(self, given: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-        """The stretch as two CUDA graphs, forward and backward, for inputs like those ``given``."""
+        """The segment as two CUDA graphs, forward and backward, for inputs like those ``given``."""
         like = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in given)
         with self._here():
             graph = torch.cuda.make_graphed_callables(_Callable(self._fast, self._layers), like)
@@ -72,7 +72,7 @@ class Stretch:
 
 
 class _Callable(nn.Module):
-    """A stretch as torch wants it to be recorded: a module that knows its parameters."""
+    """A segment as torch wants it to be recorded: a module that knows its parameters."""
 
     def __init__(self, run: Callable[..., Tensor], layers: list[nn.Module]) -> None:
         super().__init__()

@@ -26,8 +26,8 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         amp: ``bf16`` runs convolutions and products in bfloat16 (autocast). Weights, their gradients and updates, the
             sums within LRN, softmax and the loss stay float32.
         channels_last: maps lie in memory place by place, all channels of a place together.
-        compile: each stretch of a tower between two meetings is compiled by ``torch.compile``.
-        cuda_graphs: each such stretch, forward and backward, is one CUDA graph.
+        compile: each segment of a tower between two meetings is compiled by ``torch.compile``.
+        cuda_graphs: each such segment, forward and backward, is one CUDA graph.
         fused_norm: ReLU, LRN and pooling of conv1 and conv2 are one operation; see ``trainer.model.fused``.
         fused_sgd: the update of all parameters of a device is one kernel.
     """

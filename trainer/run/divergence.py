@@ -16,7 +16,7 @@ from typing import Final
 
 from trainer.errors import TrainingDiverged
 from trainer.parallel.world import World
-from trainer.run.param_stats import Layer, measure, suspect
+from trainer.run.param_stats import ParamStats, measure, suspect
 from trainer.run.progress import Tally
 from trainer.run.state import State
 
@@ -24,7 +24,7 @@ EXPLODED: Final = 10.0
 """Times the loss of guessing. Losses that came back from above 3 times have been seen, from above 10 none."""
 
 
-class Watch:
+class DivergenceMonitor:
     """Looks at one training.
 
     Args:
@@ -36,7 +36,7 @@ class Watch:
         self._state, self._world = state, world
         self._limit = EXPLODED * math.log(max(2, len(state.facts.class_names)))
         self._step = -1
-        self.layers: dict[str, Layer] = {}
+        self.layers: dict[str, ParamStats] = {}
         """What the last look saw."""
 
     def look(self, since: Tally, newest: Callable[[], Path | None]) -> None:

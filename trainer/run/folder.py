@@ -55,7 +55,7 @@ class RunFolder:
         self.log = path / "log.jsonl"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
-        self.board = path / "tensorboard"
+        self.tensorboard = path / "tensorboard"
         self.rate = path / "set-lr.json"
         self.kernels = path / "kernels.png"
         self.curves = path / "curves.svg"

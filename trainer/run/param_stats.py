@@ -18,7 +18,7 @@ from trainer.optimizer import PaperSGD
 from trainer.parallel.world import World
 
 
-class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ParamStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A parameter at one moment.
 
     Fields:
@@ -40,20 +40,20 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return math.isfinite(self.mean_w) and math.isfinite(self.mean_dw)
 
 
-class LayerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="layers", tag_field="event"):
+class ParamStatsRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="layers", tag_field="event"):
     """A line of the log: for each parameter [mean |w|, mean |dw|, their ratio] after ``step``."""
 
     step: int
     parameters: dict[str, tuple[float, float, float]]
 
     @classmethod
-    def of(cls, step: int, layers: Mapping[str, Layer]) -> LayerRecord:
+    def of(cls, step: int, layers: Mapping[str, ParamStats]) -> ParamStatsRecord:
         """The line for what ``measure`` gave; four digits tell enough."""
         rows = {name: (layer.mean_w, layer.mean_dw, layer.ratio) for name, layer in layers.items()}
         return cls(step, {name: (_short(row[0]), _short(row[1]), _short(row[2])) for name, row in rows.items()})
 
 
-def measure(model: AlexNet, optimizer: PaperSGD, world: World) -> dict[str, Layer]:
+def measure(model: AlexNet, optimizer: PaperSGD, world: World) -> dict[str, ParamStats]:
     """Every parameter of the whole network, by name, in the order of the layers of each tower; all processes take part.
 
     It reads each weight and its momentum once: a fraction of a step's own traffic. Waits for the device.
@@ -64,10 +64,12 @@ def measure(model: AlexNet, optimizer: PaperSGD, world: World) -> dict[str, Laye
     # The step before added -rate * buffer; see trainer.optimizer.
     buffers = _means([momentum[name] for name in own]) if momentum else [0.0] * len(own)
     steps = [rates[name] * mean for name, mean in zip(own, buffers, strict=True)]
-    return {name: Layer(*row) for name, row in _everywhere(list(own), list(zip(weights, steps, strict=True)), world)}
+    return {
+        name: ParamStats(*row) for name, row in _everywhere(list(own), list(zip(weights, steps, strict=True)), world)
+    }
 
 
-def suspect(layers: Mapping[str, Layer], before: Mapping[str, Layer]) -> str | None:
+def suspect(layers: Mapping[str, ParamStats], before: Mapping[str, ParamStats]) -> str | None:
     """The parameter to look at when a training has gone wrong; None if nothing is known.
 
     It is the first whose values are not all numbers, as long as others' are: damage spreads to all within a step or two.

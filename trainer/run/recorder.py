@@ -22,15 +22,15 @@ from trainer.run.checkpoint import Checkpoint, Plain
 from trainer.run.console import Reporter
 from trainer.run.folder import RunFolder
 from trainer.run.ledger import Account, as_numbers, from_numbers, merge_accounts
-from trainer.run.param_stats import Layer, LayerRecord
+from trainer.run.param_stats import ParamStats, ParamStatsRecord
 from trainer.run.progress import EpochRecord, StepRecord
 from trainer.run.saver import Saver
 from trainer.run.state import State
 from trainer.run.summary import Summary
-from trainer.run.tensorboard import Board
+from trainer.run.tensorboard import TensorBoard
 
 
-class Archive:
+class Recorder:
     """Writes about one training; a context manager.
 
     Args:
@@ -53,13 +53,13 @@ class Archive:
         self._accounts, self._reporter = accounts, reporter
         self._first_epoch = state.progress.epoch
         self._saver = Saver(folder.checkpoints)
-        self._board: Board | None = None
+        self._tensorboard: TensorBoard | None = None
         self._stack = ExitStack()
 
-    def __enter__(self) -> Archive:
+    def __enter__(self) -> Recorder:
         if self._world.is_first:
-            self._board = Board(self._folder.board, self._state.progress.step)
-            self._stack.callback(self._board.close)
+            self._tensorboard = TensorBoard(self._folder.tensorboard, self._state.progress.step)
+            self._stack.callback(self._tensorboard.close)
         self._stack.enter_context(self._saver)
         return self
 
@@ -74,20 +74,20 @@ class Archive:
         where = {"step": progress.step, "epoch": progress.epoch, "seen": progress.seen}
         self._log({"event": event, "unix_s": time.time(), **where, **more})
 
-    def step(self, record: StepRecord, layers: Mapping[str, Layer]) -> None:
+    def step(self, record: StepRecord, layers: Mapping[str, ParamStats]) -> None:
         """Tell of the steps since the last line, and of every parameter."""
         self._log(record)
-        self._log(LayerRecord.of(record.step, layers))
-        if self._board:
-            self._board.step(record, layers)
+        self._log(ParamStatsRecord.of(record.step, layers))
+        if self._tensorboard:
+            self._tensorboard.step(record, layers)
         self._reporter.step(record)
         self._tell_failure(self._saver.failure())
 
     def epoch(self, record: EpochRecord) -> None:
         """Tell of an epoch that is over."""
         self._log(record)
-        if self._board:
-            self._board.epoch(record)
+        if self._tensorboard:
+            self._tensorboard.epoch(record)
         self._reporter.epoch(record)
 
     def save(self, is_best: bool = False, rate_by_hand: float = 0.0) -> None:

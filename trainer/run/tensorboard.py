@@ -11,14 +11,14 @@ from typing import Final
 
 from tensorboardX import SummaryWriter
 
-from trainer.run.param_stats import Layer
+from trainer.run.param_stats import ParamStats
 from trainer.run.progress import EpochRecord, StepRecord
 
 _FLUSH_S: Final = 10
 """How far a board may be behind the run."""
 
 
-class Board:
+class TensorBoard:
     """Writes event files.
 
     Args:
@@ -29,7 +29,7 @@ class Board:
     def __init__(self, folder: Path, step: int) -> None:
         self._writer = SummaryWriter(logdir=str(folder), purge_step=step + 1, flush_secs=_FLUSH_S)
 
-    def step(self, record: StepRecord, layers: Mapping[str, Layer]) -> None:
+    def step(self, record: StepRecord, layers: Mapping[str, ParamStats]) -> None:
         """The steps since the line before, and each parameter."""
         values: dict[str, float | None] = {
             "train/loss": record.loss,

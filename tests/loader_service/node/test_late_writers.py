@@ -16,7 +16,7 @@ import zmq
 from loader_service import Batch, Loader, View, defaults, status
 from loader_service.types import SampleLayout, SliceId
 from loader_service.wire import messages
-from loader_service.wire.messages import Filled, Place, Request, Stranger, Welcome
+from loader_service.wire.messages import Filled, Place, Request, UnknownClient, Welcome
 from loader_service.wire.shm import PAGE_BYTES, Segment
 
 StartNode = Callable[..., Any]
@@ -105,7 +105,7 @@ def test_a_worker_that_wakes_in_mid_slice_changes_no_batch(
 def test_a_killed_nodes_stopped_worker_never_wakes(
     start_node: StartNode, eventually: Eventually, my_segments: Callable[[], set[Path]], tmp_path: Path
 ) -> None:
-    """The orphan of a killed front, stopped in mid-slice, dies with it and lets go of its part: nothing is written late."""
+    """The orphan of a killed dispatcher, stopped in mid-slice, dies with it and lets go of its part: nothing is written late."""
     dying, elsewhere = start_node(workers=1), f"ipc://{tmp_path}/survivor"
     undisturbed = _digests(dying.address)
     with Loader(f"{dying.address},{elsewhere}", transport="shm", **OPTIONS) as loader:
@@ -169,7 +169,7 @@ def test_a_request_that_waited_for_a_node_which_is_gone_is_dropped_by_the_next(
         renewed = by_hand.ask(messages.Hello(messages.PROTOCOL, "by hand"))
         by_hand.ask(messages.Attach(segment.name))
         pixels = segment.array(at, (layout.image_bytes,), np.uint8)
-        assert isinstance(by_hand.ask(late), Stranger)
+        assert isinstance(by_hand.ask(late), UnknownClient)
         assert not pixels.any()
         assert isinstance(renewed, Welcome)
         current = Request(renewed.instance, 2, "train", SliceId(view, 0, 0, 5, 1), "uint8", place)

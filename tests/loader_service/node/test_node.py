@@ -68,9 +68,9 @@ def test_ctrl_c_in_the_terminal_reaches_all_and_is_still_clean(start_node: Start
 
 
 def test_workers_die_with_a_killed_front(start_node: StartNode, eventually: Eventually) -> None:
-    """SIGKILL of the front, which can clean up nothing itself, leaves no process, and no segment that it had made."""
+    """SIGKILL of the dispatcher, which can clean up nothing itself, leaves no process, and no segment that it had made."""
     node = start_node(workers=3)
-    eventually(lambda: len(node.family) == 5, "front, nursery and three workers run")
+    eventually(lambda: len(node.family) == 5, "dispatcher, fork server and three workers run")
     family = node.family
     with Loader(node.address, timeout_s=20, transport="tcp") as loader:
         next(loader)
@@ -102,7 +102,7 @@ def test_a_killed_worker_is_replaced_and_its_slices_are_made_again(
 
 
 def test_workers_may_die_again_and_again(start_node: StartNode, eventually: Eventually) -> None:
-    """Whether a death is first heard of from the worker's link or from the nursery is chance; the front lives either way."""
+    """Whether a death is first heard of from the worker's link or from the fork server is chance; the dispatcher lives either way."""
     node = start_node(workers=2)
 
     def recovered(deaths: int) -> bool:
@@ -168,9 +168,9 @@ def test_rubbish_does_not_stop_it(start_node: StartNode) -> None:
 def test_a_client_that_never_reads_costs_no_memory(start_node: StartNode, eventually: Eventually) -> None:
     """Hundreds of Hellos, each worth an answer of 1.5 MB that nobody takes, leave the node as large as it was."""
     node = start_node(workers=1)
-    front = psutil.Process(node.process.pid)
+    dispatcher = psutil.Process(node.process.pid)
     assert len(_epoch(node.address)) == 5
-    before = front.memory_info().rss
+    before = dispatcher.memory_info().rss
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     dealer = context.socket(zmq.DEALER)
     dealer.setsockopt(zmq.RCVHWM, 1)
@@ -180,7 +180,7 @@ def test_a_client_that_never_reads_costs_no_memory(start_node: StartNode, eventu
             dealer.send(messages.encode(messages.Hello(messages.PROTOCOL, "rude")))
         dealer.send(b"the end")
         eventually(lambda: status(node.address).refused == 1, "the node has read it all")
-        assert front.memory_info().rss - before < 64 * 2**20
+        assert dispatcher.memory_info().rss - before < 64 * 2**20
     finally:
         dealer.close(linger=0)
         context.term()

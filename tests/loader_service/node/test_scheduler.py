@@ -1,4 +1,4 @@
-"""The node's roster under everything that can happen, without a socket, a clock or a process."""
+"""The node's scheduler under everything that can happen, without a socket, a clock or a process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from loader_service.node.scheduler import CRASHES, DEPTH, Action, Answer, Grant, Refuse, Roster
+from loader_service.node.scheduler import CRASHES, DEPTH, Action, Answer, Grant, Refuse, Scheduler
 from loader_service.types import SliceId, View
 from loader_service.wire.messages import Place, Request
 
@@ -21,149 +21,149 @@ def _grants(actions: list[Action]) -> list[Grant]:
     return [action for action in actions if isinstance(action, Grant)]
 
 
-def _ready(workers: int, send_slots: int = 4) -> Roster:
-    roster = Roster(workers, send_slots)
+def _ready(workers: int, send_slots: int = 4) -> Scheduler:
+    scheduler = Scheduler(workers, send_slots)
     for index in range(workers):
-        roster.worker_forked(index, 1000 + index)
-        roster.worker_ready(index)
-    return roster
+        scheduler.worker_forked(index, 1000 + index)
+        scheduler.worker_ready(index)
+    return scheduler
 
 
-def _join(roster: Roster, client: bytes) -> None:
-    roster.client_joined(client, client.decode())
-    roster.client_attached(client, "loader-service-" + "0" * 32)
+def _join(scheduler: Scheduler, client: bytes) -> None:
+    scheduler.client_joined(client, client.decode())
+    scheduler.client_attached(client, "loader-service-" + "0" * 32)
 
 
 def test_requests_go_to_the_emptiest_worker_up_to_the_depth() -> None:
     """Each worker first gets one lease, then a second to wait; more stay in the queue."""
-    roster = _ready(2)
-    _join(roster, b"a")
-    grants = [g for n in range(6) for g in _grants(roster.requested(b"a", _request(n)))]
+    scheduler = _ready(2)
+    _join(scheduler, b"a")
+    grants = [g for n in range(6) for g in _grants(scheduler.requested(b"a", _request(n)))]
     assert [g.worker for g in grants] == [0, 1, 0, 1]
-    assert roster.leases == 2 * DEPTH
-    assert [type(a) for a in roster.worker_done(0, grants[0].lease, 0.001)] == [Answer, Grant]
+    assert scheduler.leases == 2 * DEPTH
+    assert [type(a) for a in scheduler.worker_done(0, grants[0].lease, 0.001)] == [Answer, Grant]
 
 
 def test_a_worker_that_is_not_ready_gets_nothing() -> None:
     """Requests wait until a worker has its datasets open."""
-    roster = Roster(1, 1)
-    _join(roster, b"a")
-    assert roster.requested(b"a", _request(1)) == []
-    assert len(_grants(roster.worker_ready(0))) == 1
+    scheduler = Scheduler(1, 1)
+    _join(scheduler, b"a")
+    assert scheduler.requested(b"a", _request(1)) == []
+    assert len(_grants(scheduler.worker_ready(0))) == 1
 
 
 def test_a_dead_workers_leases_go_to_another_in_order() -> None:
     """Both of its leases are granted again, before anything that came later, and counted."""
-    roster = _ready(2)
-    _join(roster, b"a")
+    scheduler = _ready(2)
+    _join(scheduler, b"a")
     for number in range(8):
-        roster.requested(b"a", _request(number))
-    actions = roster.worker_died(0, crashed=False, record=5, how="signal SIGKILL")
+        scheduler.requested(b"a", _request(number))
+    actions = scheduler.worker_died(0, crashed=False, record=5, how="signal SIGKILL")
     assert actions == []  # the other worker is full
-    first = next(iter(roster.workers[1].tasks))
-    granted = _grants(roster.worker_done(1, first, 0.001))
+    first = next(iter(scheduler.workers[1].tasks))
+    granted = _grants(scheduler.worker_done(1, first, 0.001))
     assert [g.task.request.id for g in granted] == [0]
-    assert roster.reassigned == 2
-    assert roster.restarts == 1
+    assert scheduler.reassigned == 2
+    assert scheduler.restarts == 1
 
 
 def test_a_killed_worker_never_makes_a_record_bad() -> None:
     """However often workers are killed from outside, the request is leased again."""
-    roster = _ready(1)
-    _join(roster, b"a")
-    roster.requested(b"a", _request(1))
+    scheduler = _ready(1)
+    _join(scheduler, b"a")
+    scheduler.requested(b"a", _request(1))
     for _ in range(5 * CRASHES):
-        assert not any(isinstance(a, Refuse) for a in roster.worker_died(0, crashed=False, record=7, how="signal"))
-        assert len(_grants(roster.worker_ready(0))) == 1
+        assert not any(isinstance(a, Refuse) for a in scheduler.worker_died(0, crashed=False, record=7, how="signal"))
+        assert len(_grants(scheduler.worker_ready(0))) == 1
 
 
 def test_a_record_that_crashes_its_workers_is_named() -> None:
     """After the third crash on one lease the client is told the record; the lease behind it goes on."""
-    roster = _ready(1)
-    _join(roster, b"a")
-    roster.requested(b"a", _request(1))
-    roster.requested(b"a", _request(2))
+    scheduler = _ready(1)
+    _join(scheduler, b"a")
+    scheduler.requested(b"a", _request(1))
+    scheduler.requested(b"a", _request(2))
     for _ in range(CRASHES - 1):
-        assert roster.worker_died(0, crashed=True, record=7, how="signal SIGSEGV") == []
-        roster.worker_ready(0)
-    (refusal,) = roster.worker_died(0, crashed=True, record=7, how="signal SIGSEGV")
+        assert scheduler.worker_died(0, crashed=True, record=7, how="signal SIGSEGV") == []
+        scheduler.worker_ready(0)
+    (refusal,) = scheduler.worker_died(0, crashed=True, record=7, how="signal SIGSEGV")
     assert isinstance(refusal, Refuse)
     assert (refusal.message.id, refusal.message.record) == (1, 7)
     assert "SIGSEGV" in refusal.message.reason
-    assert [g.task.request.id for g in _grants(roster.worker_ready(0))] == [2]
+    assert [g.task.request.id for g in _grants(scheduler.worker_ready(0))] == [2]
 
 
 def test_a_client_that_left_gets_no_answers_and_its_slots_come_back() -> None:
     """Leases of a client that is gone run out into nothing, and their send slots serve others."""
-    roster = _ready(1, send_slots=1)
-    roster.client_joined(b"a", "a")
-    (grant,) = _grants(roster.requested(b"a", _request(1, place=None)))
-    roster.client_left(b"a")
-    roster.client_joined(b"b", "b")
-    assert roster.requested(b"b", _request(2, place=None)) == []
-    actions = roster.worker_done(0, grant.lease, 0.001)
+    scheduler = _ready(1, send_slots=1)
+    scheduler.client_joined(b"a", "a")
+    (grant,) = _grants(scheduler.requested(b"a", _request(1, place=None)))
+    scheduler.client_left(b"a")
+    scheduler.client_joined(b"b", "b")
+    assert scheduler.requested(b"b", _request(2, place=None)) == []
+    actions = scheduler.worker_done(0, grant.lease, 0.001)
     assert [type(a) for a in actions] == [Grant]
     assert _grants(actions)[0].task.request.id == 2
 
 
 def test_a_client_that_says_hello_again_starts_afresh() -> None:
     """What it asked for before a reconnection is neither queued nor answered."""
-    roster = _ready(1)
-    _join(roster, b"a")
-    grants = [g for n in range(5) for g in _grants(roster.requested(b"a", _request(n)))]
-    _join(roster, b"a")
-    assert not any(isinstance(a, Answer) for g in grants for a in roster.worker_done(0, g.lease, 0.001))
-    assert roster.leases == 0
+    scheduler = _ready(1)
+    _join(scheduler, b"a")
+    grants = [g for n in range(5) for g in _grants(scheduler.requested(b"a", _request(n)))]
+    _join(scheduler, b"a")
+    assert not any(isinstance(a, Answer) for g in grants for a in scheduler.worker_done(0, g.lease, 0.001))
+    assert scheduler.leases == 0
 
 
 def test_a_place_without_shared_memory_is_refused() -> None:
     """A client that attached nothing cannot have slices written to a place."""
-    roster = _ready(1)
-    roster.client_joined(b"a", "a")
-    (refusal,) = roster.requested(b"a", _request(1))
+    scheduler = _ready(1)
+    scheduler.client_joined(b"a", "a")
+    (refusal,) = scheduler.requested(b"a", _request(1))
     assert isinstance(refusal, Refuse)
     assert refusal.message.record == -1
 
 
 def test_costly_slices_do_not_starve_cheap_ones() -> None:
     """Two clients, one with slices that take ten times as long: each gets about half of the workers' time."""
-    roster = _ready(2)
-    _join(roster, b"cheap")
-    _join(roster, b"costly")
+    scheduler = _ready(2)
+    _join(scheduler, b"cheap")
+    _join(scheduler, b"costly")
     spent = {b"cheap": 0.0, b"costly": 0.0}
     number, running = 0, []
     for client in spent:
         for _ in range(50):
             number += 1
-            running += _grants(roster.requested(client, _request(number, view="center" if client == b"cheap" else "ten-crop")))  # fmt: skip
+            running += _grants(scheduler.requested(client, _request(number, view="center" if client == b"cheap" else "ten-crop")))  # fmt: skip
     for _ in range(600):
         grant = running.pop(0)
         client = grant.task.client.id
         seconds = 0.01 if client == b"costly" else 0.001
         spent[client] += seconds
-        running += _grants(roster.worker_done(grant.worker, grant.lease, seconds))
+        running += _grants(scheduler.worker_done(grant.worker, grant.lease, seconds))
         number += 1
         view = "center" if client == b"cheap" else "ten-crop"
-        running += _grants(roster.requested(client, _request(number, view=view)))
+        running += _grants(scheduler.requested(client, _request(number, view=view)))
     assert 0.8 < spent[b"cheap"] / spent[b"costly"] < 1.25
 
 
 def test_a_client_that_never_takes_its_slices_does_not_take_all_send_slots() -> None:
     """One client's unsent slices occupy its share of the slots, and the other goes on."""
-    roster = _ready(2, send_slots=4)
+    scheduler = _ready(2, send_slots=4)
     for client in (b"stuck", b"alive"):
-        roster.client_joined(client, client.decode())
-    running = [g for n in range(20) for g in _grants(roster.requested(b"stuck", _request(n, place=None)))]
+        scheduler.client_joined(client, client.decode())
+    running = [g for n in range(20) for g in _grants(scheduler.requested(b"stuck", _request(n, place=None)))]
     for grant in running:
-        roster.worker_done(grant.worker, grant.lease, 0.001)
+        scheduler.worker_done(grant.worker, grant.lease, 0.001)
     served = 0
     for number in range(100, 130):
-        for grant in _grants(roster.requested(b"alive", _request(number, place=None))):
-            (answer, *_) = roster.worker_done(grant.worker, grant.lease, 0.001)
+        for grant in _grants(scheduler.requested(b"alive", _request(number, place=None))):
+            (answer, *_) = scheduler.worker_done(grant.worker, grant.lease, 0.001)
             assert isinstance(answer, Answer)
             assert answer.task.slot is not None
             served += 1
-            roster.slot_freed(answer.task.slot, answer.task.client)
+            scheduler.slot_freed(answer.task.slot, answer.task.client)
     assert served >= 28
 
 
@@ -171,8 +171,8 @@ def test_a_client_that_never_takes_its_slices_does_not_take_all_send_slots() -> 
 def test_every_request_is_answered_once_whatever_happens(seed: int) -> None:
     """Workers die, clients leave and return: each request of a client that stays gets exactly one answer."""
     rng = random.Random(seed)
-    roster = _ready(3, send_slots=5)
-    _join(roster, b"stays")
+    scheduler = _ready(3, send_slots=5)
+    _join(scheduler, b"stays")
     number, answers = 0, dict[int, int]()
     running: dict[tuple[int, int], Grant] = {}
     sending = []
@@ -196,27 +196,27 @@ def test_every_request_is_answered_once_whatever_happens(seed: int) -> None:
             client = b"stays" if rng.random() < 0.6 else b"leaves"
             if client == b"stays":
                 answers[number] = 0
-            carry_out(roster.requested(client, _request(number, place=rng.choice([None, PLACE]))))
+            carry_out(scheduler.requested(client, _request(number, place=rng.choice([None, PLACE]))))
         elif event < 0.8 and running:
             (worker, lease), _ = running.popitem()
-            carry_out(roster.worker_done(worker, lease, rng.random() / 100))
+            carry_out(scheduler.worker_done(worker, lease, rng.random() / 100))
         elif event < 0.85:
             worker = rng.randrange(3)
             for key in [key for key in running if key[0] == worker]:
                 del running[key]
-            carry_out(roster.worker_died(worker, crashed=False, record=-1, how="signal SIGKILL"))
-            carry_out(roster.worker_ready(worker))
+            carry_out(scheduler.worker_died(worker, crashed=False, record=-1, how="signal SIGKILL"))
+            carry_out(scheduler.worker_ready(worker))
         elif event < 0.9:
-            carry_out(roster.client_left(b"leaves"))
-            _join(roster, b"leaves")
+            carry_out(scheduler.client_left(b"leaves"))
+            _join(scheduler, b"leaves")
         elif sending:
-            carry_out(roster.slot_freed(*sending.pop(rng.randrange(len(sending)))))
-    carry_out(roster.client_left(b"leaves"))
+            carry_out(scheduler.slot_freed(*sending.pop(rng.randrange(len(sending)))))
+    carry_out(scheduler.client_left(b"leaves"))
     while running or sending:
         while sending:
-            carry_out(roster.slot_freed(*sending.pop()))
+            carry_out(scheduler.slot_freed(*sending.pop()))
         if running:
             (worker, lease), _ = running.popitem()
-            carry_out(roster.worker_done(worker, lease, 0.001))
+            carry_out(scheduler.worker_done(worker, lease, 0.001))
     assert set(answers.values()) == {1}
-    assert sorted(roster._free_slots) == list(range(5))
+    assert sorted(scheduler._free_slots) == list(range(5))

@@ -42,7 +42,7 @@ FROM_NODE: list[messages.FromNode] = [
     messages.Pixels(7, 4096),
     messages.Filled(7),
     messages.Failed(7, -1, "because"),
-    messages.Stranger(),
+    messages.UnknownClient(),
     messages.Ping(),
     messages.Pong(),
 ]

@@ -1,4 +1,4 @@
-"""The benchmark as a whole, with tiny numbers and no peers, and the arithmetic of its bars."""
+"""The benchmark as a whole, with tiny numbers and no peers, and the arithmetic of its targets."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from tools.bench.bars import bars, ratio
 from tools.bench.contest import Contestant, Running, Turn
 from tools.bench.document import Results
+from tools.bench.targets import ratio, targets
 from tools.bench.turns import touch
 from tools.errors import ToolFailed
 
@@ -99,21 +99,21 @@ def test_ratios_are_taken_within_a_round_and_against_the_best() -> None:
 @pytest.mark.parametrize(("rate", "reached"), [(60.0, True), (59.0, False)])
 def test_a_bar_is_reached_at_its_figure(rate: float, reached: bool) -> None:
     """0.60 of the memcpy limit is enough, less is not; what was not measured is not reached."""
-    found = bars({"ours-raw-shm": [turn(rate, 0.04)], "memcpy": [turn(100)]}, None)
+    found = targets({"ours-raw-shm": [turn(rate, 0.04)], "memcpy": [turn(100)]}, None)
     assert found[0].reached is reached
     assert [bar.reached for bar in found if bar.figure is None] == [False] * 7
     assert found[-1].reached
 
 
 def test_more_than_a_limit_is_not_believed() -> None:
-    """Where somebody exceeds what nobody can, the limit's own turns were disturbed, and no bar is claimed."""
-    [bar, *_] = bars({"ours-raw-shm": [turn(120)], "memcpy": [turn(100)]}, None)
+    """Where somebody exceeds what nobody can, the limit's own turns were disturbed, and no target is claimed."""
+    [bar, *_] = targets({"ours-raw-shm": [turn(120)], "memcpy": [turn(100)]}, None)
     assert (bar.disturbed, bar.reached) == (True, False)
 
 
 def test_decoding_less_than_all_may_exceed_decoding_all() -> None:
     """Whole records decoded by libjpeg-turbo are a limit to compare with, and no bound."""
-    found = bars({"ours-jpeg-shm": [turn(120)], "decode": [turn(100)]}, None)
+    found = targets({"ours-jpeg-shm": [turn(120)], "decode": [turn(100)]}, None)
     assert [(bar.disturbed, bar.reached) for bar in found if bar.figure] == [(False, True)]
 
 

@@ -57,7 +57,7 @@ def test_the_document_compares_with_peer_and_node() -> None:
     text = markdown(settings(), [*lines, line("torchvision's AlexNet, bf16, compiled", 800)], "torch 2", [])
     assert "| bf16 | 128 | 1,000 [900, 1,300] | 25.0% |" in text
     assert "batch 128: 1.25 times torchvision's, by bf16." in text
-    assert "batch 128: fed by a node 98.5% of synthetic; the bar is 98%." in text
+    assert "batch 128: fed by a node 98.5% of synthetic; the target is 98%." in text
     assert "H100" not in text
 
 

@@ -17,7 +17,7 @@ from trainer.config import Source
 from trainer.data import feed
 from trainer.data.facts import Facts
 from trainer.data.feed import Feed, Node, load_image, open_source, training_view
-from trainer.model.ablation import Variation
+from trainer.model.ablation import Ablation
 from trainer.model.presets import PRESETS
 
 CPU = (torch.device("cpu"),)
@@ -68,21 +68,21 @@ def test_a_feed_goes_on_where_another_was_left(node: str) -> None:
 def test_original_jitter_is_by_standard_deviation(node: str) -> None:
     """The basis is 255 x eigenvector x sqrt(eigenvalue), column by column; the paper's is the loader's default."""
     facts = describe(node)
-    basis = np.array(training_view(PRESETS["original"], Variation(), Node(node, "")).basis).reshape(3, 3)
+    basis = np.array(training_view(PRESETS["original"], Ablation(), Node(node, "")).basis).reshape(3, 3)
     np.testing.assert_allclose(basis, 255 * facts.eigenvectors * np.sqrt(facts.eigenvalues)[None, :])
-    assert training_view(PRESETS["paper"], Variation(), Node(node, "")).basis == ()
+    assert training_view(PRESETS["paper"], Ablation(), Node(node, "")).basis == ()
 
 
 def test_augmentations_can_be_switched_off(node: str) -> None:
     """Jitter, mirror images and crops, each; without crops the centre comes, in shuffled order."""
     plain = {"jitter": False, "flips": False}
-    for variation in (Variation(jitter=False), Variation(**plain), Variation(**plain, crops=False)):
-        view = training_view(PRESETS["original"], variation, Node(node, ""))
+    for ablation in (Ablation(jitter=False), Ablation(**plain), Ablation(**plain, crops=False)):
+        view = training_view(PRESETS["original"], ablation, Node(node, ""))
         with Feed(Node(node, ""), "train", view, 32, CPU) as batches:
             batch = next(batches)
         assert view.jitter == 0
-        assert batch.windows.flip.any() == variation.flips
-        assert (len(set(batch.windows.y.tolist())) > 1) == variation.crops
+        assert batch.windows.flip.any() == ablation.flips
+        assert (len(set(batch.windows.y.tolist())) > 1) == ablation.crops
         assert batch.ids.tolist() != sorted(batch.ids.tolist())
 
 

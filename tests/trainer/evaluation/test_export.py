@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trainer.evaluation.export import Grouped, merge, split
-from trainer.model.ablation import Variation
+from trainer.model.ablation import Ablation
 from trainer.model.alexnet import AlexNet
 
 
@@ -19,11 +19,11 @@ def images(batch: int) -> torch.Tensor:
 @pytest.mark.parametrize("preset", ["paper", "original"])
 @pytest.mark.parametrize("towers", [1, 2])
 @pytest.mark.parametrize(
-    "variation", [Variation(), Variation(without=("conv3", "fc6")), Variation(activation="tanh", lrn=False)], ids=str
+    "ablation", [Ablation(), Ablation(without=("conv3", "fc6")), Ablation(activation="tanh", lrn=False)], ids=str
 )
-def test_the_grouped_network_gives_the_same_logits(preset: str, towers: int, variation: Variation) -> None:
+def test_the_grouped_network_gives_the_same_logits(preset: str, towers: int, ablation: Ablation) -> None:
     """Whatever the preset, the number of towers and the variation."""
-    model = AlexNet(5, 0.1, preset, towers=towers, seed=2, variation=variation).eval()
+    model = AlexNet(5, 0.1, preset, towers=towers, seed=2, ablation=ablation).eval()
     with torch.inference_mode():
         expected = model(images(3))
         torch.testing.assert_close(Grouped(model)(images(3)), expected, rtol=1e-3, atol=1e-5)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from trainer.errors import ConfigError
-from trainer.model.ablation import REMOVABLE, Variation
+from trainer.model.ablation import REMOVABLE, Ablation
 from trainer.model.alexnet import AlexNet, Sizes
 from trainer.model.rng import DropoutKey
 from trainer.optimizer import PaperSGD
@@ -22,7 +22,7 @@ def images(batch: int) -> torch.Tensor:
 
 
 def made(**fields: object) -> AlexNet:
-    return AlexNet(3, SMALL, variation=Variation(**fields))
+    return AlexNet(3, SMALL, ablation=Ablation(**fields))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_each_switch_changes_the_network(fields: dict[str, object]) -> None:
 @pytest.mark.parametrize("towers", [1, 2])
 def test_a_net_without_a_layer_learns(layer: str, towers: int) -> None:
     """Its parameters are gone, all others get gradients, and steps on one batch lower its loss."""
-    model = AlexNet(3, SMALL, towers=towers, variation=Variation(without=(layer,), dropout=False))
+    model = AlexNet(3, SMALL, towers=towers, ablation=Ablation(without=(layer,), dropout=False))
     assert not any(layer in name for name, _ in model.named_parameters())
     optimizer = PaperSGD(model, model.preset, 0.005)
     pictures, labels, losses = images(3), torch.arange(3), []
@@ -90,5 +90,5 @@ def test_tanh_starts_without_biases_of_one() -> None:
 def test_what_cannot_be_varied_is_named(fields: dict[str, object], sentence: str) -> None:
     """One sentence: the option, its value, and what would work."""
     with pytest.raises(ConfigError) as caught:
-        Variation(**fields)
+        Ablation(**fields)
     assert sentence in str(caught.value)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from loader_service.data.picture import load_picture
 from trainer.errors import ConfigError
-from trainer.model.ablation import Variation
+from trainer.model.ablation import Ablation
 from trainer.model.alexnet import AlexNet, Sizes
 from trainer.model.rng import DropoutKey
 from trainer.model.speed import REFERENCE, Speed
@@ -227,7 +227,7 @@ def test_weights_hang_on_the_seed_and_not_on_devices() -> None:
             "--crop=63 cannot work: expected at least 64 pixels, or nothing is left after the last overlapping pooling.",
         ),
         (
-            {"crop": 5, "variation": Variation(pooling="plain")},
+            {"crop": 5, "ablation": Ablation(pooling="plain")},
             "--crop=5 cannot work: expected at least 36 pixels, or nothing is left after the last plain pooling.",
         ),
     ],
@@ -243,7 +243,7 @@ def test_impossible_networks_are_refused(options: dict[str, object], sentence: s
 @pytest.mark.parametrize("pooling", ["overlapping", "plain"])
 def test_other_crops_have_a_network_that_fits(crop: int, pooled: int, pooling: Literal["overlapping", "plain"]) -> None:
     """fc6 reads as many maps as there are, gradients reach every layer, and fc6's weights make up for fewer inputs."""
-    model = AlexNet(3, width=0.05, crop=crop, variation=Variation(pooling=pooling))
+    model = AlexNet(3, width=0.05, crop=crop, ablation=Ablation(pooling=pooling))
     pictures = torch.from_numpy(np.random.default_rng(0).normal(0, 60, (2, 3, crop, crop)).astype(np.float32))
     functional.cross_entropy(model(pictures), torch.arange(2)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -287,7 +287,7 @@ def photographs(count: int) -> torch.Tensor:
 @pytest.mark.parametrize(("preset", "spread"), [("paper", 0.011), ("original", 0.16)])
 def test_logit_spread_at_the_start(preset: str, spread: float, pictures: Callable[[int], torch.Tensor]) -> None:
     """How much each logit differs between pictures, dropout left out: too little, and nothing is ever learnt."""
-    model = AlexNet(50, preset=preset, variation=Variation(dropout=False)).eval()
+    model = AlexNet(50, preset=preset, ablation=Ablation(dropout=False)).eval()
     with torch.inference_mode():
         assert model(pictures(24)).std(0).mean().item() == pytest.approx(spread, rel=0.3)
 

@@ -1,4 +1,4 @@
-"""Which batches take the fast form of a stretch, and which the plain one."""
+"""Which batches take the fast form of a segment, and which the plain one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.model.segment import Stretch
+from trainer.model.segment import TowerSegment
 from trainer.model.speed import Speed
 
 CPU = torch.device("cpu")
@@ -28,41 +28,41 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def linear(speed: Speed) -> Stretch:
+def linear(speed: Speed) -> TowerSegment:
     layer = nn.Linear(3, 2)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
-    return Stretch(layer, [layer], speed, CPU)
+    return TowerSegment(layer, [layer], speed, CPU)
 
 
 def test_full_batches_in_training_take_the_graph(recorded: list[tuple[int, ...]]) -> None:
     """It is recorded once, for the first batch; a short last one, and whatever needs no gradients, go without."""
-    stretch = linear(Speed(cuda_graphs=True))
-    assert stretch(torch.zeros(4, 3)).mean() == 1000
-    assert stretch(torch.zeros(4, 3)).mean() == 1000
-    assert stretch(torch.zeros(2, 3)).mean() == 0
+    segment = linear(Speed(cuda_graphs=True))
+    assert segment(torch.zeros(4, 3)).mean() == 1000
+    assert segment(torch.zeros(4, 3)).mean() == 1000
+    assert segment(torch.zeros(2, 3)).mean() == 0
     with torch.inference_mode():
-        assert stretch(torch.zeros(4, 3)).mean() == 0
+        assert segment(torch.zeros(4, 3)).mean() == 0
     assert recorded == [(4, 3)]
 
 
 def test_a_larger_batch_takes_the_graphs_place(recorded: list[tuple[int, ...]]) -> None:
     """A run that goes on with an epoch's short last batch still gets its graph for the full ones."""
-    stretch = linear(Speed(cuda_graphs=True))
-    stretch(torch.zeros(2, 3))
-    assert stretch(torch.zeros(4, 3)).mean() == 1000
-    assert stretch(torch.zeros(2, 3)).mean() == 0
+    segment = linear(Speed(cuda_graphs=True))
+    segment(torch.zeros(2, 3))
+    assert segment(torch.zeros(4, 3)).mean() == 1000
+    assert segment(torch.zeros(2, 3)).mean() == 0
     assert recorded == [(2, 3), (4, 3)]
 
 
 def test_bfloat16_is_in_the_plain_form_too(recorded: list[tuple[int, ...]]) -> None:
     """Whether a batch is short or not, products are made alike; the weights stay what they are."""
     layer = nn.Linear(3, 2)
-    stretch = Stretch(layer, [layer], Speed(amp="bf16"), CPU)
-    assert stretch(torch.zeros(2, 3)).dtype == torch.bfloat16
+    segment = TowerSegment(layer, [layer], Speed(amp="bf16"), CPU)
+    assert segment(torch.zeros(2, 3)).dtype == torch.bfloat16
     with torch.inference_mode():
-        assert stretch(torch.zeros(4, 3)).dtype == torch.bfloat16
-    stretch(torch.ones(4, 3)).sum().backward()
+        assert segment(torch.zeros(4, 3)).dtype == torch.bfloat16
+    segment(torch.ones(4, 3)).sum().backward()
     assert layer.weight.dtype == layer.weight.grad.dtype == torch.float32
     assert recorded == []
 
@@ -70,8 +70,8 @@ def test_bfloat16_is_in_the_plain_form_too(recorded: list[tuple[int, ...]]) -> N
 def test_full_batches_in_training_take_the_compiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with graphs: a short batch and what needs no gradients cost no compilation."""
     monkeypatch.setattr(torch, "compile", lambda run, dynamic: lambda *given: run(*given) + 1000)
-    stretch = linear(Speed(compile=True))
-    assert stretch(torch.zeros(4, 3)).mean() == 1000
-    assert stretch(torch.zeros(2, 3)).mean() == 0
+    segment = linear(Speed(compile=True))
+    assert segment(torch.zeros(4, 3)).mean() == 1000
+    assert segment(torch.zeros(2, 3)).mean() == 0
     with torch.inference_mode():
-        assert stretch(torch.zeros(4, 3)).mean() == 0
+        assert segment(torch.zeros(4, 3)).mean() == 0

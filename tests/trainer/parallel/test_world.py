@@ -22,7 +22,7 @@ from trainer.cli import main
 from trainer.config import RunConfig, Source
 from trainer.data.feed import open_source
 from trainer.loop import train
-from trainer.model.ablation import Variation
+from trainer.model.ablation import Ablation
 from trainer.model.speed import REFERENCE, Speed
 from trainer.parallel.world import join, leave
 from trainer.run import checkpoint
@@ -114,7 +114,7 @@ def configs(node: str, replicas: int, speeds: dict[str, Speed]) -> dict[str, Run
         checkpoint_every=0,
         log_every=1,
         source=Source(loader=node),
-        variation=Variation(dropout=replicas == 1),
+        ablation=Ablation(dropout=replicas == 1),
     )
     return {name: msgspec.structs.replace(plain, speed=speed) for name, speed in speeds.items()}
 

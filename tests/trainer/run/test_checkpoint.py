@@ -111,7 +111,7 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
         load(tmp_path / "nowhere.pt")
 
 
-class Stranger:
+class Foreign:
     """Something that only code could restore."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -121,7 +121,7 @@ class Stranger:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"format": 1, "plain": Stranger()}, "damaged or no checkpoint"),
+        ({"format": 1, "plain": Foreign()}, "damaged or no checkpoint"),
         ({"format": 99}, "not of this trainer's format"),
         ([1, 2], "not of this trainer's format"),
         ({"format": 1, "plain": {}, "tensors": {}}, "not as it must be"),

@@ -12,7 +12,7 @@ from trainer.config import RunConfig
 from trainer.data.facts import Facts
 from trainer.errors import TrainingDiverged
 from trainer.parallel.world import World
-from trainer.run.divergence import EXPLODED, Watch
+from trainer.run.divergence import EXPLODED, DivergenceMonitor
 from trainer.run.progress import Tally
 from trainer.run.state import State
 
@@ -28,7 +28,7 @@ def training() -> State:
 def test_a_loss_far_above_guessing_has_exploded() -> None:
     """Up to the limit nothing is said; beyond it step, layer and checkpoint are."""
     state = training()
-    watch = Watch(state, ALONE)
+    watch = DivergenceMonitor(state, ALONE)
     watch.look(Tally(loss=10 * EXPLODED * GUESSING * 0.99, wrong=0, images=10), lambda: None)
     state.progress.step = 7
     with pytest.raises(TrainingDiverged) as caught:
@@ -42,7 +42,7 @@ def test_a_loss_far_above_guessing_has_exploded() -> None:
 def test_a_loss_that_is_no_number() -> None:
     """Whatever the weights are."""
     with pytest.raises(TrainingDiverged, match="the loss stopped being a number at step 0"):
-        Watch(training(), ALONE).look(Tally(loss=math.nan, wrong=0, images=10), lambda: None)
+        DivergenceMonitor(training(), ALONE).look(Tally(loss=math.nan, wrong=0, images=10), lambda: None)
 
 
 def test_a_weight_that_is_no_number_is_named() -> None:
@@ -51,11 +51,11 @@ def test_a_weight_that_is_no_number_is_named() -> None:
     with torch.no_grad():
         state.model.get_parameter("towers.1.conv3.weight")[0, 0, 0, 0] = math.inf
     with pytest.raises(TrainingDiverged, match=r"towers\.1\.conv3\.weight being the first layer to look at"):
-        Watch(state, ALONE).look(Tally(), lambda: None)
+        DivergenceMonitor(state, ALONE).look(Tally(), lambda: None)
 
 
 def test_a_training_of_no_steps_is_sound() -> None:
     """No images have no loss, and that is no reason to worry."""
-    watch = Watch(training(), ALONE)
+    watch = DivergenceMonitor(training(), ALONE)
     watch.look(Tally(), lambda: None)
     assert watch.layers["towers.0.conv1.weight"].mean_w > 0

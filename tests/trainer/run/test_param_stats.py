@@ -11,7 +11,7 @@ from trainer.model.alexnet import AlexNet
 from trainer.model.presets import PRESETS
 from trainer.optimizer import PaperSGD
 from trainer.parallel.world import World
-from trainer.run.param_stats import Layer, LayerRecord, measure, suspect
+from trainer.run.param_stats import ParamStats, ParamStatsRecord, measure, suspect
 
 ALONE = World((torch.device("cpu"),))
 
@@ -45,14 +45,14 @@ def test_before_the_first_step_nothing_has_moved() -> None:
 
 def test_the_first_broken_layer_is_suspected() -> None:
     """As long as others are whole; when all are broken, the one that moved most before."""
-    sound = {"a.weight": Layer(1.0, 0.1), "b.weight": Layer(1.0, 0.5), "b.bias": Layer(0.0, 1.0)}
+    sound = {"a.weight": ParamStats(1.0, 0.1), "b.weight": ParamStats(1.0, 0.5), "b.bias": ParamStats(0.0, 1.0)}
     assert suspect(sound, {}) == "b.weight"
-    assert suspect(sound | {"b.bias": Layer(math.nan, 0.0)}, sound) == "b.bias"
-    broken = dict.fromkeys(sound, Layer(math.nan, math.nan))
+    assert suspect(sound | {"b.bias": ParamStats(math.nan, 0.0)}, sound) == "b.bias"
+    broken = dict.fromkeys(sound, ParamStats(math.nan, math.nan))
     assert suspect(broken, sound) == "b.weight"
     assert suspect(broken, {}) is None
 
 
 def test_a_line_of_the_log_has_three_numbers_each() -> None:
     """Mean |w|, mean |dw| and their ratio, in four digits."""
-    assert LayerRecord.of(7, {"a": Layer(0.123456, 0.001)}).parameters == {"a": (0.1235, 0.001, 0.0081)}
+    assert ParamStatsRecord.of(7, {"a": ParamStats(0.123456, 0.001)}).parameters == {"a": (0.1235, 0.001, 0.0081)}

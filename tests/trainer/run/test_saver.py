@@ -101,7 +101,7 @@ def test_the_last_one_must_be_written(tmp_path: Path) -> None:
 ENDLESS = """
 import sys, itertools, torch
 from pathlib import Path
-from trainer import checkpoint
+from trainer.run import checkpoint
 from trainer.run.saver import Saver
 
 folder = Path(sys.argv[1])

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from trainer.run.param_stats import Layer
+from trainer.run.param_stats import ParamStats
 from trainer.run.progress import EpochRecord, StepRecord
-from trainer.run.tensorboard import Board
+from trainer.run.tensorboard import TensorBoard
 
 STEP = StepRecord(step=5, epoch=1, seen=150, loss=1.25, error=0.5, lr=0.01, images_per_s=1500.0, waiting=0.25)
 EPOCH = EpochRecord(
@@ -33,10 +33,10 @@ def shown(folder: Path) -> dict[tuple[str, int], float]:
 
 def test_curves_and_layers_by_step(tmp_path: Path) -> None:
     """Each figure of the log; the MFU only where it is known."""
-    board = Board(tmp_path, 0)
-    board.step(STEP, {"fc8.weight": Layer(2.0, 0.5)})
-    board.epoch(EPOCH)
-    board.close()
+    tensorboard = TensorBoard(tmp_path, 0)
+    tensorboard.step(STEP, {"fc8.weight": ParamStats(2.0, 0.5)})
+    tensorboard.epoch(EPOCH)
+    tensorboard.close()
     found = shown(tmp_path)
     assert found["train/loss", 5] == 1.25
     assert found["speed/waiting_for_data", 5] == 0.25
@@ -48,7 +48,7 @@ def test_curves_and_layers_by_step(tmp_path: Path) -> None:
 def test_the_mfu_is_there_where_it_is_known(tmp_path: Path) -> None:
     """As a share of 1."""
     known = StepRecord(**{name: getattr(STEP, name) for name in STEP.__struct_fields__} | {"mfu": 0.375})
-    board = Board(tmp_path, 0)
-    board.step(known, {})
-    board.close()
+    tensorboard = TensorBoard(tmp_path, 0)
+    tensorboard.step(known, {})
+    tensorboard.close()
     assert shown(tmp_path)["speed/model_FLOP_utilisation", 5] == pytest.approx(0.375)

@@ -1,4 +1,4 @@
-"""The bars that this project sets itself, and how far the figures reach."""
+"""The targets that this project sets itself, and how far the figures reach."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Spread(msgspec.Struct, frozen=True):
     most: float
 
 
-class Bar(msgspec.Struct, frozen=True):
-    """A bar and the figure it is for; ``figure`` is None where what it takes was not measured.
+class Target(msgspec.Struct, frozen=True):
+    """A target and the figure it is for; ``figure`` is None where what it takes was not measured.
 
     ``disturbed``: the figure is above what it cannot exceed, so something held the limit's turns up, and it says nothing.
     """
@@ -69,30 +69,30 @@ BELIEVED: Final = 1.1
 """Most that a share of a bound may come to by chance."""
 
 
-def bars(rounds: Rounds, single: Single | None) -> list[Bar]:
-    """All bars, in order."""
+def targets(rounds: Rounds, single: Single | None) -> list[Target]:
+    """All targets, in order."""
     found = []
     for what, name, others, need in RATIOS:
         figure = ratio(rounds, name, others)
         disturbed = figure is not None and others[0] in BOUNDS and figure.median > BELIEVED
         reached = figure is not None and figure.median >= need and not disturbed
-        found.append(Bar(what, f"at least {need:.2f}", figure, reached, disturbed))
+        found.append(Target(what, f"at least {need:.2f}", figure, reached, disturbed))
     if turns := rounds.get("ours-raw-shm"):
         share = spread([turn.consumer_cpu_ms / turn.cpu_ms for turn in turns])
-        found.append(Bar("raw: trainer process's share of the CPU time", "below 0.05", share, share.median < 0.05))
+        found.append(Target("raw: trainer process's share of the CPU time", "below 0.05", share, share.median < 0.05))
     if single:
-        found += _single_bars(single)
+        found += _single_targets(single)
     return found
 
 
-def _single_bars(single: Single) -> list[Bar]:
+def _single_targets(single: Single) -> list[Target]:
     rates = zip(single.preprocess_per_s, single.standardise_per_s, strict=True)
     preprocess = spread([whole / alone for whole, alone in rates])
     return [
-        Bar("preprocessing: of decode + resize alone", "at least 0.75", preprocess, preprocess.median >= 0.75),
-        Bar("MB of a worker's own", "below 60", spread(single.worker_mb), max(single.worker_mb) < 60),
-        Bar("no torch in a worker (1: none)", "1", spread([float(single.torch_free)]), single.torch_free),
-        Bar(
+        Target("preprocessing: of decode + resize alone", "at least 0.75", preprocess, preprocess.median >= 0.75),
+        Target("MB of a worker's own", "below 60", spread(single.worker_mb), max(single.worker_mb) < 60),
+        Target("no torch in a worker (1: none)", "1", spread([float(single.torch_free)]), single.torch_free),
+        Target(
             "seconds from start to the first batch", "at most 1.5", spread(single.starts_s), single.first_batch_s <= 1.5
         ),
     ]

@@ -12,12 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from loader_service import errors
 from loader_service.client.dataset import Dataset
-from loader_service.client.ledger import EpochAccount
 from loader_service.client.loader import Batch, Loader
 from loader_service.client.query import describe, status
 from loader_service.local_node import LocalNode
 from loader_service.metrics import LoaderMetrics, NodeMetrics
-from loader_service.types import DRAWS, View
+from loader_service.types import DRAWS, EpochAccount, View
 
 try:
     __version__ = version("loader-service")

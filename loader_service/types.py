@@ -274,3 +274,39 @@ class DatasetFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def side(self) -> int:
         """How wide and high the records are, in pixels."""
         return math.isqrt(len(self.mean_image) // 12)
+
+
+class EpochAccount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The account of one epoch, in positions; one rank's, or the sum over the ranks of a run.
+
+    An epoch is complete when ``delivered == expected``: each sample exactly once.
+
+    Fields:
+        epoch: which.
+        expected: positions to deliver, from where the loader (or the state it resumed from) began.
+        delivered: positions returned to the caller so far, each once.
+        duplicates_refused: answers for a slice that had been given up or was already there.
+        reassigned: slices asked for again, because their node was lost or could not make them.
+        substituted: positions whose record was bad and whose pixels are another's.
+    """
+
+    epoch: int
+    expected: int
+    delivered: int = 0
+    duplicates_refused: int = 0
+    reassigned: int = 0
+    substituted: int = 0
+
+    def continued(self, rest: EpochAccount) -> EpochAccount:
+        """Return the account of an epoch that was left in its middle and continued by another loader.
+
+        ``expected`` stays this account's, which counts the whole epoch; ``rest`` expected what was left of it.
+        """
+        return EpochAccount(
+            epoch=self.epoch,
+            expected=self.expected,
+            delivered=self.delivered + rest.delivered,
+            duplicates_refused=self.duplicates_refused + rest.duplicates_refused,
+            reassigned=self.reassigned + rest.reassigned,
+            substituted=self.substituted + rest.substituted,
+        )

@@ -30,7 +30,9 @@ MAY_IMPORT = {
         "loader_service.datasets",
     ),
     "trainer": ("trainer",),
+    # The feed meets the service; a run's accounts are the loader's own.
     "trainer.data.feed": ("trainer", "loader_service"),
+    "trainer.run": ("trainer", "loader_service.types"),
     "tools": PACKAGES,
     "tools.environment": (),
 }

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
 from loader_service.client.actions import Action, Ask, Batch, Deliver, Finish, Part, Standstill
 from loader_service.client.plan import Plan, Schedule
 from loader_service.client.pool import Node, Pool
+from loader_service.types import EpochAccount
 
 Arm = Callable[[int, int], int | None]
 """(slot, part) -> the part's new generation, or None while a late writer holds it."""
@@ -38,27 +38,6 @@ NO_SLOT: Final = -1
 
 MAX_EXCUSES: Final = 20
 """How often a part may be refused for no record's fault before the run is called broken."""
-
-
-@dataclass(frozen=True)
-class EpochAccount:
-    """What became of one epoch, in positions of this rank.
-
-    Fields:
-        epoch: which.
-        expected: positions that this loader had to deliver, from where it (or the state it resumed from) began.
-        delivered: positions returned to the caller so far, each once.
-        duplicates_refused: answers that came for a slice which had been given up or was already there.
-        reassigned: slices asked for again, because their node was lost or could not make them.
-        substituted: positions whose record was bad and whose pixels are another's.
-    """
-
-    epoch: int
-    expected: int
-    delivered: int = 0
-    duplicates_refused: int = 0
-    reassigned: int = 0
-    substituted: int = 0
 
 
 Asked = tuple[Batch, Part]

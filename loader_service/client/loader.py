@@ -8,11 +8,11 @@ import queue
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, get_args
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -21,7 +21,7 @@ from loader_service.client.actions import Batch as MadeBatch
 from loader_service.client.actions import Deliver, Finish
 from loader_service.client.buffers import Buffers
 from loader_service.client.dataset import Dataset
-from loader_service.client.ledger import EpochAccount, Ledger
+from loader_service.client.ledger import Ledger
 from loader_service.client.options import check_choice, check_range, check_view, view_of
 from loader_service.client.plan import Schedule
 from loader_service.client.quarantine import Quarantined
@@ -32,7 +32,7 @@ from loader_service.data.augment import complete_view
 from loader_service.data.fill import slice_numbers, slice_sources
 from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld
 from loader_service.metrics import LoaderHook, LoaderMetrics
-from loader_service.types import MAX_EXCLUDED, Dtype, SampleLayout, SliceId, Split, View
+from loader_service.types import MAX_EXCLUDED, Dtype, EpochAccount, SampleLayout, SliceId, Split, View
 from loader_service.wire.auth import chosen_keys
 from loader_service.wire.messages import MAX_CONNECTIONS
 
@@ -233,7 +233,7 @@ class Loader:
         ledger = self._session.ledger
         accounts = ledger.accounts if ledger else []
         return [
-            replace(
+            msgspec.structs.replace(
                 account,
                 delivered=self._delivered.get(account.epoch, 0),
                 substituted=self._substituted.get(account.epoch, 0),

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from loader_service import Loader, LocalNode
-from tools.chaos.client import BATCH_SIZE, Account, Line, line_of, read_journal, read_saved
+from loader_service import EpochAccount, Loader, LocalNode
+from tools.chaos.client import BATCH_SIZE, Line, line_of, read_journal, read_saved
 from tools.errors import ToolFailed
 
 CHECKING_WORKERS = 2
@@ -28,7 +28,7 @@ class EpochResult:
     lost: int
     twice: int
     differing: int
-    account: Account
+    account: EpochAccount
 
     @property
     def flawless(self) -> bool:
@@ -71,13 +71,13 @@ def results(data: Path, seed: int, folder: Path) -> list[EpochResult]:
             count,
             expected[epoch],
             [line for line in journal if line.epoch == epoch],
-            accounts.get(epoch, Account(epoch, 0, 0, 0)),
+            accounts.get(epoch, EpochAccount(epoch, 0)),
         )
         for epoch in range(epochs)
     ]
 
 
-def _judge(count: int, expected: list[Line], lines: list[Line], account: Account) -> EpochResult:
+def _judge(count: int, expected: list[Line], lines: list[Line], account: EpochAccount) -> EpochResult:
     times = Counter(number for line in lines for number in line.ids)
     pairs = sum(have != need for have, need in zip(lines, expected, strict=False))
     return EpochResult(

@@ -18,7 +18,7 @@ from typing import Any, Final
 import click
 import msgspec
 
-from loader_service import Batch, Loader
+from loader_service import Batch, EpochAccount, Loader
 from loader_service.client.loader import Transport
 from tools.chaos.names import answer_from
 from tools.errors import ToolFailed
@@ -45,21 +45,12 @@ class Line(msgspec.Struct, frozen=True):
     digest: str
 
 
-class Account(msgspec.Struct, frozen=True):
-    """An epoch's account, over all the client's lives: see :class:`loader_service.client.ledger.EpochAccount`."""
-
-    epoch: int
-    delivered: int
-    duplicates_refused: int
-    reassigned: int
-
-
 class Saved(msgspec.Struct, frozen=True):
     """What outlives a client: the loader's state, how many lines of the journal belong to it, the accounts."""
 
     state: dict[str, Any]
     lines: int
-    accounts: list[Account]
+    accounts: list[EpochAccount]
 
 
 def digest(batch: Batch) -> str:
@@ -102,17 +93,12 @@ def _cut_journal(folder: Path, lines: int) -> None:
     os.truncate(path, sum(len(line) for line in kept))
 
 
-def _merged(before: list[Account], loader: Loader) -> list[Account]:
+def _merged(before: list[EpochAccount], loader: Loader) -> list[EpochAccount]:
     """The accounts of earlier lives, with those of this one added to them."""
     accounts = {account.epoch: account for account in before}
     for now in loader.ledger:
-        old = accounts.get(now.epoch, Account(now.epoch, 0, 0, 0))
-        accounts[now.epoch] = Account(
-            now.epoch,
-            old.delivered + now.delivered,
-            old.duplicates_refused + now.duplicates_refused,
-            old.reassigned + now.reassigned,
-        )
+        earlier = accounts.get(now.epoch)
+        accounts[now.epoch] = earlier.continued(now) if earlier else now
     return sorted(accounts.values(), key=lambda account: account.epoch)
 
 

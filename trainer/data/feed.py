@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loader_service import Loader, LocalNode, View, defaults, describe
+from loader_service import EpochAccount, Loader, LocalNode, View, defaults, describe
 from loader_service.data.picture import load_picture
 from loader_service.errors import LoaderServiceError, NoNodeError
 from loader_service.types import Split
@@ -29,7 +29,6 @@ from trainer.data.normalisation import Windows
 from trainer.model.ablation import Ablation
 from trainer.model.presets import Preset
 from trainer.parallel.devices import Stager
-from trainer.run.ledger import Account
 
 __all__ = ["Batch", "Feed", "LoaderServiceError", "Node", "load_image", "open_source", "training_view"]
 
@@ -180,12 +179,9 @@ class Feed:
         state: dict[str, Any] = self._loader.state_dict()
         return state
 
-    def accounts(self) -> list[Account]:
+    def accounts(self) -> list[EpochAccount]:
         """The ledger of each epoch that this feed has begun."""
-        return [
-            Account(e.epoch, e.expected, e.delivered, e.duplicates_refused, e.reassigned, e.substituted)
-            for e in self._loader.ledger
-        ]
+        return self._loader.ledger
 
 
 @contextmanager

@@ -20,10 +20,10 @@ import msgspec
 import torch
 from torch import Tensor
 
+from loader_service.types import EpochAccount
 from trainer.config import RunConfig
 from trainer.data.facts import Facts
 from trainer.errors import CheckpointError
-from trainer.run.ledger import Account
 from trainer.run.progress import EpochRecord, Progress
 from trainer.schedule import Schedule
 
@@ -51,7 +51,7 @@ class Plain(msgspec.Struct, forbid_unknown_fields=True):
     progress: Progress
     schedule: Schedule
     loader: dict[str, Any]
-    ledger: list[Account]
+    ledger: list[EpochAccount]
     history: list[EpochRecord]
     class_names: tuple[str, ...]
     fingerprint: str

@@ -15,18 +15,18 @@ from typing import Any
 
 import msgspec
 
+from loader_service.types import EpochAccount
 from trainer.errors import CheckpointError
 from trainer.parallel.world import World
 from trainer.run import checkpoint, plots
 from trainer.run.checkpoint import Checkpoint, Plain
 from trainer.run.console import Reporter
 from trainer.run.folder import RunFolder
-from trainer.run.ledger import Account, as_numbers, from_numbers, merge_accounts
 from trainer.run.param_stats import ParamStats, ParamStatsRecord
 from trainer.run.progress import EpochRecord, StepRecord
 from trainer.run.saver import Saver
 from trainer.run.state import State
-from trainer.run.summary import Summary
+from trainer.run.summary import Summary, as_numbers, from_numbers, merge_accounts
 from trainer.run.tensorboard import TensorBoard
 
 
@@ -46,7 +46,7 @@ class Recorder:
         folder: RunFolder,
         state: State,
         world: World,
-        accounts: Callable[[], list[Account]],
+        accounts: Callable[[], list[EpochAccount]],
         reporter: Reporter,
     ) -> None:
         self._folder, self._state, self._world = folder, state, world
@@ -159,7 +159,7 @@ class Recorder:
             self._folder.write_summary(summary)
         return summary
 
-    def ledger(self) -> list[Account]:
+    def ledger(self) -> list[EpochAccount]:
         """Of each epoch begun, before and after a resumption; ``delivered`` counts what was trained on."""
         progress = self._state.progress
         epochs = range(self._first_epoch, progress.epoch + 1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loader_service.types import EpochAccount
 from trainer.config import RunConfig
 from trainer.data.facts import Facts
 from trainer.evaluation.evaluate import build, restore
@@ -15,7 +16,6 @@ from trainer.parallel.exchange import BetweenProcesses, Share
 from trainer.parallel.world import World
 from trainer.run import checkpoint
 from trainer.run.checkpoint import Checkpoint
-from trainer.run.ledger import Account
 from trainer.run.progress import EpochRecord, Progress
 from trainer.schedule import Schedule
 
@@ -50,7 +50,7 @@ class State:
     schedule: Schedule
     progress: Progress
     loader: dict[str, Any]
-    earlier: list[Account]
+    earlier: list[EpochAccount]
     history: list[EpochRecord]
 
     @classmethod
@@ -63,7 +63,7 @@ class State:
         share = Share((world.pair.tower,), BetweenProcesses(world.pair)) if world.pair else None
         model = build(config, facts, world.devices, share)
         schedule, progress = config.first_schedule(), Progress()
-        earlier: list[Account] = []
+        earlier: list[EpochAccount] = []
         history: list[EpochRecord] = []
         if resume:
             plain = resume.saved.plain

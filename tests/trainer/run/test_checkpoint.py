@@ -13,11 +13,11 @@ import msgspec
 import pytest
 import torch
 
+from loader_service import EpochAccount
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.run import checkpoint
 from trainer.run.checkpoint import BEST, KEPT, Checkpoint, Plain, load, save, saved
-from trainer.run.ledger import Account
 from trainer.run.progress import EpochRecord, Progress, Tally
 from trainer.schedule import Schedule
 
@@ -34,7 +34,7 @@ def made(step: int = 7) -> Checkpoint:
             "view": {"kind": "train", "basis": [1.0] * 9},
             "golden": b"\0\xff",
         },
-        ledger=[Account(0, 300, 300, 0, 2, 0)],
+        ledger=[EpochAccount(0, 300, 300, 0, 2, 0)],
         history=[EpochRecord(0, 5, 1.0, 0.5, 1.1, 0.25, 0.0, 0.01)],
         class_names=("ant", "bee"),
         fingerprint="abc",

@@ -1,6 +1,6 @@
 """The protocol as an example: one message of each type, with its bytes. `python -m tools.transcript` prints it.
 
-ARCHITECTURE.md has what this prints, so that who writes another client or node has bytes to compare with, and so that a
+docs/design/protocol.md has what this prints, so that who writes another client or node has bytes to compare with, and so that a
 change of the wire cannot happen unnoticed.
 """
 
@@ -81,7 +81,7 @@ def from_text(text: str) -> bytes:
 
 
 def lines() -> list[str]:
-    """The transcript as it stands in ARCHITECTURE.md."""
+    """The transcript as it stands in docs/design/protocol.md."""
     shown = []
     for message in TRANSCRIPT:
         who = "node" if isinstance(message, FromNode) and not isinstance(message, FromClient) else "client"

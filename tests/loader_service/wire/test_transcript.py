@@ -1,4 +1,4 @@
-"""The protocol's transcript in ARCHITECTURE.md: the bytes that it shows are those on the wire."""
+"""The protocol's transcript in docs/design/protocol.md: the bytes that it shows are those on the wire."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import get_args
 from loader_service.wire import messages
 from tools.transcript import TRANSCRIPT, from_text, lines
 
-DOCUMENT = Path(__file__).parent.parent.parent.parent / "ARCHITECTURE.md"
+DOCUMENT = Path(__file__).parent.parent.parent.parent / "docs" / "design" / "protocol.md"
 
 
 def _block() -> str:

@@ -1,4 +1,4 @@
-"""What the documents and the set-up say, compared with what is there."""
+"""The documents and the set-up, compared with the files, tests and packages that they name."""
 
 from __future__ import annotations
 
@@ -19,43 +19,90 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 EXTRAS_OF_MAKE = ("trainer", "dev")
+DOCUMENTS = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    *(f"docs/{p.relative_to(ROOT / 'docs')}" for p in sorted((ROOT / "docs").rglob("*.md"))),
+)
 
 
 def read(name: str) -> str:
-    """A file of the repository's root."""
+    """Return the text of a file, named from the repository's root."""
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def section(document: str, heading: str) -> str:
-    """The text below a second-level heading, up to the next one."""
-    return document.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+def without_code(document: str) -> str:
+    """Return a Markdown document without its fenced blocks and inline code, which contain no links or headings."""
+    return re.sub(r"`[^`\n]+`", "", re.sub(r"^```.*?^```$", "", document, flags=re.MULTILINE | re.DOTALL))
 
 
 def named_tests(text: str) -> list[tuple[str, str]]:
-    """The `tests/file.py::test` references in a document."""
+    """Return the `tests/file.py::test` references in a document as pairs of path and name."""
     return re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
 
 
-def test_every_promise_names_tests_that_exist() -> None:
-    """Each row of the promises names at least one test, and each test it names is there."""
-    promises = section(read("docs/design/guarantees.md"), "The promises")
-    rows = [line for line in promises.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) >= 7
-    assert [row for row in rows if not named_tests(row)] == []
-    pages = "".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs" / "design").glob("*.md")))
-    assert [f"{path}::{test}" for path, test in named_tests(pages) if not has_test(path, test)] == []
-
-
 def has_test(path: str, test: str) -> bool:
-    """Whether a file defines a function of that name, at its top or in a class."""
+    """Return whether a file defines a function of that name, at its top or in a class."""
     if not (ROOT / path).exists():
         return False
     tree = ast.parse(read(path))
     return any(isinstance(node, ast.FunctionDef) and node.name == test for node in ast.walk(tree))
 
 
+def anchors(document: str) -> set[str]:
+    """Return the fragments by which links reach a document's headings, by GitHub's rule."""
+    # Inline code keeps its text in an anchor, so only fenced blocks are removed here.
+    text = re.sub(r"^```.*?^```$", "", document, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#{1,6} +(.+?) *$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(name: str) -> list[str]:
+    """Return the relative links of a document whose file or heading does not exist."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(read(name))):
+        if re.match(r"[a-z]+:", link):  # https:, mailto:
+            continue
+        path, _, fragment = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        if not target.exists() or (fragment and fragment not in anchors(target.read_text(encoding="utf-8"))):
+            broken.append(link)
+    return broken
+
+
+def test_every_guarantee_names_a_test() -> None:
+    """Each section of the guarantees, and each row of the faults, names at least one test."""
+    sections = re.split(r"^### ", read("docs/design/guarantees.md"), flags=re.MULTILINE)[1:]
+    rows = [
+        line for line in read("docs/design/faults.md").split("## Exit codes")[0].splitlines() if line.startswith("| ")
+    ]
+    assert len(sections) >= 20
+    assert len(rows[1:]) >= 17
+    assert [part.splitlines()[0] for part in [*sections, *rows[1:]] if not named_tests(part)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_test_named_in_a_document_exists(document: str) -> None:
+    """Each `tests/file.py::test` in a document is a test of that file."""
+    assert [f"{path}::{test}" for path, test in named_tests(read(document)) if not has_test(path, test)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_path_named_in_a_document_exists(document: str) -> None:
+    """Each path of a Python file in a document's inline code is a file of this repository."""
+    paths = re.findall(r"`((?:loader_service|trainer|tools|tests)/[\w/]+\.py)\b", read(document))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_relative_links_resolve(document: str) -> None:
+    """Each relative link in a document leads to a file, and to a heading if it has a fragment."""
+    assert broken_links(document) == []
+
+
 def makefile_targets() -> set[str]:
-    """Every verb that the Makefile defines."""
+    """Return every verb that the Makefile defines."""
     return set(re.findall(r"^([a-z][a-z-]*):(?!=)", read("Makefile"), re.MULTILINE))
 
 
@@ -65,7 +112,7 @@ def test_make_alone_explains_every_verb() -> None:
     assert set(re.findall(r"^make ([a-z-]+) +\S", shown, re.MULTILINE)) == makefile_targets()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md", ".ci/run"])
+@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md", "docs/docker.md", ".ci/run"])
 def test_documents_name_only_verbs_that_exist(document: str) -> None:
     """A `make verb` in a document is one of the Makefile's."""
     named = set(re.findall(r"(?:^|`| {4})make ([a-z-]+)", read(document), re.MULTILINE))
@@ -74,28 +121,28 @@ def test_documents_name_only_verbs_that_exist(document: str) -> None:
 
 
 def constraints() -> dict[str, Version]:
-    """The pinned version of each distribution."""
+    """Return the pinned version of each distribution."""
     lines = [line.split("#")[0].strip() for line in read("constraints.txt").splitlines()]
     pins = [line.split("==") for line in lines if line]
     return {canonicalize_name(name): Version(version) for name, version in pins}
 
 
 def declared(extra: str | None = None) -> list[Requirement]:
-    """What pyproject.toml asks for on this machine: always, or with an extra."""
+    """Return the requirements of pyproject.toml that apply to this machine: the basic ones, or those of an extra."""
     project = tomllib.loads(read("pyproject.toml"))["project"]
     lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
     return applying(lines)
 
 
 def applying(lines: Iterable[str], extras: Iterable[str] = ()) -> list[Requirement]:
-    """The requirements whose markers hold on this machine, with any of these extras."""
+    """Return the requirements whose markers hold on this machine, with any of these extras."""
     needs = [Requirement(line) for line in lines]
     names = ("", *extras)
     return [need for need in needs if not need.marker or any(need.marker.evaluate({"extra": name}) for name in names)]
 
 
 def closure(roots: list[Requirement]) -> dict[str, str]:
-    """The installed version, less its local part, of all that these requirements lead to."""
+    """Return the installed versions, without their local parts, of all direct and indirect requirements."""
     waiting, found = list(roots), dict[str, str]()
     while waiting:
         need = waiting.pop()
@@ -108,7 +155,7 @@ def closure(roots: list[Requirement]) -> dict[str, str]:
 
 
 def test_what_is_installed_is_what_is_pinned() -> None:
-    """Every distribution that the Makefile's .venv needs, direct or indirect, has its version in constraints.txt."""
+    """Every distribution that the Makefile's .venv needs, directly or indirectly, has its version in constraints.txt."""
     pins = constraints()
     roots = declared() + [requirement for extra in EXTRAS_OF_MAKE for requirement in declared(extra)]
     found = closure(roots)
@@ -118,14 +165,14 @@ def test_what_is_installed_is_what_is_pinned() -> None:
 
 @pytest.mark.parametrize("extra", [None, "trainer", "ray", "dev"])
 def test_every_pin_is_one_that_the_project_accepts(extra: str | None) -> None:
-    """Each requirement in pyproject.toml has a pin, and the pin lies in the range it gives."""
+    """Each requirement in pyproject.toml has a pin, and the pin lies in the required range."""
     pins = constraints()
     assert [str(need) for need in declared(extra) if pins[canonicalize_name(need.name)] not in need.specifier] == []
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="Pillow-SIMD is for x86-64; elsewhere stock Pillow is right")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="Pillow-SIMD needs x86-64; other machines use stock Pillow")
 def test_pil_is_pillow_simd() -> None:
-    """Stock Pillow resizes to other bytes, so the PIL that is imported must be Pillow-SIMD's and nobody else's."""
+    """The imported PIL is Pillow-SIMD's, because stock Pillow resizes to other bytes."""
     assert PIL.__version__ == importlib.metadata.version("pillow-simd")
     assert re.search(r"\.post\d+$", PIL.__version__)
     with pytest.raises(importlib.metadata.PackageNotFoundError):

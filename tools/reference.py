@@ -60,7 +60,7 @@ One variable belongs to no option: `LOADER_SERVICE_KERNEL` names the form of the
 
 ## Exit codes
 
-Those of the [README](../README.md#exit-codes). Ctrl-C is the normal end of `start` and `top`: 0. `doctor` ends with 1 if a
+See [the table](design/faults.md#exit-codes). Ctrl-C is the normal end of `start` and `top`: 0. `doctor` ends with 1 if a
 check has failed.
 """
 

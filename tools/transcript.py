@@ -1,7 +1,7 @@
 """The protocol as an example: one message of each type, with its bytes. `python -m tools.transcript` prints it.
 
-docs/design/protocol.md has what this prints, so that who writes another client or node has bytes to compare with, and so that a
-change of the wire cannot happen unnoticed.
+docs/design/protocol.md contains this output. The author of another client or node can compare bytes with it, and a test
+compares it with the code, so that no change of the wire passes unnoticed.
 """
 
 from __future__ import annotations
@@ -61,29 +61,30 @@ TRANSCRIPT: Final[tuple[FromClient | FromNode, ...]] = (
     messages.UnknownClient(),
     messages.Bye(),
 )
-"""A client comes, is served once, is told of a bad record, asks how things are, is forgotten, and leaves."""
+"""A client connects, receives one slice, learns of a bad record, asks for the status, is forgotten, and leaves."""
 
 COLUMNS: Final = 112
 LONG_RUN: Final = 64
-"""Zero bytes in a row that are counted and not written out: a mean image has 786,432 of them here."""
+"""Shortest run of zero bytes that is written as a count: the mean image here has 786,432 of them."""
 
 
 def to_text(frame: bytes) -> str:
-    """A frame's bytes in hexadecimal; a long run of zeros as ``(00 x count)``."""
+    """Return a frame's bytes in hexadecimal, with a long run of zeros as ``(00 x count)``."""
     parts = re.split(rb"(\x00{%d,})" % LONG_RUN, frame)
     return "".join(f"(00 x {len(part)})" if at % 2 else part.hex() for at, part in enumerate(parts))
 
 
 def from_text(text: str) -> bytes:
-    """The bytes that :func:`to_text` wrote, over any number of lines."""
+    """Return the bytes that :func:`to_text` wrote, over any number of lines."""
     runs = re.sub(r"\(00x(\d+)\)", lambda run: "00" * int(run[1]), re.sub(r"\s", "", text))
     return bytes.fromhex(runs)
 
 
 def lines() -> list[str]:
-    """The transcript as it stands in docs/design/protocol.md."""
+    """Return the lines of the transcript, as docs/design/protocol.md has them."""
     shown = []
     for message in TRANSCRIPT:
+        # Ping and Pong belong to both sides and are shown as the client's.
         who = "node" if isinstance(message, FromNode) and not isinstance(message, FromClient) else "client"
         shown.append(f"{who}: {type(message).__name__}")
         shown += textwrap.wrap(

@@ -1,4 +1,4 @@
-"""The protocol's transcript in docs/design/protocol.md: the bytes that it shows are those on the wire."""
+"""The transcript in docs/design/protocol.md, compared with the bytes that the code sends."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ DOCUMENT = Path(__file__).parent.parent.parent.parent / "docs" / "design" / "pro
 
 
 def _block() -> str:
-    """The document's transcript."""
-    section = DOCUMENT.read_text(encoding="utf-8").split("\n## The protocol, byte by byte\n", 1)[1]
+    """Return the document's transcript."""
+    section = DOCUMENT.read_text(encoding="utf-8").split("\n## Transcript\n", 1)[1]
     return section.split("```")[1].partition("\n")[2]
 
 
 def test_every_type_of_message_is_shown() -> None:
-    """What a client or a node can say is in the transcript, each once."""
+    """The transcript has each type of message of clients and nodes once."""
     kinds = {*get_args(messages.FromClient), *get_args(messages.FromNode)}
     assert {type(message) for message in TRANSCRIPT} == kinds
     assert len(TRANSCRIPT) == len(kinds)
@@ -37,5 +37,5 @@ def test_the_documents_bytes_are_those_on_the_wire() -> None:
 
 
 def test_the_document_is_what_the_tool_prints() -> None:
-    """`python -m tools.transcript` writes the block anew after a change."""
+    """The block is the output of `python -m tools.transcript`."""
     assert _block().splitlines() == lines()

@@ -22,6 +22,13 @@ MAY_IMPORT = {
     "loader_service.metrics": ("loader_service.errors", "loader_service.types", "loader_service.wire"),
     "loader_service.data": ("loader_service.errors", "loader_service.types", "loader_service.data"),
     "loader_service.wire": ("loader_service.errors", "loader_service.types", "loader_service.wire"),
+    "loader_service.client.protocol": (
+        "loader_service.errors",
+        "loader_service.types",
+        "loader_service.defaults",
+        "loader_service.client.plan",
+        "loader_service.wire.messages",
+    ),
     "loader_service.datasets": (
         "loader_service.errors",
         "loader_service.types",
@@ -46,9 +53,8 @@ ONLY_IN = {
 
 # Plain state machines: an event and the time come in, actions go out.
 PURE = (
-    "loader_service.client.ledger",
     "loader_service.client.plan",
-    "loader_service.client.pool",
+    "loader_service.client.protocol",
     "loader_service.node.scheduler",
 )
 IMPURE_IMPORTS = ("asyncio", "multiprocessing", "os", "random", "socket", "subprocess", "threading", "time", "zmq")

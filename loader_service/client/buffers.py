@@ -1,4 +1,4 @@
-"""The slots of one loader: how they lie in their segment, and what a slice in them is called."""
+"""The slots of one loader: their layout in the segment, the identity of a slice, and the arrays of a batch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loader_service.client.actions import Ask, Batch, Part
-from loader_service.errors import MessageError
+from loader_service.client.protocol import Ask, Part, PendingBatch
 from loader_service.types import DRAWS, SampleLayout, SliceId
 from loader_service.wire.messages import Place
 from loader_service.wire.shm import Hold, Segment
 
-_ALIGNMENT_BYTES = 4096
+_ALIGNMENT_BYTES = 4096  # a page
+_LABEL_BYTES = 8  # int64
 Bytes = npt.NDArray[np.uint8]
 Copy = Callable[[Bytes, Bytes], None]
 
@@ -23,16 +23,17 @@ Copy = Callable[[Bytes, Bytes], None]
 class Buffers:
     """Slots for batches of up to ``batch_size`` samples.
 
-    A slot is three areas, each from a page boundary: pixels, labels, draws. A slice is a run of samples in each.
+    A slot has three areas, each of which begins on a page boundary: pixels, labels, draws. A slice is a range of samples
+    in each area. A slot has as many parts as a full batch has slices.
 
     Args:
-        layout: of one sample.
-        seed: of the run.
+        layout: bytes of one sample.
+        seed: the run's seed.
         batch_size: samples per slot.
-        slots: how many.
-        slice_samples: most samples per slice, which says how many parts a slot has.
-        named: whether other processes shall be able to open it.
-        copy: (to, from): a frame's bytes to their slot.
+        slots: number of slots.
+        slice_samples: most samples per slice.
+        named: True if other processes shall be able to open the memory.
+        copy: copy(to, from) copies a frame's bytes to their slot.
 
     Raises:
         SharedMemoryError: there is not enough memory.
@@ -54,74 +55,74 @@ class Buffers:
         self._seed, self._batch_size = seed, batch_size
         self._parts = -(-batch_size // slice_samples)
         self._labels = _round_up(batch_size * layout.image_bytes)
-        self._draws = self._labels + _round_up(batch_size * 8)
+        self._draws = self._labels + _round_up(batch_size * _LABEL_BYTES)
         self._slot_bytes = self._draws + _round_up(batch_size * layout.draws_bytes)
         self.segment = Segment.create(slots * self._slot_bytes, slots * self._parts, named=named)
 
     @property
     def memory_bytes(self) -> int:
-        """What all slots take together: the loader's memory ceiling."""
+        """Bytes of all slots together: the loader's memory ceiling."""
         return self.segment.size
 
     @property
     def memory(self) -> Bytes:
-        """The slots' bytes as one array."""
+        """The slots' bytes as one array (n,) uint8."""
         segment = self.segment
         return segment.array(segment.data_offset, (segment.size - segment.data_offset,), np.uint8)
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of one sample's pixels."""
+        return self.layout.image_bytes
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of one sample's label and draws."""
+        return _LABEL_BYTES + self.layout.draws_bytes
+
     def arm(self, slot: int, part: int) -> int | None:
-        """See :meth:`Segment.arm`."""
+        """Give a part a new generation and return it; None while a late writer holds the part."""
         return self.segment.arm(slot * self._parts + part)
 
     def slice_id(self, epoch: int, part: Part) -> SliceId:
-        """The identity of a slice of this run."""
+        """Return the identity of a slice of this run."""
         return SliceId(self.layout.view, self._seed, epoch, part.first, part.count, part.excluded)
 
     def place(self, ask: Ask) -> Place:
-        """Where a worker shall write."""
+        """Return the place in the segment that a worker shall write a slice to."""
         base, layout, offset = self._base(ask.batch.slot), self.layout, ask.part.offset
         return Place(
             part=ask.batch.slot * self._parts + ask.part.index,
             generation=ask.generation,
             images=base + offset * layout.image_bytes,
-            labels=base + self._labels + offset * 8,
+            labels=base + self._labels + offset * _LABEL_BYTES,
             draws=base + self._draws + offset * layout.draws_bytes,
         )
 
-    def write_pixels(self, batch: Batch, part: Part, start: int, frame: Bytes) -> None:
-        """A piece of a slice from another machine, frame to slot: the one copy that it takes.
+    def write_pixels(self, batch: PendingBatch, part: Part, start: int, frame: Bytes) -> None:
+        """Copy a piece of a slice from its frame to its slot, at byte ``start`` of the slice's pixels.
 
-        Raises:
-            MessageError: it does not go on where the last one ended, or beyond the slice.
+        This is the only copy that pixels take on their way from a node on another machine.
         """
         images, _, _ = self._areas(batch, part)
-        end = part.received + frame.size
-        if start != part.received or end > images.size:
-            raise MessageError(f"{frame.size} bytes at {start} are not what a slice goes on with")
-        self._copy(images[start:end], frame)
-        part.received = end
+        self._copy(images[start : start + frame.size], frame)
 
-    def write_tail(self, batch: Batch, part: Part, frame: Bytes) -> None:
-        """The end of a slice in frames: its labels and draws.
-
-        Raises:
-            MessageError: pixels are missing, or the frame has another size.
-        """
-        images, labels, draws = self._areas(batch, part)
-        if part.received != images.size or frame.size != labels.size + draws.size:
-            raise MessageError(f"a slice's {part.received} and {frame.size} bytes are not its size")
+    def write_tail(self, batch: PendingBatch, part: Part, frame: Bytes) -> None:
+        """Copy the labels and draws of a slice, one after the other in their frame, to its slot."""
+        _, labels, draws = self._areas(batch, part)
         np.copyto(labels, frame[: labels.size])
         np.copyto(draws, frame[labels.size :])
 
     def arrays(
         self, slot: int, count: int, release: Callable[[int], None]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.void]]:
-        """A finished batch's arrays; ``release(slot)`` is called when the last of them is gone.
+        """Return views of a finished batch; ``release(slot)`` is called when the last of them is gone.
 
         Returns:
             Pixels (count, *view.shape) uint8, float16 or float32; labels (count,) int64; draws (count, *view.draws_shape) DRAWS.
         """
         layout = self.layout
+        # Every array below is a view of the hold's, so the slot stays out until the last of them is collected.
         hold = Hold(self.segment.array(self._base(slot), (self._slot_bytes,), np.uint8), partial(release, slot))
         whole = np.asarray(hold)
         return (
@@ -131,14 +132,14 @@ class Buffers:
         )
 
     def close(self) -> None:
-        """Take the segment's name away and let go of it; arrays that are out stay valid."""
+        """Remove the segment's name and close it; arrays in the caller's hands stay valid."""
         self.segment.unlink()
         self.segment.close()
 
-    def _areas(self, batch: Batch, part: Part) -> tuple[Bytes, Bytes, Bytes]:
-        """A slice's bytes: pixels, labels, draws."""
+    def _areas(self, batch: PendingBatch, part: Part) -> tuple[Bytes, Bytes, Bytes]:
+        """Return the bytes of a slice in its slot: pixels, labels, draws."""
         base, layout, offset, count = self._base(batch.slot), self.layout, part.offset, part.count
-        areas = ((0, layout.image_bytes), (self._labels, 8), (self._draws, layout.draws_bytes))
+        areas = ((0, layout.image_bytes), (self._labels, _LABEL_BYTES), (self._draws, layout.draws_bytes))
         images, labels, draws = (
             self.segment.array(base + area + offset * size, (count * size,), np.uint8) for area, size in areas
         )

@@ -1,4 +1,8 @@
-"""The public class: an iterable of batches. Where the arrays of a batch are put together."""
+"""The public class of the client: :class:`Loader`, an iterator over batches of images.
+
+The caller's thread runs everything in this file. A session's thread talks to the nodes meanwhile and passes finished
+batches through a queue; see :mod:`loader_service.client.session`.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from loader_service import defaults
-from loader_service.client.actions import Batch as MadeBatch
-from loader_service.client.actions import Deliver, Finish
 from loader_service.client.buffers import Buffers
 from loader_service.client.dataset import Dataset
-from loader_service.client.ledger import Ledger
-from loader_service.client.options import check_choice, check_range, check_view, view_of
 from loader_service.client.plan import Schedule
-from loader_service.client.quarantine import Quarantined
+from loader_service.client.protocol import Deliver, Finish, PendingBatch, Quarantined, Run, Transport
 from loader_service.client.session import Delivery, Session
 from loader_service.client.state import State
 from loader_service.data import kernel
@@ -32,27 +32,28 @@ from loader_service.data.augment import complete_view
 from loader_service.data.fill import slice_numbers, slice_sources
 from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld
 from loader_service.metrics import LoaderHook, LoaderMetrics
-from loader_service.types import MAX_EXCLUDED, Dtype, EpochAccount, SampleLayout, SliceId, Split, View
+from loader_service.types import MAX_EXCLUDED, VIEWS, Dtype, EpochAccount, SampleLayout, SliceId, Split, View
 from loader_service.wire.auth import chosen_keys
 from loader_service.wire.messages import MAX_CONNECTIONS
 
 log = logging.getLogger("loader_service.client")
 
-Transport = Literal["auto", "shm", "tcp"]
+_OVERHEAD_BYTES = 64
+"""Room per sample in a send slot for alignment: more than areas that are aligned to 64 bytes ever need."""
 
 
 class Batch(NamedTuple):
-    """What a training loop receives. The arrays are views of a slot, which is used again once all of them are gone.
+    """One batch of B samples. The arrays are views of a slot, which is reused once all of them are collected.
 
     Fields:
         images: (B, crop, crop, 3) uint8 RGB, or float16 or float32 minus the mean; ten-crop (B, 10, crop, crop, 3); whole
-            (B, side, side, 3). Of usual records crop is 224 and side 256.
+            (B, side, side, 3). For records of 256 pixels crop is 224 and side is 256.
         labels: (B,) int64, the class.
-        ids: (B,) int64, the record number that the position stands for.
-        sources: (B,) int64, the record whose pixels these are; differs only where a bad record was replaced.
-        draws: (B,) or (B, 10) struct: y, x, flip, shift (int16[3]).
-        epoch: which epoch.
-        start: the position of the first sample in it.
+        ids: (B,) int64, the number of the record at each position of the order.
+        sources: (B,) int64, the record that the pixels come from; differs from ids only where a bad record was replaced.
+        draws: (B,) or (B, 10) struct of y, x, flip and shift (int16[3]); see :data:`loader_service.types.DRAWS`.
+        epoch: the epoch, from 0.
+        start: the position of the first sample in the epoch.
     """
 
     images: npt.NDArray[Any]
@@ -65,40 +66,45 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Batches of augmented images from one node or many, in an order that depends on nothing but the seed.
+    """An iterator over batches of augmented images, made by one node or many, in an order that only the seed decides.
 
-    One ``iter()`` runs all the epochs that remain; a loop that was left goes on with the next one. Close it, or use it
-    as a context manager.
+    One ``for`` loop runs all remaining epochs. After a ``break``, the next loop continues with the next batch. Close the
+    loader, or use it as a context manager.
 
     Args:
-        address: of a node, or several with commas between.
+        address: a node's address, or several with commas between.
         split: ``train`` or ``val``.
         view: a name (``train``, ``center``, ``ten-crop``, ``whole``) or a :class:`View`.
-        crop: side of the crops, in pixels; None takes a View's own, and with a name 7/8 of the records' side: 224 of 256.
+        crop: side of the crops, in pixels. None takes that of a given View, and with a name 7/8 of the records' side
+            (224 of 256).
         batch_size: samples per batch and rank.
         seed: decides the order and all augmentation; 0 .. 2**63 - 1.
-        epochs: how many.
-        dtype: ``uint8`` pixels, or ``float16`` or ``float32`` with the mean's window subtracted: two or four times the
-            bytes to move, and the node's work where the trainer's device would do it in passing.
+        epochs: number of epochs.
+        dtype: ``uint8`` pixels, or ``float16`` or ``float32`` minus the mean image. The latter take two or four times the
+            bytes, and cost the nodes work that the trainer's device does almost for free.
         rank, world_size: this replica's part of each global batch.
-        transport: ``shm`` or ``tcp`` to force one; ``auto`` shares memory where it can.
+        transport: ``shm`` or ``tcp`` to force one; ``auto`` shares memory with every node that can.
         drop_last: leave out an epoch's last batch if it is not full.
         prefetch: batches made ahead.
-        timeout_s: how long to wait for a node or a batch before it is an error; None waits for ever, and says so.
-        on_bad_sample: what to do about a record that no node can read: ``fail`` stops with the record named;
-            ``substitute`` shows another's pixels in its place, names it in :attr:`quarantine` and goes on.
-        max_bad: how many records may be replaced before it is an error all the same.
+        timeout_s: seconds to wait for a node or a batch before an error is raised; None waits without limit and logs it.
+        on_bad_sample: the response to a record that no node can read. ``fail`` raises an error that names the record;
+            ``substitute`` uses another record's pixels, lists the bad one in :attr:`quarantine` and continues.
+        max_bad: most records that may be replaced before an error is raised all the same.
         server_key: for nodes with keys: the file with the node's public key, or its 40 characters.
         client_key: for nodes with keys: the file with this client's secret key.
-        connections: with each node on another machine; each takes a core at either end.
-        hook: handed the loader's :attr:`metrics` after each batch, in the caller's thread.
+        connections: TCP connections with each node on another machine; each takes a core at either end.
+        hook: called with the loader's :attr:`metrics` after each batch, in the caller's thread.
+
+    Fields:
+        dataset: the facts of the dataset.
+        waited_s: seconds that ``next()`` has waited for batches.
 
     Raises:
         OptionError: an argument cannot work.
         NoNodeError: no node answered in time.
         NodeRefused: a node would give other bytes.
-        KeyRefused, KeyFileError: the keys do not open the node, or cannot be read.
-        SharedMemoryError: there is no room for the slots.
+        KeyRefused, KeyFileError: the node does not accept the keys, or they cannot be read.
+        SharedMemoryError: there is not enough memory for the slots.
     """
 
     def __init__(
@@ -125,19 +131,19 @@ class Loader:
         connections: int = defaults.CONNECTIONS,
         hook: LoaderHook | None = None,
     ) -> None:
-        check_view(view)
-        check_choice("split", split, get_args(Split))
-        check_choice("dtype", dtype, get_args(Dtype))
-        check_choice("transport", transport, get_args(Transport))
-        check_choice("on_bad_sample", on_bad_sample, ("fail", "substitute"))
-        check_range("max_bad", max_bad, 0, MAX_EXCLUDED - 1)
-        check_range("batch_size", batch_size, 1, 2**16)
-        check_range("seed", seed, 0, 2**63 - 1)
-        check_range("epochs", epochs, 0, 2**31)
-        check_range("prefetch", prefetch, 1, 1024)
-        check_range("connections", connections, 1, MAX_CONNECTIONS)
-        check_range("world_size", world_size, 1, 2**16)
-        check_range("rank", rank, 0, world_size - 1)
+        _check_view(view)
+        _check_choice("split", split, get_args(Split))
+        _check_choice("dtype", dtype, get_args(Dtype))
+        _check_choice("transport", transport, get_args(Transport))
+        _check_choice("on_bad_sample", on_bad_sample, ("fail", "substitute"))
+        _check_range("max_bad", max_bad, 0, MAX_EXCLUDED - 1)
+        _check_range("batch_size", batch_size, 1, 2**16)
+        _check_range("seed", seed, 0, 2**63 - 1)
+        _check_range("epochs", epochs, 0, 2**31)
+        _check_range("prefetch", prefetch, 1, 1024)
+        _check_range("connections", connections, 1, MAX_CONNECTIONS)
+        _check_range("world_size", world_size, 1, 2**16)
+        _check_range("rank", rank, 0, world_size - 1)
         addresses = tuple(part.strip() for part in address.split(",") if part.strip())
         if not addresses:
             raise OptionError("address", address, "one or more addresses such as tcp://127.0.0.1:5555")
@@ -145,11 +151,12 @@ class Loader:
         self._seed, self._transport, self._timeout_s, self._prefetch = seed, transport, timeout_s, prefetch
         replaced = max_bad if on_bad_sample == "substitute" else None
         self._session = Session(addresses, split, replaced, keys, connections)
+        # A finaliser closes a loader that is dropped without close(). It must not refer to the loader itself.
         self._close: weakref.finalize[..., Loader] = weakref.finalize(self, self._session.close)
         try:
             self._facts = self._session.wait_for_facts(timeout_s)
             self.dataset = Dataset.of(self._facts)
-            self._view = complete_view(view_of(view, crop, self.dataset.side), self.dataset.statistics)
+            self._view = complete_view(_view_of(view, crop, self.dataset.side), self.dataset.statistics)
             self._schedule = Schedule(self._facts.count, batch_size, rank, world_size, epochs, drop_last)
             self._buffers = self._make_buffers(
                 SampleLayout(self._view, dtype), seed, batch_size, prefetch + defaults.SPARE_SLOTS
@@ -158,10 +165,10 @@ class Loader:
             self.close()
             raise
         self._close.detach()
-        self._close = weakref.finalize(self, _close, self._session, self._buffers)
+        self._close = weakref.finalize(self, _close, self._session, self._buffers)  # now there are slots to close, too
         self._next = (0, 0)  # epoch and global position of the first batch not yet returned
         self._deliveries: queue.SimpleQueue[Delivery] | None = None
-        self._held: set[int] = set()
+        self._held: set[int] = set()  # slots whose arrays the caller still has
         self._delivered: dict[int, int] = {}
         self._substituted: dict[int, int] = {}
         self._excluded: tuple[int, ...] = ()
@@ -173,7 +180,7 @@ class Loader:
     # Iteration
 
     def __len__(self) -> int:
-        """Batches in one epoch."""
+        """Return the number of batches in one epoch."""
         return self._schedule.batches_left(0)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -193,28 +200,28 @@ class Loader:
                 self._next = (plan.epoch, plan.next) if plan.next < self.dataset.count else (plan.epoch + 1, 0)
                 self._delivered[plan.epoch] = self._delivered.get(plan.epoch, 0) + plan.count
                 self._batches, self._samples = self._batches + 1, self._samples + plan.count
-                assembled = self._assemble(delivery.batch)
+                assembled = self._assemble(batch)
                 if self._hook:
                     self._hook(self.metrics)
                 return assembled
             case Finish():
-                self._deliveries.put(delivery)  # asked once more, the answer stays the same
+                self._deliveries.put(delivery)  # so that the next next() ends, too
                 raise StopIteration
             case error:
-                self._deliveries.put(error)
+                self._deliveries.put(error)  # so that the next next() raises it, too
                 raise error
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader is: the first position that ``next()`` has not returned. Plain values only."""
+        """Return the loader's place, the first position that ``next()`` has not returned, as plain values."""
         return self._state().plain()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; any batch size, world size, transport or set of nodes will do.
+        """Continue at a saved place. Batch size, world size, transport and nodes may differ from the saved run's.
 
         Raises:
-            StateError: it was saved for another dataset, view or seed, or by another version.
+            StateError: the state was saved for another dataset, view or seed, or by another version.
         """
         resumed = self._state().resumed(state, self.dataset.count)
         self._excluded = resumed.exclusions
@@ -224,34 +231,31 @@ class Loader:
 
     @property
     def view(self) -> View:
-        """The view, with everything filled in that it leaves to the dataset."""
+        """The view, completed with what it leaves to the dataset."""
         return self._view
 
     @property
     def ledger(self) -> list[EpochAccount]:
         """The account of each epoch begun so far; see :class:`EpochAccount`."""
-        ledger = self._session.ledger
-        accounts = ledger.accounts if ledger else []
         return [
             msgspec.structs.replace(
                 account,
                 delivered=self._delivered.get(account.epoch, 0),
                 substituted=self._substituted.get(account.epoch, 0),
             )
-            for account in accounts
+            for account in self._session.accounts
         ]
 
     @property
     def quarantine(self) -> list[Quarantined]:
-        """The records that were found bad by this loader and replaced, each with its source's name and why."""
-        return list(self._session.quarantine.records)
+        """The records that this loader found bad and replaced, each with its source's name and the reason."""
+        return self._session.quarantine
 
     @property
     def metrics(self) -> LoaderMetrics:
-        """Where this loader's time goes, and what its slots are in use for, now."""
-        ledger, accounts = self._session.ledger, self.ledger
+        """The uses of this loader's time and slots up to this moment."""
+        accounts, filling = self.ledger, self._session.pending
         held, ready = len(self._held), self._deliveries.qsize() if self._deliveries else 0
-        filling = ledger.open if ledger else 0
         return LoaderMetrics(
             batches=self._batches,
             samples=self._samples,
@@ -271,18 +275,18 @@ class Loader:
 
     @property
     def memory_bytes(self) -> int:
-        """Most memory that this loader's batches ever take: all its slots."""
+        """Bytes of all slots, the most memory that this loader's batches ever take."""
         return self._buffers.memory_bytes
 
     @property
     def memory(self) -> npt.NDArray[np.uint8]:
-        """All slots as one array, (memory_bytes of data,) uint8; for registering it as pinned memory, not for reading."""
+        """All slots as one array (n,) uint8, for registering as pinned memory, not for reading."""
         return self._buffers.memory
 
     # Closing
 
     def close(self) -> None:
-        """Leave the nodes and give the shared memory back; batches that are out stay valid."""
+        """Leave the nodes and free the shared memory; batches in the caller's hands stay valid."""
         self._close()
 
     def __enter__(self) -> Loader:
@@ -295,7 +299,7 @@ class Loader:
 
     def _state(self) -> State:
         epoch, position = self._next
-        ledger = self._session.ledger if self._deliveries else None  # an earlier run's is of no interest
+        excluded = self._session.excluded if self._deliveries else None  # without deliveries, the run is an earlier one
         return State(
             epoch=epoch,
             position=position,
@@ -303,16 +307,16 @@ class Loader:
             view=self._view,
             fingerprint=self._facts.fingerprint,
             golden=self._facts.golden,
-            exclusions=ledger.excluded if ledger else self._excluded,
+            exclusions=self._excluded if excluded is None else excluded,
         )
 
     def _make_buffers(self, layout: SampleLayout, seed: int, batch_size: int, slots: int) -> Buffers:
-        fitting = self._session.slot_bytes // (layout.sample_bytes + 64)
+        fitting = self._session.slot_bytes // (layout.sample_bytes + _OVERHEAD_BYTES)
         if fitting < 1:
             raise OptionError(
                 "view", layout.view.kind, f"samples that fit a send slot of {self._session.slot_bytes} bytes"
             )
-        # Enough slices in the prefetched batches to keep every worker busy, and no more: each costs a few messages.
+        # Enough slices in the prefetched batches to keep every worker busy, and no more: each slice costs messages.
         fair = -(-batch_size * self._prefetch // (defaults.SLICES_PER_WORKER * self._session.workers))
         slice_samples = min(max(fair, defaults.MIN_SLICE_SAMPLES), defaults.MAX_SLICE_SAMPLES, fitting, batch_size)
 
@@ -333,21 +337,21 @@ class Loader:
 
     def _begin(self) -> queue.SimpleQueue[Delivery]:
         epoch, position = self._next
-
-        def new_ledger(slots: list[int], numbers: Iterator[int]) -> Ledger:
-            return Ledger(
-                self._schedule,
-                epoch,
-                position,
-                slots=slots,
-                slice_samples=self._buffers.slice_samples,
-                arm=self._buffers.arm,
-                numbers=numbers,
-                patience_s=defaults.NODE_STILL_S,
-                excluded=self._excluded,
-            )
-
-        return self._session.begin(self._buffers, self._transport, new_ledger)
+        run = Run(
+            schedule=self._schedule,
+            epoch=epoch,
+            position=position,
+            slots=self._buffers.slots,
+            slice_samples=self._buffers.slice_samples,
+            pixel_bytes=self._buffers.pixel_bytes,
+            tail_bytes=self._buffers.tail_bytes,
+            arm=self._buffers.arm,
+            transport=self._transport,
+            segment=self._buffers.segment.name,
+            nonce=self._buffers.segment.nonce,
+            excluded=self._excluded,
+        )
+        return self._session.begin(self._buffers, run)
 
     def _wait(self, deliveries: queue.SimpleQueue[Delivery]) -> Delivery:
         try:
@@ -355,7 +359,7 @@ class Loader:
         except queue.Empty:
             pass
         if len(self._held) == self._buffers.slots:
-            gc.collect()  # arrays in reference cycles are not really held
+            gc.collect()  # frees arrays that are held only by reference cycles
             if len(self._held) == self._buffers.slots:
                 raise SlotsHeld(self._buffers.slots)
         try:
@@ -363,10 +367,11 @@ class Loader:
         except queue.Empty:
             raise NoNodeError(self._session.addresses, self._timeout_s or 0.0, "no batch came") from None
 
-    def _assemble(self, made: MadeBatch) -> Batch:
-        plan, slot = made.plan, made.slot
+    def _assemble(self, finished: PendingBatch) -> Batch:
+        """Return a finished batch's arrays, with the ids and sources that its plan stands for."""
+        plan, slot = finished.plan, finished.slot
         self._held.add(slot)
-        held, session = self._held, self._session
+        held, session = self._held, self._session  # not self: arrays may outlive the loader and must not keep it alive
 
         def release(slot: int) -> None:
             held.discard(slot)
@@ -377,10 +382,11 @@ class Loader:
             self.dataset.count, SliceId(self._view, self._seed, plan.epoch, plan.first, plan.count)
         ).copy()
         sources = ids.copy()
-        for part in made.parts:
+        for part in finished.parts:
             if part.excluded:
                 what, where = self._buffers.slice_id(plan.epoch, part), slice(part.offset, part.offset + part.count)
                 sources[where] = slice_sources(self.dataset.count, what)
+                # Excluded records need not be in this slice, so count the samples that really were replaced.
                 replaced = int(np.count_nonzero(sources[where] != ids[where]))
                 self._substituted[plan.epoch] = self._substituted.get(plan.epoch, 0) + replaced
         return Batch(images, labels, ids, sources, draws, plan.epoch, plan.first)
@@ -389,3 +395,38 @@ class Loader:
 def _close(session: Session, buffers: Buffers) -> None:
     session.close()
     buffers.close()
+
+
+def _check_view(view: str | View) -> None:
+    """Raise OptionError unless this is a view or the name of one."""
+    if not isinstance(view, View) and view not in VIEWS:
+        raise OptionError("view", view, "a View, or the name of one: train, center, ten-crop, whole")
+
+
+def _view_of(view: str | View, crop: int | None, side: int) -> View:
+    """Return the view that is asked for, with its crop, for records of ``side`` pixels.
+
+    Raises:
+        OptionError: the crop is larger than the records, or the view has none.
+    """
+    chosen = view if isinstance(view, View) else View.named(view, side)
+    if crop is not None and chosen.kind == "whole":
+        raise OptionError("crop", crop, "no crop with the view whole, which shows all of a record")
+    # A View may have the crop 0, which stands for 7/8 of the side; a crop that is given may not.
+    least, wanted = (0, chosen.crop) if crop is None else (1, crop)
+    if chosen.kind != "whole" and not least <= wanted <= side:
+        raise OptionError("crop", wanted, f"1 to {side} pixels, the side of this dataset's records")
+    return chosen if crop is None else msgspec.structs.replace(chosen, crop=crop)
+
+
+def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise OptionError unless the value is one of the choices."""
+    if value not in choices:
+        raise OptionError(option, value, " or ".join(choices))
+
+
+def _check_range(option: str, value: object, low: int, high: int) -> None:
+    """Raise OptionError unless the value is a whole number from ``low`` to ``high``."""
+    # In Python True is an int.
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise OptionError(option, value, f"a whole number from {low} to {high}")

@@ -1,4 +1,4 @@
-"""One question to one node, for those who need no batches: what do you serve, how are you."""
+"""One question to one node, without a loader: describe its dataset, or ask for its status."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import zmq
 
 from loader_service import defaults
 from loader_service.client.dataset import Dataset
-from loader_service.client.handshake import check_protocol, check_welcome
+from loader_service.client.protocol import check_protocol, check_welcome
 from loader_service.errors import MessageError, NoNodeError
 from loader_service.types import Split
 from loader_service.wire import messages, sockets
@@ -26,12 +26,12 @@ def describe(
     server_key: str | Path | None = None,
     client_key: str | Path | None = None,
 ) -> Dataset:
-    """What a node serves.
+    """Return the facts of the dataset that a node serves.
 
     Raises:
-        NoNodeError: nobody answered in time.
-        NodeRefused: it does not serve that split, or would give other bytes than this version must have.
-        AddressError, MessageError, KeyRefused, KeyFileError: the address, or who answers there, is of another kind.
+        NoNodeError: no node answered in time.
+        NodeRefused: the node does not serve that split, or would give other bytes than this version must have.
+        AddressError, MessageError, KeyRefused, KeyFileError: there is no such address, or another service answers there.
     """
     keys = chosen_keys(server_key, client_key)
     welcome = _ask(address, messages.Hello(messages.PROTOCOL, "query"), timeout_s, keys)
@@ -47,12 +47,12 @@ def status(
     server_key: str | Path | None = None,
     client_key: str | Path | None = None,
 ) -> messages.Status:
-    """How a node is.
+    """Return a node's status: its workers, clients, queues and counters.
 
     Raises:
-        NoNodeError: nobody answered in time.
-        NodeRefused: it speaks another version of the protocol.
-        AddressError, MessageError, KeyRefused, KeyFileError: the address, or who answers there, is of another kind.
+        NoNodeError: no node answered in time.
+        NodeRefused: the node speaks another version of the protocol.
+        AddressError, MessageError, KeyRefused, KeyFileError: there is no such address, or another service answers there.
     """
     answer = _ask(address, messages.StatusQuery(), timeout_s, chosen_keys(server_key, client_key))
     if not isinstance(answer, messages.Status):
@@ -61,6 +61,7 @@ def status(
 
 
 def _ask(address: str, question: messages.FromClient, timeout_s: float, keys: ClientKeys | None) -> messages.FromNode:
+    """Connect, send a question and return the first answer."""
     context: zmq.Context[Any] = zmq.Context()
     dealer, monitor = sockets.connect_client(context, address, secrets.token_bytes(16), keys)
     poller = zmq.Poller()
@@ -70,7 +71,7 @@ def _ask(address: str, question: messages.FromClient, timeout_s: float, keys: Cl
     try:
         while (left_s := deadline - time.monotonic()) > 0:
             poller.poll(int(left_s * 1000) + 1)
-            if any(monitor.events()):
+            if any(monitor.events()):  # connected, or connected again: the first question may be lost
                 dealer.send(messages.encode(question))
             if dealer.poll(0):
                 frame = dealer.recv()
@@ -86,6 +87,6 @@ def _ask(address: str, question: messages.FromClient, timeout_s: float, keys: Cl
 def _decode(address: str, frame: bytes) -> messages.FromNode:
     try:
         return messages.decode_from_node(frame)
-    except MessageError:
+    except MessageError:  # a node of another version is refused by its version, which is the better error
         check_protocol(address, messages.protocol_of(frame))
         raise

@@ -19,7 +19,7 @@ import click
 import msgspec
 
 from loader_service import Batch, EpochAccount, Loader
-from loader_service.client.loader import Transport
+from loader_service.client.protocol import Transport
 from tools.chaos.names import answer_from
 from tools.errors import ToolFailed
 

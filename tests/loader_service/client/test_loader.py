@@ -79,7 +79,7 @@ def test_records_of_another_side(tmp_path: Path, make_dataset: Callable[..., Any
             ({"crop": 65}, "1 to 64 pixels, the side of this dataset's records"),
             ({"crop": 0}, "1 to 64 pixels"),
             ({"view": View()}, "1 to 64 pixels"),
-            ({"view": "whole", "crop": 64}, "no crop beside the view whole"),
+            ({"view": "whole", "crop": 64}, "no crop with the view whole"),
         ):
             with pytest.raises(errors.OptionError, match=sentence):
                 _load(node.address, **options)

@@ -59,9 +59,11 @@ def test_another_node_makes_what_it_owes(
         ids = [number for batch in loader for number in batch.ids.tolist()]
         (account,) = loader.ledger
     assert sorted(ids) == list(range(300))
-    (line,) = [record.message for record in caplog.records if record.message.startswith(f"node {mute} answers, but")]
+    (line,) = [
+        record.message for record in caplog.records if record.message.startswith(f"node {mute} answers pings, but")
+    ]
     assert re.search(
-        r"given nothing for \d+ s: it owes \d+ slices, the oldest of positions \d+ to \d+ since \d+ s", line
+        r"delivered nothing for \d+ s: it owes \d+ slices, the oldest \(positions \d+ to \d+\) for \d+ s", line
     )
-    assert line.endswith("others are asked instead")
+    assert line.endswith("other nodes are asked instead")
     assert account.reassigned > 0

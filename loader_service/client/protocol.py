@@ -1,0 +1,1107 @@
+"""The client's side of the protocol, without I/O: which node to ask for which slice, and what each answer means.
+
+:class:`ClientProtocol` is a state machine. Events come in as method calls; everything that a node says comes in by one of
+them, :meth:`ClientProtocol.receive`. Actions come out as return values, and :mod:`loader_service.client.session` carries
+them out. Nothing here opens a socket, reads a clock, starts a thread or touches shared memory: the time is an argument,
+and payload frames are represented by their sizes. One question cannot wait for an event, namely if a late writer still
+holds a part of a slot. ``Run.arm`` answers it (see :mod:`loader_service.wire.shm`).
+
+Nodes
+    A node is one address. :class:`NodeState` says how far the handshake has come::
+
+        CONNECTING --Welcome--> WELCOMED --Attached, or a run over TCP--> WORKING
+            ^                      |  ^                                      |
+            +--------lost----------+  +--------------Welcome again-----------+
+            +------------------------lost------------------------------------+
+
+    A node is lost when its connection is cut, when it is silent for ``NODE_SILENT_S``, when it sends anything that this
+    protocol does not allow, and when it answers UnknownClient. A lost node is greeted again until it answers.
+
+Parts
+    A batch lives in a slot and has one part per slice. :class:`PartState` says how far a part has come::
+
+        WANTED --Ask--> ASKED --Filled with the part's current number--> DONE
+          ^               |                                               |
+          |               +--> its node is lost, stands still, or Failed   |
+          +---------------+------- its batch loses its slot --------------+
+
+Invariants
+    - A node owes slices only while it is WORKING.
+    - A part is ASKED if and only if exactly one node owes its current number.
+    - A number is used once per client, not once per run. An answer with a number that its node does not owe is a
+      duplicate: it is counted and changes nothing. So every position is delivered exactly once.
+    - A slot is in exactly one place: free, blocked by a late writer, with one pending batch, or in the caller's hands.
+    - A batch without a slot has only WANTED parts.
+    - Batches are delivered in the order of the schedule.
+
+Blocked slots
+    If a late writer holds a part, the whole slot is blocked, and its batch moves: to a free slot, else to the slot of a
+    younger batch of which nothing is asked for, else it waits. The slot is free again once all its parts can be armed.
+
+Standstill
+    A node may answer pings and still make nothing: its disk hangs, or a request was lost. A node stands still when it has
+    owed slices for ``NODE_STILL_S`` and has given nothing: no slice, no piece of one, no refusal. If other nodes move,
+    they are asked for what it owes, and it is asked for nothing more until it gives something again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Final, Literal
+
+from loader_service import defaults
+from loader_service.client.plan import Plan, Schedule
+from loader_service.errors import (
+    MessageError,
+    NodeFailed,
+    NodeRefused,
+    RecordError,
+    SharedMemoryError,
+    TooManyBadRecords,
+)
+from loader_service.types import BUILTIN_GOLDEN, DatasetFacts, EpochAccount, Split
+from loader_service.wire import messages
+
+ASKS_PER_WORKER: Final = 3
+"""Slices asked of a node at a time, per worker: one in work, one waiting at the worker, one at the dispatcher."""
+
+GREET_AGAIN_S: Final = 2.0
+"""Seconds without an answer after which Hello is sent again."""
+
+FIRST_COMPLAINT_S: Final = 2.0
+"""Seconds without a working node after which the client says that it waits. The interval doubles each time."""
+
+MAX_RETRIES: Final = 20
+"""Failures of one part that name no bad record, before the run ends: by then the cause is not a passing one."""
+
+NO_SLOT: Final = -1
+
+Transport = Literal["auto", "shm", "tcp"]
+
+Arm = Callable[[int, int], int | None]
+"""(slot, part) -> the part's new generation, or None while a late writer holds the part."""
+
+
+# States
+
+
+class NodeState(IntEnum):
+    """How far the handshake with a node has come; the module docstring has the transitions."""
+
+    CONNECTING = 0  # nothing is known, or the node was lost
+    WELCOMED = 1  # it serves what this client needs
+    WORKING = 2  # it can be asked for slices
+
+
+class PartState(IntEnum):
+    """How far a part has come; the module docstring has the transitions."""
+
+    WANTED = 0
+    ASKED = 1
+    DONE = 2
+
+
+@dataclass(eq=False)
+class Part:
+    """One slice of a pending batch.
+
+    Fields:
+        first, count: its positions in the epoch.
+        offset: its first sample within the batch.
+        index: its number within the slot.
+        state: how far it has come.
+        number: the request that is current; answers to any other are duplicates.
+        asked_at: time of that request, in seconds.
+        received: bytes of its pixels that have arrived, for a request that is answered in frames.
+        retries: failures that named no bad record.
+        excluded: the records that the current request excludes, ascending.
+        refused_by: addresses of the nodes that called a record of it bad.
+    """
+
+    first: int
+    count: int
+    offset: int
+    index: int
+    state: PartState = PartState.WANTED
+    number: int = -1
+    asked_at: float = 0.0
+    received: int = 0
+    retries: int = 0
+    excluded: tuple[int, ...] = ()
+    refused_by: set[str] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class PendingBatch:
+    """One batch in the making; ``slot`` is NO_SLOT while it waits for another slot."""
+
+    plan: Plan
+    slot: int
+    parts: list[Part]
+
+    @property
+    def done(self) -> bool:
+        """True if every part has arrived; an empty batch is done at once."""
+        return all(part.state is PartState.DONE for part in self.parts)
+
+    @property
+    def wanting(self) -> bool:
+        """True if some part is to be asked for."""
+        return any(part.state is PartState.WANTED for part in self.parts)
+
+    @property
+    def asked(self) -> bool:
+        """True if some part is asked for."""
+        return any(part.state is PartState.ASKED for part in self.parts)
+
+
+Asked = tuple[PendingBatch, Part]
+"""The subject of a request."""
+
+
+@dataclass(eq=False)
+class NodeRecord:
+    """One node, as the core knows it.
+
+    Fields:
+        address: its address, which is its name here.
+        state: how far the handshake has come.
+        listed: True while the names that the user gave still lead to this address.
+        instance: identity of the node's process, from its Welcome.
+        workers: its worker processes.
+        shared: True if it writes into this client's shared memory; else slices come in frames.
+        lanes: numbers of the connections that slices may come by, ascending; 0 is the one that talks.
+        turns: slices requested in frames so far, which take the lanes in turn.
+        heard_at, greeted_at, pinged_at: times in seconds of its last message, our last Hello, our last Ping.
+        asks: what it owes, by the request's number, the oldest first.
+        still_since: time since when it has owed slices and given nothing; None if it owes nothing or gave just now.
+        still: True if that time exceeds ``NODE_STILL_S``.
+    """
+
+    address: str
+    state: NodeState = NodeState.CONNECTING
+    listed: bool = True
+    instance: str = ""
+    workers: int = 0
+    shared: bool = False
+    lanes: list[int] = field(default_factory=lambda: [0])
+    turns: int = 0
+    heard_at: float = -math.inf
+    greeted_at: float = -math.inf  # so that the first tick greets
+    pinged_at: float = -math.inf
+    asks: dict[int, Asked] = field(default_factory=dict)
+    still_since: float | None = None
+    still: bool = False
+
+    @property
+    def load(self) -> float:
+        """The share of its capacity that is in use, 0 to 1."""
+        return len(self.asks) / (self.workers * ASKS_PER_WORKER)
+
+    @property
+    def has_room(self) -> bool:
+        """True if it may be asked for one more slice."""
+        return len(self.asks) < self.workers * ASKS_PER_WORKER
+
+    def owe(self, number: int, asked: Asked, now: float) -> None:
+        """Note a request."""
+        self.asks[number] = asked
+        self.still_since = now if self.still_since is None else self.still_since
+
+    def stir(self) -> None:
+        """Note that it has given something, even if nobody waits for that any more."""
+        self.still_since, self.still = None, False
+
+    def take_asks(self) -> list[Asked]:
+        """Return what it owes and forget it."""
+        taken, self.asks = list(self.asks.values()), {}
+        return taken
+
+    def next_lane(self) -> int:
+        """Return the lane for the next slice in frames: each open one in turn."""
+        self.turns += 1
+        return self.lanes[self.turns % len(self.lanes)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parameters of one run.
+
+    Fields:
+        schedule: the batches of the run.
+        epoch, position: the place to begin at.
+        slots: number of slots, 0 .. slots - 1.
+        slice_samples: most positions per slice.
+        pixel_bytes, tail_bytes: one sample's bytes in a slice that comes in frames: pixels; label and draws.
+        arm: see :data:`Arm`.
+        transport: ``shm`` or ``tcp`` to force one; ``auto`` shares memory with each node that can.
+        segment, nonce: name of the slots' segment, empty if it has none, and the nonce that is written in it.
+        excluded: records that are known to be bad, ascending.
+    """
+
+    schedule: Schedule
+    epoch: int
+    position: int
+    slots: int
+    slice_samples: int
+    pixel_bytes: int
+    tail_bytes: int
+    arm: Arm
+    transport: Transport = "auto"
+    segment: str = ""
+    nonce: bytes = b""
+    excluded: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A record that no node can read, the file that it was made from (empty if unknown), and the reason."""
+
+    record: int
+    source: str
+    reason: str
+
+
+# Actions
+
+
+@dataclass(frozen=True)
+class Connect:
+    """Open a connection to a node."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class Disconnect:
+    """Say goodbye to a node and close its connection."""
+
+    node: str
+
+
+@dataclass(frozen=True)
+class OpenLanes:
+    """Have so many connections with a node in all: slices come in frames, and one connection keeps one core busy."""
+
+    node: str
+    connections: int
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send a node a message, by one of its lanes. The message is dropped if there is no connection."""
+
+    node: str
+    message: messages.FromClient
+    lane: int = 0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Request a slice from a node. If that cannot be sent, the node is :meth:`~ClientProtocol.disconnected`.
+
+    Fields:
+        node, instance: the node's address, and the process that was welcomed there.
+        number: the request's number.
+        batch, part: the slice's batch and part.
+        generation: the generation that the slot's part is armed with.
+        shared: True to have it written into shared memory, False to have it sent in frames.
+        lane: the connection that the frames shall come by.
+    """
+
+    node: str
+    instance: str
+    number: int
+    batch: PendingBatch
+    part: Part
+    generation: int
+    shared: bool
+    lane: int
+
+
+@dataclass(frozen=True)
+class CopyPixels:
+    """Copy the frame that came with this message to the pixels of a part, from byte ``start`` on."""
+
+    batch: PendingBatch
+    part: Part
+    start: int
+
+
+@dataclass(frozen=True)
+class CopyTail:
+    """Copy the frame that came with this message to the labels and draws of a part."""
+
+    batch: PendingBatch
+    part: Part
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The first node has been welcomed: the dataset's facts are known."""
+
+
+@dataclass(frozen=True)
+class Deliver:
+    """Hand a complete batch to the caller; its slot comes back by :meth:`ClientProtocol.slot_returned`."""
+
+    batch: PendingBatch
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Tell the caller that everything is delivered."""
+
+
+@dataclass(frozen=True)
+class Inform:
+    """Log a line that needs no attention."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Warn:
+    """Log a warning."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Standstill:
+    """Log a warning that a node has come to a standstill; ``str()`` gives the line.
+
+    Fields:
+        node: the node's address.
+        still_s: seconds that it has given nothing.
+        owed: number of slices that it owes.
+        oldest, oldest_s: the first of them, and seconds since it was asked for.
+        next_batch: the batch that is delivered next, which may wait for another node.
+        elsewhere: True if other nodes are asked instead.
+    """
+
+    node: str
+    still_s: float
+    owed: int
+    oldest: Part
+    oldest_s: float
+    next_batch: PendingBatch
+    elsewhere: bool
+
+    def __str__(self) -> str:
+        part, batch = self.oldest, self.next_batch
+        done = sum(p.state is PartState.DONE for p in batch.parts)
+        return (
+            f"node {self.node} answers pings, but has delivered nothing for {self.still_s:.0f} s: it owes {self.owed} "
+            f"slices, the oldest (positions {part.first} to {part.first + part.count - 1}) for {self.oldest_s:.0f} s; "
+            f"the next batch, at position {batch.plan.start} of epoch {batch.plan.epoch}, has {done} of "
+            f"{len(batch.parts)} slices; "
+            + ("other nodes are asked instead" if self.elsewhere else "there is no other node to ask")
+        )
+
+
+Action = (
+    Connect
+    | Disconnect
+    | OpenLanes
+    | Send
+    | Ask
+    | CopyPixels
+    | CopyTail
+    | Ready
+    | Deliver
+    | Finish
+    | Inform
+    | Warn
+    | Standstill
+)
+
+
+# The account of one run
+
+
+class Ledger:
+    """The account of one run: pending batches, slots, and the slices that nodes owe.
+
+    Args:
+        run: the run's parameters.
+        nodes: all nodes by address; only those that are WORKING are asked.
+        numbers: gives each request its number; the same for all ledgers of a client, so that no number is used twice.
+        out: slots in the caller's hands; outlives the ledger.
+    """
+
+    def __init__(self, run: Run, nodes: Mapping[str, NodeRecord], numbers: Iterator[int], out: set[int]) -> None:
+        self.run, self.excluded = run, run.excluded
+        self._nodes, self._numbers, self._out = nodes, numbers, out
+        self._plans = run.schedule.batches(run.epoch, run.position)
+        self._exhausted = self._finished = False
+        self._free = deque(slot for slot in range(run.slots) if slot not in out)
+        self._blocked: list[tuple[int, int]] = []  # slot, and how many parts of it were in use
+        self._batches: deque[PendingBatch] = deque()  # in the order of delivery
+        self._accounts: dict[int, EpochAccount] = {}
+
+    # Events
+
+    def fill(self, record: NodeRecord, number: int) -> None:
+        """Mark the slice that a node owed under this number as done; count a duplicate if it owed none."""
+        asked = record.asks.pop(number, None)
+        if asked is None:
+            self._count_duplicate()
+        else:
+            asked[1].state = PartState.DONE
+
+    def retry(self, record: NodeRecord, number: int) -> None:
+        """Want a slice again that its node failed to make, through no record's fault."""
+        batch, part = record.asks.pop(number)
+        part.retries += 1
+        self._want_again(batch, part)
+
+    def refuse(self, record: NodeRecord, number: int) -> bool:
+        """Want a slice again in which its node found a bad record.
+
+        Returns:
+            True if every node that can be asked has refused this part, so that the record must be excluded or the run
+            must end. False if another node may still read it.
+        """
+        batch, part = record.asks.pop(number)
+        part.refused_by.add(record.address)
+        self._want_again(batch, part)
+        return part.refused_by >= {node.address for node in self._askable()}
+
+    def release(self, record: NodeRecord) -> None:
+        """Want again all that a lost node owes."""
+        for batch, part in record.take_asks():
+            self._want_again(batch, part)
+
+    def exclude(self, bad: int) -> None:
+        """Exclude a record from all requests to come; slices that are asked for already may still hold its pixels."""
+        self.excluded = tuple(sorted({*self.excluded, bad}))
+        for batch in self._batches:
+            for part in batch.parts:
+                part.refused_by.clear()  # the part has other records now
+
+    def slot_returned(self, slot: int) -> None:
+        """Take a slot back from the caller."""
+        self._free.append(slot)
+
+    # Actions
+
+    def advance(self, now: float) -> list[Action]:
+        """Return all that can be done now: take back blocked slots, open batches, ask for parts, deliver."""
+        if self._blocked:
+            self._unblock()
+        self._place()
+        self._open()
+        actions: list[Action] = [*self._standstills(now), *self._asks(now), *self._deliveries()]
+        if self._exhausted and not self._batches and not self._finished:
+            self._finished = True
+            actions.append(Finish())
+        return actions
+
+    @property
+    def accounts(self) -> list[EpochAccount]:
+        """The account of each epoch that has begun, in order; ``delivered`` is the caller's to count."""
+        return [self._accounts[epoch] for epoch in sorted(self._accounts)]
+
+    @property
+    def pending(self) -> int:
+        """Number of batches in the making."""
+        return len(self._batches)
+
+    # Batches
+
+    def _open(self) -> None:
+        while self._free and not self._exhausted:
+            plan = next(self._plans, None)
+            if plan is None:
+                self._exhausted = True
+                return
+            self._open_account(plan.epoch)
+            self._batches.append(PendingBatch(plan, self._free.popleft(), self._cut(plan)))
+
+    def _cut(self, plan: Plan) -> list[Part]:
+        """Return a batch's parts, of nearly equal size."""
+        pieces = -(-plan.count // self.run.slice_samples)
+        edges = [plan.count * i // pieces for i in range(pieces + 1)] if pieces else []
+        pairs = itertools.pairwise(edges)
+        return [Part(plan.first + low, high - low, low, index) for index, (low, high) in enumerate(pairs)]
+
+    def _deliveries(self) -> Iterator[Deliver]:
+        while self._batches and self._batches[0].done:
+            batch = self._batches.popleft()
+            self._out.add(batch.slot)
+            yield Deliver(batch)
+
+    def _want_again(self, batch: PendingBatch, part: Part) -> None:
+        part.state = PartState.WANTED
+        self._count(batch.plan.epoch, reassigned=1)
+
+    # Requests
+
+    def _asks(self, now: float) -> list[Ask]:
+        asks: list[Ask] = []
+        for batch in self._batches:
+            if batch.slot != NO_SLOT and batch.wanting:
+                if not any(node.has_room for node in self._askable()):
+                    break
+                asks += self._asks_of(batch, now)
+        return asks
+
+    def _asks_of(self, batch: PendingBatch, now: float) -> list[Ask]:
+        """Ask for the wanted parts of a batch; for none if a late writer holds a part of its slot."""
+        asks: list[Ask] = []
+        for part in batch.parts:
+            if part.state is not PartState.WANTED:
+                continue
+            node = self._choose(part)
+            if node is None:
+                continue
+            generation = self.run.arm(batch.slot, part.index)
+            if generation is None:
+                self._block(batch)
+                return []  # nothing was sent yet, so the requests above are dropped with the slot
+            number = next(self._numbers)
+            part.state, part.number, part.asked_at, part.received = PartState.ASKED, number, now, 0
+            part.excluded = self.excluded
+            node.owe(number, (batch, part), now)
+            lane = 0 if node.shared else node.next_lane()
+            asks.append(Ask(node.address, node.instance, number, batch, part, generation, node.shared, lane))
+        return asks
+
+    def _choose(self, part: Part) -> NodeRecord | None:
+        """Return the node with the smallest load that has room and has not refused this part, if there is one."""
+        askable = self._askable()
+        if part.refused_by.issuperset(node.address for node in askable):
+            # The nodes that might have read it are gone: ask those that are left again, and judge again.
+            part.refused_by.clear()
+        roomy = [node for node in askable if node.has_room and node.address not in part.refused_by]
+        return min(roomy, key=lambda node: (node.load, node.address), default=None)
+
+    def _askable(self) -> list[NodeRecord]:
+        """Return the nodes that move, or all that work if none moves."""
+        working = [node for node in self._nodes.values() if node.state is NodeState.WORKING]
+        return [node for node in working if not node.still] or working
+
+    # Slots
+
+    def _block(self, batch: PendingBatch) -> None:
+        """Take a batch out of its slot, of which a late writer holds a part; all its parts are made anew."""
+        self._blocked.append((batch.slot, len(batch.parts)))
+        for node in self._nodes.values():
+            node.asks = {number: asked for number, asked in node.asks.items() if asked[0] is not batch}
+        self._evict(batch)
+
+    def _unblock(self) -> None:
+        """Free the blocked slots whose late writers are gone."""
+        still_blocked = []
+        for slot, parts in self._blocked:
+            if all(self.run.arm(slot, index) is not None for index in range(parts)):
+                self._free.append(slot)
+            else:
+                still_blocked.append((slot, parts))
+        self._blocked = still_blocked
+
+    def _evict(self, batch: PendingBatch) -> None:
+        batch.slot = NO_SLOT
+        for part in batch.parts:
+            part.state = PartState.WANTED
+
+    def _place(self) -> None:
+        """Find slots for the batches that lost theirs, the next to be delivered first."""
+        for index, batch in enumerate(self._batches):
+            if batch.slot != NO_SLOT:
+                continue
+            if self._free:
+                batch.slot = self._free.popleft()
+                continue
+            # A batch of which nothing is asked for can give its slot away: nobody writes there.
+            younger = itertools.islice(self._batches, index + 1, None)
+            victims = [other for other in younger if other.slot != NO_SLOT and not other.asked]
+            if not victims:
+                return
+            batch.slot = victims[-1].slot
+            self._evict(victims[-1])
+
+    # Standstill
+
+    def _standstills(self, now: float) -> Iterator[Standstill]:
+        """Report the nodes that stand still, each once, and take from them what others can be asked for."""
+        working = [node for node in self._nodes.values() if node.state is NodeState.WORKING]
+        stopped = [node for node in working if self._has_stopped(node, now)]
+        moving = not all(node.still for node in working)
+        for node in stopped:
+            assert node.still_since is not None
+            _, oldest = next(iter(node.asks.values()))
+            yield Standstill(
+                node.address,
+                now - node.still_since,
+                len(node.asks),
+                oldest,
+                now - oldest.asked_at,
+                self._batches[0],
+                moving,
+            )
+        if moving:
+            for node in working:
+                if node.still:
+                    self.release(node)
+
+    def _has_stopped(self, node: NodeRecord, now: float) -> bool:
+        """Update a node's standstill; True if it has just begun."""
+        if node.still:
+            return False
+        if not node.asks or node.still_since is None:
+            node.still_since = now if node.asks else None
+            return False
+        node.still = now - node.still_since >= defaults.NODE_STILL_S
+        return node.still
+
+    # Accounts
+
+    def _open_account(self, epoch: int) -> None:
+        if epoch not in self._accounts:
+            start = self.run.position if epoch == self.run.epoch else 0
+            self._accounts[epoch] = EpochAccount(epoch, self.run.schedule.expected(start))
+
+    def _count_duplicate(self) -> None:
+        if self._accounts:
+            self._count(max(self._accounts), duplicates_refused=1)
+
+    def _count(self, epoch: int, duplicates_refused: int = 0, reassigned: int = 0) -> None:
+        old = self._accounts[epoch]
+        # Replaced, never changed: the caller's thread may read it at any moment.
+        self._accounts[epoch] = EpochAccount(
+            epoch,
+            old.expected,
+            duplicates_refused=old.duplicates_refused + duplicates_refused,
+            reassigned=old.reassigned + reassigned,
+        )
+
+
+# The protocol
+
+
+class ClientProtocol:
+    """The protocol core of one client: its nodes, and the run in progress.
+
+    Every event returns the actions that it causes at once. After a round of events, :meth:`advance` returns those of the
+    run: requests and deliveries. Errors end the client, and the caller receives them.
+
+    Args:
+        name: the client's name, for people to read in a node's status.
+        addresses: the nodes' addresses as the user gave them, for messages.
+        split: the split that the nodes must serve.
+        max_bad: most bad records that may be replaced; None ends the run at the first.
+        connections: connections with each node that cannot write into this client's slots.
+
+    Fields:
+        facts: the dataset's facts, None until the first node is welcomed.
+        slot_bytes: the first node's send slot, which bounds a slice.
+        workers: the first node's worker processes.
+        quarantine: the bad records found so far.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        addresses: tuple[str, ...],
+        split: Split,
+        *,
+        max_bad: int | None = None,
+        connections: int = 1,
+    ) -> None:
+        self._name, self._addresses, self._split = name, addresses, split
+        self._max_bad, self._connections = max_bad, connections
+        self.facts: DatasetFacts | None = None
+        self.slot_bytes = 0
+        self.workers = 1
+        self.quarantine: list[Quarantined] = []
+        self._nodes: dict[str, NodeRecord] = {}
+        self._numbers = itertools.count(1)
+        self._out: set[int] = set()  # slots on their way to the caller or in the caller's hands
+        self._run: Run | None = None
+        self._ledger: Ledger | None = None
+        self._alone_since: float | None = None  # time since when no node works; None before the first tick
+        self._complain_after_s = FIRST_COMPLAINT_S
+
+    # State, which any thread may read
+
+    @property
+    def accounts(self) -> list[EpochAccount]:
+        """The account of each epoch that has begun, in order; ``delivered`` is the caller's to count."""
+        ledger = self._ledger
+        return ledger.accounts if ledger else []
+
+    @property
+    def excluded(self) -> tuple[int, ...] | None:
+        """The records that the run in progress excludes, ascending; None without a run."""
+        ledger = self._ledger
+        return ledger.excluded if ledger else None
+
+    @property
+    def pending(self) -> int:
+        """Number of batches in the making."""
+        ledger = self._ledger
+        return ledger.pending if ledger else 0
+
+    @property
+    def owed(self) -> int:
+        """Number of slices that nodes owe."""
+        return sum(len(record.asks) for record in self._nodes.values())
+
+    # Events
+
+    def resolved(self, found: frozenset[str]) -> list[Action]:
+        """Connect to nodes whose addresses are new; disconnect those whose address is gone once they do not work."""
+        actions: list[Action] = []
+        for record in list(self._nodes.values()):
+            record.listed = record.address in found
+            actions += self._drop_if_unlisted(record)
+        for address in sorted(found - self._nodes.keys()):
+            self._nodes[address] = NodeRecord(address)
+            actions.append(Connect(address))
+        return actions
+
+    def connected(self, node: str, now: float, lane: int = 0) -> Iterable[Action]:
+        """Greet a node whose connection is there."""
+        record = self._nodes.get(node)
+        if record is None:
+            return ()
+        if lane:
+            return [Send(node, messages.Ping(), lane)]  # the answer shows that the node knows the lane
+        return [self._greet(record, now)]
+
+    def disconnected(self, node: str, now: float, lane: int = 0) -> Iterable[Action]:
+        """Lose a node whose connection is cut; reset it if one of its open lanes is, since slices may be lost there."""
+        record = self._nodes.get(node)
+        if record is None:
+            return ()
+        if not lane:
+            return self._lose(record, "its connection was cut")
+        was_open = lane in record.lanes
+        record.lanes = [other for other in record.lanes if other != lane]
+        if was_open and record.state is NodeState.WORKING:
+            return self._reset(record, "one of its connections was cut", now)
+        return ()
+
+    def receive(
+        self, node: str, message: messages.FromNode, now: float, lane: int = 0, sizes: Sequence[int] = ()
+    ) -> Iterable[Action]:
+        """Take in one message from a node.
+
+        Args:
+            node: the node's address.
+            message: the decoded message.
+            now: seconds on a clock that never goes back.
+            lane: the lane that it came by.
+            sizes: bytes of each payload frame that came with it; CopyPixels and CopyTail refer to the first.
+
+        Raises:
+            NodeRefused: the node would give other bytes than this client must have.
+            SharedMemoryError: the node cannot share memory, and the run demands it.
+            RecordError, TooManyBadRecords: no node can read a record, and it may not be replaced.
+            NodeFailed: a slice failed too often.
+        """
+        record = self._nodes.get(node)
+        if record is None:
+            return ()
+        record.heard_at = now
+        if lane not in record.lanes:
+            record.lanes = sorted([*record.lanes, lane])  # now the node knows where this lane's slices go
+        try:
+            match message:
+                case messages.Filled():  # first, since there is one per slice
+                    return self._filled(record, message.id, sizes)
+                case messages.Pixels():
+                    return self._pixels(record, message, sizes)
+                case messages.Failed():
+                    return self._failed(record, message)
+                case messages.Welcome():
+                    return self._welcome(record, message)
+                case messages.Attached():
+                    return self._attached(record, message)
+                case messages.UnknownClient():
+                    return self._reset(record, "it was restarted", now)
+                case messages.Ping():
+                    return [Send(node, messages.Pong())]
+        except MessageError as error:
+            return self.malformed(node, error)
+        return ()  # a Pong is a sign of life and nothing more
+
+    def malformed(self, node: str, error: MessageError, version: int | None = None) -> Iterable[Action]:
+        """Lose a node that sent something that this protocol does not allow.
+
+        Args:
+            node: the node's address.
+            error: what is wrong with the message.
+            version: the protocol version that the message states; None if it states none.
+
+        Raises:
+            NodeRefused: the node speaks another version of the protocol.
+        """
+        check_protocol(node, version)
+        record = self._nodes.get(node)
+        if record is None:
+            return ()
+        return [Warn(f"node {node}: {error}"), *self._lose(record, "it does not speak this protocol")]
+
+    def begin(self, run: Run) -> list[Action]:
+        """Begin a run, in place of the one in progress; slots in the caller's hands stay there."""
+        for record in self._nodes.values():
+            record.take_asks()  # answers to the last run's requests are duplicates in this one
+            record.stir()
+        self._run = run
+        self._ledger = Ledger(run, self._nodes, self._numbers, self._out)
+        return [action for record in self._nodes.values() for action in self._employ(record)]
+
+    def end(self) -> None:
+        """End the run in progress, as an error does."""
+        self._ledger = None
+
+    def slot_returned(self, slot: int) -> None:
+        """Take back a slot whose arrays the caller has let go of."""
+        self._out.discard(slot)
+        if self._ledger:
+            self._ledger.slot_returned(slot)
+
+    def tick(self, now: float) -> list[Action]:
+        """Greet nodes that have not answered, ping those that are quiet, lose those that are silent; a few times a second."""
+        actions = [action for record in list(self._nodes.values()) for action in self._tick(record, now)]
+        return actions + self._complain(now)
+
+    def advance(self, now: float) -> list[Action]:
+        """Return what the run can do after the events so far: requests, deliveries, reports of standstills."""
+        return self._ledger.advance(now) if self._ledger else []
+
+    # The handshake
+
+    def _greet(self, record: NodeRecord, now: float) -> Send:
+        record.greeted_at = record.heard_at = now
+        return Send(record.address, messages.Hello(messages.PROTOCOL, self._name))
+
+    def _welcome(self, record: NodeRecord, welcome: messages.Welcome) -> list[Action]:
+        facts = check_welcome(record.address, welcome, self._split, self.facts)
+        actions: list[Action] = []
+        if self.facts is None:
+            self.facts, self.slot_bytes, self.workers = facts, welcome.slot_bytes, welcome.workers
+            actions.append(Ready())
+        elif welcome.slot_bytes < self.slot_bytes:  # slices are cut to the first node's send slots
+            have, need = f"{welcome.slot_bytes} bytes", f"{self.slot_bytes} bytes"
+            raise NodeRefused(record.address, "send slot", need, have)
+        self._release(record)  # a second Welcome follows a reconnection, and what was asked before it is lost
+        record.state = NodeState.WELCOMED
+        record.instance, record.workers = welcome.instance, welcome.workers
+        return [*actions, *self._employ(record)]
+
+    def _employ(self, record: NodeRecord) -> Iterable[Action]:
+        """Have a node work for the run in progress, through shared memory if it can."""
+        if self._run is None or record.state is NodeState.CONNECTING:
+            return ()
+        if self._run.transport == "tcp" or not self._run.segment:
+            return self._put_to_work(record, shared=False)
+        if record.state is NodeState.WORKING:  # since an earlier run, whose slots are this one's
+            return self._put_to_work(record, shared=record.shared)
+        return [Send(record.address, messages.Attach(self._run.segment))]
+
+    def _attached(self, record: NodeRecord, answer: messages.Attached) -> Iterable[Action]:
+        if self._run is None or answer.segment != self._run.segment or record.state is not NodeState.WELCOMED:
+            return ()
+        # The nonce proves it: a name alone may stand for another segment in another container's /dev/shm.
+        if answer.nonce == self._run.nonce:
+            return self._put_to_work(record, shared=True)
+        if self._run.transport == "shm":
+            reason = answer.reason or "it opened another segment of that name"
+            raise SharedMemoryError(
+                f"the node at {record.address} cannot share memory with this client ({reason})",
+                remedy="run both on one machine, as one user, with one /dev/shm; or let transport be auto",
+            )
+        text = f"node {record.address} cannot share memory with this client, so slices come in frames: {answer.reason}"
+        return [Inform(text), *self._put_to_work(record, shared=False)]
+
+    def _put_to_work(self, record: NodeRecord, *, shared: bool) -> Iterable[Action]:
+        record.state, record.shared = NodeState.WORKING, shared
+        return () if shared else [OpenLanes(record.address, self._connections)]
+
+    # Losing nodes
+
+    def _lose(self, record: NodeRecord, why: str) -> list[Action]:
+        actions: list[Action] = []
+        if record.state is NodeState.WORKING:
+            actions.append(Warn(f"node {record.address} is lost: {why}"))
+        record.state = NodeState.CONNECTING
+        self._release(record)
+        return [*actions, *self._drop_if_unlisted(record)]
+
+    def _reset(self, record: NodeRecord, why: str, now: float) -> list[Action]:
+        """Lose a node and greet it at once, since its connection is still there."""
+        actions = self._lose(record, why)
+        return [*actions, self._greet(record, now)] if record.listed else actions
+
+    def _release(self, record: NodeRecord) -> None:
+        if self._ledger:
+            self._ledger.release(record)
+        record.stir()
+
+    def _drop_if_unlisted(self, record: NodeRecord) -> list[Action]:
+        """Disconnect a node whose address is gone; one that still works stays until it is lost."""
+        if record.listed or record.state is NodeState.WORKING:
+            return []
+        del self._nodes[record.address]
+        return [Disconnect(record.address)]
+
+    # Answers
+
+    def _filled(self, record: NodeRecord, number: int, sizes: Sequence[int]) -> Iterable[Action]:
+        if self._ledger is None:
+            return ()
+        record.stir()
+        actions: Iterable[Action] = ()
+        if (asked := record.asks.get(number)) and (sizes or not record.shared):
+            actions = [self._tail(record, *asked, sizes)]
+        self._ledger.fill(record, number)
+        return actions
+
+    def _tail(self, record: NodeRecord, batch: PendingBatch, part: Part, sizes: Sequence[int]) -> CopyTail:
+        """Check the end of a slice that comes in frames."""
+        if record.shared or len(sizes) != 1:
+            way = "in shared memory" if record.shared else "in frames"
+            raise MessageError(f"a slice that was requested {way} ended with {len(sizes)} frames")
+        pixel_bytes, tail_bytes = self._bytes_of(part)
+        if part.received != pixel_bytes or sizes[0] != tail_bytes:
+            raise MessageError(
+                f"a slice of {pixel_bytes} bytes and a tail of {tail_bytes} came as {part.received} and {sizes[0]}"
+            )
+        return CopyTail(batch, part)
+
+    def _pixels(self, record: NodeRecord, pixels: messages.Pixels, sizes: Sequence[int]) -> Iterable[Action]:
+        record.stir()
+        asked = record.asks.get(pixels.id)
+        if asked is None:
+            return ()
+        if record.shared or len(sizes) != 1:
+            raise MessageError(f"{len(sizes)} frames came with a piece of a slice, where one or no piece is due")
+        batch, part = asked
+        end = part.received + sizes[0]
+        # Pieces come in order. A gap would leave an old batch's pixels in the slot.
+        if pixels.start != part.received or end > self._bytes_of(part)[0]:
+            raise MessageError(
+                f"a piece of {sizes[0]} bytes at {pixels.start} does not continue a slice at {part.received}"
+            )
+        part.received = end
+        return [CopyPixels(batch, part, pixels.start)]
+
+    def _bytes_of(self, part: Part) -> tuple[int, int]:
+        """Return the bytes of a part's pixels, and of its labels and draws."""
+        assert self._run is not None
+        return part.count * self._run.pixel_bytes, part.count * self._run.tail_bytes
+
+    def _failed(self, record: NodeRecord, failed: messages.Failed) -> Iterable[Action]:
+        record.stir()
+        asked = record.asks.get(failed.id)
+        if self._ledger is None or asked is None:
+            return ()
+        if failed.record >= 0:
+            return self._judge(record, failed) if self._ledger.refuse(record, failed.id) else ()
+        self._ledger.retry(record, failed.id)
+        if asked[1].retries > MAX_RETRIES:
+            raise NodeFailed(f"the one at {record.address} could not make a slice {MAX_RETRIES} times: {failed.reason}")
+        return ()
+
+    def _judge(self, record: NodeRecord, failed: messages.Failed) -> Iterable[Action]:
+        """Exclude a record that no node can read, or end the run, as the caller chose."""
+        assert self._ledger is not None
+        if failed.record in self._ledger.excluded:  # for another part, that was asked for before that
+            return ()
+        error = RecordError(f"{self._split} at {record.address}", failed.record, failed.reason, failed.source)
+        if self._max_bad is None:
+            raise error
+        self.quarantine.append(Quarantined(error.record, error.source, error.reason))
+        bad = len(self._ledger.excluded) + 1  # with those that a resumed run brought along
+        if bad > self._max_bad:
+            raise TooManyBadRecords(bad, self._max_bad, str(error))
+        self._ledger.exclude(failed.record)
+        return [Warn(f"{error} Another takes its place.")]
+
+    # The clock
+
+    def _tick(self, record: NodeRecord, now: float) -> Iterable[Action]:
+        if record.state is NodeState.CONNECTING:
+            return [self._greet(record, now)] if now - record.greeted_at > GREET_AGAIN_S else ()
+        silent_s = now - record.heard_at
+        if silent_s > defaults.NODE_SILENT_S:
+            return self._lose(record, f"it has been silent for {defaults.NODE_SILENT_S:.0f} s")
+        if silent_s > defaults.PING_AFTER_S and now - record.pinged_at > defaults.PING_AFTER_S:
+            record.pinged_at = now
+            return [Send(record.address, messages.Ping())]
+        return ()
+
+    def _complain(self, now: float) -> list[Action]:
+        """Say that the client waits for a node, at intervals that double."""
+        working = any(record.state is NodeState.WORKING for record in self._nodes.values())
+        between_runs = self._ledger is None and self.facts is not None
+        if working or between_runs or self._alone_since is None:
+            self._alone_since, self._complain_after_s = now, FIRST_COMPLAINT_S
+            return []
+        alone_s = now - self._alone_since
+        if alone_s < self._complain_after_s:
+            return []
+        self._complain_after_s *= 2
+        return [Warn(f"waiting for a node at {', '.join(self._addresses)} ({alone_s:.0f} s so far)")]
+
+
+# What a node must prove before it is asked for anything
+
+
+def check_welcome(
+    address: str, welcome: messages.Welcome, split: Split, first: DatasetFacts | None = None
+) -> DatasetFacts:
+    """Return the facts of a split that a node serves, if its samples are the ones that this client must have.
+
+    Args:
+        address: the node's address.
+        welcome: the node's answer to Hello.
+        split: the split that it must serve.
+        first: facts of the first node, which every other must share; None if this is the first.
+
+    Raises:
+        NodeRefused: it speaks another protocol, does not serve the split, or would give other bytes.
+    """
+    check_protocol(address, welcome.protocol)
+    made = welcome.installation
+    if made.golden != BUILTIN_GOLDEN:
+        raise NodeRefused(
+            address,
+            "golden hash of the built-in pictures",
+            BUILTIN_GOLDEN,
+            made.golden,
+            f"it would make other samples, with {made}: install the versions there that constraints.txt names",
+        )
+    facts = welcome.splits.get(split)
+    if facts is None:
+        raise NodeRefused(address, "list of splits", split, ", ".join(welcome.splits) or "empty")
+    for what in ("fingerprint", "golden"):
+        need, have = getattr(first or facts, what), getattr(facts, what)
+        if need != have:
+            raise NodeRefused(address, f"dataset's {what}", need, have)
+    return facts
+
+
+def check_protocol(address: str, version: int | None) -> None:
+    """Refuse a node of another protocol version; None is the version of a message that states none.
+
+    Raises:
+        NodeRefused: it is another.
+    """
+    if version not in (None, messages.PROTOCOL):
+        raise NodeRefused(
+            address,
+            "protocol version",
+            messages.PROTOCOL,
+            version,
+            "install the same release of loader-service at both ends",
+        )

@@ -1,1 +1,1 @@
-"""The part that lives in the trainer: the ledger of what was asked for and delivered, and the public Loader."""
+"""The client, which runs in the trainer's process: the public Loader, its protocol core and its thread."""

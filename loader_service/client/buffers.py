@@ -53,7 +53,8 @@ class Buffers:
         self._copy = copy
         self.layout, self.slots, self.slice_samples = layout, slots, slice_samples
         self._seed, self._batch_size = seed, batch_size
-        self._parts = -(-batch_size // slice_samples)
+        self._parts = -(-batch_size // slice_samples)  # ceil
+        # Offsets of the areas within a slot; pixels are at 0.
         self._labels = _round_up(batch_size * layout.image_bytes)
         self._draws = self._labels + _round_up(batch_size * _LABEL_BYTES)
         self._slot_bytes = self._draws + _round_up(batch_size * layout.draws_bytes)

@@ -1,4 +1,4 @@
-"""What a client knows of a dataset once a node has answered."""
+"""The facts of a dataset, as a node reports them, in arrays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Dataset:
 
     Fields:
         count: number of records.
-        class_names: by label.
+        class_names: names of the classes, by label.
         mean: (side, side, 3) float32, the training split's mean image, 0..255.
         channel_means: (3,) float64, 0..255.
         eigenvalues: (3,) float64, of the covariance of RGB in 0..1, the largest first.
@@ -35,7 +35,7 @@ class Dataset:
 
     @classmethod
     def of(cls, facts: DatasetFacts) -> Dataset:
-        """The facts of a node's Welcome as arrays."""
+        """Return the facts of a node's Welcome as arrays."""
         return cls(
             count=facts.count,
             class_names=facts.class_names,
@@ -48,16 +48,16 @@ class Dataset:
 
     @property
     def side(self) -> int:
-        """How wide and high the records are, in pixels."""
+        """The records' width and height, in pixels."""
         return len(self.mean)
 
     @property
     def statistics(self) -> Statistics:
-        """What a view is completed with; a client is not told the covariance, and needs only its eigenvectors."""
+        """The statistics that complete a view."""
         return Statistics(
             mean_image=self.mean,
             channel_means=self.channel_means,
-            covariance=np.full((3, 3), np.nan),
+            covariance=np.full((3, 3), np.nan),  # not in a Welcome, and a view needs only its eigenvectors
             eigenvalues=self.eigenvalues,
             eigenvectors=self.eigenvectors,
         )

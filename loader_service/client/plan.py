@@ -1,4 +1,4 @@
-"""Which positions go into which batch: pure arithmetic on (count, batch size, ranks), for any place to start from.
+"""The positions of each batch: pure arithmetic on (count, batch size, ranks), from any position on.
 
 With W ranks the global batch has M = batch_size * W positions, fewer at the epoch's end, and rank r takes the positions
 from start + floor(M r / W) to start + floor(M (r + 1) / W): every rank steps equally often, and together the ranks see
@@ -16,8 +16,8 @@ class Plan:
     """One rank's part of one global batch.
 
     Fields:
-        epoch: which epoch.
-        start, size: the global batch: its first position and how many it has.
+        epoch: the epoch, from 0.
+        start, size: first position and number of positions of the global batch.
         first, count: this rank's part of it; count may be 0 in an epoch's last batch.
     """
 
@@ -35,13 +35,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The batches of a run, from anywhere.
+    """The batches of a run, from any position on.
 
     Fields:
         records: positions in an epoch.
         batch_size: positions per rank and batch.
-        rank, world_size: which rank this is, of how many.
-        epochs: how many epochs there are, numbered from 0.
+        rank, world_size: this rank, and the number of ranks.
+        epochs: number of epochs.
         drop_last: leave out an epoch's last batch if it is not full.
     """
 
@@ -53,17 +53,17 @@ class Schedule:
     drop_last: bool
 
     def batches(self, epoch: int, position: int) -> Iterator[Plan]:
-        """All batches from a global position of an epoch to the end of the last one."""
+        """Yield all batches from a global position of an epoch to the end of the last epoch."""
         for each in range(epoch, self.epochs):
             yield from self._epoch(each, position if each == epoch else 0)
 
     def batches_left(self, position: int) -> int:
-        """How many batches an epoch has from a position to its end."""
+        """Return the number of batches from a position of an epoch to its end."""
         full, rest = divmod(max(0, self.records - position), self.batch_size * self.world_size)
         return full + (1 if rest and not self.drop_last else 0)
 
     def expected(self, epoch_start: int = 0) -> int:
-        """How many positions of an epoch this rank takes, from a position to the epoch's end."""
+        """Return the number of positions that this rank takes, from a position of an epoch to its end."""
         return sum(plan.count for plan in self._ends(epoch_start))
 
     def _epoch(self, epoch: int, position: int) -> Iterator[Plan]:
@@ -73,11 +73,15 @@ class Schedule:
 
     def _plan(self, epoch: int, start: int) -> Plan:
         size = min(self.batch_size * self.world_size, self.records - start)
+        # floor(size r / W) cuts the batch without gaps into parts that differ by one position at most.
         low, high = (size * r // self.world_size for r in (self.rank, self.rank + 1))
         return Plan(epoch, start, size, start + low, high - low)
 
     def _ends(self, position: int) -> Iterator[Plan]:
-        """The epoch as two plans in one: its full batches stand for their sum. Grows with nothing."""
+        """Yield the rest of an epoch as two plans at most, so that a billion records cost no more than ten.
+
+        The first plan stands for the sum of all full batches, the second for the batch that is not full.
+        """
         full = self.batch_size * self.world_size
         batches = self.batches_left(position)
         whole = (self.records - position) // full if batches else 0

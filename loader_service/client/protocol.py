@@ -6,24 +6,30 @@ them out. Nothing here opens a socket, reads a clock, starts a thread or touches
 and payload frames are represented by their sizes. One question cannot wait for an event, namely if a late writer still
 holds a part of a slot. ``Run.arm`` answers it (see :mod:`loader_service.wire.shm`).
 
-Nodes
-    A node is one address. :class:`NodeState` says how far the handshake has come::
+Read :meth:`ClientProtocol.receive` and :meth:`Ledger.advance` first; everything else serves these two.
 
-        CONNECTING --Welcome--> WELCOMED --Attached, or a run over TCP--> WORKING
-            ^                      |  ^                                      |
-            +--------lost----------+  +--------------Welcome again-----------+
-            +------------------------lost------------------------------------+
+Nodes
+    A node is one address. :class:`NodeState` is the progress of its handshake::
+
+        from        event                                               to
+        CONNECTING  Welcome                                             WELCOMED
+        WELCOMED    a run begins without shared memory                  WORKING    (slices in frames)
+        WELCOMED    Attached, the answer to our Attach                  WORKING    (shared if the nonce is right)
+        WORKING     Welcome again, after a reconnection                 WELCOMED
+        any         lost                                                CONNECTING
 
     A node is lost when its connection is cut, when it is silent for ``NODE_SILENT_S``, when it sends anything that this
     protocol does not allow, and when it answers UnknownClient. A lost node is greeted again until it answers.
 
 Parts
-    A batch lives in a slot and has one part per slice. :class:`PartState` says how far a part has come::
+    A batch lives in a slot and has one part per slice. :class:`PartState` is the progress of a part::
 
-        WANTED --Ask--> ASKED --Filled with the part's current number--> DONE
-          ^               |                                               |
-          |               +--> its node is lost, stands still, or Failed   |
-          +---------------+------- its batch loses its slot --------------+
+        from        event                                               to
+        WANTED      Ask is sent, with a new number                      ASKED
+        ASKED       Filled, with that number                            DONE
+        ASKED       Failed; the node is lost, or stands still and       WANTED
+                    there are others
+        any         its batch loses its slot                            WANTED
 
 Invariants
     - A node owes slices only while it is WORKING.
@@ -36,12 +42,12 @@ Invariants
 
 Blocked slots
     If a late writer holds a part, the whole slot is blocked, and its batch moves: to a free slot, else to the slot of a
-    younger batch of which nothing is asked for, else it waits. The slot is free again once all its parts can be armed.
+    younger batch with no ASKED part, else it waits. The slot is free again once all its parts can be armed.
 
 Standstill
     A node may answer pings and still make nothing: its disk hangs, or a request was lost. A node stands still when it has
-    owed slices for ``NODE_STILL_S`` and has given nothing: no slice, no piece of one, no refusal. If other nodes move,
-    they are asked for what it owes, and it is asked for nothing more until it gives something again.
+    owed slices for ``NODE_STILL_S`` and has sent nothing: no slice, no piece of one, no failure. If there are other nodes,
+    they are asked for what it owes, and it is asked for nothing more until it sends something again.
 """
 
 from __future__ import annotations
@@ -77,7 +83,7 @@ FIRST_COMPLAINT_S: Final = 2.0
 """Seconds without a working node after which the client says that it waits. The interval doubles each time."""
 
 MAX_RETRIES: Final = 20
-"""Failures of one part that name no bad record, before the run ends: by then the cause is not a passing one."""
+"""Failures of one part that name no bad record, before the run ends: by then the cause is permanent."""
 
 NO_SLOT: Final = -1
 
@@ -91,7 +97,7 @@ Arm = Callable[[int, int], int | None]
 
 
 class NodeState(IntEnum):
-    """How far the handshake with a node has come; the module docstring has the transitions."""
+    """Progress of the handshake with a node; the module docstring has the transitions."""
 
     CONNECTING = 0  # nothing is known, or the node was lost
     WELCOMED = 1  # it serves what this client needs
@@ -99,7 +105,7 @@ class NodeState(IntEnum):
 
 
 class PartState(IntEnum):
-    """How far a part has come; the module docstring has the transitions."""
+    """Progress of a part; the module docstring has the transitions."""
 
     WANTED = 0
     ASKED = 1
@@ -114,7 +120,7 @@ class Part:
         first, count: its positions in the epoch.
         offset: its first sample within the batch.
         index: its number within the slot.
-        state: how far it has come.
+        state: progress of the part.
         number: the request that is current; answers to any other are duplicates.
         asked_at: time of that request, in seconds.
         received: bytes of its pixels that have arrived, for a request that is answered in frames.
@@ -166,20 +172,20 @@ Asked = tuple[PendingBatch, Part]
 
 @dataclass(eq=False)
 class NodeRecord:
-    """One node, as the core knows it.
+    """The core's knowledge of one node.
 
     Fields:
         address: its address, which is its name here.
-        state: how far the handshake has come.
+        state: progress of the handshake.
         listed: True while the names that the user gave still lead to this address.
         instance: identity of the node's process, from its Welcome.
         workers: its worker processes.
         shared: True if it writes into this client's shared memory; else slices come in frames.
         lanes: numbers of the connections that slices may come by, ascending; 0 is the one that talks.
-        turns: slices requested in frames so far, which take the lanes in turn.
+        turns: slices requested in frames so far; they use the lanes in turn.
         heard_at, greeted_at, pinged_at: times in seconds of its last message, our last Hello, our last Ping.
         asks: what it owes, by the request's number, the oldest first.
-        still_since: time since when it has owed slices and given nothing; None if it owes nothing or gave just now.
+        still_since: time from which on it has owed slices and sent nothing; None if it owes nothing or just sent something.
         still: True if that time exceeds ``NODE_STILL_S``.
     """
 
@@ -209,12 +215,12 @@ class NodeRecord:
         return len(self.asks) < self.workers * ASKS_PER_WORKER
 
     def owe(self, number: int, asked: Asked, now: float) -> None:
-        """Note a request."""
+        """Record a request."""
         self.asks[number] = asked
         self.still_since = now if self.still_since is None else self.still_since
 
     def stir(self) -> None:
-        """Note that it has given something, even if nobody waits for that any more."""
+        """Record that it has sent something, even a late answer: it does not stand still."""
         self.still_since, self.still = None, False
 
     def take_asks(self) -> list[Asked]:
@@ -223,7 +229,7 @@ class NodeRecord:
         return taken
 
     def next_lane(self) -> int:
-        """Return the lane for the next slice in frames: each open one in turn."""
+        """Return the lane for the next slice in frames; open lanes take turns."""
         self.turns += 1
         return self.lanes[self.turns % len(self.lanes)]
 
@@ -286,7 +292,10 @@ class Disconnect:
 
 @dataclass(frozen=True)
 class OpenLanes:
-    """Have so many connections with a node in all: slices come in frames, and one connection keeps one core busy."""
+    """Open lanes until there are ``connections`` with a node, since it sends slices in frames.
+
+    One TCP connection keeps one core busy at either end, so several are faster where there are cores.
+    """
 
     node: str
     connections: int
@@ -456,13 +465,13 @@ class Ledger:
             asked[1].state = PartState.DONE
 
     def retry(self, record: NodeRecord, number: int) -> None:
-        """Want a slice again that its node failed to make, through no record's fault."""
+        """Mark a slice as wanted again that its node failed to make, for a reason other than a bad record."""
         batch, part = record.asks.pop(number)
         part.retries += 1
         self._want_again(batch, part)
 
     def refuse(self, record: NodeRecord, number: int) -> bool:
-        """Want a slice again in which its node found a bad record.
+        """Mark a slice as wanted again in which its node found a bad record.
 
         Returns:
             True if every node that can be asked has refused this part, so that the record must be excluded or the run
@@ -474,16 +483,16 @@ class Ledger:
         return part.refused_by >= {node.address for node in self._askable()}
 
     def release(self, record: NodeRecord) -> None:
-        """Want again all that a lost node owes."""
+        """Mark all slices that a node owes as wanted again."""
         for batch, part in record.take_asks():
             self._want_again(batch, part)
 
     def exclude(self, bad: int) -> None:
-        """Exclude a record from all requests to come; slices that are asked for already may still hold its pixels."""
+        """Exclude a record from all later requests; slices that are asked for already may still hold its pixels."""
         self.excluded = tuple(sorted({*self.excluded, bad}))
         for batch in self._batches:
             for part in batch.parts:
-                part.refused_by.clear()  # the part has other records now
+                part.refused_by.clear()  # its next request names other records
 
     def slot_returned(self, slot: int) -> None:
         """Take a slot back from the caller."""
@@ -492,7 +501,11 @@ class Ledger:
     # Actions
 
     def advance(self, now: float) -> list[Action]:
-        """Return all that can be done now: take back blocked slots, open batches, ask for parts, deliver."""
+        """Return the actions that are possible now, after taking back blocked slots and opening batches.
+
+        The order matters: batches that lost their slot get a free one before a new batch can take it, and standstills
+        are found before requests are made, so that slices of a node that stands still are requested elsewhere at once.
+        """
         if self._blocked:
             self._unblock()
         self._place()
@@ -505,7 +518,7 @@ class Ledger:
 
     @property
     def accounts(self) -> list[EpochAccount]:
-        """The account of each epoch that has begun, in order; ``delivered`` is the caller's to count."""
+        """The account of each epoch that has begun, in order; the caller counts ``delivered``."""
         return [self._accounts[epoch] for epoch in sorted(self._accounts)]
 
     @property
@@ -516,6 +529,7 @@ class Ledger:
     # Batches
 
     def _open(self) -> None:
+        """Open batches in the schedule's order while there are free slots."""
         while self._free and not self._exhausted:
             plan = next(self._plans, None)
             if plan is None:
@@ -527,11 +541,12 @@ class Ledger:
     def _cut(self, plan: Plan) -> list[Part]:
         """Return a batch's parts, of nearly equal size."""
         pieces = -(-plan.count // self.run.slice_samples)
-        edges = [plan.count * i // pieces for i in range(pieces + 1)] if pieces else []
+        edges = [plan.count * i // pieces for i in range(pieces + 1)] if pieces else []  # no parts: an empty batch
         pairs = itertools.pairwise(edges)
         return [Part(plan.first + low, high - low, low, index) for index, (low, high) in enumerate(pairs)]
 
     def _deliveries(self) -> Iterator[Deliver]:
+        # Only the oldest batch may leave: a younger one that is done waits in its slot, so batches stay in order.
         while self._batches and self._batches[0].done:
             batch = self._batches.popleft()
             self._out.add(batch.slot)
@@ -544,6 +559,7 @@ class Ledger:
     # Requests
 
     def _asks(self, now: float) -> list[Ask]:
+        """Ask for wanted parts, the oldest batch first, while nodes have room."""
         asks: list[Ask] = []
         for batch in self._batches:
             if batch.slot != NO_SLOT and batch.wanting:
@@ -583,16 +599,16 @@ class Ledger:
         return min(roomy, key=lambda node: (node.load, node.address), default=None)
 
     def _askable(self) -> list[NodeRecord]:
-        """Return the nodes that move, or all that work if none moves."""
+        """Return the working nodes that do not stand still, or all working nodes if every one does."""
         working = [node for node in self._nodes.values() if node.state is NodeState.WORKING]
         return [node for node in working if not node.still] or working
 
     # Slots
 
     def _block(self, batch: PendingBatch) -> None:
-        """Take a batch out of its slot, of which a late writer holds a part; all its parts are made anew."""
+        """Take a batch out of its slot because a late writer holds a part of it; all its parts are wanted again."""
         self._blocked.append((batch.slot, len(batch.parts)))
-        for node in self._nodes.values():
+        for node in self._nodes.values():  # answers to the batch's requests are duplicates from now on
             node.asks = {number: asked for number, asked in node.asks.items() if asked[0] is not batch}
         self._evict(batch)
 
@@ -600,6 +616,7 @@ class Ledger:
         """Free the blocked slots whose late writers are gone."""
         still_blocked = []
         for slot, parts in self._blocked:
+            # Arming also gives each part a new generation, so that no earlier request can write it any more.
             if all(self.run.arm(slot, index) is not None for index in range(parts)):
                 self._free.append(slot)
             else:
@@ -612,14 +629,14 @@ class Ledger:
             part.state = PartState.WANTED
 
     def _place(self) -> None:
-        """Find slots for the batches that lost theirs, the next to be delivered first."""
+        """Find slots for batches without one, oldest first, since the oldest is delivered next."""
         for index, batch in enumerate(self._batches):
             if batch.slot != NO_SLOT:
                 continue
             if self._free:
                 batch.slot = self._free.popleft()
                 continue
-            # A batch of which nothing is asked for can give its slot away: nobody writes there.
+            # A younger batch with no ASKED part can give its slot away: no node writes there.
             younger = itertools.islice(self._batches, index + 1, None)
             victims = [other for other in younger if other.slot != NO_SLOT and not other.asked]
             if not victims:
@@ -630,7 +647,7 @@ class Ledger:
     # Standstill
 
     def _standstills(self, now: float) -> Iterator[Standstill]:
-        """Report the nodes that stand still, each once, and take from them what others can be asked for."""
+        """Report each node that has come to a standstill; if others deliver, take from it what it owes."""
         working = [node for node in self._nodes.values() if node.state is NodeState.WORKING]
         stopped = [node for node in working if self._has_stopped(node, now)]
         moving = not all(node.still for node in working)
@@ -652,7 +669,7 @@ class Ledger:
                     self.release(node)
 
     def _has_stopped(self, node: NodeRecord, now: float) -> bool:
-        """Update a node's standstill; True if it has just begun."""
+        """Update a node's standstill; return True if it has just begun."""
         if node.still:
             return False
         if not node.asks or node.still_since is None:
@@ -687,10 +704,10 @@ class Ledger:
 
 
 class ClientProtocol:
-    """The protocol core of one client: its nodes, and the run in progress.
+    """The protocol core of one client: its nodes and the run in progress.
 
-    Every event returns the actions that it causes at once. After a round of events, :meth:`advance` returns those of the
-    run: requests and deliveries. Errors end the client, and the caller receives them.
+    Every event returns the actions that it causes immediately. After a round of events, call :meth:`advance` once for the
+    run's requests and deliveries. An error that an event raises ends the client.
 
     Args:
         name: the client's name, for people to read in a node's status.
@@ -733,7 +750,7 @@ class ClientProtocol:
 
     @property
     def accounts(self) -> list[EpochAccount]:
-        """The account of each epoch that has begun, in order; ``delivered`` is the caller's to count."""
+        """The account of each epoch that has begun, in order; the caller counts ``delivered``."""
         ledger = self._ledger
         return ledger.accounts if ledger else []
 
@@ -757,7 +774,7 @@ class ClientProtocol:
     # Events
 
     def resolved(self, found: frozenset[str]) -> list[Action]:
-        """Connect to nodes whose addresses are new; disconnect those whose address is gone once they do not work."""
+        """Connect to new addresses; disconnect nodes whose address is no longer found, but not while they work."""
         actions: list[Action] = []
         for record in list(self._nodes.values()):
             record.listed = record.address in found
@@ -768,7 +785,7 @@ class ClientProtocol:
         return actions
 
     def connected(self, node: str, now: float, lane: int = 0) -> Iterable[Action]:
-        """Greet a node whose connection is there."""
+        """Greet a node to which a connection has been made."""
         record = self._nodes.get(node)
         if record is None:
             return ()
@@ -777,7 +794,7 @@ class ClientProtocol:
         return [self._greet(record, now)]
 
     def disconnected(self, node: str, now: float, lane: int = 0) -> Iterable[Action]:
-        """Lose a node whose connection is cut; reset it if one of its open lanes is, since slices may be lost there."""
+        """Lose a node whose connection is cut. If an open lane is cut, reset the node: in-flight slices may be lost."""
         record = self._nodes.get(node)
         if record is None:
             return ()
@@ -792,13 +809,13 @@ class ClientProtocol:
     def receive(
         self, node: str, message: messages.FromNode, now: float, lane: int = 0, sizes: Sequence[int] = ()
     ) -> Iterable[Action]:
-        """Take in one message from a node.
+        """Process one message from a node: the single entry for everything that nodes say.
 
         Args:
             node: the node's address.
             message: the decoded message.
             now: seconds on a clock that never goes back.
-            lane: the lane that it came by.
+            lane: number of the lane that it arrived on.
             sizes: bytes of each payload frame that came with it; CopyPixels and CopyTail refer to the first.
 
         Raises:
@@ -812,7 +829,8 @@ class ClientProtocol:
             return ()
         record.heard_at = now
         if lane not in record.lanes:
-            record.lanes = sorted([*record.lanes, lane])  # now the node knows where this lane's slices go
+            # A lane is used from its first message on: before that the node may not know it and would drop slices.
+            record.lanes = sorted([*record.lanes, lane])
         try:
             match message:
                 case messages.Filled():  # first, since there is one per slice
@@ -834,11 +852,11 @@ class ClientProtocol:
         return ()  # a Pong is a sign of life and nothing more
 
     def malformed(self, node: str, error: MessageError, version: int | None = None) -> Iterable[Action]:
-        """Lose a node that sent something that this protocol does not allow.
+        """Lose a node that sent a message which this protocol does not allow.
 
         Args:
             node: the node's address.
-            error: what is wrong with the message.
+            error: the flaw in the message.
             version: the protocol version that the message states; None if it states none.
 
         Raises:
@@ -851,7 +869,7 @@ class ClientProtocol:
         return [Warn(f"node {node}: {error}"), *self._lose(record, "it does not speak this protocol")]
 
     def begin(self, run: Run) -> list[Action]:
-        """Begin a run, in place of the one in progress; slots in the caller's hands stay there."""
+        """Begin a run and end the one in progress; slots in the caller's hands stay there."""
         for record in self._nodes.values():
             record.take_asks()  # answers to the last run's requests are duplicates in this one
             record.stir()
@@ -860,7 +878,7 @@ class ClientProtocol:
         return [action for record in self._nodes.values() for action in self._employ(record)]
 
     def end(self) -> None:
-        """End the run in progress, as an error does."""
+        """End the run in progress without another, after an error."""
         self._ledger = None
 
     def slot_returned(self, slot: int) -> None:
@@ -870,7 +888,7 @@ class ClientProtocol:
             self._ledger.slot_returned(slot)
 
     def tick(self, now: float) -> list[Action]:
-        """Greet nodes that have not answered, ping those that are quiet, lose those that are silent; a few times a second."""
+        """Greet nodes that have not answered, ping quiet ones, lose silent ones. Call it a few times per second."""
         actions = [action for record in list(self._nodes.values()) for action in self._tick(record, now)]
         return actions + self._complain(now)
 
@@ -881,6 +899,7 @@ class ClientProtocol:
     # The handshake
 
     def _greet(self, record: NodeRecord, now: float) -> Send:
+        """Send Hello; it is dropped if there is no connection yet, and repeated after ``GREET_AGAIN_S``."""
         record.greeted_at = record.heard_at = now
         return Send(record.address, messages.Hello(messages.PROTOCOL, self._name))
 
@@ -899,7 +918,7 @@ class ClientProtocol:
         return [*actions, *self._employ(record)]
 
     def _employ(self, record: NodeRecord) -> Iterable[Action]:
-        """Have a node work for the run in progress, through shared memory if it can."""
+        """Have a node work for the run in progress, in shared memory if it can."""
         if self._run is None or record.state is NodeState.CONNECTING:
             return ()
         if self._run.transport == "tcp" or not self._run.segment:
@@ -911,7 +930,7 @@ class ClientProtocol:
     def _attached(self, record: NodeRecord, answer: messages.Attached) -> Iterable[Action]:
         if self._run is None or answer.segment != self._run.segment or record.state is not NodeState.WELCOMED:
             return ()
-        # The nonce proves it: a name alone may stand for another segment in another container's /dev/shm.
+        # The nonce proves that it is this segment. The name does not: another container has another /dev/shm.
         if answer.nonce == self._run.nonce:
             return self._put_to_work(record, shared=True)
         if self._run.transport == "shm":
@@ -938,7 +957,7 @@ class ClientProtocol:
         return [*actions, *self._drop_if_unlisted(record)]
 
     def _reset(self, record: NodeRecord, why: str, now: float) -> list[Action]:
-        """Lose a node and greet it at once, since its connection is still there."""
+        """Lose a node whose connection still stands, and greet it immediately."""
         actions = self._lose(record, why)
         return [*actions, self._greet(record, now)] if record.listed else actions
 
@@ -948,7 +967,7 @@ class ClientProtocol:
         record.stir()
 
     def _drop_if_unlisted(self, record: NodeRecord) -> list[Action]:
-        """Disconnect a node whose address is gone; one that still works stays until it is lost."""
+        """Disconnect a node whose address is no longer found, unless it works."""
         if record.listed or record.state is NodeState.WORKING:
             return []
         del self._nodes[record.address]
@@ -961,13 +980,14 @@ class ClientProtocol:
             return ()
         record.stir()
         actions: Iterable[Action] = ()
+        # In shared memory the slice is in its slot already: its Filled is all that there is to process.
         if (asked := record.asks.get(number)) and (sizes or not record.shared):
             actions = [self._tail(record, *asked, sizes)]
         self._ledger.fill(record, number)
         return actions
 
     def _tail(self, record: NodeRecord, batch: PendingBatch, part: Part, sizes: Sequence[int]) -> CopyTail:
-        """Check the end of a slice that comes in frames."""
+        """Return the action for the last frame of a slice, or raise MessageError if the slice is not complete."""
         if record.shared or len(sizes) != 1:
             way = "in shared memory" if record.shared else "in frames"
             raise MessageError(f"a slice that was requested {way} ended with {len(sizes)} frames")
@@ -987,7 +1007,7 @@ class ClientProtocol:
             raise MessageError(f"{len(sizes)} frames came with a piece of a slice, where one or no piece is due")
         batch, part = asked
         end = part.received + sizes[0]
-        # Pieces come in order. A gap would leave an old batch's pixels in the slot.
+        # Pieces arrive in order. A gap would leave pixels of an earlier batch in the slot.
         if pixels.start != part.received or end > self._bytes_of(part)[0]:
             raise MessageError(
                 f"a piece of {sizes[0]} bytes at {pixels.start} does not continue a slice at {part.received}"
@@ -1013,15 +1033,15 @@ class ClientProtocol:
         return ()
 
     def _judge(self, record: NodeRecord, failed: messages.Failed) -> Iterable[Action]:
-        """Exclude a record that no node can read, or end the run, as the caller chose."""
+        """Exclude a record that no node can read; raise an error if the caller's options do not allow that."""
         assert self._ledger is not None
-        if failed.record in self._ledger.excluded:  # for another part, that was asked for before that
+        if failed.record in self._ledger.excluded:  # since this part was requested
             return ()
         error = RecordError(f"{self._split} at {record.address}", failed.record, failed.reason, failed.source)
         if self._max_bad is None:
             raise error
         self.quarantine.append(Quarantined(error.record, error.source, error.reason))
-        bad = len(self._ledger.excluded) + 1  # with those that a resumed run brought along
+        bad = len(self._ledger.excluded) + 1  # including those from the state that the run resumed from
         if bad > self._max_bad:
             raise TooManyBadRecords(bad, self._max_bad, str(error))
         self._ledger.exclude(failed.record)
@@ -1030,6 +1050,7 @@ class ClientProtocol:
     # The clock
 
     def _tick(self, record: NodeRecord, now: float) -> Iterable[Action]:
+        """Greet, ping or lose one node."""
         if record.state is NodeState.CONNECTING:
             return [self._greet(record, now)] if now - record.greeted_at > GREET_AGAIN_S else ()
         silent_s = now - record.heard_at
@@ -1041,7 +1062,7 @@ class ClientProtocol:
         return ()
 
     def _complain(self, now: float) -> list[Action]:
-        """Say that the client waits for a node, at intervals that double."""
+        """Warn that the client waits for a node, at intervals that double."""
         working = any(record.state is NodeState.WORKING for record in self._nodes.values())
         between_runs = self._ledger is None and self.facts is not None
         if working or between_runs or self._alone_since is None:
@@ -1054,13 +1075,13 @@ class ClientProtocol:
         return [Warn(f"waiting for a node at {', '.join(self._addresses)} ({alone_s:.0f} s so far)")]
 
 
-# What a node must prove before it is asked for anything
+# Checks before a node is asked for anything
 
 
 def check_welcome(
     address: str, welcome: messages.Welcome, split: Split, first: DatasetFacts | None = None
 ) -> DatasetFacts:
-    """Return the facts of a split that a node serves, if its samples are the ones that this client must have.
+    """Check that a node makes the samples that this client must have, and return the facts of its split.
 
     Args:
         address: the node's address.

@@ -1,7 +1,7 @@
-"""Names to addresses: a name with several addresses is several nodes, and is looked up again while the run goes on.
+"""The resolver of node names: a name with several addresses stands for several nodes, and is looked up repeatedly.
 
-So ``docker compose up --scale loader=4`` or a headless Kubernetes service grows and shrinks the pool. The look-ups have
-a thread of their own, because a resolver may take seconds to answer.
+So ``docker compose up --scale loader=4`` or a headless Kubernetes service adds and removes nodes during a run. A separate
+thread makes the look-ups, because a resolver may take seconds to answer.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from urllib.parse import urlsplit
 log = logging.getLogger("loader_service.client")
 
 INTERVAL_S: Final = 5.0
-"""How soon a new node behind a name is found; look-ups of a name that is cached cost next to nothing."""
+"""Seconds between look-ups, after which a new node behind a name is found. A cached look-up costs almost nothing."""
 
 
 class Resolver:
-    """Looks names up, once at the start and then every few seconds.
+    """A thread that looks names up at the start and then every few seconds. Without names there is no thread.
 
     Args:
-        addresses: as the user gave them, tcp:// or ipc://.
-        on_change: called from the resolver's thread with all addresses, whenever they are others than before.
-        interval_s: between look-ups.
+        addresses: the addresses that the user gave, tcp:// or ipc://.
+        on_change: called with all addresses when they change, from the resolver's thread.
+        interval_s: seconds between look-ups; None for the default.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Resolver:
             on_change(self._fixed)
 
     def close(self) -> None:
-        """Look up no more. A look-up that is under way ends by itself and changes nothing."""
-        self._stop.set()
+        """Stop looking up. A look-up that is in progress ends by itself and changes nothing."""
+        self._stop.set()  # without joining: the thread may be inside getaddrinfo for seconds
 
     def _run(self) -> None:
         last: frozenset[str] | None = None
@@ -60,23 +60,23 @@ class Resolver:
             self._stop.wait(self._interval_s)
 
     def _look_up(self, address: str) -> None:
-        """A name that cannot be looked up keeps the addresses that it had: resolvers fail, nodes may still be there."""
+        """Look one name up; keep its last addresses if that fails, since the nodes may still be there."""
         parts = urlsplit(address)
         try:
             found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
         except OSError as error:
             if address not in self._known:
-                log.warning(
-                    "%s cannot be looked up yet (%s); trying again every %.0f s", address, error, self._interval_s
-                )
-                self._known[address] = frozenset()
+                log.warning("cannot look up %s yet (%s); trying again every %.0f s", address, error, self._interval_s)
+                self._known[address] = frozenset()  # so that the warning comes once
             return
         hosts = {str(sockaddr[0]) for *_, sockaddr in found}
-        self._known[address] = frozenset(f"tcp://{f'[{h}]' if ':' in h else h}:{parts.port}" for h in hosts)
+        self._known[address] = frozenset(
+            f"tcp://{f'[{h}]' if ':' in h else h}:{parts.port}" for h in hosts
+        )  # IPv6 in brackets
 
 
 def _has_name(address: str) -> bool:
-    """Whether an address holds a name to be looked up, and not a number or a path."""
+    """Return True if an address holds a host name, rather than an IP address or a path."""
     if not address.startswith("tcp://"):
         return False
     try:

@@ -82,7 +82,7 @@ class Session:
         for address in addresses:
             sockets.check_address(address)
         self.addresses, self._split, self._keys = addresses, split, keys
-        name = f"{socket.gethostname()}:{os.getpid()}"[:255]
+        name = f"{socket.gethostname()}:{os.getpid()}"[:255]  # the wire's limit
         self._core = ClientProtocol(name, addresses, split, max_bad=max_bad, connections=connections)
         self._ready = threading.Event()  # the core knows the dataset's facts, or an error has come first
         self._error: LoaderServiceError | None = None
@@ -116,6 +116,7 @@ class Session:
             raise NoNodeError(self.addresses, timeout_s or 0.0)
         if self._error:
             raise self._error
+        # Written before the event was set, so this thread sees it.
         assert self._core.facts is not None
         return self._core.facts
 
@@ -142,10 +143,10 @@ class Session:
 
     def close(self) -> None:
         """Leave the nodes and end the thread."""
-        if self._pid != os.getpid():  # a fork's copy: the thread is not here
+        if self._pid != os.getpid():  # a forked copy has no thread, and its sockets are the parent's
             return
         self._stopping = True
-        self._resolver.close()
+        self._resolver.close()  # first, so that it adds no command that nobody takes
         self._waker.wake()
         self._thread.join()
         self._waker.close()
@@ -162,7 +163,7 @@ class Session:
 
     @property
     def accounts(self) -> list[EpochAccount]:
-        """The account of each epoch of the run in progress; ``delivered`` is the caller's to count."""
+        """The account of each epoch of the run in progress; the caller counts ``delivered``."""
         return self._core.accounts
 
     @property
@@ -210,6 +211,7 @@ class Session:
             self._context.term()
 
     def _fail(self, error: LoaderServiceError) -> None:
+        """Pass an error to the caller's thread, wherever it waits."""
         self._error = error
         while self._commands:  # among them may be a begin, whose queue must receive the error
             self._commands.popleft()()
@@ -321,7 +323,7 @@ class Session:
         self._watch(connection.lanes)
 
     def _open_lanes(self, node: str, connections: int) -> None:
-        sockets.keep_freed_frames()
+        sockets.keep_freed_frames()  # else malloc returns each frame's memory to the kernel and faults it in again
         self._watch(self._connections[node].open_lanes(connections))
 
     def _watch(self, lanes: list[Lane]) -> None:

@@ -1,4 +1,4 @@
-"""Where a loader is, as a few plain values: what ``state_dict`` gives and ``load_state_dict`` takes."""
+"""The saved state of a loader: the few plain values of ``state_dict`` and ``load_state_dict``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loader_service.types import MAX_EXCLUDED, Count, Position, View
 
 FORMAT: Final = 1
 _IDENTITY: Final = ("format", "fingerprint", "golden", "seed", "view")
-"""What must be the same for the rest of a run to be the rest of that run; everything else may change."""
+"""The fields that decide the samples of a run, so that they must be equal to continue it; all others may differ."""
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -20,9 +20,9 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Fields:
         epoch, position: the first global position that has not been returned.
-        seed, view, fingerprint, golden: which run it is.
-        exclusions: the records that are replaced as bad, ascending.
-        format: of this struct.
+        seed, view, fingerprint, golden: identity of the run.
+        exclusions: bad records that are replaced, ascending.
+        format: version of this struct.
     """
 
     epoch: Count
@@ -35,24 +35,25 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int = FORMAT
 
     def plain(self) -> dict[str, Any]:
-        """Only what JSON has: dicts, lists, numbers and strings."""
+        """Return the state as JSON has it: dicts, lists, numbers and strings."""
         values: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         return values
 
     def resumed(self, saved: Mapping[str, Any], count: int) -> State:
-        """The saved place, checked against this loader's.
+        """Return a saved state, checked against this loader's own.
 
         Args:
-            saved: what :meth:`plain` gave, perhaps through a file.
-            count: the dataset's number of records.
+            saved: the result of :meth:`plain`, perhaps read from a file.
+            count: number of records of the dataset.
 
         Raises:
-            StateError: it is malformed, or of another dataset, view, seed or version.
+            StateError: the state is malformed, or of another dataset, view, seed or version.
         """
         try:
-            state = msgspec.convert(dict(saved), State)
+            state = msgspec.convert(dict(saved), State)  # checks every field, since a file can hold anything
         except (msgspec.ValidationError, TypeError, ValueError) as error:
             raise StateError("form", f"not this version's ({error})", f"format {FORMAT}") from error
+        # Checked before the bounds below: against another dataset the identity is the better error.
         for what in _IDENTITY:
             if getattr(state, what) != getattr(self, what):
                 raise StateError(what, getattr(state, what), getattr(self, what))

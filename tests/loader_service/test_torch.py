@@ -1,4 +1,4 @@
-"""Tensors from a loader: the same values, and states that count what was handed out."""
+"""Tests of the tensor wrapper: values, devices and states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("view", ["train", "ten-crop"])
 def test_tensors_have_the_arrays_values(node_address: str, device: str, view: str) -> None:
-    """Every field of every batch is the array's, on the device that was asked for."""
+    """Every tensor equals its array and is on the requested device."""
     with Loader(node_address, split="val", view=view, batch_size=16, timeout_s=20) as loader:
         arrays = [(b.images.copy(), b.labels.copy(), b.ids.copy(), b.draws.copy(), b.epoch, b.start) for b in loader]
     with Loader(node_address, split="val", view=view, batch_size=16, timeout_s=20) as loader, TensorLoader(loader, device) as batches:  # fmt: skip
@@ -37,7 +37,7 @@ def test_tensors_have_the_arrays_values(node_address: str, device: str, view: st
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_state_counts_what_was_handed_out(node_address: str, device: str) -> None:
-    """Saved between two batches and loaded again, the iterator goes on with the second, whatever was prefetched."""
+    """An iterator that is restored between two batches continues with the second, however many were prefetched."""
     with Loader(node_address, batch_size=50, epochs=2, timeout_s=20) as loader:
         starts = [(b.epoch, b.start) for b in loader]
     for stop in (0, 1, 6, 11):
@@ -49,8 +49,8 @@ def test_a_state_counts_what_was_handed_out(node_address: str, device: str) -> N
             assert head + [(b.epoch, b.start) for b in batches] == starts
 
 
-def test_a_device_that_is_not_there_is_named(node_address: str) -> None:
-    """The sentence names the device."""
+def test_a_missing_device_is_named(node_address: str) -> None:
+    """The error names the device."""
     with Loader(node_address, timeout_s=20) as loader:
         for device in ("gpu", "mps", "cuda:99" if not torch.cuda.is_available() else "meta"):
             with pytest.raises(errors.OptionError, match=f"device='{device}'"):

@@ -1,4 +1,4 @@
-"""Records that cannot be read: named, or replaced by a rule, and never in silence."""
+"""Tests of bad records: the run names them or replaces them by a rule, and never hides them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ StartNode = Callable[..., Any]
 
 
 def _damage(path: Path, records: tuple[int, ...]) -> None:
-    """Cut the JPEG payloads of some records short."""
+    """Truncate the JPEG payloads of some records."""
     env = lmdb.open(str(path), max_dbs=3)
     with env.begin(write=True, db=env.open_db(b"records")) as txn:
         for record in records:
@@ -51,7 +51,7 @@ def _run(loader: Loader) -> list[tuple[bytes, list[int], list[int], list[int]]]:
 
 
 def test_a_bad_record_stops_the_run_by_name(start_node: StartNode, damaged_dir: Path) -> None:
-    """By default the error names the record, its source file, the node and what is wrong with it."""
+    """By default the error names the record, its source file, the node and the reason."""
     node = start_node(data=damaged_dir)
     with pytest.raises(errors.RecordError) as caught, _load(node.address) as loader:
         list(loader)
@@ -63,7 +63,7 @@ def test_a_bad_record_stops_the_run_by_name(start_node: StartNode, damaged_dir: 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_bad_records_are_replaced_by_a_rule(start_node: StartNode, damaged_dir: Path, transport: Any) -> None:
-    """Batches keep their size, ids stay, sources tell, labels are the sources', and everything is counted and named."""
+    """Batches keep their size and ids; sources and labels are the replacements'; all replacements are counted and named."""
     node = start_node(data=damaged_dir)
     with _load(node.address, on_bad_sample="substitute", epochs=2, transport=transport) as loader:
         batches = _run(loader)
@@ -80,7 +80,7 @@ def test_bad_records_are_replaced_by_a_rule(start_node: StartNode, damaged_dir: 
 
 
 def test_the_same_exclusions_give_the_same_bytes_after_a_resume(start_node: StartNode, damaged_dir: Path) -> None:
-    """A state carries the exclusions; what is resumed from it is what an undisturbed run, that knows them, delivers."""
+    """A state carries the exclusions, so a resumed run delivers the same batches as the run that it continues."""
     node = start_node(data=damaged_dir, workers=2)
     with _load(node.address, on_bad_sample="substitute", epochs=3) as loader:
         everything = _run(loader)
@@ -92,11 +92,11 @@ def test_the_same_exclusions_give_the_same_bytes_after_a_resume(start_node: Star
     with _load(node.address, on_bad_sample="substitute", epochs=3, transport="tcp") as loader:
         loader.load_state_dict(state)
         assert _run(loader) == everything[6:]
-        assert loader.quarantine == []  # nothing new was found
+        assert loader.quarantine == []  # the exclusions came with the state, so nothing new was found
 
 
 def test_what_one_node_cannot_read_another_may(start_node: StartNode, damaged_dir: Path, sound_dir: Path) -> None:
-    """One node's disk is damaged, the other's is not: nothing is replaced and nothing stops."""
+    """If one node's disk is damaged and another's is not, nothing is replaced and the run continues."""
     sound, damaged = start_node(data=sound_dir), start_node(data=damaged_dir)
     with _load(sound.address, epochs=2) as loader:
         undisturbed = _run(loader)
@@ -105,7 +105,7 @@ def test_what_one_node_cannot_read_another_may(start_node: StartNode, damaged_di
 
 
 def test_more_than_max_bad_is_an_error_all_the_same(start_node: StartNode, damaged_dir: Path) -> None:
-    """With max_bad=1 the second bad record ends the run, and the sentence says what to do."""
+    """With max_bad=1 the second bad record ends the run, and the error says what to do."""
     node = start_node(data=damaged_dir)
     with pytest.raises(errors.TooManyBadRecords, match=r"2 records are bad, and max_bad allows 1.*tools\.verify"), _load(node.address, on_bad_sample="substitute", max_bad=1) as loader:  # fmt: skip
         list(loader)
@@ -114,21 +114,21 @@ def test_more_than_max_bad_is_an_error_all_the_same(start_node: StartNode, damag
 def test_a_dataset_truncated_in_use_ends_its_node_and_loses_nothing(
     start_node: StartNode, sound_dir: Path, tmp_path: Path, eventually: Callable[[Callable[[], bool], str], None]
 ) -> None:
-    """Reading past the end of a truncated file is SIGBUS; the node says what is wrong and ends, and another serves on."""
+    """Reading past the end of a truncated file raises SIGBUS; the node names the cause and ends, and another takes over."""
     shutil.copytree(sound_dir / "train.lmdb", tmp_path / "train.lmdb")
     data = tmp_path / "train.lmdb" / "data.mdb"
-    sound, doomed = start_node(data=sound_dir), start_node(data=tmp_path)
+    sound, truncated = start_node(data=sound_dir), start_node(data=tmp_path)
     with _load(sound.address, epochs=2) as loader:
         undisturbed = _run(loader)
     os.truncate(data, data.stat().st_size // 2)
 
     def run_disturbed() -> bool:
-        with _load(f"{doomed.address},{sound.address}", epochs=2) as loader:
+        with _load(f"{truncated.address},{sound.address}", epochs=2) as loader:
             assert _run(loader) == undisturbed
-        return doomed.process.poll() is not None
+        return truncated.process.poll() is not None
 
-    eventually(run_disturbed, "the doomed node has read what is not there, and ended")
-    code, said = doomed.stop()
+    eventually(run_disturbed, "the node with the truncated file has ended")
+    code, said = truncated.stop()
     assert code == errors.NodeFailed.exit_code
     assert "SIGBUS" in said
     assert "data.mdb is truncated" in said
@@ -141,7 +141,7 @@ def test_a_dataset_replaced_in_use_is_never_mixed_with_the_old_one(
     tmp_path: Path,
     eventually: Callable[[Callable[[], bool], str], None],
 ) -> None:
-    """Workers go on with the records they have open; a new worker finds others under the name, and the node says so and ends."""
+    """Workers keep the records that they have open; a new worker finds others at that path, and the node ends."""
     shutil.copytree(sound_dir / "train.lmdb", tmp_path / "train.lmdb")
     node = start_node(data=tmp_path, workers=2)
     with _load(node.address, epochs=2) as loader:
@@ -159,6 +159,6 @@ def test_a_dataset_replaced_in_use_is_never_mixed_with_the_old_one(
 
 @pytest.mark.parametrize("exclusions", [None, [-1], [RECORDS], ["7"], list(range(2000))], ids=str)
 def test_exclusions_of_a_state_are_checked(start_node: StartNode, sound_dir: Path, exclusions: Any) -> None:
-    """A state whose exclusions cannot be is refused."""
+    """A state with impossible exclusions is refused."""
     with _load(start_node(data=sound_dir).address) as loader, pytest.raises(errors.StateError, match="exclusions"):
         loader.load_state_dict(loader.state_dict() | {"exclusions": exclusions})

@@ -1,4 +1,4 @@
-"""Several connections with one node: the same batches, one client, and a connection that is cut costs nothing."""
+"""Tests of several connections with one node: the same batches, also when a connection is cut."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ EPOCHS = 3
 
 
 def connections_with(address: str) -> list[int]:
-    """The descriptors of this process's TCP connections that lead to a node."""
+    """Return the descriptors of this process's TCP connections to a node."""
     port = urlsplit(address).port
     return [c.fd for c in psutil.Process().net_connections("tcp") if c.raddr and c.raddr.port == port]
 
 
 def cut(descriptor: int) -> None:
-    """End a connection, as a network does that both sides hear of."""
+    """Cut a connection in a way that both sides notice."""
     with socket.socket(fileno=os.dup(descriptor)) as connection:
         connection.shutdown(socket.SHUT_RDWR)
 
@@ -38,7 +38,7 @@ def pixels(loader: Loader) -> list[bytes]:
 
 @pytest.fixture(name="expected")
 def expected_fixture(node_address: str) -> list[bytes]:
-    """What comes by one connection."""
+    """Return the batches that arrive by one connection."""
     with Loader(node_address, batch_size=8, seed=3, epochs=EPOCHS, transport="tcp", connections=1) as loader:
         return pixels(loader)
 
@@ -51,7 +51,7 @@ def test_slices_come_by_several_connections(
     tmp_path: Path,
     with_keys: bool,
 ) -> None:
-    """Each carries some; the node sees one client; the batches are those that come by one."""
+    """Each connection carries slices, the node sees one client, and the batches equal those of one connection."""
     options: dict[str, Any] = {}
     if with_keys:
         generate(tmp_path / "keys")
@@ -62,7 +62,7 @@ def test_slices_come_by_several_connections(
         node.address, batch_size=8, seed=3, epochs=EPOCHS, transport="tcp", connections=CONNECTIONS, **options
     ) as loader:
         got = [next(loader).images.tobytes()]
-        eventually(lambda: len(connections_with(node.address)) == CONNECTIONS, "all connections are there")
+        eventually(lambda: len(connections_with(node.address)) == CONNECTIONS, "all connections are open")
         received = dict.fromkeys(connections_with(node.address), 0)
         got += pixels(loader)
         for descriptor in received:
@@ -77,28 +77,28 @@ def test_a_connection_that_is_cut_costs_nothing(
     eventually: Callable[[Callable[[], bool], str], None],
     expected: list[bytes],
 ) -> None:
-    """Whichever of them it is, its slices are asked for again, and each position is delivered once."""
+    """The slices of any cut connection are requested again, and each position is delivered once."""
     node = start_node(workers=2)
     with Loader(node.address, batch_size=8, seed=3, epochs=EPOCHS, transport="tcp", connections=CONNECTIONS) as loader:
         got = []
         for batch in loader:
             got.append(batch.images.tobytes())
             if len(got) in (3, 6, 9):
-                eventually(lambda: len(connections_with(node.address)) == CONNECTIONS, "all connections are there")
+                eventually(lambda: len(connections_with(node.address)) == CONNECTIONS, "all connections are open")
                 cut(connections_with(node.address)[len(got) // 3 - 1])
         assert [account.delivered for account in loader.ledger] == [loader.dataset.count] * EPOCHS
     assert got == expected
 
 
-def test_how_many_connections_there_may_be(node_address: str) -> None:
-    """None is no way to reach a node, and hundreds are a mistake."""
+def test_the_number_of_connections_is_checked(node_address: str) -> None:
+    """0 connections and more than 16 are refused."""
     for connections in (0, 17):
         with pytest.raises(OptionError, match="connections"):
             Loader(node_address, connections=connections)
 
 
 def _bytes_received(descriptor: int) -> int:
-    """By a connection so far, as the kernel counts (tcp_info's tcpi_bytes_received)."""
+    """Return the bytes received by a connection so far, from the kernel (tcp_info's tcpi_bytes_received)."""
     with socket.socket(fileno=os.dup(descriptor)) as connection:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     return int.from_bytes(info[128:136], "little")

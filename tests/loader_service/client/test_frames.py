@@ -1,4 +1,4 @@
-"""Slices in frames: pieces go where they belong, and a node that sends anything else is not believed."""
+"""Tests of slices in frames: pieces arrive in their slot, and a node that sends wrong ones is lost."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Messages = list[list[bytes]]
 
 
 def answer(number: int) -> Messages:
-    """The right one to a request: two pieces and the end."""
+    """Return the right answer to a request: two pieces and the end."""
     return [
         [messages.encode(messages.Pixels(number, 0)), PIXELS[:HALF]],
         [messages.encode(messages.Pixels(number, HALF)), PIXELS[HALF:]],
@@ -37,7 +37,7 @@ def answer(number: int) -> Messages:
 
 @contextmanager
 def node(answers: Callable[[int], Messages]) -> Iterator[str]:
-    """A node played by hand, that sends what it is given for each request."""
+    """Play a node that sends these answers to each request; yield its address."""
     mean = bytes(256 * 256 * 3 * 4)
     facts = DatasetFacts(COUNT, ("a",) * COUNT, mean, (0.0,) * 3, (1.0,) * 3, (1.0,) * 9, INSTANCE, INSTANCE)
     made = Installation(BUILTIN_GOLDEN, {})
@@ -70,7 +70,7 @@ def node(answers: Callable[[int], Messages]) -> Iterator[str]:
 
 
 def load(address: str, timeout_s: float) -> tuple[bytes, list[int]]:
-    """The one batch that there is: its pixels and labels."""
+    """Return the pixels and labels of the only batch."""
     view = View(crop=SIDE, flip=False, jitter=0.0, basis=(0.0,) * 9)
     with Loader(address, view=view, batch_size=COUNT, transport="tcp", timeout_s=timeout_s) as loader:
         batch = next(loader)
@@ -78,13 +78,13 @@ def load(address: str, timeout_s: float) -> tuple[bytes, list[int]]:
 
 
 def test_pieces_make_a_slice() -> None:
-    """Each goes where the one before it ended; labels come last."""
+    """Pieces and the tail make a batch."""
     with node(answer) as address:
         assert load(address, 20) == (PIXELS, list(range(COUNT)))
 
 
 def test_pieces_of_a_request_that_nobody_made_change_nothing() -> None:
-    """A late answer to an earlier request is let pass."""
+    """A late answer to an earlier request is ignored."""
     with node(lambda number: [*answer(number + 1000), *answer(number)]) as address:
         assert load(address, 20) == (PIXELS, list(range(COUNT)))
 
@@ -94,16 +94,16 @@ def test_pieces_of_a_request_that_nobody_made_change_nothing() -> None:
     [(1, 0, 2), (0, 0, 2), (0, 2), (2,), (0, 1, 1)],
     ids=["the second piece first", "a piece twice", "a piece missing", "no piece", "more than a slice"],
 )
-def test_other_pieces_are_not_believed(order: tuple[int, ...], caplog: pytest.LogCaptureFixture) -> None:
-    """The node is given up by name, and no batch is made of what it sent."""
+def test_wrong_pieces_lose_their_node(order: tuple[int, ...], caplog: pytest.LogCaptureFixture) -> None:
+    """A warning names the node, and no batch is made of these pieces."""
     with node(lambda number: [answer(number)[i] for i in order]) as address, caplog.at_level(logging.WARNING):
         with pytest.raises(errors.NoNodeError):
             load(address, 1)
         assert f"node {address} is lost: it does not speak this protocol" in caplog.text
 
 
-def test_a_frame_too_many_is_not_believed(caplog: pytest.LogCaptureFixture) -> None:
-    """A piece is one frame."""
+def test_a_frame_too_many_loses_its_node(caplog: pytest.LogCaptureFixture) -> None:
+    """A piece with two frames is refused."""
     with node(lambda number: [[*answer(number)[0], b""]]) as address, caplog.at_level(logging.WARNING):
         with pytest.raises(errors.NoNodeError):
             load(address, 1)

@@ -1,4 +1,4 @@
-"""A node with keys: the right ones open it, everything else gets nothing but a clear error."""
+"""Tests of keys: a node with keys serves only clients that have them; other clients get a clear error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _right(keyring: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_the_right_keys_open_it(address: str, keyring: Path, transport: Any) -> None:
-    """A whole epoch, a description and a status, through both transports."""
+    """A client with the right keys gets an epoch, a description and a status, by both transports."""
     with Loader(address, transport=transport, timeout_s=20, **_right(keyring)) as loader:
         assert sum(len(batch.labels) for batch in loader) == 300
     assert describe(address, **_right(keyring)).count == 300
@@ -53,10 +53,10 @@ def test_the_right_keys_open_it(address: str, keyring: Path, transport: Any) -> 
         ("ours", "theirs", "this client's key is not on the node's list"),
     ],
 )
-def test_strangers_get_a_clear_error_and_nothing_else(
+def test_clients_with_wrong_keys_get_a_clear_error(
     address: str, keyring: Path, server: str | None, client: str | None, sentence: str
 ) -> None:
-    """No key, a wrong node key, an unlisted client key: each is told apart, by Loader, describe and status."""
+    """Loader, describe and status distinguish no key, a wrong node key and an unlisted client key."""
     given = {
         "server_key": keyring / server / "node.key" if server else None,
         "client_key": keyring / client / "client.secret" if client else None,
@@ -68,13 +68,13 @@ def test_strangers_get_a_clear_error_and_nothing_else(
 
 
 def test_keys_for_a_node_without_keys(node_address: str, start_node: StartNode, keyring: Path) -> None:
-    """A client that insists on keys does not talk to a node that has none."""
+    """A client with keys refuses a node without."""
     with pytest.raises(errors.KeyRefused, match="started without --keys"):
         Loader(start_node().address, timeout_s=20, **_right(keyring))
 
 
 def test_a_relay_without_a_node_is_no_wrong_key(start_node: StartNode, keyring: Path) -> None:
-    """Somebody who accepts connections for a node that is not there yet hangs up on them: the client goes on trying."""
+    """A relay that closes connections, since its node is not there yet, is not mistaken for a wrong key."""
     relay = socket.create_server(("127.0.0.1", 0))
     port = relay.getsockname()[1]
     with ThreadPoolExecutor() as pool, relay:
@@ -88,7 +88,7 @@ def test_a_relay_without_a_node_is_no_wrong_key(start_node: StartNode, keyring: 
 
 
 def test_an_address_that_others_can_reach_needs_keys(dataset_dir: Path) -> None:
-    """Binding all interfaces without keys is refused with the remedy."""
+    """Binding all interfaces without keys is refused, and the error names the remedy."""
     command = [sys.executable, "-m", "loader_service", "start", "--data", str(dataset_dir), "--bind", "tcp://0.0.0.0:*"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == errors.OptionError.exit_code
@@ -99,7 +99,7 @@ def test_an_address_that_others_can_reach_needs_keys(dataset_dir: Path) -> None:
 def test_a_name_with_several_addresses_is_several_nodes(
     start_node: StartNode, monkeypatch: pytest.MonkeyPatch, eventually: Callable[[Callable[[], bool], str], None]
 ) -> None:
-    """A DNS name is looked up again while running: the pool grows by a node that joins, and the batches stay the same."""
+    """A DNS name is looked up again during a run: a new node behind it is used, and the batches stay the same."""
     first = start_node(bind="tcp://127.0.0.1:*")
     port = first.address.rpartition(":")[2]
     second = start_node(bind=f"tcp://127.0.0.2:{port}")

@@ -1,4 +1,4 @@
-"""The public Loader against a real node: the same bytes every way, each sample once, states, ranks, errors."""
+"""Tests of the public Loader against real nodes: bytes, order, states, ranks and errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _run(address: str, **options: Any) -> list[bytes]:
 def test_shared_memory_and_frames_give_the_pure_functions_bytes(
     node_address: str, dataset_dir: Path, view: str, dtype: Any
 ) -> None:
-    """Both transports deliver exactly what ``fill`` writes in this process, for every view and dtype."""
+    """Both transports deliver exactly the bytes that ``fill`` writes in this process, for every view and dtype."""
     with Records(dataset_dir / "val.lmdb") as records:
         complete = complete_view(View.named(view), records.statistics)
         direct = empty_slice(SampleLayout(complete, dtype), len(records))
@@ -62,7 +62,7 @@ def test_shared_memory_and_frames_give_the_pure_functions_bytes(
 
 
 def test_records_of_another_side(tmp_path: Path, make_dataset: Callable[..., Any], picture: Callable[..., Any]) -> None:
-    """Both transports serve 64-pixel records: 56-pixel crops unless another is asked for, whole ones, and no larger crop."""
+    """Both transports serve 64-pixel records: crops of 56 pixels by default, other crops, and none beyond 64."""
     make_dataset(tmp_path / "train.lmdb", 20, side=64)
     with LocalNode(tmp_path, 1) as node:
         for transport in ("shm", "tcp"):
@@ -86,7 +86,7 @@ def test_records_of_another_side(tmp_path: Path, make_dataset: Callable[..., Any
 
 
 def test_any_number_of_workers_gives_the_same_epoch(dataset_dir: Path) -> None:
-    """1 worker, 3 workers, shared memory, TCP: equal batches, and every id exactly once per epoch."""
+    """1 and 3 workers, shared memory and TCP give equal batches, with every id exactly once per epoch."""
     runs = []
     for workers in (1, 3):
         with LocalNode(dataset_dir, workers) as node:
@@ -100,8 +100,8 @@ def test_any_number_of_workers_gives_the_same_epoch(dataset_dir: Path) -> None:
     assert len(runs[0]) == 10
 
 
-def test_a_batch_is_what_its_docstring_says(node_address: str) -> None:
-    """Shapes, dtypes, lengths and the place in the epoch; the last batch is short."""
+def test_a_batch_has_the_documented_shapes(node_address: str) -> None:
+    """Shapes, dtypes, epoch and start are as documented; the last batch is short."""
     with _load(node_address, batch_size=128) as loader:
         assert len(loader) == 3
         batches = [
@@ -114,7 +114,7 @@ def test_a_batch_is_what_its_docstring_says(node_address: str) -> None:
 
 
 def test_labels_belong_to_the_ids(node_address: str) -> None:
-    """The label that travels with a sample is its record's, and the source is the id."""
+    """A sample's label is its record's, and its source is its id."""
     with _load(node_address) as loader:
         for batch in loader:
             assert batch.labels.tolist() == (batch.ids % 3).tolist()
@@ -122,7 +122,7 @@ def test_labels_belong_to_the_ids(node_address: str) -> None:
 
 
 def test_the_dataset_is_described(node_address: str, statistics: Statistics) -> None:
-    """``loader.dataset`` and ``describe`` tell the manifest's facts."""
+    """``loader.dataset`` and ``describe`` return the manifest's facts."""
     with _load(node_address) as loader:
         for dataset in (loader.dataset, describe(node_address)):
             assert (dataset.count, dataset.class_names) == (RECORDS, ("ant", "bee", "cat"))
@@ -133,7 +133,7 @@ def test_the_dataset_is_described(node_address: str, statistics: Statistics) -> 
 
 
 def test_ranks_together_have_one_ranks_order(node_address: str) -> None:
-    """Three ranks' parts of each global batch, side by side, are the batches of one rank with thrice the size."""
+    """The concatenated parts of three ranks are the batches of one rank with three times the size."""
     with _load(node_address, batch_size=96, epochs=2) as loader:
         whole = [(b.ids.copy(), _content(b)) for b in loader]
     loaders = [_load(node_address, batch_size=32, epochs=2, rank=r, world_size=3) for r in range(3)]
@@ -146,7 +146,7 @@ def test_ranks_together_have_one_ranks_order(node_address: str) -> None:
 
 
 def test_more_ranks_than_samples_still_step_equally_often(node_address: str) -> None:
-    """In an epoch's last batch some ranks may get nothing, as an empty batch."""
+    """In an epoch's last batch some ranks may get an empty batch."""
     sizes = []
     for rank in range(4):
         with _load(node_address, split="val", view="center", batch_size=19, rank=rank, world_size=3 + 1) as loader:
@@ -160,7 +160,7 @@ def test_more_ranks_than_samples_still_step_equally_often(node_address: str) -> 
 
 
 def test_drop_last(node_address: str) -> None:
-    """The remainder is left out, and the ledger expects no more than that."""
+    """The remainder is left out, and the ledger does not expect it."""
     with _load(node_address, drop_last=True, epochs=2) as loader:
         assert [len(b.labels) for b in loader] == [64] * 8
         assert len(loader) == 4
@@ -169,7 +169,7 @@ def test_drop_last(node_address: str) -> None:
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 5, 7, 10])
 def test_a_state_resumes_at_the_next_batch(node_address: str, stop: int) -> None:
-    """Saved after any number of batches, as JSON, and loaded by a new loader: the rest is the undisturbed rest."""
+    """A new loader that loads a state, saved as JSON after any number of batches, delivers the rest of the run."""
     undisturbed = _run(node_address, epochs=2)
     with _load(node_address, epochs=2) as loader:
         head = [_content(next(loader)) for _ in range(stop)]
@@ -181,7 +181,7 @@ def test_a_state_resumes_at_the_next_batch(node_address: str, stop: int) -> None
 
 
 def test_a_state_resumes_with_another_world(node_address: str) -> None:
-    """Stopped with one rank and batches of 64, resumed with two ranks and batches of 10: no sample lost or repeated."""
+    """A run of one rank that is resumed with two ranks and another batch size loses and repeats no sample."""
     with _load(node_address) as loader:
         head = [next(loader).ids.copy() for _ in range(2)]
         state = loader.state_dict()
@@ -197,7 +197,7 @@ def test_a_state_resumes_with_another_world(node_address: str) -> None:
 
 
 def test_a_loader_can_be_set_back_while_it_runs(node_address: str) -> None:
-    """load_state_dict in the middle of a run, with batches under way and in hand, restarts there exactly."""
+    """load_state_dict restarts a loader exactly there, also while batches are in the making or held."""
     undisturbed = _run(node_address, epochs=2)
     with _load(node_address, epochs=2) as loader:
         start = loader.state_dict()
@@ -216,7 +216,7 @@ def test_a_loader_can_be_set_back_while_it_runs(node_address: str) -> None:
     ids=str,
 )
 def test_a_state_of_another_run_is_refused(node_address: str, change: dict[str, Any], what: str) -> None:
-    """Another seed, view or dataset would give other samples: the sentence names what differs."""
+    """Another seed, view or dataset would give other samples; the error names the one that differs."""
     with _load(node_address) as loader:
         state = loader.state_dict()
     with _load(node_address, **change) as loader, pytest.raises(errors.StateError, match=what):
@@ -227,13 +227,13 @@ def test_a_state_of_another_run_is_refused(node_address: str, change: dict[str, 
     "change", [{"position": -1}, {"position": 301}, {"epoch": "0"}, {"format": 2}, {"view": None}], ids=str
 )
 def test_a_damaged_state_is_refused(node_address: str, change: dict[str, Any]) -> None:
-    """Nothing in a saved state is believed unchecked."""
+    """Every field of a saved state is checked."""
     with _load(node_address) as loader, pytest.raises(errors.StateError):
         loader.load_state_dict(loader.state_dict() | change)
 
 
-def test_iterating_on_goes_on(node_address: str) -> None:
-    """A loop that was left goes on with the next batch, and a finished loader stays finished."""
+def test_a_loop_after_a_break_continues(node_address: str) -> None:
+    """A loop after a break continues with the next batch, and a finished loader stays finished."""
     undisturbed = _run(node_address, epochs=2)
     with _load(node_address, epochs=2) as loader:
         got = []
@@ -247,7 +247,7 @@ def test_iterating_on_goes_on(node_address: str) -> None:
 
 
 def test_holding_every_slot_is_an_error_that_says_so(node_address: str) -> None:
-    """Arrays that are kept keep their slots; letting one go lets the loader go on, and copies are free."""
+    """Holding arrays from all slots raises SlotsHeld; releasing one of them lets the loader continue."""
     with _load(node_address, batch_size=10, prefetch=2) as loader:
         held = [next(loader) for _ in range(4)]
         with pytest.raises(errors.SlotsHeld, match=r"all 4 slots.*copy\(\)"):
@@ -258,7 +258,7 @@ def test_holding_every_slot_is_an_error_that_says_so(node_address: str) -> None:
 
 
 def test_held_batches_do_not_change(node_address: str) -> None:
-    """While their arrays live, later batches are written elsewhere."""
+    """No later batch is written to a slot whose arrays are alive."""
     undisturbed = _run(node_address, epochs=2)
     with _load(node_address, epochs=2, prefetch=3) as loader:
         first, third = next(loader), [next(loader), next(loader)][1]
@@ -267,7 +267,7 @@ def test_held_batches_do_not_change(node_address: str) -> None:
 
 
 def test_closing_leaves_nothing_in_shared_memory(node_address: str, my_segments: Callable[[], set[Path]]) -> None:
-    """The segment's name is gone after close, also while a batch is still held, and when a loader is just dropped."""
+    """The segment's name is removed by close, even while a batch is held, and when a loader is garbage-collected."""
     with _load(node_address) as loader:
         held = next(loader)
         assert len(my_segments()) == 1
@@ -281,8 +281,8 @@ def test_closing_leaves_nothing_in_shared_memory(node_address: str, my_segments:
     assert my_segments() == set()
 
 
-def test_without_a_node_it_waits_only_as_long_as_it_was_told() -> None:
-    """timeout_s makes a missing node an error that says how to start one."""
+def test_without_a_node_it_waits_for_timeout_s() -> None:
+    """With timeout_s a missing node is an error that says how to start one."""
     start = time.monotonic()
     with pytest.raises(errors.NoNodeError, match="loader-service start"):
         Loader("tcp://127.0.0.1:9", timeout_s=0.3)
@@ -290,7 +290,7 @@ def test_without_a_node_it_waits_only_as_long_as_it_was_told() -> None:
 
 
 def test_a_client_outlives_its_node(dataset_dir: Path, start_node: Callable[..., Any], tmp_path: Path) -> None:
-    """The node is killed in the middle of an epoch and another starts in its place: the same batches, each once."""
+    """A node that is killed during an epoch and replaced changes nothing: the same batches, each once."""
     bind = f"ipc://{tmp_path}/node"
     node = start_node(workers=2, bind=bind)
     undisturbed = _run(bind, epochs=3)
@@ -306,7 +306,7 @@ def test_a_client_outlives_its_node(dataset_dir: Path, start_node: Callable[...,
 
 
 def test_two_nodes_share_the_work(dataset_dir: Path, start_node: Callable[..., Any]) -> None:
-    """With two addresses both nodes work; one of them killed for good changes nothing but the pace."""
+    """Two nodes work for one loader; killing one of them changes the pace and nothing else."""
     first, second = start_node(workers=1), start_node(workers=1)
     undisturbed = _run(first.address, epochs=3)
     with _load(f"{first.address}, {second.address}", epochs=3) as loader:
@@ -319,7 +319,7 @@ def test_two_nodes_share_the_work(dataset_dir: Path, start_node: Callable[..., A
 def test_a_node_with_another_dataset_is_refused(
     start_node: Callable[..., Any], make_dataset: Any, tmp_path: Path
 ) -> None:
-    """Two nodes that would give different bytes do not work for one client; the sentence names what differs."""
+    """A node with other data than the first is refused, and the error names the difference."""
     make_dataset(tmp_path / "train.lmdb", 20)
     first, other = start_node(), start_node(data=tmp_path)
 
@@ -342,7 +342,7 @@ def test_a_node_with_another_dataset_is_refused(
     ids=str,
 )  # fmt: skip
 def test_options_that_cannot_work_are_named(node_address: str, options: dict[str, Any]) -> None:
-    """The sentence names the option, its value and what was expected."""
+    """The error names the option, its value and the expected values."""
     (name,) = options
     with pytest.raises(errors.OptionError, match=f"^{name}="):
         Loader(**{"address": node_address, "timeout_s": 20} | options)
@@ -351,7 +351,7 @@ def test_options_that_cannot_work_are_named(node_address: str, options: dict[str
 def test_a_split_that_is_not_served_is_refused(
     start_node: Callable[..., Any], make_dataset: Any, tmp_path: Path
 ) -> None:
-    """A node without a validation split says which splits it has."""
+    """The error lists the splits that the node has."""
     make_dataset(tmp_path / "train.lmdb", 20)
     with pytest.raises(errors.NodeRefused, match=r"list of splits is train"):
         _load(start_node(data=tmp_path).address, split="val")

@@ -1,4 +1,4 @@
-"""A node of another version, or one that would give other bytes, is refused by name before it is asked for anything."""
+"""Tests of nodes of other versions: they are refused by name before any request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _loader(address: str) -> object:
 
 @contextmanager
 def node(answer: bytes) -> Iterator[str]:
-    """A node played by hand, that answers whatever it is asked first."""
+    """Play a node that sends this answer to the first message; yield its address."""
     context: zmq.Context[Any] = zmq.Context()
     router, address = sockets.bind_node(context, "tcp://127.0.0.1:*")
 
@@ -56,7 +56,7 @@ def node(answer: bytes) -> Iterator[str]:
     ids=["of one shape", "of another shape"],
 )
 def test_a_node_of_another_protocol_version_is_refused(ask: Ask, answer: bytes) -> None:
-    """The sentence names the node, its version and the one that this client needs, whatever else has changed since."""
+    """The error names the node, its version and the one that this client needs, even if the message cannot be read."""
     with (
         node(answer) as address,
         pytest.raises(errors.NodeRefused, match=f"{address}.*protocol version is {NEWER}.*needs {messages.PROTOCOL};"),
@@ -65,7 +65,7 @@ def test_a_node_of_another_protocol_version_is_refused(ask: Ask, answer: bytes) 
 
 
 def test_the_status_of_another_protocol_version_is_refused() -> None:
-    """As a Welcome of one is."""
+    """A status of another version is refused as a Welcome is."""
     with (
         node(msgspec.msgpack.encode({"t": "status", "protocol": NEWER, "mood": "good"})) as address,
         pytest.raises(errors.NodeRefused, match=f"protocol version is {NEWER}"),
@@ -75,7 +75,7 @@ def test_the_status_of_another_protocol_version_is_refused() -> None:
 
 @pytest.mark.parametrize("ask", [_loader, describe])
 def test_a_node_that_makes_other_samples_is_refused(ask: Ask) -> None:
-    """Also if it is the first: the client knows by itself what the built-in pictures' hash must be."""
+    """Even the first node is refused, since the client knows the right hash of the built-in pictures."""
     other = Installation("f" * 32, {"numpy": "9.9", "simplejpeg": "0.1"})
     with (
         node(messages.encode(msgspec.structs.replace(WELCOME, installation=other))) as address,

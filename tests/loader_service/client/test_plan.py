@@ -1,4 +1,4 @@
-"""The arithmetic of batches, ranks and resumption."""
+"""Tests of the arithmetic of batches, ranks and resumption."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIZES = {"records": st.integers(1, 300), "batch": st.integers(1, 40), "world": s
 
 @given(**SIZES, epochs=st.integers(0, 3))
 def test_all_ranks_together_take_each_position_once(records: int, batch: int, world: int, epochs: int) -> None:
-    """For each epoch the ranks' parts, laid side by side batch by batch, are 0 .. N-1 in order."""
+    """In each epoch the ranks' parts, concatenated batch by batch, are 0 .. N-1 in order."""
     ranks = [list(Schedule(records, batch, r, world, epochs, False).batches(0, 0)) for r in range(world)]
     assert len({len(plans) for plans in ranks}) == 1  # every rank steps equally often
     seen = [(p.epoch, i) for step in zip(*ranks, strict=True) for p in step for i in range(p.first, p.first + p.count)]
@@ -24,7 +24,7 @@ def test_all_ranks_together_take_each_position_once(records: int, batch: int, wo
 def test_counts_agree_with_the_batches(
     records: int, batch: int, world: int, drop_last: bool, data: st.DataObject
 ) -> None:
-    """Batches left and positions expected, computed in one step, are those of the batches themselves."""
+    """The computed numbers of batches and positions equal those of the batches themselves."""
     rank, position = data.draw(st.integers(0, world - 1)), data.draw(st.integers(0, records))
     schedule = Schedule(records, batch, rank, world, 1, drop_last)
     plans = list(schedule.batches(0, position))
@@ -33,8 +33,8 @@ def test_counts_agree_with_the_batches(
 
 
 @given(**SIZES, data=st.data())
-def test_another_world_goes_on_at_the_same_sample(records: int, batch: int, world: int, data: st.DataObject) -> None:
-    """Stopped after any batch and resumed with other batch and world sizes, no position is lost or repeated."""
+def test_another_world_continues_at_the_same_sample(records: int, batch: int, world: int, data: st.DataObject) -> None:
+    """A run that stops after any batch and resumes with other batch and world sizes loses and repeats no position."""
     before = list(Schedule(records, batch, 0, world, 1, False).batches(0, 0))
     cut = before[data.draw(st.integers(0, len(before) - 1))].next
     batch2, world2 = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 7))
@@ -44,7 +44,7 @@ def test_another_world_goes_on_at_the_same_sample(records: int, batch: int, worl
 
 
 def test_drop_last_leaves_out_the_remainder() -> None:
-    """With 10 records and batches of 4 the last 2 positions are left out; without drop_last they are a short batch."""
+    """With 10 records and batches of 4 the last 2 positions are left out; without drop_last they make a short batch."""
     kept = Schedule(10, 4, 0, 1, 1, True)
     assert [p.count for p in kept.batches(0, 0)] == [4, 4]
     assert kept.expected() == 8
@@ -52,7 +52,7 @@ def test_drop_last_leaves_out_the_remainder() -> None:
 
 
 def test_a_billion_records_cost_nothing() -> None:
-    """The counts do not go through the positions."""
+    """The counts take constant time."""
     schedule = Schedule(10**9, 128, 1, 3, 1, False)
     assert schedule.batches_left(0) == -(-(10**9) // 384)
     assert schedule.expected() == sum(10**9 // 384 * 128 for _ in (1,)) + (10**9 % 384) * 2 // 3 - (10**9 % 384) // 3

@@ -1,4 +1,4 @@
-"""The client's protocol core under every event and fault, without sockets, clocks or threads."""
+"""Tests of the client's protocol core under every event and fault, without sockets, clocks or threads."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ WELCOME = Welcome(PROTOCOL, "1" * 32, 1, 1 << 20, Installation(BUILTIN_GOLDEN, {
 
 
 class World:
-    """A core, slots whose parts can be blocked, and nodes that answer only when a test says so."""
+    """A core, slots whose parts can be blocked, and nodes that answer only when a test has them answer."""
 
     def __init__(
         self,
@@ -360,7 +360,7 @@ def test_a_part_that_fails_again_and_again_ends_the_run() -> None:
 
 
 def test_a_blocked_slot_is_left_and_taken_back_later() -> None:
-    """A batch moves to another slot if a late writer holds a part of its own, which serves again once it is free."""
+    """A batch leaves a slot of which a late writer holds a part; the slot is used again once it is free."""
     world = World(40, slots=2)
     world.node_up("a", 9)
     world.blocked.add((0, 1))
@@ -706,7 +706,7 @@ def test_waiting_without_a_node_is_logged_at_growing_intervals() -> None:
     ]
 
 
-def test_between_runs_nobody_waits() -> None:
+def test_a_client_between_runs_does_not_warn() -> None:
     """A client that has been welcomed and has no run does not complain."""
     core = ClientProtocol("client", ("one",), "train")
     core.resolved(frozenset("a"))
@@ -714,8 +714,8 @@ def test_between_runs_nobody_waits() -> None:
     assert not any(isinstance(action, Warn) for second in range(9) for action in core.tick(float(second)))
 
 
-def test_an_address_that_is_gone_is_left_once_its_node_does_not_work() -> None:
-    """A node that works stays until it is lost, whatever the resolver says."""
+def test_a_node_whose_address_disappears_is_disconnected_once_it_is_lost() -> None:
+    """A node whose address is no longer found stays connected while it works."""
     world = World()
     world.resolve("a", "b")
     world.node_up("a", 1)
@@ -750,7 +750,7 @@ def test_pieces_go_where_they_belong() -> None:
     assert world.advance() == [Deliver(ask.batch)]
 
 
-def test_pieces_for_nobody_change_nothing() -> None:
+def test_pieces_of_other_requests_change_nothing() -> None:
     """Pieces and ends of a request that is not current are ignored; the end counts as a duplicate."""
     world, ask = frames_world()
     assert world.receive("a", Pixels(ask.number + 1, 0), sizes=[7]) == []
@@ -867,7 +867,7 @@ def test_an_ended_run_leaves_nothing_to_do() -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_exactly_once_under_random_faults(seed: int) -> None:
-    """Whatever nodes and late writers do, every position is delivered once and in order, and the invariants hold.
+    """Under random faults every position is delivered once and in order, and the invariants hold.
 
     Nodes come, go, reconnect and stand still; answers are late, doubled or failures; parts of slots are blocked.
     """

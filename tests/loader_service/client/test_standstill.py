@@ -1,4 +1,4 @@
-"""A node that is there and gives nothing: its client says where it stands, and asks another."""
+"""Tests of a node that answers pings and makes nothing: its client reports it and asks another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loader_service.wire import messages, sockets
 
 @pytest.fixture
 def mute(dataset_dir: Path) -> Iterator[str]:
-    """A node played by hand: it welcomes its clients and answers their pings, and that is all that it does."""
+    """Play a node that welcomes clients and answers pings, and does nothing else; yield its address."""
     welcome = messages.encode(
         messages.Welcome(messages.PROTOCOL, "0" * 32, 2, defaults.SEND_SLOT_BYTES, prove(), survey(dataset_dir))
     )
@@ -50,7 +50,7 @@ def mute(dataset_dir: Path) -> Iterator[str]:
 def test_another_node_makes_what_it_owes(
     mute: str, node_address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The epoch is whole; one line names the node, what it owes, and since when."""
+    """The epoch is complete, and one warning names the node, the slices that it owes, and since when."""
     monkeypatch.setattr(defaults, "NODE_STILL_S", 0.5)
     with (
         caplog.at_level(logging.WARNING, "loader_service.client"),

@@ -592,7 +592,7 @@ class Ledger:
     def _choose(self, part: Part) -> NodeRecord | None:
         """Return the node with the smallest load that has room and has not refused this part, if there is one."""
         askable = self._askable()
-        if part.refused_by.issuperset(node.address for node in askable):
+        if part.refused_by and part.refused_by.issuperset(node.address for node in askable):
             # The nodes that might have read it are gone: ask those that are left again, and judge again.
             part.refused_by.clear()
         roomy = [node for node in askable if node.has_room and node.address not in part.refused_by]
@@ -650,6 +650,8 @@ class Ledger:
         """Report each node that has come to a standstill; if others deliver, take from it what it owes."""
         working = [node for node in self._nodes.values() if node.state is NodeState.WORKING]
         stopped = [node for node in working if self._has_stopped(node, now)]
+        if not any(node.still for node in working):
+            return
         moving = not all(node.still for node in working)
         for node in stopped:
             assert node.still_since is not None

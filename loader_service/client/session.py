@@ -146,7 +146,7 @@ class Session:
         if self._pid != os.getpid():  # a forked copy has no thread, and its sockets are the parent's
             return
         self._stopping = True
-        self._resolver.close()  # first, so that it adds no command that nobody takes
+        self._resolver.close()
         self._waker.wake()
         self._thread.join()
         self._waker.close()

@@ -1,4 +1,10 @@
-"""A private node: started as a process of its own, reachable by its starter alone, gone with it."""
+"""A node on this machine as a context manager: started as a process of its own, ended with its starter.
+
+>>> from loader_service import Loader, LocalNode
+>>> with LocalNode("data", workers=2) as node, Loader(node.address, batch_size=128) as loader:  # doctest: +SKIP
+...     for batch in loader:
+...         train(batch.images, batch.labels)
+"""
 
 from __future__ import annotations
 
@@ -8,60 +14,117 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from loader_service import defaults
-from loader_service.client.query import status
-from loader_service.errors import NodeFailed, NoNodeError
+from loader_service.errors import NodeFailed
 
 START_TIMEOUT_S: Final = 60.0
-"""Starting takes a second; a machine that needs a minute has something else to tell."""
+"""A node starts within a second; one that takes a minute does not start at all."""
 
-STOP_TIMEOUT_S: Final = 5.0
+STOP_TIMEOUT_S: Final = 10.0
+"""A node ends within 2 s of SIGTERM; after this time it is killed."""
+
+PROGRAM: Final = (sys.executable, "-m", "loader_service")
+_ANNOUNCES: Final = "listening on "
+_LAST_LINES: Final = 10
+"""Number of lines of a failed node's log that its error quotes: more than a sentence, less than a flood."""
+
+
+def start_command(
+    data: Path | str,
+    workers: int,
+    bind: str,
+    *,
+    keys: Path | str | None = None,
+    options: Sequence[str] = (),
+    program: Sequence[str] = ("loader-service",),
+) -> list[str]:
+    """Return the command that starts such a node, as a user types it."""
+    command = [*program, "start", "--workers", str(workers), "--data", os.fspath(data), "--bind", bind]
+    return [*command, *(["--keys", os.fspath(keys)] if keys else []), *options]
 
 
 class LocalNode:
-    """A context manager that runs ``loader-service start`` on this machine over an ipc socket.
+    """A node that runs ``loader-service start`` on this machine; a context manager.
 
-    The node dies with this process, also when it is killed.
+    The constructor returns when the node serves. The node dies with this process, however this process ends. It runs in
+    a session of its own, so Ctrl-C in the terminal reaches the starter alone, which then closes the node. Options from
+    the environment and from configuration files do not apply to it: they belong to the node that a user starts.
 
     Args:
         data: directory of train.lmdb and val.lmdb.
-        workers: how many worker processes.
+        workers: number of worker processes.
+        bind: address to listen at, such as ``tcp://127.0.0.1:*`` or ``ipc:///run/node``; by default an ipc socket in a
+            fresh folder that only this user can open.
+        keys: directory of the node's keys (see ``loader-service keygen``); by default the node has none.
+        options: further options of ``loader-service start``.
+        log: file that the node's log is appended to; by default its warnings go to this process's standard error.
+        program: command that runs in place of ``loader-service``, for a node with altered defaults.
+
+    Fields:
+        address: address that clients connect to, with the port that the node chose for ``*``.
+        announcement: line that the node printed when it was ready: address, splits, workers, memory ceiling.
 
     Raises:
-        NodeFailed: it could not start; the sentence has what it said.
+        NodeFailed: the node could not start; the message quotes the end of its log.
     """
 
-    def __init__(self, data: Path | str = defaults.DATA, workers: int = defaults.WORKERS) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="loader-service-")  # 0700: nobody else may connect
-        self.address = f"ipc://{self._folder.name}/node"
-        command = [sys.executable, "-m", "loader_service", "start", "--data", os.fspath(data)]
-        command += ["--workers", str(workers), "--bind", self.address, "--parent", str(os.getpid()), "--quiet"]
-        command += ["--config", os.devnull]  # what is configured is meant for the node that the user starts
-        # A session of its own: Ctrl-C in the terminal is for the starter, who then stops the node in its own time.
-        self._process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=_without_options()
-        )
-        self._said: list[str] = []
+    def __init__(
+        self,
+        data: Path | str = defaults.DATA,
+        workers: int = defaults.WORKERS,
+        *,
+        bind: str | None = None,
+        keys: Path | str | None = None,
+        options: Sequence[str] = (),
+        log: Path | str | None = None,
+        program: Sequence[str] = PROGRAM,
+    ) -> None:
+        # Mode 0700: no other user can connect to the socket in it.
+        self._folder = tempfile.TemporaryDirectory(prefix="loader-service-") if bind is None else None
+        if self._folder:
+            bind = f"ipc://{self._folder.name}/node"
+        assert bind is not None
+        # A log in a file keeps everything; on this process's standard error only warnings are worth the noise.
+        levels = ("--log-level", "warning") if log is None else ()
+        command = start_command(data, workers, bind, keys=keys, options=(*levels, *options), program=program)
+        # --parent: the kernel kills the node when this process ends. An empty configuration: see the class.
+        command += ["--parent", str(os.getpid()), "--config", os.devnull]
+        self._last_lines: list[str] = []
         self._ready = False
-        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._process = _spawn(command, log)
+        self._listener = threading.Thread(target=self._pass_on_log, name="node-log", daemon=True)
         self._listener.start()
         try:
-            self._wait_until_ready()
+            self.announcement = self._await_announcement(log)
         except BaseException:
             self.close()
             raise
+        self._ready = True
+        self.address = self.announcement.removeprefix(_ANNOUNCES).partition(": ")[0]
 
     @property
     def pid(self) -> int:
-        """Of the node's dispatcher."""
+        """Process id of the node's dispatcher, which is also the id of the node's session."""
         return self._process.pid
 
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code of the dispatcher, negative for a signal; None while it runs."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        """End the node with SIGKILL, as a crash of its machine would."""
+        self._process.kill()
+        self.close()
+
     def close(self) -> None:
-        """Stop the node and wait until it is gone."""
+        """Stop the node and wait until it has ended; by SIGKILL if it does not end within STOP_TIMEOUT_S."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:
@@ -70,9 +133,11 @@ class LocalNode:
                 self._process.kill()
                 self._process.wait()
         self._listener.join(STOP_TIMEOUT_S)
-        if self._process.stderr:
-            self._process.stderr.close()
-        self._folder.cleanup()
+        for pipe in (self._process.stdout, self._process.stderr):
+            if pipe:
+                pipe.close()
+        if self._folder:
+            self._folder.cleanup()
 
     def __enter__(self) -> LocalNode:
         return self
@@ -80,30 +145,49 @@ class LocalNode:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _listen(self) -> None:
-        """Pass on what the node says once it serves; until then it is kept for the error's sentence."""
-        assert self._process.stderr is not None
+    def _await_announcement(self, log: Path | str | None) -> str:
+        assert self._process.stdout is not None
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self._process.kill()  # readline() has no timeout, but returns when the node's end of the pipe is closed
+
+        alarm = threading.Timer(START_TIMEOUT_S, give_up)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            line = self._process.stdout.readline().strip()
+        finally:
+            alarm.cancel()
+        if line.startswith(_ANNOUNCES):
+            return line
+        if late.is_set():
+            raise NodeFailed(f"it was not ready after {START_TIMEOUT_S:.0f} s")
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_TIMEOUT_S)
+        self._listener.join(STOP_TIMEOUT_S)
+        last_lines = self._last_lines
+        if log is not None:
+            last_lines = Path(log).read_text(encoding="utf-8", errors="replace").split("\n")[-_LAST_LINES:]
+        said = line or " ".join(last_lines).strip() or f"exit code {self._process.returncode}"
+        raise NodeFailed(f"it could not start: {said.rstrip('.')}")
+
+    def _pass_on_log(self) -> None:
+        """Keep the log's last lines until the node is ready, for the error message; then copy lines to stderr."""
+        if self._process.stderr is None:
+            return
         for line in self._process.stderr:
             if self._ready:
                 sys.stderr.write(line)
             else:
-                self._said = [*self._said[-9:], line.strip()]
-
-    def _wait_until_ready(self) -> None:
-        for _ in range(int(START_TIMEOUT_S)):
-            try:
-                status(self.address, timeout_s=1.0)
-            except NoNodeError:
-                if self._process.poll() is None:
-                    continue
-                self._listener.join(STOP_TIMEOUT_S)
-                said = " ".join(self._said) or f"exit code {self._process.returncode}"
-                raise NodeFailed(f"it could not start: {said.rstrip('.')}") from None
-            self._ready = True
-            return
-        raise NodeFailed(f"it was not ready after {START_TIMEOUT_S:.0f} s")
+                self._last_lines = [*self._last_lines[1 - _LAST_LINES :], line.strip()]
 
 
-def _without_options() -> dict[str, str]:
-    """The environment, less the options that it has for a user's node."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("LOADER_SERVICE_START_")}
+def _spawn(command: Sequence[str], log: Path | str | None) -> subprocess.Popen[str]:
+    """Start the node's process in a session of its own; its log goes to a file or, without one, to a pipe."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("LOADER_SERVICE_START_")}
+    with nullcontext(subprocess.PIPE) if log is None else Path(log).open("a", encoding="utf-8") as stderr:
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True, env=environ
+        )

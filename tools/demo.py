@@ -15,17 +15,18 @@ import shlex
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import click
 import msgspec
 
+from loader_service import LocalNode
 from loader_service.cli.job import CONTEXT, Job
+from loader_service.local_node import start_command
 from tools.errors import ToolFailed
 
 T = TypeVar("T")
@@ -91,9 +92,14 @@ def heading(number: int, title: str) -> None:
     say(click.style(f"\n[{number}/5] {title}", bold=True))
 
 
+def show(command: Sequence[str]) -> None:
+    """Print a command as a user types it."""
+    say(click.style(f"$ {shlex.join(command)}", fg="cyan"))
+
+
 def start(command: Sequence[str], **pipes: Any) -> subprocess.Popen[str]:
     """Print a command as a user would type it, and start it as if a user had."""
-    say(click.style(f"$ {shlex.join(command)}", fg="cyan"))
+    show(command)
     bin_folder = Path(sys.executable).parent
     environ = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
     try:
@@ -155,23 +161,12 @@ def free_address() -> str:
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
-@contextmanager
-def node(data: Path, address: str) -> Iterator[None]:
-    """A node that serves ``data`` at ``address`` while the block runs; it is ready when it has printed its line."""
-    command = ["loader-service", "start", "--workers", str(WORKERS), "--data", str(data), "--bind", address]
-    process = start(command, stdout=subprocess.PIPE)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            finish(process)
-            raise DemoFailed("the node ended before it was ready.")
-        say(line.rstrip())
-        # Whatever else it prints is passed on, so that its pipe never fills.
-        threading.Thread(target=sys.stdout.writelines, args=(process.stdout,), daemon=True).start()
-        yield
-    finally:
-        stop(process)
+def start_node(data: Path, address: str) -> LocalNode:
+    """Start a node that serves ``data`` at ``address``; print its command before, and its own line when it is ready."""
+    show(start_command(data, WORKERS, address))
+    node = LocalNode(ROOT / data, WORKERS, bind=address)
+    say(node.announcement)
+    return node
 
 
 def new_run() -> Path:
@@ -229,10 +224,10 @@ def demo(seed: int) -> None:
     heading(1, "Photographs: labelled views, cut from pictures that ship inside packages")
     run("python", "-m", "tools.sample_images", str(IMAGES))
     heading(2, "Preprocessing: pictures on disk -> LMDB")
-    run("python", "-m", "tools.preprocess", str(IMAGES), str(data))
+    run("loader-service", "preprocess", str(IMAGES), str(data))
     heading(3, f"A node with {WORKERS} worker processes")
     address = free_address()
-    with node(data, address):
+    with start_node(data, address):
         heading(4, "Training, fed by that node")
         run("trainer", "run", "--loader", address, "--run", str(folder), *TRAINING, "--seed", str(seed))
         heading(5, "Evaluation: ten crops of each validation image")

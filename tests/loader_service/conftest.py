@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,42 +30,38 @@ def segments_of(pid: int) -> set[Path]:
     return {path for path in DIRECTORY.glob("loader-service-*") if path.stat().st_ino in open_now}
 
 
-class Node:
-    """A node started by the command line."""
+class Node(LocalNode):
+    """A node under test, with a log of its own, that can be signalled and looked into."""
 
-    def __init__(self, data: Path, workers: int, bind: str, options: tuple[str, ...]) -> None:
-        command = [sys.executable, "-m", "loader_service", "start", "--data", str(data), "--workers", str(workers)]
-        self.process = subprocess.Popen(
-            [*command, "--bind", bind, *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        assert self.process.stdout is not None
-        self.announcement = self.process.stdout.readline()
-        self.address = self.announcement.removeprefix("listening on ").partition(": ")[0]
+    def __init__(self, data: Path, workers: int, bind: str, options: tuple[str, ...], log: Path) -> None:
+        self._log = log
+        super().__init__(data, workers, bind=bind, options=options, log=log)
+
+    @property
+    def process(self) -> subprocess.Popen[str]:
+        """The dispatcher's process."""
+        return self._process
 
     @property
     def family(self) -> list[psutil.Process]:
         """The dispatcher and all its descendants."""
-        dispatcher = psutil.Process(self.process.pid)
+        dispatcher = psutil.Process(self.pid)
         return [dispatcher, *dispatcher.children(recursive=True)]
 
     def workers(self) -> list[psutil.Process]:
-        """The processes that nobody was forked from: the workers."""
+        """The worker processes: the family without the dispatcher and the fork server, which has children."""
         return [process for process in self.family[1:] if not process.children()]
 
     def segments(self) -> set[Path]:
         """The segments that the dispatcher has open."""
-        return segments_of(self.process.pid)
+        return segments_of(self.pid)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
-        """Signal the dispatcher; its exit code and what it said on standard error."""
-        if self.process.poll() is None:
-            os.kill(self.process.pid, number)
-        _, said = self.process.communicate(timeout=WAIT_S)
-        return self.process.returncode, said
+        """Signal the dispatcher; return its exit code and its log."""
+        if self.exit_code is None:
+            os.kill(self.pid, number)
+        code = self.process.wait(WAIT_S)
+        return code, self._log.read_text(encoding="utf-8")
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
@@ -90,19 +85,21 @@ def my_segments() -> Callable[[], set[Path]]:
 
 
 @pytest.fixture
-def start_node(dataset_dir: Path) -> Iterator[Callable[..., Node]]:
+def start_node(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Node]]:
     """``start_node(workers=1, data=..., bind=...)`` runs ``loader-service start`` and waits until it listens."""
     nodes: list[Node] = []
 
     def start(
         workers: int = 1, data: Path = dataset_dir, bind: str = "tcp://127.0.0.1:*", options: tuple[str, ...] = ()
     ) -> Node:
-        nodes.append(Node(data, workers, bind, options))
+        log = tmp_path_factory.mktemp("node") / "log"
+        nodes.append(Node(data, workers, bind, options, log))
         return nodes[-1]
 
     yield start
     for node in nodes:
         node.stop(signal.SIGKILL)
+        node.close()
 
 
 @pytest.fixture

@@ -110,9 +110,9 @@ def test_a_command_that_is_not_there_is_one_sentence() -> None:
 def test_stopping_the_demo_stops_its_steps(number: signal.Signals) -> None:
     """A signal to the demo alone ends it and the process that it is waiting for."""
     program = (
-        "import click; from tools import command, demo;"
+        "import click; from loader_service.cli.job import Job; from tools import demo;"
         "step = 'import time; print(\"at work\", flush=True); time.sleep(60)';"
-        "click.command(cls=command.Command)(lambda: demo.run('python', '-c', step))()"
+        "click.command(cls=Job)(lambda: demo.run('python', '-c', step))()"
     )
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

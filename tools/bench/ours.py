@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
 import click
 import numpy as np
 
-from loader_service import Loader, defaults
-from loader_service.client.loader import Batch
+from loader_service import Batch, Loader, LocalNode, defaults
 from loader_service.client.query import status
 from loader_service.data.augment import complete_view
 from loader_service.data.fill import empty_slice, fill
 from loader_service.data.records import Records
+from loader_service.local_node import PROGRAM
 from loader_service.types import SampleLayout, SliceId, View
 from loader_service.wire.auth import generate
 from loader_service.wire.messages import WorkerStatus
@@ -36,21 +34,12 @@ CHECKED: Final = 2
 """Samples that are compared of such a batch."""
 
 
-@contextmanager
-def node(data: Path, bind: str, workers: int, keys: Path | None = None, changes: str = "", *more: str) -> Iterator[str]:
-    """A node that dies with this process, with other defaults where ``changes`` are; gives its address."""
-    program = ["tools.bench.altered", changes] if changes else ["loader_service"]
-    command = [sys.executable, "-m", *program, "start", "--data", str(data), "--workers", str(workers), *more]
-    command += ["--bind", bind, "--parent", str(os.getpid()), *(["--keys", str(keys)] if keys else [])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line.startswith("listening on "):
-                raise ToolFailed(f"the node said {line.strip()!r} where it should have said where it listens.")
-            yield line.split()[2].rstrip(":")
-        finally:
-            process.terminate()
+def start_node(
+    data: Path, bind: str | None, workers: int, keys: Path | None = None, changes: str = "", options: Sequence[str] = ()
+) -> LocalNode:
+    """Start a node that dies with this process, with other defaults where ``changes`` has any."""
+    program = (sys.executable, "-m", "tools.bench.altered", changes) if changes else PROGRAM
+    return LocalNode(data, workers, bind=bind, keys=keys, options=options, program=program)
 
 
 def pin(workers: Iterable[WorkerStatus]) -> None:
@@ -127,11 +116,11 @@ def main(
         if keys:
             generate(keys)
         server_key, client_key = (keys / "node.key", keys / "client.secret") if keys else (None, None)
-        bind = "tcp://127.0.0.1:*" if transport == "tcp" else f"ipc://{folder}/node"
+        bind = "tcp://127.0.0.1:*" if transport == "tcp" else None
         with (
-            node(data, bind, workers, keys, changes, *threads) as address,
+            start_node(data, bind, workers, keys, changes, threads) as node,
             Loader(
-                address,
+                node.address,
                 batch_size=BATCH,
                 seed=SEED,
                 epochs=2**31,
@@ -145,7 +134,7 @@ def main(
             Records(data / "train.lmdb") as records,
         ):
             if pinned:
-                pin(status(address, server_key=server_key, client_key=client_key).workers)
+                pin(status(node.address, server_key=server_key, client_key=client_key).workers)
             consumer = Consumer(loader, records)
             deliver(consumer.counts(), lambda: consumer.spent_s)
 

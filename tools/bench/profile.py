@@ -21,7 +21,7 @@ from loader_service import Loader, defaults
 from loader_service.cli.job import CONTEXT, Job
 from loader_service.wire.auth import generate
 from tools.bench.contest import ROOT
-from tools.bench.ours import SEED, node
+from tools.bench.ours import SEED, start_node
 from tools.bench.turns import BATCH, WORKERS_DEFAULT, touch
 from tools.errors import ToolFailed
 
@@ -65,14 +65,14 @@ def main(
     if not (data / "train.lmdb").exists():
         raise ToolFailed(f"there are no records in {data}; make bench makes them.")
     with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:
-        bind = "tcp://127.0.0.1:*" if transport == "tcp" else f"ipc://{folder}/node"
+        bind = "tcp://127.0.0.1:*" if transport == "tcp" else None
         made = Path(folder) / "keys" if keys else None
         if made:
             generate(made)
         with (
-            node(data, bind, workers, made) as address,
+            start_node(data, bind, workers, made) as node,
             Loader(
-                address,
+                node.address,
                 batch_size=BATCH,
                 seed=SEED,
                 epochs=2**31,

@@ -21,13 +21,12 @@ import numpy.typing as npt
 import psutil
 from PIL import Image
 
-from loader_service import Loader
+from loader_service import Loader, LocalNode
 from loader_service.client.query import status
 from loader_service.data.order import records_at
 from loader_service.data.picture import FILTER
 from loader_service.types import RECORD_SIDE_PX
 from tools.bench.contest import ROOT, Contestant, Running
-from tools.bench.ours import node
 from tools.bench.turns import BATCH, deliver
 from tools.errors import ToolFailed
 
@@ -63,11 +62,10 @@ class Single(msgspec.Struct, frozen=True):
 
 def first_batch_s(data: Path, workers: int) -> float:
     """Seconds from the start of a node's process to a batch."""
-    with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:
-        start = time.perf_counter()
-        with node(data, f"ipc://{folder}/node", workers) as address, Loader(address, batch_size=BATCH) as loader:
-            next(loader)
-            return time.perf_counter() - start
+    start = time.perf_counter()
+    with LocalNode(data, workers) as node, Loader(node.address, batch_size=BATCH) as loader:
+        next(loader)
+        return time.perf_counter() - start
 
 
 def order_us() -> float:
@@ -90,14 +88,12 @@ def own_bytes(process: psutil.Process) -> int:
 
 def worker_memory(data: Path, workers: int) -> tuple[list[float], bool]:
     """Each worker's own memory after an epoch, in 10**6 bytes; and whether torch is in none of them."""
-    with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:
-        address = f"ipc://{folder}/node"
-        with node(data, address, workers) as address, Loader(address, batch_size=BATCH) as loader:
-            for _ in loader:
-                pass
-            processes = [psutil.Process(worker.pid) for worker in status(address).workers]
-            mapped = [area.path for process in processes for area in process.memory_maps()]
-            return [own_bytes(process) / 1e6 for process in processes], not any("torch" in path for path in mapped)
+    with LocalNode(data, workers) as node, Loader(node.address, batch_size=BATCH) as loader:
+        for _ in loader:
+            pass
+        processes = [psutil.Process(worker.pid) for worker in status(node.address).workers]
+        mapped = [area.path for process in processes for area in process.memory_maps()]
+        return [own_bytes(process) / 1e6 for process in processes], not any("torch" in path for path in mapped)
 
 
 def preprocessing(source: Path, workers: int, files: int) -> tuple[list[float], list[float]]:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from loader_service import LocalNode
 from tools.chaos import processes
 from tools.chaos.link import HOST, Link, Links
-from tools.errors import ToolFailed
 
 WORKERS = 2
-STOP_S = 10.0
 
 
 def link_host(number: int) -> str:
@@ -60,32 +57,24 @@ class Node:
         self.address = f"tcp://{self.link.host}:{self.link.port}"
         self.lost = self.troubled = self.link_troubled = False
         self.sessions: list[int] = []  # one for each start
-        self._process: subprocess.Popen[str] | None = None
+        self._node: LocalNode | None = None
 
     @property
     def runs(self) -> bool:
         """Whether its dispatcher is there, be it stopped."""
-        return self._process is not None and self._process.poll() is None
+        return self._node is not None and self._node.exit_code is None
 
     @property
     def dispatcher(self) -> int:
         """The dispatcher's process id."""
-        assert self._process is not None
-        return self._process.pid
+        assert self._node is not None
+        return self._node.pid
 
     def start(self) -> None:
         """Start it, at the address that it always has, and wait until it serves."""
-        command = [sys.executable, "-m", "loader_service", "start", "--data", str(self._data)]
-        command += ["--workers", str(WORKERS), "--bind", f"tcp://{HOST}:{self._port}"]
-        command += ["--keys", str(self._keys)] if self._keys else []
-        with self._log.open("a") as log:
-            self._process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
-            )
-        self.sessions.append(self._process.pid)
-        assert self._process.stdout is not None
-        if not self._process.stdout.readline():
-            raise ToolFailed(f"{self.name} did not start; {self._log} says why.")
+        bind = f"tcp://{HOST}:{self._port}"
+        self._node = LocalNode(self._data, WORKERS, bind=bind, keys=self._keys, log=self._log)
+        self.sessions.append(self._node.pid)
 
     def workers(self) -> list[int]:
         """The workers' process ids: of the dispatcher's session, whoever is the fork server's child."""
@@ -104,18 +93,13 @@ class Node:
 
     def kill(self) -> None:
         """SIGKILL its dispatcher, as a machine's end would."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.communicate()
+        assert self._node is not None
+        self._node.kill()
 
     def stop(self) -> int | None:
         """End it in peace; its exit code, or None if it had ended before."""
-        if self._process is None or not self.runs:
+        if self._node is None or not self.runs:
             return None
-        processes.send(self.family(), signal.SIGCONT)
-        self._process.terminate()
-        try:
-            self._process.communicate(timeout=STOP_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
-        return self._process.returncode
+        processes.send(self.family(), signal.SIGCONT)  # a stopped process would not see SIGTERM
+        self._node.close()
+        return self._node.exit_code

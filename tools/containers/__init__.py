@@ -1,1 +1,1 @@
-"""`make docker` and `make docker-scale`: the system as containers, really run."""
+"""`make docker` and `make docker-scale`: the system as containers, run by Docker Compose."""

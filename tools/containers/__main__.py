@@ -1,9 +1,8 @@
-"""`python -m tools.containers build|demo|scale`: what `make docker` and `make docker-scale` run.
+"""`python -m tools.containers build|demo|scale`: the commands behind `make docker` and `make docker-scale`.
 
-- Everything is done by Docker Compose with docker/compose.yaml, in projects of its own, so nobody's volumes or containers
-  are touched.
-- ``build`` and the other commands are two, because an engine may have the network for the one and not for the other.
-- Nothing waits for a time to pass: the trainer's own lines say when it is in the middle of an epoch.
+- Docker Compose does everything with docker/compose.yaml, in projects of its own: no other volumes or containers change.
+- ``build`` is a command apart, because an engine may have network access for builds and none for containers.
+- No step waits for a fixed time: the trainer's own lines tell when it is in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ PARTS: Final = {"build": build, "demo": demo, "scale": scale}
 @click.command(cls=Job, context_settings=CONTEXT)
 @click.argument("part", type=click.Choice(list(PARTS)))
 def main(part: str) -> None:
-    """Build the images, run the demo by them, or kill and add loaders while they train."""
+    """Build the images, run the demo in containers, or kill and add loaders during training."""
     PARTS[part]()
 
 

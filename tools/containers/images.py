@@ -1,4 +1,4 @@
-"""The images, built in the order in which each can use the layers of the one before."""
+"""The images, built in an order in which each uses the layers of the one before."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Final
 
 from tools.containers.compose import Compose
-from tools.demo import say
+from tools.terminal import say
 
 BUILT: Final = ("keys", "preprocess", "trainer-cpu", "prometheus")
 """The services that build: the loader's image, the same with photographs, the trainer's, and Prometheus."""
 
 WHEELS_PORT: Final = 8998
-"""Always the same one: it becomes part of a build argument, and another argument would make every layer again."""
+"""A fixed port: it becomes part of a build argument, and a changed argument would rebuild every layer."""
 
 
 def build() -> None:
-    """Build the images that the other verbs run."""
+    """Build the images that `make docker` and `make docker-scale` run."""
     with local_wheels() as variables:
         compose = Compose(**variables)
         for service in BUILT:
@@ -34,7 +34,10 @@ def build() -> None:
 
 @contextmanager
 def local_wheels() -> Iterator[dict[str, str]]:
-    """Serve the folder of wheels that PIP_FIND_LINKS names to builds, which cannot see it; yields Compose's variables."""
+    """Serve the folder of wheels that PIP_FIND_LINKS names over HTTP, since builds cannot see it.
+
+    Yields Compose's variables, none if PIP_FIND_LINKS names no folder.
+    """
     folder = Path(os.environ.get("PIP_FIND_LINKS") or "-")
     if not folder.is_dir():
         yield {}
@@ -53,4 +56,4 @@ def local_wheels() -> Iterator[dict[str, str]]:
 
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""

@@ -1,4 +1,4 @@
-"""A training in containers, as both verbs see it: its lines, its way to the loaders, and what it leaves behind."""
+"""A training run in containers: its lines, its transport, and the results it leaves."""
 
 from __future__ import annotations
 
@@ -7,42 +7,53 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-import click
-
+from loader_service.wire.messages import Status
 from tools.containers.compose import Compose
-from tools.demo import ROOT, Summary, check, read, say
 from tools.errors import ToolFailed
+from tools.results import check, read_summary
+from tools.terminal import ROOT
+from trainer.run.summary import Summary
 
 RUNS: Final = Path("build/containers")
-"""Where a run's folder is copied to before its volume is removed."""
+"""Folder that runs are copied to before their volume is removed."""
 
 TRAINER: Final = "trainer-cpu"
 
 TRAINING: Final = ("--width", "0.25", "--batch-size", "32", "--epochs")
-"""As in `make demo`, but for fewer epochs: enough to be far from chance, or to lose a node and win another."""
+"""As in `make demo`, but for fewer epochs: enough to be far above chance, or to lose a node and gain another."""
 
+# The beginnings of the trainer's lines when its output is no terminal; trainer/run/console.py prints them.
 MIDDLE: Final = re.compile(r"epoch \d+/\d+  ")
-"""What the trainer's lines begin with while it is in the middle of an epoch."""
+"""A line from the middle of an epoch."""
 
 PROGRESS: Final = re.compile(r"epoch \d+/\d+ ")
-"""The same, and the line at an epoch's end."""
+"""A line from the middle or the end of an epoch."""
 
 EPOCH_OVER: Final = re.compile(r"epoch \d+/\d+ done")
-"""What its line at an epoch's end begins with."""
+"""The line at the end of an epoch."""
 
 WAITING: Final = re.compile(r"waiting for a node at ")
-"""What the trainer's lines begin with while no loader answers it."""
+"""The line of a trainer that no loader answers."""
+
+
+def samples_made(status: Status) -> int:
+    """Return the number of samples that a node's workers have made."""
+    return sum(worker.samples for worker in status.workers)
 
 
 def expect_transport(compose: Compose, transport: str) -> None:
-    """Refuse a trainer that gets its batches from the first loader in another way than it should."""
+    """Check that all clients of the first loader receive their batches by this transport, ``shm`` or ``tcp``.
+
+    Raises:
+        ToolFailed: they do not, or there is no client.
+    """
     found = {client.transport for client in compose.status(1).clients}
     if found != {transport}:
-        raise ToolFailed(f"batches were to come by {transport}, but come by {', '.join(sorted(found)) or 'no way'}.")
+        raise ToolFailed(f"batches should come by {transport}, but come by {', '.join(sorted(found)) or 'no way'}.")
 
 
 def copy_run(compose: Compose, run: str) -> tuple[Path, Summary]:
-    """A run's folder out of its volume, and what the run says of itself: that each sample was there once.
+    """Copy a run's folder out of its volume; return the copy's path, relative to ROOT, and the run's summary.
 
     Raises:
         ToolFailed: the run is not finished, or a sample was missed or seen twice.
@@ -51,23 +62,6 @@ def copy_run(compose: Compose, run: str) -> tuple[Path, Summary]:
     shutil.rmtree(ROOT / folder, ignore_errors=True)  # an earlier copy
     (ROOT / RUNS).mkdir(parents=True, exist_ok=True)
     compose.run("cp", f"{TRAINER}:/runs/{run}", str(folder))
-    summary = read((ROOT / folder / "summary.json").read_bytes(), Summary, "the run's summary.json")
+    summary = read_summary(ROOT / folder / "summary.json")
     check(summary)
     return folder, summary
-
-
-def account(summary: Summary) -> str:
-    """The ledger in one line."""
-    delivered = sum(epoch.delivered for epoch in summary.ledger)
-    expected = sum(epoch.expected for epoch in summary.ledger)
-    refused = sum(epoch.duplicates_refused for epoch in summary.ledger)
-    reassigned = sum(epoch.reassigned for epoch in summary.ledger)
-    return (
-        f"{delivered:,} of {expected:,} samples in {len(summary.ledger)} epochs "
-        f"({refused} duplicates refused, {reassigned} slices asked for again)"
-    )
-
-
-def heading(title: str) -> None:
-    """Announce a part."""
-    say(click.style(f"\n{title}", bold=True))

@@ -1,4 +1,4 @@
-"""A Docker that only writes down what it is asked to do: what `make docker` does with a real one is tested by doing it."""
+"""A fake Docker that records its commands; `make docker` is the test with a real one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
+
+from loader_service.wire.messages import ClientStatus, Status, WorkerStatus
 
 PROGRAM = """\
 #!{python}
@@ -28,7 +31,7 @@ for part, printed, code in json.loads((folder / "answers").read_text()):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the program `docker` that is found first."""
+    """The folder of the fake program `docker`, first on PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "answers").write_text("[]", encoding="utf-8")
@@ -40,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def answer(folder: Path) -> Callable[..., None]:
-    """Let commands with ``part`` in their arguments print something and end with a code; what was said last counts."""
+    """Let commands with ``part`` in their arguments print something and end with a code; the last answer set wins."""
     answers: list[tuple[str, str, int]] = []
 
     def say(part: str, printed: str = "", code: int = 0) -> None:
@@ -54,3 +57,16 @@ def answer(folder: Path) -> Callable[..., None]:
 def asked(folder: Path) -> Callable[[], list[list[str]]]:
     """The arguments of every command so far."""
     return lambda: [json.loads(line) for line in (folder / "asked").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def status_json() -> Callable[[list[str], list[int]], str]:
+    """``status_json(transports, samples)``: the command's output, with a client per transport and a worker per number."""
+
+    def make(transports: list[str], samples: list[int]) -> str:
+        workers = tuple(WorkerStatus(1, "idle", 1, made, 0.0) for made in samples)
+        clients = tuple(ClientStatus("host:1", transport, 0, 1, 1) for transport in transports)
+        status = Status(5, "0" * 32, "0.1.0", "tcp://*:5555", 1.0, 0, {}, workers, clients, 0, 0, 0, 0)
+        return json.dumps({**msgspec.to_builtins(status), "rates": {"samples_per_s": 1.0}})
+
+    return make

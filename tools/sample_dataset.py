@@ -1,0 +1,56 @@
+"""A small synthetic dataset, and digests of its batches, for tools that compare what clients receive byte for byte."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from loader_service import Batch
+from loader_service.data.codecs import SHAPE
+from loader_service.data.manifest import Statistics
+from loader_service.data.writer import Writer
+
+RECORDS: Final = 400
+"""Enough for several slices per worker, and for an epoch of a few seconds."""
+
+
+def write(folder: Path) -> None:
+    """Write FOLDER/train.lmdb: raw records without symmetry, no two alike, so that any mix-up changes bytes."""
+    y, x, channel = np.ogrid[: SHAPE[0], : SHAPE[1], : SHAPE[2]]
+    statistics = Statistics(  # made up: the jitter needs a basis, and no test depends on its values
+        mean_image=np.full(SHAPE, 127.5, np.float32),
+        channel_means=np.full(3, 127.5),
+        covariance=np.diag([0.09, 0.04, 0.01]),
+        eigenvalues=np.array([0.09, 0.04, 0.01]),
+        eigenvectors=np.eye(3),
+    )
+    with Writer(folder / "train.lmdb", codec="raw", class_names=("even", "odd")) as writer:
+        for number in range(RECORDS):
+            pixels = ((3 * y + 5 * x + 80 * channel + 37 * number + (y * x) // 64) // 2 % 256).astype(np.uint8)
+            writer.put(number % 2, pixels.tobytes(), f"{number}")
+        writer.finish(statistics, made_by={"made by": "tools.chaos"})
+
+
+@contextmanager
+def given_or_made(data: Path | None) -> Iterator[Path]:
+    """Yield the data directory that the user named, or a synthetic one that is removed afterwards."""
+    if data:
+        yield data
+        return
+    with tempfile.TemporaryDirectory(prefix="loader-service-dataset-") as folder:
+        write(Path(folder))
+        yield Path(folder)
+
+
+def digest(batch: Batch) -> str:
+    """Return a digest, in hexadecimal, of every byte of a batch's arrays."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for array in (batch.images, batch.labels, batch.ids, batch.sources, batch.draws):
+        hashed.update(array.tobytes())
+    return hashed.hexdigest()

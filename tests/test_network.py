@@ -18,7 +18,7 @@ import pytest
 
 from loader_service.defaults import NODE_SILENT_S
 from tools.chaos.account import EpochResult, results
-from tools.chaos.client import read_saved
+from tools.chaos.journal import read_saved
 
 ROOT = Path(__file__).parent.parent
 TAP_LINK = ROOT.parent / "shared" / "recipes" / "tap-link.py"  # a slow link, where the kernel has no netem

@@ -1,8 +1,11 @@
-"""Malformed, impossible and impolite inputs by the hundred thousand: messages for the decoders, JPEGs, and a living node.
+"""`make fuzz`: damaged messages for the decoders, damaged JPEGs for the decoder of parts, damaged messages for a node.
 
-Inputs are valid messages or JPEGs that were damaged, in their bytes or in their fields, by random numbers from a seed that is
-printed; the same seed gives the same inputs. A decoder may raise MessageError and nothing else, and what it lets pass must
-survive the wire. A part of a JPEG must be what libjpeg-turbo makes of the whole, or be refused as it refuses that. A node must go on serving the same bytes, and must not have grown.
+Valid inputs are damaged in their bytes or in their fields, by random numbers from a printed seed; the same seed gives the
+same inputs. The rules:
+
+- A decoder of messages raises MessageError and nothing else, and a message that it accepts survives encoding and decoding.
+- A part of a JPEG has the pixels that libjpeg-turbo decodes there, or the part is refused as libjpeg-turbo refuses the whole.
+- A node keeps serving the same bytes, and its memory does not grow.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import click
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import psutil
 import simplejpeg
 import zmq
 
@@ -30,10 +34,8 @@ from loader_service.types import RECORD_SIDE_PX, VIEWS, DatasetFacts, Installati
 from loader_service.wire import messages
 from loader_service.wire.messages import FromClient, FromNode, Place, Request
 from loader_service.wire.shm import Segment
-from tools.chaos.__main__ import dataset
-from tools.chaos.client import digest
-from tools.chaos.processes import in_session
 from tools.errors import ToolFailed
+from tools.sample_dataset import digest, given_or_made
 
 INSTANCE: Final = "0123456789abcdef" * 2
 SEGMENT: Final = f"loader-service-{INSTANCE}"
@@ -42,21 +44,23 @@ ODD_VALUES: Final[tuple[Any, ...]] = (
     "../../etc/passwd", "\x00", b"", b"\xff" * 64, [], [0] * 2000, {}, {"t": "hello"}, "train", "float32", "ten-crop",
 )  # fmt: skip
 
-MESSAGES_PER_LIFE: Final = 500
-"""After so many inputs a client of the fuzzing leaves without a goodbye, and another comes."""
+MESSAGES_PER_CLIENT: Final = 500
+"""A fuzzing client sends so many messages and disconnects without a Bye; then another connects."""
 
-INPUTS_PER_LOOK: Final = 1_000
+INPUTS_PER_STATUS: Final = 1_000
+"""The node must answer a status query after each so many messages."""
+
 WARM_UP: Final = 0.3
-"""The share of the inputs after which a node has had every kind of buffer that it ever needs."""
+"""Share of the inputs after which a node has allocated every kind of buffer that it needs."""
 
 GROWTH_BYTES: Final = 16 * 2**20
-"""What allocators may keep beyond that; a node that keeps 200 bytes of each of 100,000 inputs is over it."""
+"""Growth that allocators may cause after that; a node that keeps 200 bytes of each of 100,000 inputs exceeds it."""
 
 ANSWER_MS: Final = 10_000
 
 
 def from_client(instance: str = INSTANCE, segment: str = SEGMENT, data_offset: int = 4096 * 2) -> list[FromClient]:
-    """Every message of a client, as valid as can be."""
+    """Return one valid message of each type that a client sends."""
     what = SliceId(VIEWS["center"], 3, 2, 1, 4)
     place = Place(0, 1, data_offset, data_offset + 640_000, data_offset + 650_000)
     return [
@@ -73,7 +77,7 @@ def from_client(instance: str = INSTANCE, segment: str = SEGMENT, data_offset: i
 
 
 def from_node() -> list[FromNode]:
-    """Every message of a node but its status, whose decoder is the same."""
+    """Return one valid message of each type that a node sends, but no Status, whose decoder is the same."""
     facts = DatasetFacts(
         5, ("a",), bytes(mean_bytes(RECORD_SIDE_PX)), (1.0,) * 3, (1.0,) * 3, (1.0,) * 9, INSTANCE, INSTANCE
     )
@@ -92,7 +96,7 @@ def from_node() -> list[FromNode]:
 
 
 def damage_bytes(rng: Random, frame: bytes, other: bytes) -> bytes:
-    """A frame with some bytes changed, gone, added, or from another frame."""
+    """Return a frame with some bytes changed, removed, added, or taken from another frame."""
     at = rng.randrange(len(frame) + 1)
     match rng.randrange(6):
         case 0:
@@ -113,7 +117,7 @@ def damage_bytes(rng: Random, frame: bytes, other: bytes) -> bytes:
 
 
 def damage_fields(rng: Random, frame: bytes) -> bytes:
-    """A well-formed frame with a field, however deep, that is odd, gone or too many; seldom the one that gives the type."""
+    """Return a well-formed frame with one field, at any depth, of an odd value, removed or added; seldom the type's tag."""
     tree = msgspec.msgpack.decode(frame)
     here = tree
     while True:
@@ -131,12 +135,12 @@ def damage_fields(rng: Random, frame: bytes) -> bytes:
         break
     try:
         return msgspec.msgpack.encode(tree)
-    except OverflowError:  # beyond 64 bits: no MessagePack can say it
+    except OverflowError:  # MessagePack has no integers beyond 64 bits
         return frame
 
 
 def damaged(rng: Random, valid: list[bytes]) -> bytes:
-    """One input: a valid frame, mostly damaged."""
+    """Return one input: a damaged frame, or a valid one in a tenth of the cases."""
     frame = rng.choice(valid)
     kind = rng.random()
     if kind < 0.4:
@@ -145,10 +149,10 @@ def damaged(rng: Random, valid: list[bytes]) -> bytes:
 
 
 def fuzz_decoders(rng: Random, inputs: int, progress: Progress) -> int:
-    """Damaged messages for both decoders; how many of them were valid all the same.
+    """Give damaged messages to both decoders; return how many they accepted.
 
     Raises:
-        ToolFailed: a decoder did what it must not, with the input.
+        ToolFailed: a decoder broke a rule; the message has the input in hexadecimal.
     """
     passed = 0
     sides: list[tuple[list[bytes], Callable[[bytes], Any]]] = [
@@ -162,7 +166,7 @@ def fuzz_decoders(rng: Random, inputs: int, progress: Progress) -> int:
             message = decode(frame)
             passed += 1
             if decode(messages.encode(message)) != message:
-                raise ToolFailed(f"this message does not survive the wire: {frame.hex()}.")
+                raise ToolFailed(f"this message changes in encoding and decoding: {frame.hex()}.")
         except MessageError:
             pass
         except Exception as error:
@@ -172,7 +176,7 @@ def fuzz_decoders(rng: Random, inputs: int, progress: Progress) -> int:
 
 
 def jpegs(rng: Random, shape: tuple[int, int]) -> list[bytes]:
-    """JPEGs of (height, width) that the decoder takes: noise, small and large numbers, all subsamplings."""
+    """Return valid JPEGs of noise, (height, width): in each subsampling, with small and with large coefficients."""
     noise = np.frombuffer(rng.randbytes(3 * shape[0] * shape[1]), np.uint8).reshape(*shape, 3)
     return [
         bytes(simplejpeg.encode_jpeg(noise, quality=quality, colorspace="RGB", colorsubsampling=subsampling))
@@ -182,10 +186,10 @@ def jpegs(rng: Random, shape: tuple[int, int]) -> list[bytes]:
 
 
 def fuzz_jpegs(rng: Random, inputs: int, progress: Progress) -> tuple[int, int]:
-    """Damaged JPEGs, of each a part; how many were decoded in part, and how many refused.
+    """Decode a part of each of many damaged JPEGs; return how many were decoded in part, and how many are refused.
 
     Raises:
-        ToolFailed: pixels, or the reason for refusing, are not libjpeg-turbo's; with the input.
+        ToolFailed: the pixels or the refusal differ from libjpeg-turbo's; the message has the input in hexadecimal.
     """
     side = golden.SIDE_PX
     valid = {shape: jpegs(rng, shape) for shape in ((side, side), (side - 27, side + 5), (side + 9, 17))}
@@ -214,36 +218,49 @@ def fuzz_jpegs(rng: Random, inputs: int, progress: Progress) -> tuple[int, int]:
 
 
 def _decode_whole(payload: bytes, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """What libjpeg-turbo makes of a JPEG that should be of this shape; ValueError where it is not, or is damaged."""
-    room = np.empty(3 * shape[0] * shape[1], np.uint8)  # a JPEG that says it is huge does not fit
-    pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(payload, colorspace="RGB", buffer=room)
+    """Decode a JPEG of this (height, width) with libjpeg-turbo: (height, width, 3) uint8.
+
+    Raises:
+        ValueError: it has another size, or is damaged.
+    """
+    # A buffer of the right size: a JPEG whose header claims a huge image does not fit, and allocates nothing.
+    buffer = np.empty(3 * shape[0] * shape[1], np.uint8)
+    pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(payload, colorspace="RGB", buffer=buffer)
     if pixels.shape[:2] != shape:
         raise ValueError(f"it decodes to {pixels.shape}")
     return pixels
 
 
-class Pest:
-    """A client that says anything, and may be too rude to listen."""
+class FuzzingClient:
+    """A client that sends arbitrary frames, and may never read the answers."""
 
-    def __init__(self, context: zmq.Context[Any], address: str, *, listens: bool) -> None:
-        self._listens = listens
+    def __init__(self, context: zmq.Context[Any], address: str, *, reads: bool) -> None:
+        self._reads = reads
         self._dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         self._dealer.setsockopt(zmq.LINGER, 0)
-        self._dealer.setsockopt(zmq.RCVHWM, 0 if listens else 1)
+        self._dealer.setsockopt(zmq.RCVHWM, 0 if reads else 1)
         self._dealer.setsockopt(zmq.SNDHWM, 100)
         self._dealer.connect(address)
 
-    def say(self, frames: list[bytes]) -> None:
-        """Send, and hear what there is to be heard."""
+    def send(self, frames: list[bytes]) -> None:
+        """Send a message; read the answers that have arrived, if this client reads.
+
+        Raises:
+            ToolFailed: the node accepts no messages.
+        """
         if not self._dealer.poll(ANSWER_MS, zmq.POLLOUT):
-            raise ToolFailed("the node takes no messages any more.")
+            raise ToolFailed("the node no longer accepts messages.")
         self._dealer.send_multipart(frames)
-        while self._listens and self._dealer.poll(0):
+        while self._reads and self._dealer.poll(0):
             self._dealer.recv_multipart(copy=False)
 
     def instance(self) -> str:
-        """Introduce itself properly; the node's instance."""
-        self._dealer.send(messages.encode(messages.Hello(messages.PROTOCOL, "pest")))
+        """Say Hello; return the node's instance.
+
+        Raises:
+            ToolFailed: the node does not answer.
+        """
+        self._dealer.send(messages.encode(messages.Hello(messages.PROTOCOL, "fuzz")))
         if not self._dealer.poll(ANSWER_MS):
             raise ToolFailed("the node does not answer a Hello.")
         welcome = messages.decode_from_node(self._dealer.recv_multipart()[0])
@@ -251,27 +268,28 @@ class Pest:
         return welcome.instance
 
     def close(self) -> None:
-        """Leave without a word."""
+        """Disconnect without a Bye."""
         self._dealer.close()
 
 
-def private_bytes(pids: list[int]) -> int:
-    """Memory that is these processes' own: neither shared nor a file's."""
+def private_bytes(dispatcher: int) -> int:
+    """Return the bytes of a node's anonymous memory, which neither shared memory nor mapped files count in."""
+    pids = [dispatcher, *(process.pid for process in psutil.Process(dispatcher).children(recursive=True))]
     lines = [line for pid in pids for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def epoch_digests(address: str) -> list[str]:
-    """What a well-behaved client gets of one epoch, over TCP frames."""
+    """Return digests of the batches that a regular client receives in one epoch, in frames over TCP."""
     with Loader(address, batch_size=64, timeout_s=60, transport="tcp") as loader:
         return [digest(batch) for batch in loader]
 
 
 def fuzz_node(rng: Random, inputs: int, data: Path, progress: Progress) -> tuple[int, int]:
-    """Damaged messages for a living node; how many it refused, and by how many bytes it grew.
+    """Send damaged messages to a running node; return how many it refused, and by how many bytes it grew.
 
     Raises:
-        ToolFailed: it died, hung, grew, or serves other bytes than before.
+        ToolFailed: it ended, hung, grew, or serves other bytes than before.
     """
     context: zmq.Context[Any] = zmq.Context()
     segment = Segment.create(1 << 20, 1)
@@ -281,23 +299,23 @@ def fuzz_node(rng: Random, inputs: int, data: Path, progress: Progress) -> tuple
             warm = 0
             sent = 0
             while sent < inputs:
-                pest = Pest(context, node.address, listens=rng.random() < 0.5)
-                valid = [messages.encode(m) for m in from_client(pest.instance(), segment.name, segment.data_offset)]
-                for _ in range(min(MESSAGES_PER_LIFE, inputs - sent)):
+                client = FuzzingClient(context, node.address, reads=rng.random() < 0.5)
+                valid = [messages.encode(m) for m in from_client(client.instance(), segment.name, segment.data_offset)]
+                for _ in range(min(MESSAGES_PER_CLIENT, inputs - sent)):
                     frames = [damaged(rng, valid)]
                     if rng.random() < 0.02:
                         frames += [rng.randbytes(rng.randrange(50))] * rng.randint(1, 5)
-                    pest.say(frames)
+                    client.send(frames)
                     sent += 1
                     progress.advance()
-                    if sent % INPUTS_PER_LOOK == 0:
+                    if sent % INPUTS_PER_STATUS == 0:
                         status(node.address, timeout_s=ANSWER_MS / 1000)
-                pest.close()
+                client.close()
                 if not warm and sent >= WARM_UP * inputs:
-                    warm = private_bytes([process.pid for process in in_session(node.pid)])
+                    warm = private_bytes(node.pid)
             after = epoch_digests(node.address)
             refused = status(node.address).refused
-            grown = private_bytes([process.pid for process in in_session(node.pid)]) - warm
+            grown = private_bytes(node.pid) - warm
     finally:
         context.destroy(linger=0)
         segment.unlink()
@@ -305,14 +323,16 @@ def fuzz_node(rng: Random, inputs: int, data: Path, progress: Progress) -> tuple
     if before != after:
         raise ToolFailed("the node serves other bytes than before.")
     if grown > GROWTH_BYTES:
-        raise ToolFailed(f"the node grew by {grown / 2**20:.0f} MiB while {inputs:,} messages came.")
+        raise ToolFailed(f"the node grew by {grown / 2**20:.0f} MiB during {inputs:,} messages.")
     return refused, grown
 
 
 @click.command(cls=Job, context_settings=CONTEXT)
-@click.option("--inputs", type=click.IntRange(1), default=100_000, show_default=True, help="How many of each kind.")
-@click.option("--seed", type=int, help="Of the inputs; drawn and printed if not given.")
-@click.option("--data", type=click.Path(path_type=Path, exists=True), help="A directory with train.lmdb to serve.")
+@click.option(
+    "--inputs", type=click.IntRange(1), default=100_000, show_default=True, help="Number of inputs of each kind."
+)
+@click.option("--seed", type=int, help="Seed of the inputs.  [default: random, and printed]")
+@click.option("--data", type=click.Path(path_type=Path, exists=True), help="Directory with train.lmdb to serve.")
 def main(inputs: int, seed: int | None, data: Path | None) -> None:
     """Fuzz the message decoders, the JPEG decoder, and then a node."""
     seed = secrets.randbits(32) if seed is None else seed
@@ -322,14 +342,10 @@ def main(inputs: int, seed: int | None, data: Path | None) -> None:
         passed = fuzz_decoders(rng, inputs, progress)
     with Progress("jpegs", inputs, "inputs") as progress:
         in_part, bad = fuzz_jpegs(rng, inputs, progress)
-    with dataset(data) as served, Progress("node", inputs, "inputs") as progress:
+    with given_or_made(data) as served, Progress("node", inputs, "inputs") as progress:
         refused, grown = fuzz_node(rng, inputs, served, progress)
-    click.echo(
-        f"decoders: {inputs:,} inputs, {passed:,} of them valid; nothing but messages and MessageErrors came out"
-    )
-    click.echo(
-        f"jpegs: {inputs:,} inputs, {in_part:,} decoded in part, {bad:,} refused; all of it as libjpeg-turbo does"
-    )
+    click.echo(f"decoders: {inputs:,} inputs, {passed:,} of them valid; each gave a message or a MessageError")
+    click.echo(f"jpegs: {inputs:,} inputs, {in_part:,} decoded in part, {bad:,} refused; all as libjpeg-turbo does")
     click.echo(
         f"node: {inputs:,} inputs, {refused:,} refused; it serves the same bytes, and grew by {grown / 1024:,.0f} KiB"
     )

@@ -1,4 +1,4 @@
-"""The fuzzing tool in its short form, and proof that it finds what it looks for."""
+"""The fuzzing tool in a short run, and proof that it finds broken decoders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.mark.skipif(not kernel.decodes_windows(), reason="no compiled decoder for this processor")
 @pytest.mark.parametrize("seed", [1, 2])
 def test_damaged_jpegs(seed: int) -> None:
-    """Parts of them are libjpeg-turbo's pixels or its refusals; some are decoded in part, so that it reaches deep."""
+    """Parts have libjpeg-turbo's pixels or its refusals; enough are decoded in part to reach deep into the decoder."""
     with Progress("jpegs", 3000, "inputs") as progress:
         in_part, refused = fuzz_jpegs(Random(seed), 3000, progress)
     assert in_part > 100
@@ -36,14 +36,14 @@ def test_damaged_jpegs(seed: int) -> None:
 def test_a_broken_decoder_of_jpegs_is_found(
     monkeypatch: pytest.MonkeyPatch, decode_window: Callable[..., bool]
 ) -> None:
-    """One that believes what libjpeg-turbo refuses, or makes other pixels, fails with the input at hand."""
+    """A decoder that accepts what libjpeg-turbo refuses, or makes other pixels, fails with the input in the message."""
     monkeypatch.setattr(kernel, "decode_window", decode_window)
     with pytest.raises(ToolFailed, match=r" [0-9a-f]*\.$"), Progress("jpegs", 100, "inputs") as progress:
         fuzz_jpegs(Random(1), 100, progress)
 
 
 def test_a_few_thousand_inputs(dataset_dir: Path) -> None:
-    """Neither the decoders of messages and JPEGs nor a node mind them, and some of them are valid, so that they reach deep."""
+    """Decoders and a node withstand them, and enough inputs are valid to reach deep."""
     command = [sys.executable, "-m", "tools.fuzz", "--seed", "1", "--inputs", "4000", "--data", str(dataset_dir)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -65,7 +65,7 @@ def test_a_few_thousand_inputs(dataset_dir: Path) -> None:
     ids=["another exception", "not what it was"],
 )
 def test_a_broken_decoder_is_found(monkeypatch: pytest.MonkeyPatch, decode: Callable[[bytes], Any]) -> None:
-    """A decoder that lets another exception out, or makes of a message what it is not, fails with the input at hand."""
+    """A decoder that raises another exception, or decodes another message, fails with the input in the message."""
     monkeypatch.setattr(messages, "decode_from_client", decode)
     with pytest.raises(ToolFailed, match=r" [0-9a-f]*\.$"), Progress("decoders", 1000, "inputs") as progress:
         fuzz_decoders(Random(1), 1000, progress)

@@ -1,1 +1,1 @@
-"""Proof by causing failures: faults drawn from a seed, against running epoch loops, and the account at the end."""
+"""Fault injection: faults drawn from a seed against running epoch loops, and a check of every sample at the end."""

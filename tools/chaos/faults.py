@@ -1,7 +1,7 @@
-"""The faults: how each is caused, on whom, and how it ends.
+"""The kinds of faults: how each chooses a victim, begins and ends.
 
-A fault is begun by a function that chooses its victim with the run's random numbers, does the harm and returns what
-undoes it, or None if there was nobody to harm at this moment: then it was not injected, and is not counted.
+A fault begins with a function that chooses its victim with the run's random numbers, does the harm and returns a function
+that undoes it. It returns None if there is no victim at this moment; the fault then does not count as injected.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from loader_service import defaults
 from loader_service.client import resolver
 from tools.chaos import processes
 from tools.chaos.arena import Arena
-from tools.chaos.node import Node
+from tools.chaos.node import ChaosNode
 
 Undo = Callable[[], None]
 Begin = Callable[[Arena, Random], Undo | None]
 
 LONG_S: Final = (max(defaults.STALL_S, defaults.NODE_SILENT_S) + 1.5, max(defaults.STALL_S, defaults.NODE_SILENT_S) + 4)
-"""Longer than anybody's patience: of a node with its workers, and of a client with its nodes."""
+"""Longer than any timeout: of a node with its workers, and of a client with its nodes."""
 
 SHORT_S: Final = (0.2, 4.0)
 LOOK_UPS_S: Final = (resolver.INTERVAL_S + 0.5, 2 * resolver.INTERVAL_S)
-"""Longer than between one look-up of a name and the next."""
+"""Longer than the time between two look-ups of a name."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Fault:
     """One kind of failure.
 
     Fields:
-        what: for people.
-        lasts_s: between how many seconds; (0, 0) if nothing is to be undone.
-        begin: see the module.
+        what: victim and harm, for people.
+        lasts_s: shortest and longest duration; (0, 0) if the harm is final.
+        begin: function that injects it; see the module.
     """
 
     what: str
@@ -45,17 +45,17 @@ class Fault:
 
 
 def _nothing() -> None:
-    """What undoes a harm that is done once and for all."""
+    """Undo nothing: the harm is final."""
 
 
-def _victim(arena: Arena, rng: Random) -> Node | None:
-    """A running node whose processes no other fault has to do with."""
+def _victim(arena: Arena, rng: Random) -> ChaosNode | None:
+    """Choose a running node whose processes no other fault holds."""
     candidates = [node for node in arena.nodes if node.runs and not node.troubled]
     return rng.choice(candidates) if candidates else None
 
 
-def _free_link(arena: Arena, rng: Random) -> Node | None:
-    """A running node whose link no other fault has to do with."""
+def _free_link(arena: Arena, rng: Random) -> ChaosNode | None:
+    """Choose a running node whose link no other fault holds."""
     candidates = [node for node in arena.nodes if node.runs and not node.link_troubled]
     return rng.choice(candidates) if candidates else None
 
@@ -82,13 +82,13 @@ def _stop_node(arena: Arena, rng: Random) -> Undo | None:
     return _stop(node, node.family()) if node else None
 
 
-def _stop(node: Node, pids: list[int]) -> Undo | None:
+def _stop(node: ChaosNode, pids: list[int]) -> Undo | None:
     if not processes.send(pids, signal.SIGSTOP):
         return None
     node.troubled = True
 
     def undo() -> None:
-        processes.send(pids, signal.SIGCONT)  # its node may have killed it meanwhile
+        processes.send(pids, signal.SIGCONT)  # no effect on a process that its node has killed meanwhile
         node.troubled = False
 
     return undo
@@ -110,10 +110,9 @@ def _restart_node(arena: Arena, rng: Random) -> Undo | None:
 
 def _lose_node(arena: Arena, rng: Random) -> Undo | None:
     node = _victim(arena, rng)
-    if node is None or sum(other.runs for other in arena.nodes) < 3:  # two are left, at least
+    if node is None or sum(other.runs for other in arena.nodes) < 3:  # at least two nodes stay
         return None
     node.kill()
-    node.lost = True
     return _nothing
 
 
@@ -130,7 +129,7 @@ def _cut_link(arena: Arena, rng: Random) -> Undo | None:
     if node is None:
         return None
     arena.links.do(node.link.cut())
-    return _mending(node, lambda: arena.links.do(node.link.raise_up()))
+    return _repair(node, lambda: arena.links.do(node.link.listen()))
 
 
 def _hold_link(arena: Arena, rng: Random) -> Undo | None:
@@ -138,7 +137,7 @@ def _hold_link(arena: Arena, rng: Random) -> Undo | None:
     if node is None:
         return None
     arena.links.do(node.link.hold())
-    return _mending(node, lambda: arena.links.do(node.link.let_go()))
+    return _repair(node, lambda: arena.links.do(node.link.release()))
 
 
 def _half_open_link(arena: Arena, rng: Random) -> Undo | None:
@@ -146,7 +145,7 @@ def _half_open_link(arena: Arena, rng: Random) -> Undo | None:
     if node is None:
         return None
     arena.links.do(node.link.leave_half_open())
-    return _mending(node, lambda: arena.links.do(node.link.make_whole()))
+    return _repair(node, lambda: arena.links.do(node.link.end_half_open()))
 
 
 def _delay_link(arena: Arena, rng: Random) -> Undo | None:
@@ -158,14 +157,15 @@ def _delay_link(arena: Arena, rng: Random) -> Undo | None:
     def undo() -> None:
         node.link.delay_s = 0.0
 
-    return _mending(node, undo)
+    return _repair(node, undo)
 
 
-def _mending(node: Node, mend: Undo) -> Undo:
+def _repair(node: ChaosNode, repair: Undo) -> Undo:
+    """Mark a node's link as held by a fault; return a function that repairs it and removes the mark."""
     node.link_troubled = True
 
     def undo() -> None:
-        mend()
+        repair()
         node.link_troubled = False
 
     return undo
@@ -173,7 +173,7 @@ def _mending(node: Node, mend: Undo) -> Undo:
 
 def _hide_address(arena: Arena, rng: Random) -> Undo | None:
     named = [node.link.host for node in arena.nodes if node.runs and node.link.host not in arena.names.hidden]
-    if len(named) < 2:  # one is left, at least
+    if len(named) < 2:  # at least one address stays
         return None
     host = rng.choice(named)
     arena.names.hide(host)
@@ -189,27 +189,27 @@ def _fail_names(arena: Arena, _rng: Random) -> Undo | None:
 
 def _kill_client(arena: Arena, rng: Random) -> Undo | None:
     client = rng.choice(arena.clients)
-    arena.note_segments()
-    return client.start if client.batches() and not client.away and client.kill() else None
+    arena.note_segments()  # the client's are gone from /proc once it is killed
+    return client.start if client.batches() and not client.killed and client.kill() else None
 
 
 FAULTS: Final[dict[str, Fault]] = {
-    "worker-killed": Fault("a worker, by SIGKILL", (0, 0), _kill_worker),
-    "worker-stopped": Fault("a worker, by SIGSTOP, for longer than its node waits", LONG_S, _stop_worker),
+    "worker-killed": Fault("worker killed (SIGKILL)", (0, 0), _kill_worker),
+    "worker-stopped": Fault("worker suspended (SIGSTOP) for longer than its node waits", LONG_S, _stop_worker),
     "dispatcher-stopped": Fault(
-        "a node's dispatcher, by SIGSTOP, for longer than clients wait", LONG_S, _stop_dispatcher
+        "dispatcher suspended (SIGSTOP) for longer than clients wait", LONG_S, _stop_dispatcher
     ),
-    "node-stopped": Fault("all of a node, by SIGSTOP, workers in mid-slice, for as long", LONG_S, _stop_node),
-    "node-restarted": Fault("a node, by SIGKILL, and started again at its address", SHORT_S, _restart_node),
-    "node-lost": Fault("a node, by SIGKILL, for good", (0, 0), _lose_node),
-    "node-added": Fault("a new node, in mid-epoch", (0, 0), _add_node),
-    "link-cut": Fault("a link: connections reset, new ones refused", SHORT_S, _cut_link),
-    "link-held": Fault("a link: nothing passes for longer than clients wait, and then all of it", LONG_S, _hold_link),
-    "link-half-open": Fault("a link: the node's end is gone, the client's is not", LONG_S, _half_open_link),
-    "link-delayed": Fault("a link: every byte late by 20 to 400 ms", SHORT_S, _delay_link),
+    "node-stopped": Fault("all of a node suspended (SIGSTOP), workers while writing a slice", LONG_S, _stop_node),
+    "node-restarted": Fault("node killed (SIGKILL) and restarted at its address", SHORT_S, _restart_node),
+    "node-lost": Fault("node killed (SIGKILL) and not restarted", (0, 0), _lose_node),
+    "node-added": Fault("node added during an epoch", (0, 0), _add_node),
+    "link-cut": Fault("link: connections reset, new ones refused", SHORT_S, _cut_link),
+    "link-held": Fault("link: all bytes held for longer than clients wait, then delivered", LONG_S, _hold_link),
+    "link-half-open": Fault("link: connections closed for the node, open for the client", LONG_S, _half_open_link),
+    "link-delayed": Fault("link: every byte delayed by 20 to 400 ms", SHORT_S, _delay_link),
     "name-shrunk": Fault(
-        "a name: a node that is there is left out of it, for longer than look-ups wait", LOOK_UPS_S, _hide_address
+        "name: a running node's address left out for longer than a look-up interval", LOOK_UPS_S, _hide_address
     ),
-    "name-failing": Fault("a name: nobody answers what it stands for", LOOK_UPS_S, _fail_names),
-    "client-killed": Fault("a client, by SIGKILL, resumed from its saved state", SHORT_S, _kill_client),
+    "name-failing": Fault("name: look-ups fail", LOOK_UPS_S, _fail_names),
+    "client-killed": Fault("client killed (SIGKILL) and resumed from its saved state", SHORT_S, _kill_client),
 }

@@ -1,8 +1,7 @@
 """TCP links that can be cut, held, delayed and left half open, on any machine and without privileges.
 
-Rules of this file: all links live in one asyncio loop in a thread of its own; the methods of :class:`Links` are for other
-threads. Bytes that were taken from one end are given to the other in order, or the connection ends: a link loses
-nothing silently, as TCP does not.
+All links run in one asyncio loop in a thread of its own; the methods of :class:`Links` are for other threads. A link
+delivers bytes in order or ends the connection: like TCP, it loses nothing silently.
 """
 
 from __future__ import annotations
@@ -17,18 +16,22 @@ from typing import Any, Final, TypeVar
 T = TypeVar("T")
 
 HOST: Final = "127.0.0.1"
-"""Where nodes listen; links do at other addresses of the loopback network, so that one name can stand for them all."""
+"""Address that nodes listen at. Links listen at other loopback addresses, so that one name can stand for all of them."""
 
 CHUNK_BYTES: Final = 1 << 18
-CHUNKS_ON_THE_WAY: Final = 64
-"""16 MiB per direction: as much as a real link of high latency holds, and no more memory than that."""
+CHUNKS_IN_FLIGHT: Final = 64
+"""With CHUNK_BYTES, 16 MiB per direction: as much as a real link of high latency holds, and a bound on memory."""
 
 ANSWER_S: Final = 10.0
-"""How long the loop's thread may take for what is asked of it: all of it is instant."""
+"""Timeout for the loop's thread to do a request; every request is instant."""
 
 
 class Link:
-    """One link: listens at ``port`` of ``host``, and carries what comes to the port ``target`` of here and back."""
+    """One link: it listens at ``host``:``port`` and relays connections to port ``target`` of this machine.
+
+    Fields:
+        delay_s: delay of every byte, in both directions.
+    """
 
     def __init__(self, target: int, host: str, port: int) -> None:
         self.target, self.host, self.port = target, host, port
@@ -37,40 +40,40 @@ class Link:
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._server: asyncio.Server | None = None
-        self._near: set[asyncio.StreamWriter] = set()
-        self._far: set[asyncio.StreamWriter] = set()
+        self._client_ends: set[asyncio.StreamWriter] = set()
+        self._node_ends: set[asyncio.StreamWriter] = set()
 
-    async def raise_up(self) -> None:
-        """Listen."""
-        self._server = await asyncio.start_server(self._carry, self.host, self.port)
+    async def listen(self) -> None:
+        """Accept connections."""
+        self._server = await asyncio.start_server(self._relay, self.host, self.port)
 
     async def cut(self) -> None:
-        """End every connection and refuse new ones, until it is raised again."""
+        """Reset every connection and refuse new ones until ``listen``."""
         if self._server:
             self._server.close()
             self._server = None
-        _abort(self._near | self._far)
+        _abort(self._client_ends | self._node_ends)
 
     async def hold(self) -> None:
-        """Carry nothing, end nothing; what is sent meanwhile arrives when the link is let go."""
+        """Relay nothing and end nothing; bytes sent meanwhile arrive after ``release``."""
         self._flowing.clear()
 
-    async def let_go(self) -> None:
-        """Carry on, late."""
+    async def release(self) -> None:
+        """Relay again, held bytes first."""
         self._flowing.set()
 
     async def leave_half_open(self) -> None:
-        """The far ends see their connections end; the near ends see nothing, and talk to nobody."""
+        """End the connections to the node; the clients' connections stay open and are read, but lead nowhere."""
         self._half_open = True
-        _abort(self._far)
+        _abort(self._node_ends)
 
-    async def make_whole(self) -> None:
-        """The near ends learn the truth."""
+    async def end_half_open(self) -> None:
+        """End the clients' connections too; new ones work again."""
         self._half_open = False
-        _abort(self._near)
+        _abort(self._client_ends)
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._near.add(writer)
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._client_ends.add(writer)
         try:
             if not self._half_open:
                 await self._connect_through(reader, writer)
@@ -80,27 +83,27 @@ class Link:
                         pass
         finally:
             _abort({writer})
-            self._near.discard(writer)
+            self._client_ends.discard(writer)
 
     async def _connect_through(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            far_reader, far_writer = await asyncio.open_connection(HOST, self.target)
-        except ConnectionError:  # nobody is there
+            node_reader, node_writer = await asyncio.open_connection(HOST, self.target)
+        except ConnectionError:  # no node listens
             return
-        self._far.add(far_writer)
-        pumps = [asyncio.create_task(self._pump(*ends)) for ends in ((reader, far_writer), (far_reader, writer))]
+        self._node_ends.add(node_writer)
+        pumps = [asyncio.create_task(self._pump(*ends)) for ends in ((reader, node_writer), (node_reader, writer))]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            _abort({far_writer})
-            self._far.discard(far_writer)
+            _abort({node_writer})
+            self._node_ends.discard(node_writer)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Carry one direction until an end is gone; reading and writing overlap, so that delay is not slowness."""
-        chunks: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(CHUNKS_ON_THE_WAY)
+        """Relay one direction until an end closes. Reading and writing overlap, so that delay costs no throughput."""
+        chunks: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(CHUNKS_IN_FLIGHT)
         taking = asyncio.create_task(self._take(reader, chunks))
         try:
             while True:
@@ -117,7 +120,7 @@ class Link:
             taking.cancel()
 
     async def _take(self, reader: asyncio.StreamReader, chunks: asyncio.Queue[tuple[float, bytes]]) -> None:
-        data = b"-"
+        data = b"-"  # anything but empty: an empty chunk stands for the end
         while data:
             try:
                 data = await reader.read(CHUNK_BYTES)
@@ -127,7 +130,7 @@ class Link:
 
 
 class Links:
-    """All links of a run, and the thread that carries them; a context manager."""
+    """All links of a run and their thread; a context manager."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -145,37 +148,37 @@ class Links:
         self._loop.close()
 
     def new(self, target: int, host: str, port: int) -> Link:
-        """A link that is up, to the port ``target`` of this machine."""
+        """Return a link to port ``target`` of this machine that accepts connections."""
 
         async def make() -> Link:
             link = Link(target, host, port)
-            await link.raise_up()
+            await link.listen()
             return link
 
         self._links.append(self.do(make()))
         return self._links[-1]
 
     def do(self, what: Coroutine[Any, Any, T]) -> T:
-        """Have the loop do something, such as ``link.cut()``, and wait until it is done."""
+        """Run a coroutine such as ``link.cut()`` in the loop; return its result."""
         return asyncio.run_coroutine_threadsafe(what, self._loop).result(ANSWER_S)
 
     async def _end(self) -> None:
         for link in self._links:
             await link.cut()
-        carrying = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in carrying:
+        relaying = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in relaying:
             task.cancel()
-        await asyncio.gather(*carrying, return_exceptions=True)
+        await asyncio.gather(*relaying, return_exceptions=True)
 
 
 def _abort(writers: set[asyncio.StreamWriter]) -> None:
-    """End connections at once, with what they still had to send."""
+    """End connections at once; bytes that they still had to send are lost."""
     for writer in writers:
         writer.transport.abort()
 
 
 async def _until(due: float) -> None:
-    """Wait for a moment of the loop's clock."""
+    """Wait for a time of the loop's clock."""
     with suppress(TimeoutError):
         async with asyncio.timeout_at(due):
             await asyncio.Event().wait()

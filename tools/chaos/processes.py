@@ -1,4 +1,4 @@
-"""Processes and their shared memory as the kernel tells of them, so that what is left behind is seen and not assumed."""
+"""Processes and their shared memory as the kernel reports them, to see what a run leaves behind."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Process:
 
 
 def in_session(session: int) -> list[Process]:
-    """The living processes of a session; who is dead and waits to be reaped is not among them."""
+    """Return the living processes of a session, without zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(FileNotFoundError, ProcessLookupError):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended after the listing
             process = _parse(path.read_text())
             if process.session == session and process.state not in "ZX":
                 found.append(process)
@@ -34,7 +34,7 @@ def in_session(session: int) -> list[Process]:
 
 
 def send(pids: Iterable[int], number: signal.Signals) -> bool:
-    """Signal processes; whether any of them was there."""
+    """Signal processes; return whether any of them existed."""
     reached = False
     for pid in pids:
         with suppress(ProcessLookupError):
@@ -44,7 +44,10 @@ def send(pids: Iterable[int], number: signal.Signals) -> bool:
 
 
 def segments_of(pid: int) -> set[Path]:
-    """The segments in /dev/shm that a process has open. By inode: a segment gets its name after it was opened."""
+    """Return the segments in /dev/shm that a process has open.
+
+    They are matched by inode: a segment gets its name after it was opened, so the link in /proc does not show it.
+    """
     opened = set()
     with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
@@ -60,5 +63,5 @@ def segments_of(pid: int) -> set[Path]:
 
 def _parse(stat: str) -> Process:
     pid, _, rest = stat.partition(" (")
-    state, parent, _, session, *_ = rest.rpartition(") ")[2].split()  # the name between may hold anything
+    state, parent, _, session, *_ = rest.rpartition(") ")[2].split()  # the name in brackets may hold anything
     return Process(int(pid), int(parent), int(session), state)

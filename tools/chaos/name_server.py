@@ -1,7 +1,7 @@
-"""A name server's stand-in: a file with the addresses of the one name that there is.
+"""A stand-in for a name server: a file with the addresses of the one name that exists.
 
-A client that reaches its nodes by a name asks it instead of the system's resolver (:func:`answer_from`), so that names
-can fail and change on any machine, without privileges. Everything behind the looking up is the client's own.
+A client that reaches its nodes by a name asks this file instead of the system's resolver (:func:`answer_from`), so names
+can fail and change on any machine without privileges. The client's own code does everything after the look-up.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any, Final
 NAME: Final = "nodes.chaos.test"
 
 
-class Names:
-    """What the name stands for, as the name server tells it; for the process that injects faults.
+class NameServer:
+    """The addresses behind the name, as the process that injects faults controls them.
 
     Args:
-        path: the file.
+        path: file that clients read.
 
     Fields:
         hidden: addresses of nodes that the name leaves out for now.
-        failing: whether nobody answers for now.
+        failing: whether look-ups fail for now.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,38 +32,39 @@ class Names:
         self._publish()
 
     def add(self, host: str) -> None:
-        """There is a node at one more address."""
+        """Add the address of a new node."""
         self._known.add(host)
         self._publish()
 
     def hide(self, host: str) -> None:
-        """Leave an address out, though its node is there."""
+        """Leave an address out of the answers, although its node runs."""
         self.hidden.add(host)
         self._publish()
 
     def reveal(self, host: str) -> None:
-        """Name it again."""
+        """Put a hidden address back."""
         self.hidden.discard(host)
         self._publish()
 
     def fail(self) -> None:
-        """Answer nothing."""
+        """Fail every look-up."""
         self.failing = True
         self._publish()
 
     def recover(self) -> None:
-        """Answer again."""
+        """Answer look-ups again."""
         self.failing = False
         self._publish()
 
     def _publish(self) -> None:
-        beside = self._path.with_suffix(".new")
-        beside.write_text("" if self.failing else "\n".join(sorted(self._known - self.hidden)))
-        beside.rename(self._path)
+        # Renamed into place: a client never reads half a file.
+        fresh = self._path.with_suffix(".new")
+        fresh.write_text("" if self.failing else "\n".join(sorted(self._known - self.hidden)))
+        fresh.rename(self._path)
 
 
 def answer_from(path: Path) -> None:
-    """Look :data:`NAME` up in the file from now on, in this process; every other name goes to the system's resolver."""
+    """Resolve :data:`NAME` from the file in this process from now on; other names go to the system's resolver."""
     system = socket.getaddrinfo
 
     def look_up(host: Any, *rest: Any, **options: Any) -> Any:

@@ -13,20 +13,17 @@ import click
 import msgspec
 
 from loader_service.cli.job import CONTEXT, Job
-from tools.bench.contest import ROOT
-from tools.bench.contestants import limits, ours, peers
-from tools.bench.document import CHART, Results, chart, machine, markdown
-from tools.bench.pictures import make
-from tools.bench.rounds import play
+from tools.bench.contest import play
+from tools.bench.contestants import PEERS, NotInstalled, limits, ours, peers, python_of, versions
+from tools.bench.records import find_source, make
+from tools.bench.report.document import CHART, Results, chart, machine, markdown
 from tools.bench.single import measure
 from tools.bench.turns import BATCH, WORKERS_DEFAULT
-from tools.bench.venvs import PEERS, NotInstalled, python_of, versions
-from tools.errors import ToolFailed
+from tools.terminal import ROOT
 
 BUILD: Final = ROOT / "build" / "bench"
 DOCUMENT: Final = ROOT / "docs" / "benchmarks.md"
 NOTES: Final = ROOT / "docs" / "benchmarks-notes.md"
-SOURCES: Final = (ROOT.parent / "shared" / "data" / "imagenet-sample.tar", ROOT / "build" / "sample-images")
 
 PARTS: Final = ("loader-service", "numpy", "lmdb", "pyzmq", "simplejpeg")
 
@@ -40,18 +37,6 @@ def chosen_peers(names: str) -> list[str]:
         if name not in PEERS:
             raise click.BadParameter(f"there is no peer {name!r}; there are {', '.join(PEERS)}", param_hint="--peers")
     return wanted
-
-
-def source() -> Path:
-    """Where photographs are.
-
-    Raises:
-        ToolFailed: nowhere.
-    """
-    for path in SOURCES:
-        if path.exists():
-            return path
-    raise ToolFailed("there are no photographs; make some: python -m tools.sample_images build/sample-images")
 
 
 @click.command(cls=Job, context_settings=CONTEXT)
@@ -78,7 +63,7 @@ def main(
     document: Path,
 ) -> None:
     """Measure this project beside the machine's limits and its peers, and write docs/benchmarks.md."""
-    wanted, found = chosen_peers(peer_names), photographs or source()
+    wanted, found = chosen_peers(peer_names), photographs or find_source()
     missing, pythons = dict[str, str](), dict[str, Path]()
     for peer in wanted:
         click.echo(f"environment of {peer}", err=True)

@@ -15,18 +15,27 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
+from contextlib import ExitStack, suppress
+from enum import StrEnum
 from types import TracebackType
 from typing import Final
 
+import click
 import msgspec
 import psutil
 
 from tools.errors import ToolFailed
+from tools.terminal import ROOT
 
-ROOT: Final = Path(__file__).resolve().parent.parent.parent
 GONE_S: Final = 10.0
+
+
+class Kind(StrEnum):
+    """The kinds of contestants."""
+
+    OURS = "ours"
+    PEER = "peer"
+    LIMIT = "limit"
 
 
 class Contestant(msgspec.Struct, frozen=True):
@@ -45,7 +54,7 @@ class Contestant(msgspec.Struct, frozen=True):
     name: str
     title: str
     codec: str
-    kind: str
+    kind: Kind
     command: tuple[str, ...]
     copies: int = 1
     group: str = ""
@@ -66,6 +75,10 @@ class Turn(msgspec.Struct, frozen=True):
     cpu_ms: float
     consumer_cpu_ms: float
     memory_mb: float
+
+
+Rounds = dict[str, list[Turn]]
+"""The turns of each contestant, by its name, round by round."""
 
 
 class Running:
@@ -181,3 +194,43 @@ class Running:
             with suppress(psutil.NoSuchProcess):
                 total += process.memory_full_info().pss
         return total
+
+
+WARM_SHARE: Final = 0.4
+"""Of a turn's seconds, spent before the clock starts: what was made ahead is used up by then."""
+
+
+def play(contestants: list[Contestant], rounds: int, seconds: float, missing: dict[str, str]) -> Rounds:
+    """Every contestant's turns, group by group; a peer that breaks is out, and why goes to ``missing``.
+
+    Raises:
+        ToolFailed: one broke that is no peer.
+    """
+    turns: Rounds = {}
+    for group in dict.fromkeys(each.group for each in contestants):
+        with ExitStack() as stack:
+            together = [each for each in contestants if each.group == group]
+            running = [one for each in together if (one := _start(stack, each, seconds, missing))]
+            for number in range(rounds):
+                for one in running:
+                    turn = one.turn(WARM_SHARE * seconds, seconds)
+                    turns.setdefault(one.contestant.name, []).append(turn)
+                    click.echo(
+                        f"round {number + 1}/{rounds} {one.contestant.name:<18} {turn.images_per_s:>9,.0f}/s", err=True
+                    )
+    return turns
+
+
+def _start(stack: ExitStack, contestant: Contestant, seconds: float, missing: dict[str, str]) -> Running | None:
+    """A contestant that has had a turn which is not counted, so that pages are mapped and caches warm; None if it broke."""
+    click.echo(f"starting {contestant.name}", err=True)
+    try:
+        one = stack.enter_context(Running(contestant))
+        one.wait()
+        one.turn(WARM_SHARE * seconds, seconds)
+    except ToolFailed as error:
+        if contestant.kind is not Kind.PEER:
+            raise
+        missing[contestant.name] = str(error)
+        return None
+    return one

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from tools.bench.contest import Contestant
+from tools.bench.contest import Contestant, Kind
+from tools.errors import ToolFailed
 
 FORMS: Final = {
     "dataloader": {
@@ -32,7 +34,7 @@ def limits(records: Path, workers: int) -> list[Contestant]:
 
     def limit(name: str, title: str, codec: str, copies: int, group: str) -> Contestant:
         command = (sys.executable, "-m", "tools.bench.limits", name, str(records / codec / "train.lmdb"))
-        return Contestant(name, title, codec, "limit", command, copies, group)
+        return Contestant(name, title, codec, Kind.LIMIT, command, copies, group)
 
     return [
         limit("memcpy", "limit: C memcpy of the crops", "raw", workers, "raw"),
@@ -48,7 +50,7 @@ def ours(records: Path, workers: int) -> list[Contestant]:
     def way(name: str, title: str, codec: str, group: str, *options: str) -> Contestant:
         data = str(records / codec)
         command = (sys.executable, "-m", "tools.bench.ours", data, "--workers", str(workers), *options)
-        return Contestant(f"ours-{name}", f"**this project**, {title}", codec, "ours", command, group=group)
+        return Contestant(f"ours-{name}", f"**this project**, {title}", codec, Kind.OURS, command, group=group)
 
     return [
         way("raw-shm", "shared memory, raw", "raw", "raw"),
@@ -66,10 +68,70 @@ def peers(records: Path, workers: int, pythons: Mapping[str, Path]) -> list[Cont
             f"{peer}-{form}",
             title,
             "raw" if form == "raw" else "jpeg",
-            "peer",
+            Kind.PEER,
             (str(python), "-m", f"tools.bench.peers.{peer}", form, str(records), str(workers)),
             group=peer if peer in APART else "raw" if form == "raw" else "jpeg",
         )
         for peer, python in pythons.items()
         for form, title in FORMS[peer].items()
     ]
+
+
+ENVIRONMENTS: Final = Path("build/bench/venvs")
+
+TORCH: Final = ("torch==2.13.0", "numpy<2.5", "pillow")
+
+PEERS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
+    "dataloader": ((*TORCH, "lmdb==3.0.0", "simplejpeg==1.9.0"),),
+    "dali": (("nvidia-dali-cuda120==2.4.0", "numpy"),),
+    "ffcv": (
+        ("setuptools<81", "wheel", "opencv-python-headless", "numba", "assertpy", "terminaltables", "fastargs", "tqdm"),
+        (*TORCH, "pandas", "psutil"),
+        ("--no-build-isolation", "ffcv==1.0.2"),  # compiled here: needs libopencv-dev and libturbojpeg0-dev
+    ),
+    "spdl": (("spdl-core==0.8.0", "spdl-io==0.8.0", "numpy", "simplejpeg==1.9.0"),),
+    "tfdata": (("tensorflow-cpu==2.21.0",),),
+}
+"""What to hand to pip, call by call."""
+
+TRAINERS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {"torchvision": ((*TORCH, "torchvision"),)}
+"""Likewise, for what the trainer is measured beside."""
+
+
+class NotInstalled(ToolFailed):
+    """A peer's packages do not install on this machine; the message says why."""
+
+
+def python_of(peer: str, root: Path) -> Path:
+    """The Python of a peer's environment, which is made if it is not there.
+
+    Raises:
+        NotInstalled: it cannot be.
+    """
+    folder = root / ENVIRONMENTS / peer
+    python, marker = folder / "bin" / "python", folder / "ready.txt"
+    recipe = (PEERS | TRAINERS)[peer]
+    wanted = repr(recipe)
+    if marker.exists() and marker.read_text() == wanted:
+        return python
+    _run(peer, [sys.executable, "-m", "venv", str(folder)])
+    for arguments in recipe:
+        _run(peer, [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments])
+    marker.write_text(wanted)
+    return python
+
+
+def versions(peer: str) -> str:
+    """What a peer's environment holds of what was pinned: ``name version, ...``."""
+    pins = [argument for arguments in (PEERS | TRAINERS)[peer] for argument in arguments if "==" in argument]
+    python = sys.version_info
+    return ", ".join([pin.replace("==", " ") for pin in pins] + [f"Python {python.major}.{python.minor}"])
+
+
+def _run(peer: str, command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith(("ERROR", "error"))] or [
+            done.stderr[-200:]
+        ]
+        raise NotInstalled(f"{peer} does not install here: {said[-1].strip()}")

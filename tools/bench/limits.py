@@ -5,17 +5,22 @@ One process each (see ``turns``); the benchmark starts as many copiers and decod
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
 
 import click
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 import zmq
 
@@ -26,8 +31,7 @@ from loader_service.data.order import records_at
 from loader_service.data.records import Records
 from loader_service.node.send_buffers import PIECE_BYTES
 from loader_service.node.worker import die_with_parent
-from loader_service.types import SampleLayout, View
-from tools.bench.limit import copy_crops, first_pixels
+from loader_service.types import RECORD_SIDE_PX, SampleLayout, View
 from tools.bench.turns import BATCH, PAGE_BYTES, deliver
 
 SLOTS: Final = 6
@@ -39,6 +43,34 @@ FRAME_BYTES: Final = PIECE_BYTES
 IMAGE_BYTES: Final = SampleLayout(View(), "uint8").image_bytes
 HIGH_WATER: Final = 40
 """Frames under way: the batches that a loader prefetches."""
+
+
+_SOURCE = Path(__file__).with_suffix(".c")
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "limits.so"
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+        subprocess.run([*compiler, "-O3", "-shared", "-fPIC", "-o", path, _SOURCE], check=True)
+        return ctypes.CDLL(str(path))
+
+
+def first_pixels(values: list[memoryview], draws: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
+    """Where each record's crop begins in memory: (n,) uint64 addresses."""
+    bases = [np.frombuffer(value, np.uint8).ctypes.data for value in values]
+    rows, columns = draws["y"].astype(np.uint64), draws["x"].astype(np.uint64)
+    addresses: npt.NDArray[np.uint64] = np.array(bases, np.uint64) + (rows * RECORD_SIDE_PX + columns) * 3 + HEADER.size
+    return addresses
+
+
+def copy_crops(images: npt.NDArray[np.uint8], addresses: npt.NDArray[np.uint64]) -> None:
+    """Copy the crops at ``addresses`` to ``images``, (n, side, side, 3) uint8, without the GIL."""
+    n, side = images.shape[:2]
+    pointers: Any = addresses.ctypes.data_as(ctypes.c_void_p)
+    sizes = (ctypes.c_size_t(v) for v in (n, side, 3 * side, 3 * RECORD_SIDE_PX))
+    _library().copy_crops(images.ctypes.data_as(ctypes.c_void_p), pointers, *sizes)
 
 
 def copying(data: Path) -> Iterator[int]:

@@ -26,9 +26,10 @@ from loader_service.client.query import status
 from loader_service.data.order import records_at
 from loader_service.data.picture import FILTER
 from loader_service.types import RECORD_SIDE_PX
-from tools.bench.contest import ROOT, Contestant, Running
+from tools.bench.contest import Contestant, Kind, Running
 from tools.bench.turns import BATCH, deliver
 from tools.errors import ToolFailed
+from tools.terminal import ROOT
 
 BILLION: Final = 10**9
 STARTS: Final = 5
@@ -124,7 +125,7 @@ def preprocess_s(source: Path, out: Path, workers: int, size: int = RECORD_SIDE_
 def standardising(tree: Path, workers: int, size: int = RECORD_SIDE_PX) -> float:
     """Pictures per second of decoding and resizing the files below a folder, by so many processes, and nothing else."""
     command = (sys.executable, "-m", "tools.bench.single", str(tree), "--size", str(size))
-    with Running(Contestant("standardise", "", "raw", "limit", command, workers)) as running:
+    with Running(Contestant("standardise", "", "raw", Kind.LIMIT, command, workers)) as running:
         running.wait()
         return running.turn(0.5, 3.0).images_per_s
 

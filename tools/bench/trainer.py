@@ -1,6 +1,6 @@
-"""``make bench-trainer``: the trainer's speed with each switch, and torchvision's AlexNet, in one run on this machine.
+"""``make bench-trainer``: the trainer's speed with each option, compared with torchvision's AlexNet on the same machine.
 
-All of them are alive at once and take turns, so that a machine that gets slower slows them all.
+All contestants run at once and take turns, so that a machine that slows down affects them equally.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import platform
 import statistics
 import sys
 from contextlib import ExitStack
+from enum import Enum, auto
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -19,10 +20,11 @@ import msgspec
 import torch
 
 from loader_service.cli.job import CONTEXT, Job
-from tools.bench.contest import ROOT, Contestant, Running
-from tools.bench.document import machine
-from tools.bench.venvs import NotInstalled, python_of
+from tools.bench.contest import Contestant, Kind, Running
+from tools.bench.contestants import NotInstalled, python_of
+from tools.bench.report.document import machine
 from tools.errors import ToolFailed
+from tools.terminal import ROOT
 from trainer.model.alexnet import IMAGE_SIDE_PX, Sizes
 from trainer.model.flops import peak_flops, training_flops
 from trainer.model.speed import Speed
@@ -30,11 +32,13 @@ from trainer.model.speed import Speed
 DOCUMENT: Final = ROOT / "docs" / "trainer-benchmarks.md"
 WARM_SHARE: Final = 0.2
 PEER: Final = "torchvision"
-BARS: Final = {128: 32_000, 512: 49_000}
-"""Images per second at these batch sizes, on synthetic data on one H100."""
+FED: Final = "fed"
+FED_TITLE: Final = ", fed by a node"
+TARGETS: Final = {128: 32_000, 512: 49_000}
+"""Target rates by batch size, images/s, on synthetic data on one H100."""
 
 FED_SHARE: Final = 0.98
-"""What training from a node must keep of the speed on synthetic data."""
+"""Target share of the rate on synthetic data for training from a node."""
 
 FORMS: Final[dict[str, Speed]] = {
     "float32": Speed(),
@@ -48,32 +52,42 @@ FORMS: Final[dict[str, Speed]] = {
     "bf16, fused LRN, graphs": Speed(amp="bf16", fused_norm=True, cuda_graphs=True),
     "bf16, fused LRN, compiled, graphs": Speed(amp="bf16", fused_norm=True, compile=True, cuda_graphs=True),
 }
-"""Each switch on its own, and together."""
+"""Each option alone, and combinations."""
 
 
-class Line(msgspec.Struct, frozen=True):
-    """A contestant's figures.
+class Role(Enum):
+    """The part of a contestant in the comparison."""
+
+    SYNTHETIC = auto()
+    FED = auto()
+    PEER = auto()
+
+
+class Measurement(msgspec.Struct, frozen=True):
+    """A contestant's figures at one batch size.
 
     Fields:
-        title: for people.
+        title: name for people.
+        role: our form on synthetic data, that form fed by a node, or a peer.
         batch: images in a step.
-        images_per_s: of each round.
-        used: share of the device's peak arithmetic; None where that is not known.
+        images_per_s: rate in each round.
+        used: share of the device's peak arithmetic, 0 to 1; None if the peak is not known.
     """
 
     title: str
+    role: Role
     batch: int
     images_per_s: list[float]
     used: float | None
 
     @property
     def median(self) -> float:
-        """Of the rounds."""
+        """Median rate over the rounds, images/s."""
         return statistics.median(self.images_per_s)
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What a run was asked for; see the options."""
+    """Options of a run; see the command."""
 
     device: str
     batches: tuple[int, ...]
@@ -85,7 +99,7 @@ class Settings(msgspec.Struct, frozen=True):
 
 
 def contestants(settings: Settings, batch: int, peer: Path | None) -> list[tuple[Contestant, Speed | None]]:
-    """All that compete at a batch size, with their forms; a peer has none."""
+    """Return the contestants at a batch size, each with its options; a peer has none."""
     found: list[tuple[Contestant, Speed | None]] = []
     cuda = torch.device(settings.device).type == "cuda"
     forms = {name: speed for name, speed in FORMS.items() if cuda or not speed.cuda_graphs}
@@ -93,18 +107,18 @@ def contestants(settings: Settings, batch: int, peer: Path | None) -> list[tuple
     base = (sys.executable, "-m", "tools.bench.steps", *common)
     for name, speed in forms.items():
         command = (*base, "--speed", msgspec.json.encode(speed).decode())
-        found.append((Contestant(name, name, "", "ours", command), speed))
+        found.append((Contestant(name, name, "", Kind.OURS, command), speed))
         if settings.data and name == list(forms)[-1]:
             fed: tuple[str, ...] = (*command, "--data", str(settings.data), "--workers", str(settings.workers))
-            found.append((Contestant("fed", f"{name}, fed by a node", "", "ours", fed), speed))
+            found.append((Contestant(FED, f"{name}{FED_TITLE}", "", Kind.OURS, fed), speed))
     if peer:
         theirs = (str(peer), "-m", "tools.bench.peers.torchvision", str(batch), settings.device)
-        found.append((Contestant(PEER, "torchvision's AlexNet, bf16, compiled", "", "peer", theirs), None))
+        found.append((Contestant(PEER, "torchvision's AlexNet, bf16, compiled", "", Kind.PEER, theirs), None))
     return found
 
 
-def measure(settings: Settings, batch: int, peer: Path | None, missing: list[str]) -> list[Line]:
-    """Every contestant's rounds at one batch size; a peer that does not run is out, and why goes to ``missing``."""
+def measure(settings: Settings, batch: int, peer: Path | None, missing: list[str]) -> list[Measurement]:
+    """Measure every contestant at one batch size; for a peer that does not run, the reason is added to ``missing``."""
     with ExitStack() as stack:
         running = []
         for contestant, speed in contestants(settings, batch, peer):
@@ -113,7 +127,7 @@ def measure(settings: Settings, batch: int, peer: Path | None, missing: list[str
             try:
                 one.wait()
             except ToolFailed as error:
-                if contestant.kind != "peer":
+                if contestant.kind is not Kind.PEER:
                     raise
                 missing.append(str(error))
             else:
@@ -124,9 +138,21 @@ def measure(settings: Settings, batch: int, peer: Path | None, missing: list[str
             for (one, _), rates in zip(running, turns, strict=True):
                 rates.append(one.turn(WARM_SHARE * settings.seconds, settings.seconds).images_per_s)
     return [
-        Line(one.contestant.title, batch, rates, _share_used(settings, speed, statistics.median(rates)))
+        Measurement(
+            one.contestant.title,
+            _role(one.contestant),
+            batch,
+            rates,
+            _share_used(settings, speed, statistics.median(rates)),
+        )
         for (one, speed), rates in zip(running, turns, strict=True)
     ]
+
+
+def _role(contestant: Contestant) -> Role:
+    if contestant.kind is Kind.PEER:
+        return Role.PEER
+    return Role.FED if contestant.name == FED else Role.SYNTHETIC
 
 
 def _share_used(settings: Settings, speed: Speed | None, images_per_s: float) -> float | None:
@@ -138,8 +164,8 @@ def _share_used(settings: Settings, speed: Speed | None, images_per_s: float) ->
     return images_per_s * work / peak if peak else None
 
 
-def markdown(settings: Settings, lines: list[Line], versions: str, missing: list[str]) -> str:
-    """The whole document."""
+def markdown(settings: Settings, lines: list[Measurement], versions: str, missing: list[str]) -> str:
+    """Return the whole document."""
     device = torch.device(settings.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     now = datetime.datetime.now(datetime.UTC)
@@ -150,13 +176,13 @@ def markdown(settings: Settings, lines: list[Line], versions: str, missing: list
         f"both towers on one device, width {settings.width:g}, on one batch of noise that never leaves the device. Median "
         f"of {settings.rounds} rounds of {settings.seconds:g} s, lowest and highest in brackets; all took turns.",
         _table(lines),
-        _bars(settings, lines, name),
+        _targets(settings, lines, name),
     ]
     parts += [f"Not measured: {why}" for why in dict.fromkeys(missing)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(lines: list[Line]) -> str:
+def _table(lines: list[Measurement]) -> str:
     rows = ["| form | batch | images/s | MFU |", "|---|---:|---:|---:|"]
     for line in lines:
         low, high = min(line.images_per_s), max(line.images_per_s)
@@ -165,34 +191,43 @@ def _table(lines: list[Line]) -> str:
     return "\n".join(rows)
 
 
-def _bars(settings: Settings, lines: list[Line], device: str) -> str:
-    """What was aimed at, beside what was reached."""
+def _targets(settings: Settings, lines: list[Measurement], device: str) -> str:
+    """Compare the best rates with the targets."""
     rows = []
     for batch in settings.batches:
         here = [line for line in lines if line.batch == batch]
-        ours = [line for line in here if "torchvision" not in line.title and "fed" not in line.title]
+        ours = [line for line in here if line.role is Role.SYNTHETIC]
         best = max(ours, key=lambda line: line.median)
-        if batch in BARS and settings.width == 1 and "H100" in device:
-            rows.append(f"- batch {batch}: {best.median:,.0f} images/s; the target is {BARS[batch]:,} on an H100.")
+        if batch in TARGETS and settings.width == 1 and "H100" in device:
+            rows.append(f"- batch {batch}: {best.median:,.0f} images/s; the target is {TARGETS[batch]:,} on an H100.")
         for line in here:
-            if "torchvision" in line.title:
+            if line.role is Role.PEER:
                 rows.append(f"- batch {batch}: {best.median / line.median:.2f} times torchvision's, by {best.title}.")
-            if "fed" in line.title:
-                share = line.median / next(each.median for each in ours if line.title.startswith(f"{each.title}, fed"))
+            if line.role is Role.FED:
+                share = line.median / next(each.median for each in ours if line.title == f"{each.title}{FED_TITLE}")
                 rows.append(f"- batch {batch}: fed by a node {share:.1%} of synthetic; the target is {FED_SHARE:.0%}.")
     return "\n".join(rows)
 
 
 @click.command(cls=Job, context_settings=CONTEXT)
 @click.option("--device", default=None, help="cuda:0, cpu, ...  [default: a GPU if there is one]")
-@click.option("--batch-sizes", default="128,512", show_default=True)
-@click.option("--width", type=float, default=1.0, show_default=True, help="Of our network; torchvision's is whole.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Of each turn.")
-@click.option("--data", type=click.Path(path_type=Path, exists=True), help="A dataset: also measure with a node.")
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Of that node.")
-@click.option("--peer/--no-peer", default=True, show_default=True, help="torchvision, in an environment of its own.")
-@click.option("--document", type=click.Path(path_type=Path), default=DOCUMENT, help="Where to write the figures.")
+@click.option("--batch-sizes", default="128,512", show_default=True, help="Batch sizes, with commas between.")
+@click.option("--width", type=float, default=1.0, show_default=True, help="Width of our network; torchvision's is 1.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each contestant.")
+@click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="Length of a turn.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True),
+    help="Dataset directory; also measures training from a node.",
+)
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Worker processes of that node.")
+@click.option(
+    "--peer/--no-peer",
+    default=True,
+    show_default=True,
+    help="Also measure torchvision, in a virtual environment of its own.",
+)
+@click.option("--document", type=click.Path(path_type=Path), default=DOCUMENT, help="Document to write.")
 def main(
     device: str | None,
     batch_sizes: str,
@@ -204,7 +239,7 @@ def main(
     peer: bool,
     document: Path,
 ) -> None:
-    """Measure whole training steps with each switch, beside torchvision's AlexNet, and write a document."""
+    """Measure training steps with each option, compare with torchvision's AlexNet, and write a document."""
     try:
         sizes = tuple(int(word) for word in batch_sizes.split(","))
     except ValueError:

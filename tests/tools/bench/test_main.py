@@ -13,9 +13,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from tools.bench.contest import Contestant, Running, Turn
-from tools.bench.document import Results
-from tools.bench.targets import ratio, targets
+from tools.bench.contest import Contestant, Kind, Running, Turn
+from tools.bench.report.document import Results
+from tools.bench.report.targets import ratio, targets
 from tools.bench.turns import touch
 from tools.errors import ToolFailed
 
@@ -40,7 +40,7 @@ def turn(rate: float, consumer: float = 0.0) -> Turn:
 
 def contestant(program: str) -> Contestant:
     """One that is a Python program."""
-    return Contestant("other", "other", "raw", "peer", (sys.executable, "-c", program))
+    return Contestant("other", "other", "raw", Kind.PEER, (sys.executable, "-c", program))
 
 
 @pytest.mark.timeout(100)
@@ -62,7 +62,7 @@ def test_a_small_run_writes_its_results_and_document(tmp_path: Path, photographs
     command += ["--document", str(tmp_path / "benchmarks.md")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=90)
     results = msgspec.json.decode((tmp_path / "results.json").read_bytes(), type=Results)
-    assert {each.kind for each in results.contestants} == {"ours", "limit"}
+    assert {each.kind for each in results.contestants} == {Kind.OURS, Kind.LIMIT}
     assert all(turns[0].images_per_s > 0 for turns in results.rounds.values())
     document = (tmp_path / "benchmarks.md").read_text()
     assert [each.title for each in results.contestants if each.title not in document] == []

@@ -1,6 +1,6 @@
 """Where the processor time of a batch goes: each process of a node, each thread of its client.
 
-python -m tools.bench.profile [--codec raw|jpeg] [--transport shm|tcp] [--connections N] [--keys] [--records build/bench/records-8192]
+python -m tools.bench.studies.profile [--codec raw|jpeg] [--transport shm|tcp] [--connections N] [--keys] [--records build/bench/records-8192]
 
 It reads records that ``make bench`` has made. What touching the batch costs is the benchmark's own, and left out.
 """
@@ -20,10 +20,10 @@ import psutil
 from loader_service import Loader, defaults
 from loader_service.cli.job import CONTEXT, Job
 from loader_service.wire.auth import generate
-from tools.bench.contest import ROOT
 from tools.bench.ours import SEED, start_node
 from tools.bench.turns import BATCH, WORKERS_DEFAULT, touch
 from tools.errors import ToolFailed
+from tools.terminal import ROOT
 
 WARM_S: Final = 1.0
 LEAST_US: Final = 1.0

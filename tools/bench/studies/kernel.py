@@ -1,6 +1,6 @@
 """How fast one process, and two, make samples of raw records in memory: each form of the kernel beside a bare memcpy.
 
-    python -m tools.bench.kernel [--records 8192] [--rounds 9] [--seconds 0.25]
+    python -m tools.bench.studies.kernel [--records 8192] [--rounds 9] [--seconds 0.25]
 
 The contestants take turns, round by round, over the same shuffled records into the same four batches of shared memory;
 a ratio is the median, over the rounds, of a contestant's rate divided by memcpy's in the same round.
@@ -38,7 +38,8 @@ from loader_service.data.order import records_at
 from loader_service.data.records import Records
 from loader_service.data.writer import Writer
 from loader_service.types import DRAWS, SampleLayout, Slice, SliceId, View
-from tools.bench.limit import copy_crops, first_pixels
+from tools.bench.limits import copy_crops, first_pixels
+from tools.bench.report.document import cpu_name
 
 BATCH: Final = 128
 BATCHES: Final = 4
@@ -56,11 +57,11 @@ def write_records(path: Path, count: int) -> None:
         for number in range(count):
             start = number * 7919 % RAW_BYTES
             writer.put(0, noise[start : start + RAW_BYTES], str(number))
-        writer.finish(facts, made_by={"made by": "tools.bench.kernel"})
+        writer.finish(facts, made_by={"made by": "tools.bench.studies.kernel"})
 
 
 @dataclass(frozen=True)
-class Batch:
+class PreparedBatch:
     """All that a contestant needs to know of a batch, looked up before the clock runs."""
 
     what: SliceId
@@ -84,13 +85,13 @@ class Contestants:
         self._labels, self._at = np.zeros(BATCH, np.int64), np.zeros(1, np.int64)
         self.batches = cycle([self._batch(view, start, stored) for start in range(0, len(records) - BATCH + 1, BATCH)])
 
-    def _batch(self, view: View, start: int, stored: list[memoryview]) -> Batch:
+    def _batch(self, view: View, start: int, stored: list[memoryview]) -> PreparedBatch:
         numbers = records_at(len(stored), SEED, 0, start, BATCH)
         draws = draw(view, SEED, 0, start, BATCH)
         values = [stored[number] for number in numbers.tolist()]
-        return Batch(SliceId(view, SEED, 0, start, BATCH), numbers, draws, values, first_pixels(values, draws))
+        return PreparedBatch(SliceId(view, SEED, 0, start, BATCH), numbers, draws, values, first_pixels(values, draws))
 
-    def run(self, name: str, batch: Batch) -> None:
+    def run(self, name: str, batch: PreparedBatch) -> None:
         """Make one batch."""
         if name == LIMIT:
             copy_crops(next(self._images), batch.addresses)
@@ -125,7 +126,7 @@ def serve(path: Path) -> None:
 @contextmanager
 def processes(path: Path, n: int) -> Iterator[Callable[[str, float], float]]:
     """Start ``n`` processes; gives ``rate(name, seconds)``, in images/s of all together."""
-    command = [sys.executable, "-m", "tools.bench.kernel", "--serve", str(path)]
+    command = [sys.executable, "-m", "tools.bench.studies.kernel", "--serve", str(path)]
     started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(n)]
 
     def answers() -> list[str]:
@@ -168,14 +169,6 @@ def table(n: int, rates: dict[str, list[float]]) -> Table:
         figures = (statistics.median(ratios), min(ratios), max(ratios))
         shown.add_row(name, f"{statistics.median(measured):,.0f}", *(f"{figure:.2f}" for figure in figures))
     return shown
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system knows it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 @click.command()

@@ -8,8 +8,10 @@ from xml.sax.saxutils import escape
 
 import msgspec
 
-COLOURS: Final = {"ours": "#1a7f37", "peer": "#8c959f", "limit": "#d8dee4"}
-KINDS: Final = {"ours": "this project", "peer": "others", "limit": "limits of the machine"}
+from tools.bench.contest import Kind
+
+COLOURS: Final = {Kind.OURS: "#1a7f37", Kind.PEER: "#8c959f", Kind.LIMIT: "#d8dee4"}
+LEGEND: Final = {Kind.OURS: "this project", Kind.PEER: "others", Kind.LIMIT: "limits of the machine"}
 
 _NAMES_PX: Final = 290
 _COLUMN_PX: Final = 210
@@ -24,7 +26,7 @@ class Row(msgspec.Struct, frozen=True):
     """A contestant's medians: images/s, CPU seconds per 1,000 images, and its greatest memory in 10**6 bytes."""
 
     title: str
-    kind: str
+    kind: Kind
     images_per_s: float
     cpu_s: float
     memory_mb: float
@@ -64,7 +66,7 @@ def _panel(heading: str, rows: Sequence[Row], top: int) -> str:
         parts.append(f'<text x="{_NAMES_PX + number * _COLUMN_PX}" y="{top}" fill="#57606a">{escape(name)}</text>')
     for index, row in enumerate(rows):
         y = top + 14 + index * _ROW_PX
-        weight = ' font-weight="bold"' if row.kind == "ours" else ""
+        weight = ' font-weight="bold"' if row.kind is Kind.OURS else ""
         parts.append(f'<text x="{_NAMES_PX - 10}" y="{y + 11}" text-anchor="end"{weight}>{escape(row.title)}</text>')
         for number, (_, figure, form) in enumerate(COLUMNS):
             left, most = _NAMES_PX + number * _COLUMN_PX, max(figure(each) for each in rows) or 1.0
@@ -78,7 +80,7 @@ def _panel(heading: str, rows: Sequence[Row], top: int) -> str:
 
 def _legend(top: int) -> str:
     parts = list[str]()
-    for number, (kind, name) in enumerate(KINDS.items()):
+    for number, (kind, name) in enumerate(LEGEND.items()):
         left = 10 + number * 110
         parts.append(f'<rect x="{left}" y="{top - 11}" width="12" height="12" fill="{COLOURS[kind]}"/>')
         parts.append(f'<text x="{left + 16}" y="{top}">{escape(name)}</text>')

@@ -1,6 +1,6 @@
 """What a record's codec costs and loses: quality and subsampling of jpeg records, beside raw ones.
 
-python -m tools.bench.codecs [--source ARCHIVE|FOLDER] [--rounds 5]
+python -m tools.bench.studies.codecs [--source ARCHIVE|FOLDER] [--rounds 5]
 
 Prints the table of docs/datasets.md: how close the pixels are to the raw ones', bytes, and records that one core decodes:
 whole, as libjpeg-turbo does it, and as far as a random crop needs, as a worker does it.
@@ -24,9 +24,8 @@ from loader_service.data.kernel import Window
 from loader_service.data.picture import load_picture
 from loader_service.datasets.progress import Progress
 from loader_service.types import RECORD_SIDE_PX, View
-from tools.bench.__main__ import source as find_source
 from tools.bench.ours import SEED
-from tools.bench.pictures import Pixels, photographs
+from tools.bench.records import Pixels, find_source, photographs
 
 Pass = tuple[list[bytes], list[Window | None]]
 """Payloads, and what is decoded of each."""

@@ -8,11 +8,8 @@ from typing import Final
 
 import msgspec
 
-from tools.bench.contest import Turn
+from tools.bench.contest import Rounds
 from tools.bench.single import Single
-
-Rounds = dict[str, list[Turn]]
-"""The turns of each contestant, by its name, round by round."""
 
 
 class Spread(msgspec.Struct, frozen=True):

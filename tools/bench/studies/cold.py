@@ -1,6 +1,6 @@
 """Records that are not in memory: the disk is what one waits for.
 
-python -m tools.bench.cold [--records build/bench/records-8192] [--workers 2] [--rounds 5]
+python -m tools.bench.studies.cold [--records build/bench/records-8192] [--workers 2] [--rounds 5]
 
 Before each turn the environment's pages are dropped from memory. Workers make slices of 128 as a node's do, of the first
 part of an epoch in shuffled order: as they are, and with reading ahead left out. The limit reads the same records by
@@ -28,9 +28,9 @@ from loader_service.data.augment import complete_view
 from loader_service.data.fill import empty_slice, fill, slice_numbers
 from loader_service.data.records import Records
 from loader_service.types import SampleLayout, SliceId, View
-from tools.bench.contest import ROOT
 from tools.bench.turns import BATCH, WORKERS_DEFAULT
 from tools.errors import ToolFailed
+from tools.terminal import ROOT
 
 SLICES: Final = 12
 """For each worker and turn: 1,536 records, 0.3 GB raw."""
@@ -100,7 +100,7 @@ def main(records: Path, workers: int, rounds: int, turn: tuple[str, Path, int, i
 def _measure(mode: str, data: Path, workers: int, first: int) -> float:
     """Images per second of that many processes at once, each with a part of the epoch of its own."""
     forget(data / "data.mdb")
-    command = [sys.executable, "-m", "tools.bench.cold", "--turn", mode, str(data)]
+    command = [sys.executable, "-m", "tools.bench.studies.cold", "--turn", mode, str(data)]
     running = [
         subprocess.Popen([*command, str(first), str(index)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for index in range(workers)

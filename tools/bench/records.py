@@ -25,6 +25,7 @@ from loader_service.datasets.progress import Progress
 from loader_service.datasets.statistics import Sums
 from loader_service.types import RECORD_SIDE_PX
 from tools.errors import ToolFailed
+from tools.terminal import ROOT, SAMPLE_IMAGES
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -32,6 +33,7 @@ SIDE_SHARE: Final = (0.6, 1.0)
 """A cut's side, as a share of the photograph's short side."""
 
 SEED: Final = 1
+SOURCES: Final = (ROOT.parent / "shared" / "data" / "imagenet-sample.tar", ROOT / SAMPLE_IMAGES)
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -43,6 +45,18 @@ class Facts(msgspec.Struct, frozen=True):
     jpeg_bytes: float
     psnr_db: float
     parameters: str
+
+
+def find_source() -> Path:
+    """Where photographs are.
+
+    Raises:
+        ToolFailed: nowhere.
+    """
+    for path in SOURCES:
+        if path.exists():
+            return path
+    raise ToolFailed("there are no photographs; make some: python -m tools.sample_images build/sample-images")
 
 
 def photographs(source: Path) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""``python -m tools.bench.archives ARCHIVE...``: preprocessing archives as they are, beside decoding and resizing alone.
+"""``python -m tools.bench.studies.archives ARCHIVE...``: preprocessing archives as they are, beside decoding and resizing alone.
 
 Prints a row of a Markdown table for each archive. The command's time is all of it: starting Python, listing the archive,
 decompressing it, statistics, writing raw records of the training split, manifest and golden samples. The other figure is
@@ -19,9 +19,9 @@ import click
 from loader_service.cli.job import CONTEXT, Job
 from loader_service.data.records import Records
 from loader_service.types import MAX_SIDE_PX, MIN_SIDE_PX, RECORD_SIDE_PX
-from tools.bench.contest import ROOT
-from tools.bench.document import machine
+from tools.bench.report.document import machine
 from tools.bench.single import preprocess_s, standardising
+from tools.terminal import ROOT
 
 COLUMNS: Final = ("archive", "pictures", "size", "seconds", "pictures/s", "decode + resize alone", "ratio")
 
@@ -68,4 +68,4 @@ def _row(cells: tuple[str, ...] | list[str]) -> str:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m tools.bench.archives")
+    main(prog_name="python -m tools.bench.studies.archives")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import statistics
+from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from tools.bench.chart import Row, svg
-from tools.bench.contest import Contestant
-from tools.bench.kernel import cpu_name
-from tools.bench.pictures import Facts
+from tools.bench.contest import Contestant, Kind, Rounds
+from tools.bench.records import Facts
+from tools.bench.report.chart import Row, svg
+from tools.bench.report.targets import Spread, Target, ratio, spread, targets
 from tools.bench.single import Single
-from tools.bench.targets import Rounds, Spread, Target, ratio, spread, targets
 from tools.bench.turns import BATCH
 
 CHART: Final = "benchmarks.svg"
@@ -45,6 +45,14 @@ class Results(msgspec.Struct, frozen=True):
     rounds: Rounds
     single: Single | None
     missing: dict[str, str]
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system knows it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def machine() -> str:
@@ -141,7 +149,7 @@ def _table(results: Results, codec: str) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     there = _ranking(results, codec)
-    rivals = [each.name for each in there if each.kind == "peer"]
+    rivals = [each.name for each in there if each.kind is Kind.PEER]
     for each in there:
         figures = [
             shown(spread([turn.images_per_s for turn in results.rounds[each.name]]), ",.0f"),

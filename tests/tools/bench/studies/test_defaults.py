@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from tools.bench.contest import Turn
-from tools.bench.defaults import SETTINGS, Cell, Cells, markdown
-from tools.bench.document import machine
+from tools.bench.report.document import machine
+from tools.bench.studies.defaults import SETTINGS, Cell, Cells, markdown
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def turn(rate: float, cpu: float = 1.0) -> Turn:
@@ -28,7 +28,7 @@ def cell(setting: str, where: str) -> Cell:
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     """The command."""
-    command = [sys.executable, "-m", "tools.bench.defaults", *options]
+    command = [sys.executable, "-m", "tools.bench.studies.defaults", *options]
     return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=90)
 
 

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def profile(*options: str) -> subprocess.CompletedProcess[str]:
     """A run of it."""
-    command = [sys.executable, "-m", "tools.bench.profile", "--workers", "1", "--seconds", "0.5", *options]
+    command = [sys.executable, "-m", "tools.bench.studies.profile", "--workers", "1", "--seconds", "0.5", *options]
     return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
 
 

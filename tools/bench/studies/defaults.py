@@ -1,4 +1,4 @@
-"""``python -m tools.bench.defaults``: each default beside what it might be instead, one at a time, on this machine.
+"""``python -m tools.bench.studies.defaults``: each default beside what it might be instead, one at a time, on this machine.
 
 For every way that batches go, a setting's values take turns; what is told of a value are its ratios to the default in the
 same rounds. A run may be cut short, or be one setting's alone (``--only``): what was measured on this machine before is
@@ -19,12 +19,12 @@ import msgspec
 
 from loader_service import defaults
 from loader_service.cli.job import CONTEXT, Job
-from tools.bench.contest import ROOT, Contestant, Turn
-from tools.bench.document import machine, shown
-from tools.bench.rounds import play
-from tools.bench.targets import Rounds, spread
+from tools.bench.contest import Contestant, Kind, Rounds, Turn, play
+from tools.bench.report.document import machine, shown
+from tools.bench.report.targets import spread
 from tools.bench.turns import BATCH, WORKERS_DEFAULT
 from tools.errors import ToolFailed
+from tools.terminal import ROOT
 
 BUILD: Final = ROOT / "build" / "bench"
 RECORDS: Final = BUILD / "records-8192"
@@ -115,7 +115,7 @@ def contestants(setting: Setting, way: str, records: Path) -> list[Contestant]:
     """One for each value of a setting, named by it."""
     title, codec, options = WAYS[way]
     command = (sys.executable, "-m", "tools.bench.ours", str(records / codec), *options)
-    return [Contestant(value, title, codec, "ours", (*command, *more)) for value, more in setting.values.items()]
+    return [Contestant(value, title, codec, Kind.OURS, (*command, *more)) for value, more in setting.values.items()]
 
 
 def load(path: Path) -> Cells:
@@ -148,7 +148,7 @@ def markdown(cells: Cells, notes: str) -> str:
     rounds = sorted({len(turns) for cell in every for turns in cell.rounds.values()})
     parts = [
         "# Defaults",
-        "Written by `python -m tools.bench.defaults`; do not edit, but for defaults-notes.md, which is the last section.",
+        "Written by `python -m tools.bench.studies.defaults`; do not edit, but for defaults-notes.md, which is the last section.",
         f"""- Measured {dates[0]} to {dates[-1]}, UTC, on {every[0].machine}.
 - Batches of {BATCH}, (224, 224, 3) uint8 in the consumer's memory, a byte of every page read; {WORKERS_DEFAULT} workers, where
   nothing else is said; the records of [the benchmark](benchmarks.md), in memory.

@@ -9,7 +9,7 @@ from pathlib import Path
 from click.testing import CliRunner
 from PIL import Image
 
-from tools.bench.archives import COLUMNS, main
+from tools.bench.studies.archives import COLUMNS, main
 
 
 def test_a_row_for_each_archive(tmp_path: Path) -> None:

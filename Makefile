@@ -1,4 +1,4 @@
-# Every verb first makes sure that .venv holds what it needs; that takes minutes once, and no time after.
+# Every target first sets up .venv; that takes minutes the first time, and no time afterwards.
 
 PYTHON ?=
 EXTRAS  = trainer,dev
@@ -18,61 +18,61 @@ run     = .venv/bin/python
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## only the set-up of .venv; [PYTHON=python3.12] [EXTRAS=trainer,dev]
+setup: ## set up .venv, which every target does first; [PYTHON=python3.12] [EXTRAS=trainer,dev]
 	@python=$$(PYTHON="$(PYTHON)" sh tools/find-python.sh) && "$$python" tools/environment.py --extras "$(EXTRAS)"
 
-demo: setup ## the whole path on sample photographs: preprocess, serve, train, evaluate; [SEED=0]
-	@exec $(run) -m tools.demo --seed "$(SEED)"  # exec: a signal to make reaches the demo, which ends what it started
+demo: setup ## run the whole path on sample photographs: preprocess, serve, train, evaluate; [SEED=0]
+	@exec $(run) -m tools.demo --seed "$(SEED)"  # exec: a signal to make reaches the demo, which ends its processes
 
-preprocess: setup ## images on disk -> data/train.lmdb and data/val.lmdb; [SRC=DIR] [OUT=data]
+preprocess: setup ## convert images on disk to data/train.lmdb and data/val.lmdb; [SRC=DIR] [OUT=data]
 ifeq ($(SRC),)
 	$(run) -m tools.sample_images build/sample-images
 endif
-	$(run) -m tools.preprocess "$(or $(SRC),build/sample-images)" "$(OUT)"
+	.venv/bin/loader-service preprocess "$(or $(SRC),build/sample-images)" "$(OUT)"
 
-test: setup ## the tests; [ARGS="-k ledger"]
+test: setup ## run the tests; [ARGS="-k ledger"]
 	@$(run) -m pytest $(ARGS)
 
-style: setup ## the linter and the formatter's check
+style: setup ## check lint and formatting
 	@$(run) -m ruff check .
 	@$(run) -m ruff format --check .
 
-types: setup ## the type checker, strict
+types: setup ## check types, strictly
 	@$(run) -m mypy
 
-cover: setup ## the tests, and which lines they do not reach
+cover: setup ## run the tests; list lines that they do not reach
 	@$(run) -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-chaos: setup ## every kind of failure, caused for four minutes while two clients train; [ARGS="--seed 1"]
+chaos: setup ## inject every kind of failure for four minutes while two clients train; [ARGS="--seed 1"]
 	@$(run) -m tools.chaos $(ARGS)
 
-fuzz: setup ## 100,000 damaged messages for the decoders, as many JPEGs, and as many messages for a node; [ARGS="--seed 1"]
+fuzz: setup ## 100,000 damaged messages for the decoders, 100,000 JPEGs, 100,000 messages for a node; [ARGS="--seed 1"]
 	@$(run) -m tools.fuzz $(ARGS)
 
-docker: setup docker-images ## the images, and the demo in containers; [ENGINE=script that starts a Docker engine]
+docker: setup docker-images ## build the images and run the demo in containers; [ENGINE=script that starts a Docker engine]
 	@$(if $(ENGINE),$(ENGINE) run build/docker) $(run) -m tools.containers demo
 
-docker-scale: setup docker-images ## three loaders in containers: one is killed while they are in use, another is added
+docker-scale: setup docker-images ## three loaders in containers: kill one during training, add another
 	@$(if $(ENGINE),$(ENGINE) run build/docker) $(run) -m tools.containers scale
 
-docker-images: setup ## the images alone
+docker-images: setup ## build the images only
 	@$(if $(ENGINE),$(ENGINE) build build/docker) $(run) -m tools.containers build
 
-bench: setup ## this beside the machine's limits and other loaders -> docs/benchmarks.md; [ARGS="--peers none"]
+bench: setup ## compare with the machine's limits and other loaders -> docs/benchmarks.md; [ARGS="--peers none"]
 	@$(run) -m tools.bench $(ARGS)
 
-bench-trainer: setup ## the trainer's speed, each switch on and off -> docs/trainer-benchmarks.md; [ARGS="--batch-sizes 128,512"]
+bench-trainer: setup ## measure the trainer with each option on and off -> docs/trainer-benchmarks.md; [ARGS="--batch-sizes 128,512"]
 	@$(run) -m tools.bench.trainer $(ARGS)
 
-cifar: setup ## CIFAR-10 at full width by the paper's recipe, for a GPU -> docs/results/cifar10; [CIFAR10=FILE] [RUN=DIR] [ARGS=]
-	$(run) -m tools.preprocess "$(CIFAR10)" build/cifar10
+cifar: setup ## train CIFAR-10 at full width by the paper's recipe, on a GPU -> docs/results/cifar10; [CIFAR10=FILE] [RUN=DIR] [ARGS=]
+	.venv/bin/loader-service preprocess "$(CIFAR10)" build/cifar10
 	$(run) -m trainer run --data build/cifar10 --run "$(RUN)" --resume auto $(ARGS)
 	$(run) -m trainer evaluate "$(RUN)" --data build/cifar10 --views ten-crop --classes
 	mkdir -p "$(RESULTS)"
 	$(run) -m trainer evaluate "$(RUN)" --data build/cifar10 --views ten-crop --json > "$(RESULTS)/ten-crop.json"
 	cd "$(RUN)" && cp config.json log.jsonl summary.json *.svg *.png "$(abspath $(RESULTS))"
 
-clean: ## remove what make has made: .venv, build/ and caches; data/ and runs/ stay
+clean: ## remove .venv, build/ and caches; keep data/ and runs/
 	rm -rf .venv build dist *.egg-info loader_service/data/*.so .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
-	@echo "data/ and runs/ are yours: they stay."
+	@echo "kept: data/ and runs/"

@@ -1,8 +1,8 @@
 #!/bin/sh
-# install-pillow.sh DIR: on x86-64, Pillow-SIMD twice. Its portable build (SSE4) goes into the virtual environment; its
-# AVX2 build goes into DIR, where entrypoint.sh finds it. Both resize to the same bytes. Elsewhere DIR stays empty, and
-# stock Pillow comes with the other requirements.
-# pip's cache does not know with which flags a wheel was compiled, so it is not asked.
+# install-pillow.sh DIR: installs Pillow-SIMD twice on x86-64. The portable build (SSE4) goes into the virtual environment,
+# the AVX2 build into DIR, where entrypoint.sh finds it. Both resize to the same bytes. On other machines DIR stays empty, and
+# stock Pillow is installed with the other requirements.
+# pip's cache is not used: it does not record the flags that a wheel was compiled with.
 set -eu
 mkdir -p "$1"
 [ "$(uname -m)" = x86_64 ] || exit 0

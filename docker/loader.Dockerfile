@@ -1,12 +1,12 @@
-# A node, and preprocessing: no torch, no compiler. Built from the repository's root:
+# A node, and preprocessing, without torch or a compiler. Build it in the repository's root:
 #
 #     docker build --file docker/loader.Dockerfile --tag loader-service .
 #
-# The first stage is word for word trainer.Dockerfile's, so that the two images share its layers. On a machine with a mirror
-# of the package index, name it in the build arguments PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS: pip reads them.
+# The first stage equals trainer.Dockerfile's word for word, so that the two images share its layers. On a machine with a mirror
+# of the package index, set the build arguments PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS, which pip reads.
 ARG BASE=python:3.11-slim-bookworm
 
-# What compiles: Python's headers are in the official images, and else in Debian's package.
+# The compiler. The official images contain Python's headers; for other bases Debian's package brings them.
 FROM ${BASE} AS compiler
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev libjpeg62-turbo-dev zlib1g-dev \
@@ -24,7 +24,7 @@ RUN python -m venv /opt/venv \
     && pip install --no-cache-dir --constraint constraints.txt setuptools
 RUN ./install-pillow.sh /opt/pillow-avx2
 
-# What pyproject.toml asks for; made again only when that or a pinned version changes.
+# The requirements of pyproject.toml; rebuilt only if that file or a pinned version changes.
 FROM compiler AS packages
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
@@ -35,7 +35,7 @@ RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))
     && pip install --no-cache-dir --constraint constraints.txt --build-constraint constraints.txt -r requirements.txt \
     && pip uninstall --yes setuptools pip
 
-# The project itself, in a folder of its own: a change of code makes this stage and the last one's last layers again.
+# The project itself, in a folder of its own: a change of code rebuilds this stage and the last layers of the last stage.
 FROM compiler AS code
 COPY pyproject.toml README.md LICENSE ./
 COPY loader_service loader_service
@@ -68,17 +68,17 @@ USER 10001:10001
 WORKDIR /tmp
 EXPOSE 5555 9555
 STOPSIGNAL SIGTERM
-# Where the node has keys, LOADER_SERVICE_STATUS_SERVER_KEY and LOADER_SERVICE_STATUS_CLIENT_KEY name the client's.
+# For a node with keys, LOADER_SERVICE_STATUS_SERVER_KEY and LOADER_SERVICE_STATUS_CLIENT_KEY name the key files.
 HEALTHCHECK --interval=5s --timeout=10s --start-period=60s --retries=3 \
     CMD ["loader-service", "status", "--interval", "0", "--timeout", "5"]
 ENTRYPOINT ["entrypoint.sh"]
 CMD ["loader-service", "start"]
 
-# The same, with the photographs beside it, for those who have no pictures yet.
+# The same image with the photographs, for users without images of their own.
 FROM node AS preprocess
 COPY --from=photographs /opt/samples /opt/samples
 HEALTHCHECK NONE
-CMD ["python", "-m", "tools.preprocess", "/images", "/data"]
+CMD ["loader-service", "preprocess", "/images", "/data"]
 
-# What is built when no target is named.
+# The default target.
 FROM node

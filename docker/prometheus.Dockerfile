@@ -1,11 +1,11 @@
-# Prometheus, Debian's package, on the base that the other images have. From the repository's root:
+# Prometheus, Debian's package, on the base of the other images. Build it in the repository's root:
 #
 #     docker build --file docker/prometheus.Dockerfile --tag loader-service-prometheus .
 #
-# What it scrapes, prometheus.yaml, is mounted, so that a change of it needs no build.
+# Its configuration, prometheus.yaml, is mounted, so that a change needs no build.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
-# Its pages use one file of moment-timezone; the 210 MB of tables that this file is made of are left out.
+# Its pages use one file of moment-timezone; the 210 MB of source tables of that file are left out.
 RUN echo 'path-exclude=/usr/share/javascript/moment-timezone/data/*' > /etc/dpkg/dpkg.cfg.d/moment-timezone \
     && apt-get update \
     && apt-get install --yes --no-install-recommends prometheus \

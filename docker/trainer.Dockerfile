@@ -1,14 +1,15 @@
-# The trainer, with torch's CUDA build; with the CPU build where TORCH_INDEX names its index. From the repository's root:
+# The trainer, with torch's CUDA build, or with the CPU build if TORCH_INDEX names its index. Build it in the repository's
+# root:
 #
 #     docker build --file docker/trainer.Dockerfile --tag loader-service-trainer .
 #     docker build --file docker/trainer.Dockerfile --tag loader-service-trainer:cpu \
 #         --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 #
-# The first stage is word for word loader.Dockerfile's, so that the two images share its layers. On a machine with a mirror
-# of the package index, name it in the build arguments PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS: pip reads them.
+# The first stage equals loader.Dockerfile's word for word, so that the two images share its layers. On a machine with a mirror
+# of the package index, set the build arguments PIP_INDEX_URL, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS, which pip reads.
 ARG BASE=python:3.11-slim-bookworm
 
-# What compiles: Python's headers are in the official images, and else in Debian's package.
+# The compiler. The official images contain Python's headers; for other bases Debian's package brings them.
 FROM ${BASE} AS compiler
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev libjpeg62-turbo-dev zlib1g-dev \
@@ -26,8 +27,8 @@ RUN python -m venv /opt/venv \
     && pip install --no-cache-dir --constraint constraints.txt setuptools
 RUN ./install-pillow.sh /opt/pillow-avx2
 
-# What pyproject.toml asks for, with its extra `trainer`; made again only when that or a pinned version changes. A local
-# version such as 2.13.0+cpu ranks above 2.13.0, so TORCH_INDEX wins where it is given.
+# The requirements of pyproject.toml, with its extra `trainer`; rebuilt only if that file or a pinned version changes. A
+# local version such as 2.13.0+cpu ranks above 2.13.0, so TORCH_INDEX takes precedence.
 FROM compiler AS packages
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
@@ -40,7 +41,7 @@ RUN python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["p
     && pip install --no-cache-dir --constraint constraints.txt --build-constraint constraints.txt -r requirements.txt \
     && pip uninstall --yes setuptools pip
 
-# The project itself, in a folder of its own: a change of code makes this stage and the last one's last layers again.
+# The project itself, in a folder of its own: a change of code rebuilds this stage and the last layers of the last stage.
 FROM compiler AS code
 COPY pyproject.toml README.md LICENSE ./
 COPY loader_service loader_service
@@ -48,7 +49,7 @@ COPY trainer trainer
 COPY tools tools
 RUN pip install --no-cache-dir --no-deps --no-index --no-build-isolation --target /opt/app .
 
-# The user is the loader's, by number: shared memory is open to its owner alone.
+# The user has the same number as the loader's: only its owner can open shared memory.
 FROM ${BASE}
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libjpeg62-turbo \

@@ -1,4 +1,4 @@
-"""The containers' files, compared with what they name: images are built and run by `make docker`, not here."""
+"""Checks of the containers' files without Docker; `make docker` builds and runs the images."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ DOCKER = ROOT / "docker"
 PROGRAMS: dict[str, click.Command] = {
     "loader-service": loader_service.cli.main,
     "trainer": trainer.cli.main,
-    "python -m tools.preprocess": loader_service.cli.main.commands["preprocess"],
     "python -m tools.sample_images": tools.sample_images.main,
 }
 TRAINERS = ("trainer", "trainer-cpu")
 
 
 def rendered(**variables: str) -> dict[str, Any]:
-    """docker/compose.yaml as Compose reads it, checked by it against the Compose specification's schema."""
+    """Return docker/compose.yaml as Compose renders it, checked against the schema of the Compose specification."""
     program = shutil.which("docker-compose", path=f"{ROOT / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}")
     assert program, "docker-compose comes with the extra `dev`"
     command = [program, "--file", str(DOCKER / "compose.yaml"), "--profile", "*", "config", "--format", "json"]
@@ -45,18 +44,18 @@ def rendered(**variables: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
-    """Every service, with the variables' defaults."""
+    """Every service, with the default of every variable."""
     found: dict[str, Any] = rendered()["services"]
     return found
 
 
 def dockerfile(name: str) -> str:
-    """A Dockerfile's text, with its continued lines joined."""
+    """Return a Dockerfile's text, with continued lines joined."""
     return (DOCKER / f"{name}.Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
 
 
 def commands(services: dict[str, Any]) -> Iterator[list[str]]:
-    """Every command line of ours in the compose file and the Dockerfiles."""
+    """Yield every command line in the compose file and the Dockerfiles."""
     for name, service in services.items():
         words = service.get("command") or []
         if words[:1] == ["sh"]:
@@ -70,7 +69,7 @@ def commands(services: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def parse(words: list[str]) -> str | None:
-    """Let a command line's own program read its options; returns the program, None where it is not ours."""
+    """Parse a command line with its own program; return the program's name, None if it is not one of PROGRAMS."""
     for name, program in PROGRAMS.items():
         prefix = name.split()
         if words[: len(prefix)] == prefix:
@@ -78,7 +77,7 @@ def parse(words: list[str]) -> str | None:
             context = program.make_context(name, rest, resilient_parsing=isinstance(program, click.Group))
             if isinstance(program, click.Group):
                 command = program.commands[rest[0]]
-                # Not resilient: an option that is not there is an error. Files need not be here.
+                # This parser refuses unknown options, but does not look for the files that arguments name.
                 parser = command.make_parser(click.Context(command, parent=context, info_name=rest[0]))
                 _, left, _ = parser.parse_args(args=list(rest[1:]))
                 assert not [word for word in left if word.startswith("-")]
@@ -86,23 +85,23 @@ def parse(words: list[str]) -> str | None:
     return None
 
 
-def test_each_command_is_one_of_ours_with_options_that_exist(services: dict[str, Any], tmp_path: Path) -> None:
-    """Each program in the compose file and the Dockerfiles takes the options that it is given there."""
+def test_each_command_has_options_that_exist(services: dict[str, Any], tmp_path: Path) -> None:
+    """Each program of ours in the compose file and the Dockerfiles accepts the options given there."""
     lines = [shlex.join(words) for words in commands(services)]
     here = [re.sub(r"/images(/samples)?", str(tmp_path), line) for line in lines]  # a folder that exists
     assert {name for line in here if (name := parse(shlex.split(line)))} == set(PROGRAMS)
 
 
-def test_an_option_that_does_not_exist_is_found() -> None:
-    """The check above can fail."""
+def test_an_option_that_does_not_exist_is_refused() -> None:
+    """The check of the commands finds unknown options."""
     with pytest.raises(click.NoSuchOption):
         parse(["loader-service", "start", "--worker-count", "2"])
     with pytest.raises(click.NoSuchOption):
-        parse(["python", "-m", "tools.preprocess", "--no-such", ".", "out"])
+        parse(["python", "-m", "tools.sample_images", "--no-such", "out"])
 
 
-def test_each_variable_of_ours_in_a_container_means_something(services: dict[str, Any]) -> None:
-    """A LOADER_SERVICE_... variable in the compose file belongs to an option of a command that runs there."""
+def test_each_variable_in_a_container_belongs_to_an_option(services: dict[str, Any]) -> None:
+    """Each LOADER_SERVICE_... variable in the compose file belongs to an option of a command."""
     context = click.Context(loader_service.cli.main, auto_envvar_prefix=VARIABLES)
     known = {
         variable(click.Context(command, parent=context, info_name=name), parameter)
@@ -118,7 +117,7 @@ def test_each_variable_of_ours_in_a_container_means_something(services: dict[str
 
 
 def test_every_variable_is_explained_with_its_default() -> None:
-    """.env.example names each variable of the compose file, with the default that it has there, and no other."""
+    """.env.example lists each variable of the compose file with its default, and no other."""
     text = (DOCKER / "compose.yaml").read_text(encoding="utf-8")
     uses = re.findall(r"\$\{([A-Z_]+)(:?[-+]?)([^}]*)\}", text.replace("${VARIABLE}", ""))
     example = (DOCKER / ".env.example").read_text(encoding="utf-8").splitlines()
@@ -131,7 +130,7 @@ def test_every_variable_is_explained_with_its_default() -> None:
 
 
 def test_containers_are_confined(services: dict[str, Any]) -> None:
-    """No container can write its root file system, or has a capability, or can gain one."""
+    """No container can write to its root file system, has a capability or can gain one."""
     assert len(services) == 7
     for service in services.values():
         assert service["read_only"] is True
@@ -141,8 +140,8 @@ def test_containers_are_confined(services: dict[str, Any]) -> None:
         assert re.findall(r"^USER (.*)", dockerfile(name), re.MULTILINE) == ["10001:10001"]
 
 
-def test_nobody_is_needed_who_is_not_started(services: dict[str, Any]) -> None:
-    """What a trainer on a CPU needs is started without a profile: `docker compose up trainer-cpu` is enough."""
+def test_all_dependencies_are_started(services: dict[str, Any]) -> None:
+    """`docker compose up trainer-cpu` is enough: its dependencies belong to no profile."""
     assert services["trainer-cpu"]["depends_on"]["loader"]["condition"] == "service_healthy"
     needs = services["loader"]["depends_on"]
     assert {name: need["condition"] for name, need in needs.items()} == {
@@ -154,7 +153,7 @@ def test_nobody_is_needed_who_is_not_started(services: dict[str, Any]) -> None:
 
 
 def test_no_container_takes_all_of_the_machine(services: dict[str, Any]) -> None:
-    """Each has a limit of memory and of processes, and comes back or not by a rule that is written down."""
+    """Each container has limits of memory and of processes, and a restart policy."""
     for service in services.values():
         limits = service["deploy"]["resources"]["limits"]
         assert int(limits["memory"]) >= 64 << 20
@@ -167,8 +166,8 @@ def test_no_container_takes_all_of_the_machine(services: dict[str, Any]) -> None
     }
 
 
-def test_memory_is_shared_by_those_who_may_come_and_go(services: dict[str, Any]) -> None:
-    """Loaders and trainers use the /dev/shm of a container that only holds it, which needs none of them."""
+def test_shared_memory_outlives_its_users(services: dict[str, Any]) -> None:
+    """Loaders and trainers use the /dev/shm of a container that does nothing else and depends on none of them."""
     users = {name for name, service in services.items() if service.get("ipc") == "service:shm"}
     assert users == {"loader", *TRAINERS}
     assert services["shm"]["ipc"] == "shareable"
@@ -177,7 +176,7 @@ def test_memory_is_shared_by_those_who_may_come_and_go(services: dict[str, Any])
 
 
 def test_one_trainer_asks_for_two_gpus_and_one_for_none(services: dict[str, Any]) -> None:
-    """`trainer` reserves the paper's two; `trainer-cpu` is the same command without."""
+    """`trainer` reserves the paper's two GPUs; `trainer-cpu` runs the same command without."""
     [device] = services["trainer"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 2, "capabilities": ["gpu"]}
     assert "reservations" not in services["trainer-cpu"]["deploy"]["resources"]
@@ -186,7 +185,7 @@ def test_one_trainer_asks_for_two_gpus_and_one_for_none(services: dict[str, Any]
 
 @pytest.mark.parametrize(("flags", "first"), [("sse4_2 avx2 bmi2", "/opt/pillow-avx2:"), ("sse4_2 avx", "")])
 def test_the_processor_chooses_the_build_of_pillow(flags: str, first: str, tmp_path: Path) -> None:
-    """A container's entry point puts the AVX2 build before the portable one, where the processor has AVX2."""
+    """The entry point puts the AVX2 build before the portable one if the processor has AVX2."""
     (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags}\n", encoding="utf-8")
     command = ["sh", str(DOCKER / "entrypoint.sh"), "sh", "-c", 'printf %s "$PYTHONPATH"']
     environ = {"PATH": os.environ["PATH"], "CPUINFO": str(tmp_path / "cpuinfo"), "PYTHONPATH": "/opt/app"}
@@ -195,13 +194,13 @@ def test_the_processor_chooses_the_build_of_pillow(flags: str, first: str, tmp_p
 
 
 def test_both_images_begin_with_the_same_layers() -> None:
-    """The stage that compiles is the same text in both Dockerfiles, so that it is built once."""
+    """The compiler stage is the same text in both Dockerfiles, so it is built once."""
     first, second = (dockerfile(name).split("FROM ${BASE} AS compiler", 1)[1] for name in ("loader", "trainer"))
     assert first.split("\n#", 1)[0] == second.split("\n#", 1)[0]
 
 
 def test_every_copied_path_reaches_the_build() -> None:
-    """What a Dockerfile copies from the repository is there, and .dockerignore lets it through."""
+    """Every path that a Dockerfile copies exists, and .dockerignore does not exclude it."""
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     kept = [line[1:] for line in lines if line.startswith("!")]
     for name in ("loader", "trainer"):

@@ -1,1 +1,1 @@
-"""Preprocessing, inspection, sample data and benchmarks. Anything may be imported here; nothing imports it."""
+"""Tools for developers of this project: demo, benchmarks, fault injection, fuzzing, containers and set-up. Nothing imports it."""

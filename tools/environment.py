@@ -1,13 +1,13 @@
-"""Make ``.venv`` ready for every verb of the Makefile: once, pinned, with Pillow-SIMD built for this processor.
+"""Set-up of ``.venv`` for every target of the Makefile: once, pinned, with Pillow-SIMD compiled for this processor.
 
 Rules of this file:
 
 - It runs under the user's Python before anything is installed, so it imports the standard library alone.
-- It is run before every verb, so it must see within a tenth of a second that there is nothing to do. What `.venv` was
-  made from (the digest of pyproject.toml, constraints.txt and C sources, the Python, the folder, the extras) stands in
-  ``.venv/ready.json``, which is written last: a set-up that was interrupted is done again.
-- Pillow-SIMD and stock Pillow both install a package named PIL, whichever comes last wins, and they resize to different
-  bytes. So stock Pillow is looked for every time, and taken out again on machines that have Pillow-SIMD.
+- It runs before every target, so it must find within a tenth of a second that there is nothing to do. The inputs of
+  ``.venv`` (digest of pyproject.toml, constraints.txt and C sources, Python, folder, extras) are in ``.venv/ready.json``,
+  which is written last: an interrupted set-up is repeated.
+- Pillow-SIMD and stock Pillow both install a package named PIL; the last one installed wins, and they resize to different
+  bytes. So every run looks for stock Pillow, and removes it on machines that use Pillow-SIMD.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ INSTALL_COMMANDS = {
     "pacman": "Arch:            sudo pacman -S",
     "apk": "Alpine:          sudo apk add",
 }
-"""How each package manager installs, by the name of its program."""
+"""The install command of each package manager, by the name of its program."""
 
 PREREQUISITES = {
     "a working C compiler": ("", {"apt-get": "gcc libc6-dev", "dnf": "gcc", "pacman": "gcc", "apk": "gcc musl-dev"}),
@@ -60,39 +60,39 @@ PREREQUISITES = {
         {"apt-get": "zlib1g-dev", "dnf": "zlib-devel", "pacman": "zlib", "apk": "zlib-dev"},
     ),
 }
-"""What building Pillow-SIMD takes: the header that proves it is there, and the packages that bring it."""
+"""Prerequisites of compiling Pillow-SIMD: a header that proves each, and the packages that provide it."""
 
 
 def say(line: str) -> None:
-    """Print one line of progress, at once."""
+    """Print one line of progress and flush it."""
     sys.stdout.write(f"set-up: {line}\n")
     sys.stdout.flush()
 
 
 def fail(sentence: str) -> NoReturn:
-    """End with one sentence for a person and exit code 1."""
+    """Print one sentence and exit with code 1."""
     sys.stderr.write(f"set-up: {sentence}\n")
     raise SystemExit(1)
 
 
 def wants_simd(machine: str) -> bool:
-    """Whether a machine of this architecture has Pillow-SIMD; pyproject.toml draws the same line."""
+    """Return whether machines of this architecture use Pillow-SIMD; pyproject.toml has the same condition."""
     return machine == "x86_64"
 
 
 def compiler(environ: Mapping[str, str]) -> str:
-    """The C compiler's command: ``$CC``, else the first of cc, gcc and clang on PATH; cc where there is none."""
+    """Return the C compiler's command: ``$CC``, else the first of cc, gcc and clang on PATH, else cc."""
     return environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), "cc")
 
 
 def compiler_for_simd(cc: str, cpuinfo: str) -> str:
-    """The compiler's command with AVX2 switched on where ``/proc/cpuinfo`` lists it; else SSE4, Pillow-SIMD's default."""
+    """Return the compiler's command, with AVX2 if ``/proc/cpuinfo`` lists it, else with SSE4, Pillow-SIMD's default."""
     has_avx2 = any(line.startswith("flags") and "avx2" in line.split() for line in cpuinfo.splitlines())
     return f"{cc} -mavx2" if has_avx2 else cc
 
 
 def compiles(cc: str, header: str) -> bool:
-    """Whether the compiler runs and finds ``header`` (and the C library's own headers)."""
+    """Return whether the compiler runs and finds ``header`` and the C library's headers."""
     source = "#include <stdio.h>\n" + (f"#include <{header}>\n" if header else "")
     command = [*shlex.split(cc), "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-x", "c", "-"]
     try:
@@ -102,15 +102,15 @@ def compiles(cc: str, header: str) -> bool:
 
 
 def missing_prerequisites(cc: str) -> list[str]:
-    """Which of PREREQUISITES this machine lacks. Without a compiler no header can be looked for."""
+    """Return the PREREQUISITES that this machine lacks; only the compiler if it lacks that, since it finds the headers."""
     if not compiles(cc, ""):
         return ["a working C compiler"]
     return [name for name, (header, _) in PREREQUISITES.items() if not compiles(cc, header)]
 
 
 def remedy(missing: list[str], managers: list[str]) -> str:
-    """The sentence and the commands that bring what is missing, for these package managers."""
-    lines = [f"Pillow-SIMD is compiled here, and this machine lacks {', '.join(missing)}. Install, then try again:"]
+    """Return a message that lists what is missing, with the commands of these package managers that install it."""
+    lines = [f"Pillow-SIMD must be compiled, and this machine lacks {', '.join(missing)}. Install, then try again:"]
     for manager in managers:
         packages = " ".join(PREREQUISITES[name][1][manager] for name in missing)
         lines.append(f"    {INSTALL_COMMANDS[manager]} {packages}")
@@ -118,12 +118,12 @@ def remedy(missing: list[str], managers: list[str]) -> str:
 
 
 def compiled_sources() -> list[Path]:
-    """The C files that the installation compiles."""
+    """Return the C files that the installation compiles."""
     return sorted(path for path in (ROOT / "loader_service").rglob("*") if path.suffix in (".c", ".h"))
 
 
 def recipe(extras: str) -> dict[str, str]:
-    """What ``.venv`` is made from; while this is what READY says, there is nothing to do."""
+    """Return the inputs of ``.venv``; while they equal READY's, there is nothing to do."""
     paths = [ROOT / "pyproject.toml", ROOT / "constraints.txt", *sorted(ROOT.glob("setup.py")), *compiled_sources()]
     return {
         "sources": hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest(),
@@ -134,7 +134,7 @@ def recipe(extras: str) -> dict[str, str]:
 
 
 def made_from() -> dict[str, str]:
-    """What READY says; empty when there is no ``.venv``, or one that was never finished."""
+    """Return the inputs in READY; empty if ``.venv`` does not exist or was never finished."""
     try:
         read = json.loads(READY.read_text())
     except (OSError, ValueError):
@@ -143,7 +143,7 @@ def made_from() -> dict[str, str]:
 
 
 def made_here() -> bool:
-    """Whether ``.venv`` was made in this folder, by this Python: an environment can change neither."""
+    """Return whether ``.venv`` was made in this folder by this Python: an environment cannot change either."""
     try:
         lines = (VENV / "pyvenv.cfg").read_text().splitlines()
     except OSError:
@@ -154,18 +154,18 @@ def made_here() -> bool:
 
 
 def installed(name: str, version: str = "[0-9]*") -> bool:
-    """Whether a distribution is in ``.venv``; ``name`` as its dist-info folder spells it."""
+    """Return whether a distribution is in ``.venv``; ``name`` is spelled as in its dist-info folder."""
     return any(VENV.glob(f"lib/python3.*/site-packages/{name}-{version}.dist-info"))
 
 
 def pinned(name: str) -> str:
-    """The version that constraints.txt pins."""
+    """Return the version that constraints.txt pins."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return next(version for pin, _, version in (line.partition("==") for line in lines) if pin == name)
 
 
 def pip(*arguments: str, environ: Mapping[str, str] | None = None) -> None:
-    """Run ``.venv``'s pip; its output goes to LOG and, line over line, to a terminal. Its failure ends this program."""
+    """Run ``.venv``'s pip. Its output goes to LOG, and its current line to a terminal; a failure ends this program."""
     command = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", *arguments]
     width = shutil.get_terminal_size().columns - 1
     live = sys.stdout.isatty()
@@ -195,9 +195,9 @@ def pip(*arguments: str, environ: Mapping[str, str] | None = None) -> None:
 
 
 def install_simd() -> None:
-    """Compile and install Pillow-SIMD, in place of whatever PIL is there.
+    """Compile and install Pillow-SIMD, replacing any PIL.
 
-    pip's cache does not know with which flags a wheel was compiled, so it is not asked.
+    pip's cache is not used: it does not record the flags that a wheel was compiled with.
     """
     cc = compiler(os.environ)
     missing = missing_prerequisites(cc)
@@ -215,39 +215,39 @@ def install_simd() -> None:
 
 
 def make_environment(extras: str) -> None:
-    """Create ``.venv``, or bring it up to date."""
+    """Create ``.venv``, or update it."""
     if not made_here():
         say(f"making .venv with Python {platform.python_version()}")
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
     if not installed("pip", pinned("pip")):
-        pip("install", "--constraint", "constraints.txt", "pip")  # an older pip knows no --build-constraint
+        pip("install", "--constraint", "constraints.txt", "pip")  # an older pip has no --build-constraint
     if wants_simd(platform.machine()) and not installed("pillow_simd", pinned("pillow-simd")):
         install_simd()
-    say(f"installing this project, editable, with its extras {extras} (a few minutes the first time)")
+    say(f"installing this project, editable, with its extras {extras} (the first time takes a few minutes)")
     pip("install", *PINS, "--editable", f".[{extras}]")
 
 
 def repair_pillow() -> None:
-    """Put Pillow-SIMD back where some other installation has brought stock Pillow over it."""
+    """Reinstall Pillow-SIMD if another installation has replaced it by stock Pillow."""
     if wants_simd(platform.machine()) and installed("pillow"):
-        say("stock Pillow has been installed over Pillow-SIMD in .venv: taking it out again")
+        say("stock Pillow was installed over Pillow-SIMD in .venv: removing it")
         install_simd()
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Hold the set-up's lock: two verbs started at once must not install into one ``.venv``."""
+    """Hold the set-up's lock: two targets made at once must not install into one ``.venv``."""
     with LOG.with_suffix(".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another set-up is at work here; waiting for it")
+            say("another set-up is running here; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def run(extras: str) -> None:
-    """Do what is to be done, and nothing when everything is there."""
+    """Set ``.venv`` up, or do nothing if it is up to date."""
     LOG.parent.mkdir(exist_ok=True)
     with alone():
         if made_from() != recipe(extras):
@@ -263,9 +263,9 @@ def run(extras: str) -> None:
 
 
 def main() -> None:
-    """The command line; see the Makefile."""
-    parser = argparse.ArgumentParser(description="Make .venv ready for the Makefile's verbs.")
-    parser.add_argument("--extras", default="trainer,dev", help="pyproject.toml's extras to install")
+    """Run the command line; see the Makefile."""
+    parser = argparse.ArgumentParser(description="Set up .venv for the Makefile's targets.")
+    parser.add_argument("--extras", default="trainer,dev", help="extras of pyproject.toml to install")
     try:
         run(parser.parse_args().extras)
     except subprocess.CalledProcessError as error:
@@ -273,7 +273,7 @@ def main() -> None:
     except OSError as error:
         fail(f"{error.filename or ROOT} cannot be used: {error.strerror}.")
     except KeyboardInterrupt:
-        fail("stopped; the next verb goes on from here.")
+        fail("stopped; the next make continues from here.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The error that developers' tools raise on purpose."""
+"""The error of the developers' tools."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from loader_service.errors import LoaderServiceError
 
 
 class ToolFailed(LoaderServiceError):
-    """A tool cannot do its work; the message is a whole sentence for a person."""
+    """Raised when a tool cannot do its work, or a check of it fails; the message is a whole sentence for people."""

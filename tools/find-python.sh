@@ -1,7 +1,7 @@
 #!/bin/sh
-# Prints the Python that `.venv` is made with, or says in one sentence why there is none.
-# It is $PYTHON where that is set; else .venv's own; else the first that fits of those on PATH.
-# A name on PATH proves nothing (a pyenv shim may only print an error), so each is run before it is believed.
+# Prints the Python that `.venv` is made with, or one sentence that says why there is none.
+# It is $PYTHON if that is set, else .venv's own, else the first suitable one on PATH.
+# Each candidate is run before it is chosen: a pyenv shim on PATH may only print an error.
 set -eu
 
 fits() {

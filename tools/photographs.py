@@ -1,7 +1,9 @@
-"""The photographs of the sample images: which package ships each, what is known of its origin, and its licence.
+"""The photographs of the sample images: the package that ships each, its origin and its licence.
 
-Origins and licences are those that the packages state: scikit-image in the docstrings of ``skimage.data``, scikit-learn
-in ``sklearn/datasets/images/README.txt``. Every file is compared with its SHA-256 before it is used.
+Origins and licences are as the packages state them: scikit-image in the docstrings of ``skimage.data``, scikit-learn
+in ``sklearn/datasets/images/README.txt``. Every file is checked against its SHA-256 before use.
+
+This module imports the standard library alone: the container's build runs it before anything is installed.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ class Photograph(NamedTuple):
     """One class of the sample images.
 
     Fields:
-        label: the class's name.
-        package: the requirement whose wheel ships the files.
-        files: path in the wheel and SHA-256 of each picture of this class.
-        validation: the side of the picture that validation views are cut from; training views come from the rest.
-        origin: what the picture shows and where it comes from.
-        licence: under which terms it may be used.
+        label: name of the class.
+        package: requirement whose wheel ships the files.
+        files: path in the wheel and SHA-256 of each image of this class.
+        validation: side of the image that validation views are cut from; training views come from the rest.
+        origin: subject and source.
+        licence: terms of use.
     """
 
     label: str
@@ -134,7 +136,7 @@ PHOTOGRAPHS: Final = (
             "skimage/data/motorcycle_left.png": "db18e9c4157617403c3537a6ba355dfeafe9a7eabb6b9b94cb33f6525dd49179",
             "skimage/data/motorcycle_right.png": "5fc913ae870e42a4b662314bc904d1786bcad8e2f0b9b67dba5a229406357797",
         },
-        "bottom",  # a rectified stereo pair: only a split by rows keeps the same things out of both sides
+        "bottom",  # a rectified stereo pair: only a split by rows keeps an object out of both sides
         "a stereo pair of the Middlebury 2014 benchmark (Scharstein and others, GCPR 2014), "
         "http://vision.middlebury.edu/stereo/data/scenes2014/",
         PACKAGE_LICENCE,
@@ -173,4 +175,4 @@ PHOTOGRAPHS: Final = (
         PUBLIC_DOMAIN,
     ),
 )
-"""By class name, so that labels follow from this order too."""
+"""Sorted by class name, which is also the order of the labels."""

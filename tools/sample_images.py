@@ -1,13 +1,13 @@
-"""Sample images: some 2,000 labelled views of real photographs that ship inside packages.
+"""Sample images: about 2,000 labelled views of real photographs that ship inside Python packages.
 
 Rules of this file:
 
-- The wheels of scikit-image and scikit-learn are downloaded once, without their dependencies, and read as archives:
-  nothing of them is installed or imported, so they bring no stock Pillow along.
-- Each photograph is a class. Its validation views are cut from one side (30 % of the picture), its training views from the
-  rest, so no pixel is in both and validation accuracy means something.
-- Views vary in scale, aspect, size and JPEG quality, and are a pure function of (seed, class, split, number).
-- The folder appears under its name when it is whole, and is not made again while it fits what is asked for.
+- The wheels of scikit-image and scikit-learn are downloaded once, without dependencies, and read as archives. Nothing of
+  them is installed or imported, so they do not install stock Pillow.
+- Each photograph is a class. Validation views are cut from one side (30 % of the image), training views from the rest: no
+  pixel is in both, so validation accuracy is meaningful.
+- Views vary in scale, aspect ratio, size and JPEG quality, and are a pure function of (seed, class, split, number).
+- The folder gets its name when it is complete, and is kept while it matches the requested options.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from tools.errors import ToolFailed
 from tools.photographs import PHOTOGRAPHS, Photograph
 
 MARKER: Final = "sample-images.json"
-"""Written last, so its presence means whole; its content says what was asked for."""
+"""File that is written last: its presence marks a complete folder, its content the options that it was made with."""
 
 RECIPE: Final = 1
-"""Goes up whenever other views are cut from the same photographs."""
+"""Increases whenever other views are cut from the same photographs."""
 
 VALIDATION_SHARE: Final = 0.3
-"""Of each photograph's width or height."""
+"""Share of each photograph's width or height."""
 
 SIDE_SHARES: Final = {"train": (0.2, 0.6), "val": (0.2, 0.3)}
-"""A view's short side, as a share of the photograph's: validation views show things in sizes that training has seen."""
+"""Range of a view's short side, as a share of the photograph's. Validation uses sizes that training has too."""
 
 VALIDATION_VIEWS: Final = 0.2
-"""Of all views."""
+"""Share of all views."""
 
 ASPECTS: Final = (3 / 4, 4 / 3)
 FILE_SIDES_PX: Final = (120, 560)
-"""A file's short side: some below a record's 256 pixels, some more than twice as large."""
+"""Range of a file's short side: from below a record's 256 pixels to more than twice as large."""
 
 QUALITIES: Final = (60, 95)
 
@@ -60,7 +60,7 @@ Box = tuple[int, int, int, int]
 
 
 class Marker(msgspec.Struct, frozen=True):
-    """What a finished folder was made of."""
+    """The options that a finished folder was made with."""
 
     recipe: int
     views: int
@@ -70,9 +70,13 @@ class Marker(msgspec.Struct, frozen=True):
 @click.command(cls=Job, context_settings=CONTEXT)
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
-    "--views", type=click.IntRange(len(PHOTOGRAPHS) * 5), default=2000, show_default=True, help="About how many."
+    "--views",
+    type=click.IntRange(len(PHOTOGRAPHS) * 5),
+    default=2000,
+    show_default=True,
+    help="Approximate number of views.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the views.")
 @click.option(
     "--build",
     type=click.Path(path_type=Path, file_okay=False),
@@ -84,10 +88,10 @@ def main(out: Path, views: int, seed: int, build: Path) -> None:
     """Cut labelled views of real photographs into OUT/train/CLASS/*.jpg and OUT/val/CLASS/*.jpg."""
     asked = Marker(RECIPE, views, seed)
     if _read_marker(out) == asked:
-        click.echo(f"{out}: {views:,} views of {len(PHOTOGRAPHS)} photographs are there already.")
+        click.echo(f"{out}: {views:,} views of {len(PHOTOGRAPHS)} photographs exist already.")
         return
     if out.exists() and any(out.iterdir()) and _read_marker(out) is None:
-        raise ToolFailed(f"{out} is there and was not made by this command: name another folder, or remove it")
+        raise ToolFailed(f"{out} exists and was not made by this command: name another folder, or remove it")
     wheels = build / "wheels"
     archives = {package: fetch_wheel(package, wheels) for package in dict.fromkeys(p.package for p in PHOTOGRAPHS)}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +104,7 @@ def main(out: Path, views: int, seed: int, build: Path) -> None:
             shutil.rmtree(out)
         partial.rename(out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already where all went well
+        shutil.rmtree(partial, ignore_errors=True)  # renamed already if all went well
     click.echo(
         f"{out}: {count:,} views of {len(PHOTOGRAPHS)} photographs; their licences are in {out / 'LICENSES.md'}."
     )
@@ -114,10 +118,10 @@ def _read_marker(out: Path) -> Marker | None:
 
 
 def fetch_wheel(requirement: str, folder: Path) -> Path:
-    """The wheel of a pinned requirement, downloaded into a folder unless it is there.
+    """Return the wheel of a pinned requirement; download it into ``folder`` if it is not there.
 
     Raises:
-        ToolFailed: pip cannot get it.
+        ToolFailed: pip cannot download it.
     """
     name, version = requirement.split("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
@@ -136,12 +140,12 @@ def fetch_wheel(requirement: str, folder: Path) -> Path:
 
 
 def read_photographs(photograph: Photograph, wheel: Path) -> list[Image.Image]:
-    """A class's pictures, out of a wheel, each compared with its SHA-256.
+    """Return a class's images from a wheel, each checked against its SHA-256.
 
     Raises:
         ToolFailed: the wheel is damaged or holds other files.
     """
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     try:
         with zipfile.ZipFile(wheel) as archive:
             for path, digest in photograph.files.items():
@@ -150,17 +154,17 @@ def read_photographs(photograph: Photograph, wheel: Path) -> list[Image.Image]:
                     raise ToolFailed(
                         f"{path} in {wheel} is not the file that is expected there: remove the wheel and try again"
                     )
-                picture = Image.open(BytesIO(content))
-                picture.load()
-                pictures.append(picture)
+                image = Image.open(BytesIO(content))
+                image.load()
+                images.append(image)
     except (zipfile.BadZipFile, KeyError, OSError) as error:
         raise ToolFailed(f"{wheel} cannot be read ({error}): remove it and try again") from error
-    return pictures
+    return images
 
 
-def region(photograph: Photograph, picture: Image.Image, split: Split) -> Box:
-    """The part of a picture that a split's views are cut from: left, top, right, bottom."""
-    width, height = picture.size
+def region(photograph: Photograph, image: Image.Image, split: Split) -> Box:
+    """Return the part of an image that a split's views are cut from: left, top, right, bottom."""
+    width, height = image.size
     if photograph.validation == "right":
         border = round(width * (1 - VALIDATION_SHARE))
         return (0, 0, border, height) if split == "train" else (border, 0, width, height)
@@ -169,33 +173,33 @@ def region(photograph: Photograph, picture: Image.Image, split: Split) -> Box:
 
 
 def cut_all(out: Path, archives: dict[str, Path], views: int, seed: int) -> int:
-    """Write every view, and return how many."""
+    """Write every view; return the number of views."""
     per_class = views // len(PHOTOGRAPHS)
     counts: dict[Split, int] = {"val": round(per_class * VALIDATION_VIEWS)}
     counts["train"] = per_class - counts["val"]
     total = per_class * len(PHOTOGRAPHS)
     with Progress("sample images", total, "views") as progress:
         for label, photograph in enumerate(PHOTOGRAPHS):
-            pictures = read_photographs(photograph, archives[photograph.package])
+            images = read_photographs(photograph, archives[photograph.package])
             for split, count in counts.items():
                 folder = out / split / photograph.label
                 folder.mkdir(parents=True)
-                for number, content in enumerate(cut_views(photograph, pictures, split, count, (seed, label))):
+                for number, content in enumerate(cut_views(photograph, images, split, count, (seed, label))):
                     (folder / f"{photograph.label}_{number:04d}.jpg").write_bytes(content)
                     progress.advance()
     return total
 
 
 def cut_views(
-    photograph: Photograph, pictures: Sequence[Image.Image], split: Split, count: int, key: tuple[int, int]
+    photograph: Photograph, images: Sequence[Image.Image], split: Split, count: int, key: tuple[int, int]
 ) -> Iterator[bytes]:
-    """The views of one class and split, as JPEG files."""
+    """Yield the views of one class and split, as the contents of JPEG files."""
     for number in range(count):
-        picture = pictures[number % len(pictures)]
+        image = images[number % len(images)]
         draws = np.random.default_rng((*key, ("train", "val").index(split), number)).random(6).tolist()
-        box = place_view(region(photograph, picture, split), min(picture.size), SIDE_SHARES[split], draws[:4])
-        # Cropped first: a resize with a box would look at pixels beyond it, on the other split's side.
-        view = picture.crop(box)
+        box = place_view(region(photograph, image, split), min(image.size), SIDE_SHARES[split], draws[:4])
+        # Crop first: resize(box=...) would also read pixels beyond the box, from the other split's side.
+        view = image.crop(box)
         factor = between(FILE_SIDES_PX, draws[4]) / min(view.size)
         view = view.resize((round(view.width * factor), round(view.height * factor)), Image.Resampling.BICUBIC)
         out = BytesIO()
@@ -204,13 +208,13 @@ def cut_views(
 
 
 def place_view(within: Box, photograph_side: int, shares: tuple[float, float], draws: Sequence[float]) -> Box:
-    """Where to cut: left, top, right, bottom, inside of ``within``.
+    """Return the box of a view inside ``within``: left, top, right, bottom.
 
     Args:
         within: the split's part of the photograph.
-        photograph_side: the photograph's short side, in pixels.
-        shares: least and greatest short side of a view, as shares of that.
-        draws: four numbers in [0, 1): for the side, the aspect, the row and the column.
+        photograph_side: short side of the photograph, in pixels.
+        shares: smallest and largest short side of a view, as shares of ``photograph_side``.
+        draws: four numbers in [0, 1): for side, aspect ratio, column and row.
     """
     left, top, right, bottom = within
     side = between(shares, draws[0]) * photograph_side
@@ -223,17 +227,17 @@ def place_view(within: Box, photograph_side: int, shares: tuple[float, float], d
 
 
 def between(limits: tuple[float, float], draw: float) -> float:
-    """A number between two limits, evenly by ratio, for a draw in [0, 1)."""
+    """Map a draw in [0, 1) to a number between two limits, uniform on a logarithmic scale."""
     low, high = limits
     return low * math.exp(draw * math.log(high / low))
 
 
 def licences() -> str:
-    """LICENSES.md: where each photograph comes from and under which terms."""
+    """Return LICENSES.md: the origin and the licence of each photograph."""
     lines = [
         "# The photographs behind these views",
         "",
-        "Each class is cut from the photograph named after it. Origins and licences are those that the packages state.",
+        "Each class is cut from the photograph of its name. Origins and licences are as the packages state them.",
         "",
         "| class | shipped by | origin | licence |",
         "|---|---|---|---|",

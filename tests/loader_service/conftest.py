@@ -1,4 +1,4 @@
-"""Nodes as a user starts them, as real processes, and what to look at when they are gone."""
+"""Fixtures that start real nodes, and helpers that look at their processes and shared memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WAIT_S = 20.0
 
 
 def segments_of(pid: int) -> set[Path]:
-    """The segments in /dev/shm that a process has open."""
+    """Return the segments in /dev/shm that a process has open."""
     open_now = set()
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):
@@ -65,7 +65,7 @@ class Node(LocalNode):
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
-    """Wait until a condition holds."""
+    """Wait until a condition holds; fail with ``what`` after WAIT_S."""
     deadline = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < deadline, f"not within {WAIT_S} s: {what}"
@@ -80,7 +80,7 @@ def eventually_fixture() -> Callable[[Callable[[], bool], str], None]:
 
 @pytest.fixture
 def my_segments() -> Callable[[], set[Path]]:
-    """``my_segments()``: the segments in /dev/shm that this process has open; others' do not disturb."""
+    """``my_segments()`` returns the segments in /dev/shm that this process has open."""
     return lambda: segments_of(os.getpid())
 
 
@@ -104,7 +104,7 @@ def start_node(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture
 def other_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the test ends, this process decodes a JPEG's last pixel otherwise, by one grey level."""
+    """Change a JPEG's last pixel by one grey level when this process decodes it, until the test ends."""
     true = simplejpeg.decode_jpeg
 
     def decode(*args: Any, **options: Any) -> Any:
@@ -117,6 +117,6 @@ def other_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def node_address(dataset_dir: Path) -> Iterator[str]:
-    """A node with two workers on ``dataset_dir``, for tests that do it no harm."""
+    """The address of a node with two workers on ``dataset_dir``, for tests that leave it intact."""
     with LocalNode(dataset_dir, workers=2) as node:
         yield node.address

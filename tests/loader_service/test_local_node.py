@@ -36,7 +36,7 @@ def test_options_from_outside_do_not_apply(dataset_dir: Path, tmp_path: Path, mo
 
 
 def test_a_chosen_port_is_announced(dataset_dir: Path) -> None:
-    """``address`` has the port that the node chose, and the announcement tells what is served there."""
+    """``address`` has the port that the node chose, and the announcement lists the splits."""
     with LocalNode(dataset_dir, workers=1, bind="tcp://127.0.0.1:*") as node:
         assert node.announcement.startswith(f"listening on {node.address}: train (")
         assert status(node.address).address == node.address

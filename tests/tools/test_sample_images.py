@@ -1,4 +1,4 @@
-"""The sample images: views of photographs out of wheels, training and validation from separate regions."""
+"""The sample images: views of photographs from wheels, with separate regions for training and validation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VIEWS = 80
 
 
 def two_coloured(validation: str) -> bytes:
-    """A PNG whose validation side is red and whose training side is blue, to the pixel."""
+    """Return a PNG whose validation side is red and whose training side is blue, to the pixel."""
     pixels = np.full((300, 400, 3), BLUE, np.uint8)
     if validation == "right":
         pixels[:, 280:] = RED
@@ -37,7 +37,7 @@ def two_coloured(validation: str) -> bytes:
 
 @pytest.fixture
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A build folder whose wheels, of two small packages, have been downloaded before."""
+    """A build folder with the wheels of two small packages."""
     wheels = tmp_path / "build" / "wheels"
     wheels.mkdir(parents=True)
     photographs = []
@@ -62,18 +62,18 @@ def cut(build: Path) -> Callable[..., Result]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Return the content of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def size_of(view: Path) -> tuple[int, int]:
-    """Width and height of a picture file."""
+    """Return width and height of an image file."""
     with Image.open(view) as image:
         return image.size
 
 
 def test_training_and_validation_share_no_pixel(tmp_path: Path, cut: Callable[..., Result]) -> None:
-    """Every training view is of the training side alone, and every validation view of the other."""
+    """Training views show the training side alone, validation views the other side alone."""
     assert cut(tmp_path / "images").exit_code == 0
     for split, colour, count in (("train", BLUE, 0.8 * VIEWS), ("val", RED, 0.2 * VIEWS)):
         views = sorted((tmp_path / "images" / split).glob("*/*.jpg"))
@@ -84,7 +84,7 @@ def test_training_and_validation_share_no_pixel(tmp_path: Path, cut: Callable[..
 
 
 def test_views_vary(tmp_path: Path, cut: Callable[..., Result]) -> None:
-    """Views differ in size and aspect, and some are smaller and some more than twice as large as a record."""
+    """Views differ in size and aspect ratio; some are smaller and some more than twice as large as a record."""
     cut(tmp_path / "images")
     sizes = [size_of(view) for view in (tmp_path / "images").rglob("*.jpg")]
     assert len(set(sizes)) > VIEWS // 2
@@ -94,7 +94,7 @@ def test_views_vary(tmp_path: Path, cut: Callable[..., Result]) -> None:
 
 
 def test_the_same_seed_cuts_the_same_views(tmp_path: Path, cut: Callable[..., Result]) -> None:
-    """The folder is a function of the seed."""
+    """The folder's content is a function of the seed."""
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         cut(tmp_path / name, "--seed", seed)
     assert content(tmp_path / "a") == content(tmp_path / "b")
@@ -102,19 +102,19 @@ def test_the_same_seed_cuts_the_same_views(tmp_path: Path, cut: Callable[..., Re
     assert content(tmp_path / "a") != content(tmp_path / "c")
 
 
-def test_it_is_done_once(tmp_path: Path, cut: Callable[..., Result]) -> None:
-    """A folder that fits is left alone; one that was made with another seed is made again."""
+def test_a_matching_folder_is_kept(tmp_path: Path, cut: Callable[..., Result]) -> None:
+    """A folder with the same options is kept; one with another seed is made again."""
     out = tmp_path / "images"
     cut(out)
     (out / "mine.txt").write_text("kept as long as nothing is made again")
-    assert "there already" in cut(out).output
+    assert "exist already" in cut(out).output
     assert (out / "mine.txt").exists()
     assert cut(out, "--seed", "5").exit_code == 0
     assert not (out / "mine.txt").exists()
 
 
-def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, cut: Callable[..., Result]) -> None:
-    """A folder that this command did not make is not touched."""
+def test_a_folder_with_other_files_is_refused(tmp_path: Path, cut: Callable[..., Result]) -> None:
+    """A folder that this command did not make is left unchanged."""
     (tmp_path / "holidays.jpg").write_bytes(b"precious")
     result = cut(tmp_path)
     assert result.exit_code == 1
@@ -123,7 +123,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, cut: Callable[...,
 
 
 def test_a_changed_wheel_is_refused(tmp_path: Path, build: Path, cut: Callable[..., Result]) -> None:
-    """A photograph that is not the expected one is not used, and nothing stays behind."""
+    """A photograph with another digest is refused, and no file stays behind."""
     with zipfile.ZipFile(build / "wheels" / "second-1.0-py3-none-any.whl", "w") as archive:
         archive.writestr("second.png", two_coloured("right"))
     result = cut(tmp_path / "images")
@@ -134,7 +134,7 @@ def test_a_changed_wheel_is_refused(tmp_path: Path, build: Path, cut: Callable[.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["build"]
 
 
-def test_the_licences_lie_beside_the_views(tmp_path: Path, cut: Callable[..., Result]) -> None:
+def test_the_folder_has_the_licences(tmp_path: Path, cut: Callable[..., Result]) -> None:
     """LICENSES.md names every class."""
     cut(tmp_path / "images")
     text = (tmp_path / "images" / "LICENSES.md").read_text()
@@ -143,7 +143,7 @@ def test_the_licences_lie_beside_the_views(tmp_path: Path, cut: Callable[..., Re
 
 
 def test_the_real_photographs_have_all_facts() -> None:
-    """Sixteen classes in label order, each with a digest, an origin and a licence."""
+    """There are sixteen classes in label order, each with a digest, an origin and a licence."""
     labels = [photograph.label for photograph in PHOTOGRAPHS]
     assert labels == sorted(set(labels))
     assert len(labels) == 16
@@ -162,7 +162,7 @@ def test_the_real_photographs_have_all_facts() -> None:
 def test_views_stay_inside_their_region(
     size: tuple[int, int], draws: list[float], side: str, split: sample_images.Split
 ) -> None:
-    """Whatever is drawn, a view lies in its split's region and is not empty."""
+    """For all draws, a view lies in its split's region and is not empty."""
     photograph = PHOTOGRAPHS[0]._replace(validation=side)
     within = region(photograph, Image.new("1", size), split)
     left, top, right, bottom = place_view(within, min(size), SIDE_SHARES[split], draws)

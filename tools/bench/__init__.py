@@ -1,1 +1,1 @@
-"""Measurements of this project, and of the machine that it runs on."""
+"""Benchmarks of this project, of other loaders, and of the limits of the machine."""

@@ -1,4 +1,4 @@
-"""``make bench``: this project, the machine's limits and what people would use instead, in one run on this machine."""
+"""``make bench``: this project, the limits of the machine and other loaders, measured in one run on this machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ PARTS: Final = ("loader-service", "numpy", "lmdb", "pyzmq", "simplejpeg")
 
 
 def chosen_peers(names: str) -> list[str]:
-    """The peers that an option names: ``none``, ``all`` or names with commas between them."""
+    """Return the peers that an option names: ``none``, ``all`` or names with commas between.
+
+    Raises:
+        click.BadParameter: there is no such peer.
+    """
     if names == "none":
         return []
     wanted = list(PEERS) if names == "all" else [name.strip() for name in names.split(",")]
@@ -40,17 +44,31 @@ def chosen_peers(names: str) -> list[str]:
 
 
 @click.command(cls=Job, context_settings=CONTEXT)
-@click.option("--peers", "peer_names", default="all", show_default=True, help="none, all, or names with commas.")
+@click.option(
+    "--peers",
+    "peer_names",
+    default="all",
+    show_default=True,
+    help="Other loaders to measure: none, all, or names with commas between.",
+)
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(1), help="Turns of each contestant.")
 @click.option("--seconds", default=1.5, show_default=True, type=click.FloatRange(0.01), help="Length of a turn.")
-@click.option("--records", default=8192, show_default=True, type=click.IntRange(2 * BATCH), help="Records to make.")
-@click.option("--workers", default=WORKERS_DEFAULT, show_default=True, type=click.IntRange(1), help="For everybody.")
+@click.option("--records", default=8192, show_default=True, type=click.IntRange(2 * BATCH), help="Number of records.")
 @click.option(
-    "--photographs", type=click.Path(exists=True, path_type=Path), help="Folder or archive to cut records of."
+    "--workers",
+    default=WORKERS_DEFAULT,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Worker processes or threads of every contestant.",
 )
-@click.option("--single/--no-single", default=True, help="Also start, memory and preprocessing.")
-@click.option("--build", default=BUILD, type=click.Path(path_type=Path), help="Where records and results go.")
-@click.option("--document", default=DOCUMENT, type=click.Path(path_type=Path), help="Where the document goes.")
+@click.option(
+    "--photographs",
+    type=click.Path(exists=True, path_type=Path),
+    help="Folder or archive of photographs that records are cut from.",
+)
+@click.option("--single/--no-single", default=True, help="Also measure start-up, memory and preprocessing.")
+@click.option("--build", default=BUILD, type=click.Path(path_type=Path), help="Folder of records and results.")
+@click.option("--document", default=DOCUMENT, type=click.Path(path_type=Path), help="Document to write.")
 def main(
     peer_names: str,
     rounds: int,
@@ -62,7 +80,7 @@ def main(
     build: Path,
     document: Path,
 ) -> None:
-    """Measure this project beside the machine's limits and its peers, and write docs/benchmarks.md."""
+    """Compare this project with the limits of the machine and with other loaders; write docs/benchmarks.md."""
     wanted, found = chosen_peers(peer_names), photographs or find_source()
     missing, pythons = dict[str, str](), dict[str, Path]()
     for peer in wanted:

@@ -1,6 +1,6 @@
-"""``python -m tools.bench.altered NAME=VALUE,... COMMAND...``: loader-service with other defaults than it has.
+"""``python -m tools.bench.altered NAME=VALUE,... COMMAND...``: loader-service with altered defaults.
 
-The benchmark compares defaults that no option reaches, in the very processes that go by them.
+The benchmark compares values of defaults that have no option, in the processes that use them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from loader_service import defaults
 from tools.errors import ToolFailed
 
 READ_LATE: Final = ("PREFETCH", "SPARE_SLOTS", "SLICES_PER_WORKER", "SEND_SLOTS_PER_WORKER", "CONNECTIONS")
-"""What a node reads when it starts, and the benchmark when it makes a loader; the rest is read on import."""
+"""Defaults that are read when a node or a loader starts. Others are read on import, too early to alter them here."""
 
 
 def alter(changes: str) -> None:
-    """Change defaults in this process: ``NAME=VALUE`` with commas between, of READ_LATE and whole numbers from 1.
+    """Change defaults in this process.
+
+    Args:
+        changes: ``NAME=VALUE`` with commas between; names of READ_LATE, whole numbers from 1.
 
     Raises:
         ToolFailed: one is not such a change.

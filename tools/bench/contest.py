@@ -1,11 +1,11 @@
-"""Contestants as child processes, one turn at a time; see ``turns`` for what they and this module say to each other.
+"""Contestants as child processes that take turns in rounds; ``turns`` has the protocol.
 
 Rules of this file:
 
-- A turn is one contestant's alone: all others wait with what they have made ahead, and use it up before their own clock
-  starts.
-- CPU time is that of the whole tree of processes, so that what runs in another process is not free.
-- Whatever ends the benchmark also ends every contestant, with the processes it started.
+- One contestant works at a time. The others wait, with full buffers, which they empty before their own clock starts.
+- CPU time includes the whole tree of processes: work in another process is not free.
+- Contestants take turns round by round, so that whatever disturbs the machine disturbs them equally.
+- When the benchmark ends, also by an error or a signal, every contestant ends, with the processes that it started.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tools.errors import ToolFailed
 from tools.terminal import ROOT
 
 GONE_S: Final = 10.0
+"""Time that a contestant has to end after SIGTERM."""
 
 
 class Kind(StrEnum):
@@ -39,16 +40,16 @@ class Kind(StrEnum):
 
 
 class Contestant(msgspec.Struct, frozen=True):
-    """What competes.
+    """A program that delivers batches.
 
     Fields:
-        name: unique, for files and options.
-        title: for people.
-        codec: of the records it reads, ``raw`` or ``jpeg``.
-        kind: ``ours``, ``peer`` or ``limit``.
-        command: starts one of its processes.
-        copies: how many of them.
-        group: with whom it takes turns; one group's processes are gone before the next one's start.
+        name: unique name, for files and options.
+        title: name for people.
+        codec: codec of the records that it reads, ``raw`` or ``jpeg``.
+        kind: this project, a peer, or a limit of the machine.
+        command: command that starts one of its processes.
+        copies: number of processes.
+        group: contestants of a group take turns; a group's processes end before the next group's start.
     """
 
     name: str
@@ -61,14 +62,13 @@ class Contestant(msgspec.Struct, frozen=True):
 
 
 class Turn(msgspec.Struct, frozen=True):
-    """What one turn came to.
+    """The figures of one turn. CPU times exclude the benchmark's own work, if the contestant reports it.
 
     Fields:
-        images_per_s: delivered, of all copies together.
-        cpu_ms: milliseconds of CPU per image (equally seconds per 1,000), of all its processes.
-        consumer_cpu_ms: those of the process that receives the batches alone; both without what the benchmark itself
-            spent on touching and checking, where the contestant told it.
-        memory_mb: proportional set size of all its processes, 10**6 bytes; shared pages are counted once.
+        images_per_s: images delivered per second, all copies together.
+        cpu_ms: CPU milliseconds per image (equally: seconds per 1,000 images), all processes.
+        consumer_cpu_ms: CPU milliseconds per image of the process that receives the batches.
+        memory_mb: proportional set size of all processes, 10**6 bytes; shared pages count once.
     """
 
     images_per_s: float
@@ -85,11 +85,11 @@ class Running:
     """A contestant whose processes run; a context manager that ends them.
 
     Args:
-        contestant: which.
-        environ: added to the environment.
+        contestant: contestant to start.
+        environ: variables added to the environment.
 
     Raises:
-        ToolFailed: it ended before it was ready; the sentence has the end of what it said.
+        ToolFailed: it ended early, or broke the protocol; the message has the end of its log.
     """
 
     def __init__(self, contestant: Contestant, environ: Mapping[str, str] | None = None) -> None:
@@ -98,14 +98,14 @@ class Running:
         self._processes = [self._start(environ or {}) for _ in range(contestant.copies)]
 
     def wait(self) -> None:
-        """Return when all copies are ready."""
+        """Wait until all copies are ready."""
         self._expect("ready")
 
     def turn(self, warm_s: float, seconds: float) -> Turn:
-        """Have it deliver for ``seconds`` after ``warm_s``."""
+        """Let it deliver for ``seconds`` after a warm-up of ``warm_s``; return the figures."""
         for process in self._processes:
             assert process.stdin is not None
-            with suppress(BrokenPipeError):  # its end is noticed, and explained, when it does not answer
+            with suppress(BrokenPipeError):  # _expect() reports that it has ended
                 process.stdin.write(f"{warm_s} {seconds}\n")
                 process.stdin.flush()
         self._expect("begin")
@@ -123,8 +123,8 @@ class Running:
         )
 
     def close(self) -> None:
-        """End its processes and theirs."""
-        everyone = self._tree()
+        """End its processes and their children."""
+        everyone = self._tree()  # before the signal: orphans are no longer found below their parent
         for process in self._processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
@@ -157,7 +157,7 @@ class Running:
     def _expect(self, word: str) -> None:
         for process in self._processes:
             if (line := self._read(process)) != word:
-                raise ToolFailed(f"{self.contestant.name} said {line!r} where {word!r} was due.")
+                raise ToolFailed(f"{self.contestant.name} printed {line!r} instead of {word!r}.")
 
     def _read(self, process: subprocess.Popen[str]) -> str:
         assert process.stdout is not None
@@ -177,7 +177,7 @@ class Running:
         return found
 
     def _cpu(self) -> tuple[float, float]:
-        """CPU seconds so far: of all processes, and of those that were started here."""
+        """Return the CPU seconds so far: of all processes, and of those that were started here."""
         total_s = consumer_s = 0.0
         own = {process.pid for process in self._processes}
         for process in self._tree():
@@ -197,14 +197,20 @@ class Running:
 
 
 WARM_SHARE: Final = 0.4
-"""Of a turn's seconds, spent before the clock starts: what was made ahead is used up by then."""
+"""Warm-up before the clock starts, as a share of a turn's seconds: it uses up what was prefetched."""
 
 
 def play(contestants: list[Contestant], rounds: int, seconds: float, missing: dict[str, str]) -> Rounds:
-    """Every contestant's turns, group by group; a peer that breaks is out, and why goes to ``missing``.
+    """Let all contestants take their turns, group by group; return the figures.
+
+    Args:
+        contestants: in any order.
+        rounds: turns of each contestant.
+        seconds: length of a turn.
+        missing: receives the reason for each peer that failed, by name; such a peer is left out.
 
     Raises:
-        ToolFailed: one broke that is no peer.
+        ToolFailed: a contestant failed that is no peer.
     """
     turns: Rounds = {}
     for group in dict.fromkeys(each.group for each in contestants):
@@ -222,7 +228,7 @@ def play(contestants: list[Contestant], rounds: int, seconds: float, missing: di
 
 
 def _start(stack: ExitStack, contestant: Contestant, seconds: float, missing: dict[str, str]) -> Running | None:
-    """A contestant that has had a turn which is not counted, so that pages are mapped and caches warm; None if it broke."""
+    """Start a contestant and let it take one turn that does not count, to map pages and warm caches; None if it failed."""
     click.echo(f"starting {contestant.name}", err=True)
     try:
         one = stack.enter_context(Running(contestant))

@@ -1,4 +1,4 @@
-"""Who competes: this project, the machine's limits, and what people would use instead."""
+"""The contestants: this project, the limits of the machine, and peers, each in a virtual environment of its own."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ FORMS: Final = {
     "spdl": {"jpeg": "SPDL, JPEG files, libjpeg-turbo"},
     "tfdata": {"raw": "tf.data service, TFRecord raw", "jpeg": "tf.data service, TFRecord jpeg"},
 }
-"""What each peer is measured with, and what to call it."""
-
+"""The forms in which each peer is measured, and their titles."""
 
 APART: Final = ("tfdata",)
-"""Peers that do not wait for their turn: their service goes on filling its buffers while others are measured."""
+"""Peers in groups of their own: their service keeps filling its buffers while others are measured."""
 
 
 def limits(records: Path, workers: int) -> list[Contestant]:
-    """The machine's limits, by as many processes as a node has workers."""
+    """Return the limits of the machine; copying and decoding use as many processes as a node has workers."""
 
     def limit(name: str, title: str, codec: str, copies: int, group: str) -> Contestant:
         command = (sys.executable, "-m", "tools.bench.limits", name, str(records / codec / "train.lmdb"))
@@ -45,7 +44,7 @@ def limits(records: Path, workers: int) -> list[Contestant]:
 
 
 def ours(records: Path, workers: int) -> list[Contestant]:
-    """This project, in each of its ways."""
+    """Return this project with each transport and codec."""
 
     def way(name: str, title: str, codec: str, group: str, *options: str) -> Contestant:
         data = str(records / codec)
@@ -62,7 +61,7 @@ def ours(records: Path, workers: int) -> list[Contestant]:
 
 
 def peers(records: Path, workers: int, pythons: Mapping[str, Path]) -> list[Contestant]:
-    """The peers whose environments are there; ``pythons`` has the Python of each."""
+    """Return the installed peers in all their forms; ``pythons`` has the interpreter of each."""
     return [
         Contestant(
             f"{peer}-{form}",
@@ -92,21 +91,21 @@ PEERS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     "spdl": (("spdl-core==0.8.0", "spdl-io==0.8.0", "numpy", "simplejpeg==1.9.0"),),
     "tfdata": (("tensorflow-cpu==2.21.0",),),
 }
-"""What to hand to pip, call by call."""
+"""Arguments of pip, call by call."""
 
 TRAINERS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {"torchvision": ((*TORCH, "torchvision"),)}
-"""Likewise, for what the trainer is measured beside."""
+"""Arguments of pip for the peers of the trainer's benchmark."""
 
 
 class NotInstalled(ToolFailed):
-    """A peer's packages do not install on this machine; the message says why."""
+    """Raised when a peer's packages do not install on this machine; the message has the reason."""
 
 
 def python_of(peer: str, root: Path) -> Path:
-    """The Python of a peer's environment, which is made if it is not there.
+    """Return the interpreter of a peer's environment; make the environment first if it does not exist.
 
     Raises:
-        NotInstalled: it cannot be.
+        NotInstalled: the environment cannot be made.
     """
     folder = root / ENVIRONMENTS / peer
     python, marker = folder / "bin" / "python", folder / "ready.txt"
@@ -117,12 +116,12 @@ def python_of(peer: str, root: Path) -> Path:
     _run(peer, [sys.executable, "-m", "venv", str(folder)])
     for arguments in recipe:
         _run(peer, [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments])
-    marker.write_text(wanted)
+    marker.write_text(wanted)  # last: an interrupted installation is done again
     return python
 
 
 def versions(peer: str) -> str:
-    """What a peer's environment holds of what was pinned: ``name version, ...``."""
+    """Return a peer's pinned packages and its Python version: ``name version, ...``."""
     pins = [argument for arguments in (PEERS | TRAINERS)[peer] for argument in arguments if "==" in argument]
     python = sys.version_info
     return ", ".join([pin.replace("==", " ") for pin in pins] + [f"Python {python.major}.{python.minor}"])

@@ -1,4 +1,4 @@
-/* What no loader can beat by copying: a bare memcpy of crops, row by row, from records to a batch. */
+/* The limit of copying: a bare memcpy of crops, row by row, from records to a batch. */
 
 #include <stddef.h>
 #include <stdint.h>

@@ -1,6 +1,7 @@
-"""What the machine can do at most: copying crops, decoding records, moving frames; each alone, with nothing around it.
+"""The limits of the machine: copying crops, decoding records and moving frames, each with nothing else around it.
 
-One process each (see ``turns``); the benchmark starts as many copiers and decoders as a node has workers.
+Each limit is a contestant (see ``turns``) of one process; the benchmark starts as many copiers and decoders as a node has
+workers.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from loader_service.types import RECORD_SIDE_PX, SampleLayout, View
 from tools.bench.turns import BATCH, PAGE_BYTES, deliver
 
 SLOTS: Final = 6
-"""Batches that a loader has room for by default; so much memory is written again and again."""
+"""Number of slots of a loader by default: the memory that is written again and again."""
 
 FRAME_BYTES: Final = PIECE_BYTES
-"""As a node sends."""
+"""Size of a frame, as a node sends it."""
 
 IMAGE_BYTES: Final = SampleLayout(View(), "uint8").image_bytes
 HIGH_WATER: Final = 40
-"""Frames under way: the batches that a loader prefetches."""
+"""Frames in flight: about the batches that a loader prefetches."""
 
 
 _SOURCE = Path(__file__).with_suffix(".c")
@@ -58,7 +59,7 @@ def _library() -> ctypes.CDLL:
 
 
 def first_pixels(values: list[memoryview], draws: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
-    """Where each record's crop begins in memory: (n,) uint64 addresses."""
+    """Return the address of the first pixel of each record's crop: (n,) uint64."""
     bases = [np.frombuffer(value, np.uint8).ctypes.data for value in values]
     rows, columns = draws["y"].astype(np.uint64), draws["x"].astype(np.uint64)
     addresses: npt.NDArray[np.uint64] = np.array(bases, np.uint64) + (rows * RECORD_SIDE_PX + columns) * 3 + HEADER.size
@@ -66,7 +67,7 @@ def first_pixels(values: list[memoryview], draws: npt.NDArray[np.void]) -> npt.N
 
 
 def copy_crops(images: npt.NDArray[np.uint8], addresses: npt.NDArray[np.uint64]) -> None:
-    """Copy the crops at ``addresses`` to ``images``, (n, side, side, 3) uint8, without the GIL."""
+    """Copy the crops at ``addresses``, (n,) uint64, to ``images``, (n, side, side, 3) uint8, without the GIL."""
     n, side = images.shape[:2]
     pointers: Any = addresses.ctypes.data_as(ctypes.c_void_p)
     sizes = (ctypes.c_size_t(v) for v in (n, side, 3 * side, 3 * RECORD_SIDE_PX))
@@ -74,7 +75,7 @@ def copy_crops(images: npt.NDArray[np.uint8], addresses: npt.NDArray[np.uint64])
 
 
 def copying(data: Path) -> Iterator[int]:
-    """C memcpy of the crops that a training epoch takes, from LMDB's pages to shared memory."""
+    """Copy the crops of a training epoch from LMDB's pages to shared memory with C memcpy; yield images per batch."""
     with Records(data) as records, records.values() as values:
         view = complete_view(View(), records.statistics)
         stored = values.stored(np.arange(len(records)))
@@ -85,15 +86,15 @@ def copying(data: Path) -> Iterator[int]:
             addresses.append(first_pixels(chosen, draw(view, os.getpid(), 0, start, BATCH)))
         images = np.frombuffer(mmap.mmap(-1, SLOTS * BATCH * IMAGE_BYTES), np.uint8).reshape(SLOTS, BATCH, *view.shape)
         for batch, crops in zip(cycle(images), addresses, strict=False):
-            copy_crops(batch, crops)  # every page is mapped before the clock runs
+            copy_crops(batch, crops)  # maps every page before the clock starts
         for batch, crops in zip(cycle(images), cycle(addresses), strict=False):
             copy_crops(batch, crops)
             yield BATCH
 
 
 def decoding(data: Path) -> Iterator[int]:
-    """libjpeg-turbo decoding whole records, in shuffled order, each to the same buffer."""
-    buffer = raw_value()[HEADER.size :]  # as a worker has it, which is where decoding is fastest
+    """Decode whole records with libjpeg-turbo, in shuffled order, into one buffer; yield 1 per image."""
+    buffer = raw_value()[HEADER.size :]  # aligned as a worker's buffer: decoding is fastest there
     with Records(data) as records, records.values() as values:
         order = records_at(len(records), os.getpid(), 0, 0, len(records))
         payloads = [value[HEADER.size :] for value in values.stored(order)]
@@ -103,7 +104,7 @@ def decoding(data: Path) -> Iterator[int]:
 
 
 def receiving(curve: bool) -> Iterator[int]:
-    """Frames over TCP loopback from another process, not copied at either end; every page touched."""
+    """Receive frames over TCP loopback from another process, without copies, and touch every page; yield images."""
     context: zmq.Context[Any] = zmq.Context()
     socket = context.socket(zmq.PULL)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
@@ -129,7 +130,7 @@ def receiving(curve: bool) -> Iterator[int]:
 
 
 def send(address: str, key: str) -> None:
-    """Send the same few frames for ever, from memory that ZeroMQ does not copy."""
+    """Send the same few frames endlessly, from memory that ZeroMQ does not copy."""
     context: zmq.Context[Any] = zmq.Context()
     socket = context.socket(zmq.PUSH)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
@@ -150,7 +151,7 @@ def send(address: str, key: str) -> None:
 @click.option("--key", default="")
 @click.option("--parent", type=int)
 def main(what: str, target: str, key: str, parent: int | None) -> None:
-    """Measure one of the machine's limits."""
+    """Measure one limit of the machine."""
     if what == "send":
         assert parent is not None
         die_with_parent(parent)

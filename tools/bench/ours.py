@@ -1,4 +1,4 @@
-"""This project as a contestant: a node of its own, and a loader in this process, in turns (see ``turns``)."""
+"""This project as a contestant (see ``turns``): a node of its own, and a loader in this process."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ from tools.errors import ToolFailed
 
 SEED: Final = 7
 CHECK_EVERY: Final = 16
-"""Batches between two that are compared with the pure function."""
+"""One batch in so many is compared with the pure function."""
 
 CHECKED: Final = 2
-"""Samples that are compared of such a batch."""
+"""Number of samples compared of such a batch."""
 
 
 def start_node(
     data: Path, bind: str | None, workers: int, keys: Path | None = None, changes: str = "", options: Sequence[str] = ()
 ) -> LocalNode:
-    """Start a node that dies with this process, with other defaults where ``changes`` has any."""
+    """Start a node that ends with this process; ``changes`` alters its defaults, as ``altered`` takes them."""
     program = (sys.executable, "-m", "tools.bench.altered", changes) if changes else PROGRAM
     return LocalNode(data, workers, bind=bind, keys=keys, options=options, program=program)
 
 
 def pin(workers: Iterable[WorkerStatus]) -> None:
-    """Give each worker of a node a CPU for itself, as far as there are enough."""
+    """Pin each worker of a node to one CPU, round robin."""
     cpus = sorted(os.sched_getaffinity(0))
     for number, worker in enumerate(workers):
         os.sched_setaffinity(worker.pid, {cpus[number % len(cpus)]})
 
 
 class Consumer:
-    """Touches every page of delivered batches, and compares some with the pure function.
+    """A consumer that touches every page of each batch and compares some batches with the pure function.
 
     Args:
-        loader: where they come from.
-        records: the dataset that the node serves.
+        loader: loader whose batches it consumes.
+        records: dataset that the node serves.
 
     Fields:
-        spent_s: CPU seconds that this took: the benchmark's, not the loader's.
+        spent_s: CPU seconds spent here, which are the benchmark's, not the loader's.
     """
 
     def __init__(self, loader: Loader, records: Records) -> None:
@@ -66,10 +66,10 @@ class Consumer:
         self.spent_s = 0.0
 
     def counts(self) -> Iterator[int]:
-        """Images per batch.
+        """Yield the number of images of each batch.
 
         Raises:
-            ToolFailed: one is not what the pure function makes of its positions.
+            ToolFailed: a batch differs from what the pure function makes of its positions.
         """
         for number, batch in enumerate(self._loader):
             start_s = time.thread_time()
@@ -77,7 +77,7 @@ class Consumer:
             if number % CHECK_EVERY == 0:
                 self._check(batch, number // CHECK_EVERY * CHECKED % (images - CHECKED + 1))
             self.spent_s += time.thread_time() - start_s
-            del batch  # its slot is free before the next is asked for
+            del batch  # frees its slot before the next batch is asked for
             yield images
 
     def _check(self, batch: Batch, first: int) -> None:
@@ -88,17 +88,17 @@ class Consumer:
         if not (
             np.array_equal(pure.images, batch.images[chosen]) and np.array_equal(pure.labels, batch.labels[chosen])
         ):
-            raise ToolFailed(f"position {what.start} of epoch {what.epoch} is not what the pure function makes of it.")
+            raise ToolFailed(f"position {what.start} of epoch {what.epoch} differs from what the pure function makes.")
 
 
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--transport", type=click.Choice(["shm", "tcp"]), default="shm")
-@click.option("--curve", is_flag=True, help="With keys.")
+@click.option("--curve", is_flag=True, help="Encrypt, with fresh keys.")
 @click.option("--workers", type=int, default=WORKERS_DEFAULT)
-@click.option("--defaults", "changes", default="", metavar="NAME=VALUE,...", help="In place of the project's.")
-@click.option("--io-threads", type=int, help="Of the node; as many as connections if not given.")
-@click.option("--pinned", is_flag=True, help="Workers may not change CPUs.")
+@click.option("--defaults", "changes", default="", metavar="NAME=VALUE,...", help="Altered defaults.")
+@click.option("--io-threads", type=int, help="I/O threads of the node.  [default: as many as connections]")
+@click.option("--pinned", is_flag=True, help="Pin workers to CPUs.")
 def main(
     data: Path,
     transport: Literal["shm", "tcp"],
@@ -108,7 +108,7 @@ def main(
     io_threads: int | None,
     pinned: bool,
 ) -> None:
-    """Deliver batches from a node with WORKERS workers."""
+    """Deliver batches of a node's records in DATA."""
     alter(changes)
     threads = ("--io-threads", str(io_threads or defaults.CONNECTIONS))
     with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:

@@ -1,7 +1,7 @@
-"""The records that everybody reads: several cuts of each photograph, the same pixels in every form.
+"""The records that all contestants read: several cuts of each photograph, in the same pixels in every format.
 
-``FOLDER/raw/train.lmdb`` and ``FOLDER/jpeg/train.lmdb`` hold them as records; ``FOLDER/files/00012.jpg`` holds the jpeg
-payloads as files, and ``FOLDER/labels.txt`` has a label a line. Peers make their own formats from these.
+``FOLDER/raw/train.lmdb`` and ``FOLDER/jpeg/train.lmdb`` hold them as records, ``FOLDER/files/00012.jpg`` as JPEG files (the
+payloads of the jpeg records), and ``FOLDER/labels.txt`` has one label per line. Peers make their own formats from these.
 """
 
 from __future__ import annotations
@@ -30,14 +30,23 @@ from tools.terminal import ROOT, SAMPLE_IMAGES
 Pixels = npt.NDArray[np.uint8]
 
 SIDE_SHARE: Final = (0.6, 1.0)
-"""A cut's side, as a share of the photograph's short side."""
+"""Smallest and largest side of a cut, as a share of the photograph's short side."""
 
 SEED: Final = 1
 SOURCES: Final = (ROOT.parent / "shared" / "data" / "imagenet-sample.tar", ROOT / SAMPLE_IMAGES)
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What was made. ``psnr_db``: of the jpeg records' pixels against the raw ones', the mean over the records."""
+    """Facts about the records.
+
+    Fields:
+        records: number of records.
+        photographs: number of photographs that they are cut from.
+        source: name of the archive or folder of photographs.
+        jpeg_bytes: mean size of a jpeg record's payload.
+        psnr_db: mean peak signal-to-noise ratio of jpeg records, with raw ones as reference.
+        parameters: parameters of the jpeg codec, for people.
+    """
 
     records: int
     photographs: int
@@ -48,10 +57,10 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 def find_source() -> Path:
-    """Where photographs are.
+    """Return the first of SOURCES that exists.
 
     Raises:
-        ToolFailed: nowhere.
+        ToolFailed: none does.
     """
     for path in SOURCES:
         if path.exists():
@@ -60,7 +69,7 @@ def find_source() -> Path:
 
 
 def photographs(source: Path) -> list[bytes]:
-    """The files of an archive, or of a folder and those below it, in the order of their names.
+    """Read the files of an archive, or all JPEG files below a folder, sorted by name.
 
     Raises:
         ToolFailed: there are none.
@@ -77,20 +86,23 @@ def photographs(source: Path) -> list[bytes]:
 
 
 def cuts(content: bytes, count: int, number: int) -> Iterator[Pixels]:
-    """Square cuts of photograph ``number``, each resized to (256, 256, 3) uint8; a pure function of its arguments."""
+    """Yield square cuts of photograph ``number``, each resized to (256, 256, 3) uint8; a pure function of its arguments."""
     draws = np.random.Generator(np.random.Philox(key=[SEED, number])).random((count, 3))
     with Image.open(io.BytesIO(content)) as opened:
-        picture = opened.convert("RGB")
+        image = opened.convert("RGB")
     low, high = SIDE_SHARE
     for share, right, down in draws.tolist():
-        side = (low + share * (high - low)) * min(picture.size)
-        left, top = right * (picture.width - side), down * (picture.height - side)
+        side = (low + share * (high - low)) * min(image.size)
+        left, top = right * (image.width - side), down * (image.height - side)
         box = (left, top, left + side, top + side)
-        yield np.asarray(picture.resize((RECORD_SIDE_PX, RECORD_SIDE_PX), FILTER, box=box))
+        yield np.asarray(image.resize((RECORD_SIDE_PX, RECORD_SIDE_PX), FILTER, box=box))
 
 
 def make(folder: Path, source: Path, records: int) -> Facts:
-    """Make all forms of the records, unless they are there; what they are is read from ``FOLDER/facts.json``, made last."""
+    """Make the records in every format and return their facts; records that exist already are kept.
+
+    ``FOLDER/facts.json`` is written last, so a folder without it is unfinished and is made again.
+    """
     marker = folder / "facts.json"
     if marker.exists():
         return msgspec.json.decode(marker.read_bytes(), type=Facts)
@@ -111,7 +123,7 @@ def make(folder: Path, source: Path, records: int) -> Facts:
 def _write(
     folder: Path, every: Iterator[tuple[int, Pixels]], records: int, classes: int
 ) -> tuple[list[int], list[int], list[float]]:
-    """Both environments and the files; returns label, jpeg bytes and mean squared error of each record."""
+    """Write both environments and the files; return label, jpeg bytes and mean squared error of each record."""
     labels, sizes, errors, sums = list[int](), list[int](), list[float](), Sums()
     names = tuple(f"photograph {number}" for number in range(classes))
     with (

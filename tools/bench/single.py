@@ -1,4 +1,4 @@
-"""What is measured beside the contest: the start, memory, the order of a billion records, and preprocessing."""
+"""Measurements without turns: start-up, memory, the order of a billion records, and preprocessing."""
 
 from __future__ import annotations
 
@@ -34,21 +34,23 @@ from tools.terminal import ROOT
 BILLION: Final = 10**9
 STARTS: Final = 5
 PREPROCESSED: Final = 6000
+"""Number of files to preprocess: enough to make the start of Python a small share."""
+
 PREPROCESSINGS: Final = 5
-"""Files to preprocess: enough that starting Python is little of it."""
 
 
 class Single(msgspec.Struct, frozen=True):
     """The figures.
 
     Fields:
-        first_batch_s: from the start of the node's process to the first batch in a client's hands, the median; and each.
+        first_batch_s: median seconds from the start of the node's process to the first batch at a client.
+        starts_s: the same, of each start.
         order_us: microseconds for 128 positions of an order over a billion records.
-        worker_mb: what each worker has of its own, 10**6 bytes, after an epoch; LMDB's pages and slots are shared.
-        torch_free: no worker has a file of torch mapped.
-        preprocess_per_s: originals per second of `tools.preprocess` as a whole, process start included, in each round.
-        standardise_per_s: decoding and resizing alone, with Pillow-SIMD, by as many processes, in each round.
-        originals: how many files.
+        worker_mb: private memory of each worker after an epoch, 10**6 bytes; LMDB's pages and slots are shared.
+        torch_free: whether no worker has a file of torch mapped.
+        preprocess_per_s: originals per second of `loader-service preprocess`, process start included, in each round.
+        standardise_per_s: originals per second of decoding and resizing alone, by as many processes, in each round.
+        originals: number of files.
     """
 
     first_batch_s: float
@@ -62,7 +64,7 @@ class Single(msgspec.Struct, frozen=True):
 
 
 def first_batch_s(data: Path, workers: int) -> float:
-    """Seconds from the start of a node's process to a batch."""
+    """Return the seconds from the start of a node's process to the first batch at a client."""
     start = time.perf_counter()
     with LocalNode(data, workers) as node, Loader(node.address, batch_size=BATCH) as loader:
         next(loader)
@@ -70,7 +72,7 @@ def first_batch_s(data: Path, workers: int) -> float:
 
 
 def order_us() -> float:
-    """Microseconds for the records of 128 positions in an order over a billion, at places all over it."""
+    """Return the mean microseconds for 128 positions in an order over a billion records, at places all over it."""
     places = range(0, BILLION - BATCH, BILLION // 200)
     start = time.perf_counter()
     for place in places:
@@ -79,7 +81,7 @@ def order_us() -> float:
 
 
 def own_bytes(process: psutil.Process) -> int:
-    """Memory that a process has to itself: LMDB's file may have pages that only one worker has touched so far."""
+    """Return a process's private memory. LMDB's file is left out: pages that one worker alone has touched look private."""
     return sum(
         area.private_clean + area.private_dirty
         for area in process.memory_maps(grouped=True)
@@ -88,7 +90,7 @@ def own_bytes(process: psutil.Process) -> int:
 
 
 def worker_memory(data: Path, workers: int) -> tuple[list[float], bool]:
-    """Each worker's own memory after an epoch, in 10**6 bytes; and whether torch is in none of them."""
+    """Return each worker's private memory after an epoch, 10**6 bytes, and whether no worker has torch mapped."""
     with LocalNode(data, workers) as node, Loader(node.address, batch_size=BATCH) as loader:
         for _ in loader:
             pass
@@ -98,7 +100,7 @@ def worker_memory(data: Path, workers: int) -> tuple[list[float], bool]:
 
 
 def preprocessing(source: Path, workers: int, files: int) -> tuple[list[float], list[float]]:
-    """Originals per second in each round: the whole of preprocessing, and decoding and resizing alone."""
+    """Return originals per second in each round: of the whole command, and of decoding and resizing alone."""
     with tempfile.TemporaryDirectory(prefix="loader-bench-", dir=ROOT / "build") as folder:
         tree, out = Path(folder) / "originals", Path(folder) / "out"
         _lay_out(source, tree, files)
@@ -111,8 +113,8 @@ def preprocessing(source: Path, workers: int, files: int) -> tuple[list[float], 
 
 
 def preprocess_s(source: Path, out: Path, workers: int, size: int = RECORD_SIDE_PX) -> float:
-    """Seconds that the command takes from its start to its end, for raw records of one split in ``out``."""
-    command = [sys.executable, "-m", "tools.preprocess", str(source), str(out), "--val-fraction", "0"]
+    """Return the seconds that `loader-service preprocess` takes to write raw records of one split to ``out``."""
+    command = [sys.executable, "-m", "loader_service", "preprocess", str(source), str(out), "--val-fraction", "0"]
     command += ["--codec", "raw", "--workers", str(workers), "--size", str(size)]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -123,7 +125,7 @@ def preprocess_s(source: Path, out: Path, workers: int, size: int = RECORD_SIDE_
 
 
 def standardising(tree: Path, workers: int, size: int = RECORD_SIDE_PX) -> float:
-    """Pictures per second of decoding and resizing the files below a folder, by so many processes, and nothing else."""
+    """Return images per second of decoding and resizing the files below a folder, and nothing else."""
     command = (sys.executable, "-m", "tools.bench.single", str(tree), "--size", str(size))
     with Running(Contestant("standardise", "", "raw", Kind.LIMIT, command, workers)) as running:
         running.wait()
@@ -131,7 +133,7 @@ def standardising(tree: Path, workers: int, size: int = RECORD_SIDE_PX) -> float
 
 
 def _lay_out(source: Path, tree: Path, files: int) -> None:
-    """Photographs as a folder of one class, each as often as it takes to have ``files``."""
+    """Write ``files`` photographs as a folder of one class, repeating them as often as needed."""
     (tree / "photographs").mkdir(parents=True)
     if source.is_dir():
         contents = [path.read_bytes() for path in sorted(source.rglob("*.jpg"))]
@@ -143,7 +145,7 @@ def _lay_out(source: Path, tree: Path, files: int) -> None:
 
 
 def measure(records: Path, source: Path, workers: int, files: int = PREPROCESSED) -> Single:
-    """All of it."""
+    """Take all measurements."""
     starts = [first_batch_s(records / "raw", workers) for _ in range(STARTS)]
     memory, torch_free = worker_memory(records / "raw", workers)
     whole, alone = preprocessing(source, workers, files)
@@ -154,7 +156,7 @@ def measure(records: Path, source: Path, workers: int, files: int = PREPROCESSED
 @click.argument("tree", type=click.Path(path_type=Path))
 @click.option("--size", type=int, default=RECORD_SIDE_PX)
 def main(tree: Path, size: int) -> None:
-    """Decode and resize the photographs in TREE, over and over (a contestant)."""
+    """Decode and resize the photographs in TREE again and again, as a contestant."""
     paths = sorted(path for path in tree.rglob("*") if path.is_file())
     first = os.getpid() % len(paths)
     order = paths[first:] + paths[:first]
@@ -162,7 +164,7 @@ def main(tree: Path, size: int) -> None:
 
 
 def standardised(path: Path, side: int) -> npt.NDArray[np.uint8]:
-    """A record's pixels as libjpeg-turbo and Pillow-SIMD make them: (side, side, 3) uint8, of a photograph without flaws."""
+    """Return a record's pixels, (side, side, 3) uint8, as libjpeg-turbo and Pillow-SIMD make them of a sound photograph."""
     with Image.open(path) as image:
         image.draft(None, (side, side))
         short = min(image.size)

@@ -1,7 +1,7 @@
-"""This project's trainer as a contestant: whole steps on one device, as ``trainer run`` makes them.
+"""This project's trainer as a contestant: whole training steps on one device, as ``trainer run`` makes them.
 
-``python -m tools.bench.steps --batch 128 --device cuda --speed '{"amp": "bf16"}'`` trains again and again on one batch of
-noise that never leaves the device; with ``--data DIR`` on what a private node serves.
+``python -m tools.bench.steps --batch 128 --device cuda --speed '{"amp": "bf16"}'`` trains repeatedly on one batch of noise
+that stays on the device; with ``--data DIR`` it trains on batches from a private node.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from trainer.optimizer import PaperSGD
 CLASSES = 1000
 RECORD, CROP = 256, 224
 STEPS_BETWEEN_READINGS = {"cpu": 1, "cuda": 20}
-"""A GPU is waited for, so that its clock can be read, so seldom that it is never idle for long."""
+"""Steps between two synchronisations. A GPU must be idle when the time is read, but seldom, to stay busy."""
 
 EPOCHS = 1 << 20
-"""More than anybody waits for."""
+"""Practically endless."""
 
 
 @click.command()
-@click.option("--batch", type=click.IntRange(1), required=True)
-@click.option("--width", type=float, default=1.0)
-@click.option("--device", default="cpu")
+@click.option("--batch", type=click.IntRange(1), required=True, help="Images in a step.")
+@click.option("--width", type=float, default=1.0, help="Width of the network.")
+@click.option("--device", default="cpu", help="Device of both towers.")
 @click.option("--speed", default="{}", help="Fields of trainer.model.speed.Speed, as JSON.")
-@click.option("--data", type=click.Path(path_type=Path), help="A dataset to be fed from; else one batch of noise.")
-@click.option("--workers", type=int, default=2, help="Of the node.")
+@click.option("--data", type=click.Path(path_type=Path), help="Dataset directory.  [default: one batch of noise]")
+@click.option("--workers", type=int, default=2, help="Worker processes of the node.")
 def main(batch: int, width: float, device: str, speed: str, data: Path | None, workers: int) -> None:
-    """Take turns at training."""
+    """Train in turns, as a contestant."""
     torch.manual_seed(0)
     place = torch.device(device)
     with ExitStack() as stack:
@@ -58,20 +58,20 @@ def main(batch: int, width: float, device: str, speed: str, data: Path | None, w
 
 
 def again(batch: Batch) -> Iterator[Batch]:
-    """The same batch for ever."""
+    """Yield the same batch endlessly."""
     while True:
         yield batch
 
 
 def noise(size: int, device: torch.device) -> Batch:
-    """A batch of random pixels and labels, on ``device``."""
+    """Return a batch of random pixels, (size, 224, 224, 3) uint8, and labels, (size,) int64, on ``device``."""
     images = torch.randint(0, 256, (size, CROP, CROP, 3), dtype=torch.uint8).to(device)
     labels = torch.randint(0, CLASSES, (size,)).to(device)
     return Batch((images,), Windows.centre(size, RECORD, CROP), labels, labels.cpu().numpy(), 0, 1)
 
 
 def stepper(model: AlexNet, centre: Centre) -> Callable[[Batch], int]:
-    """A step on one batch: everything that ``trainer run`` makes of it but its records; returns how many images."""
+    """Return a function that makes one training step, as ``trainer run`` does but without logs, and returns its images."""
     optimizer = PaperSGD(model.train(), model.preset, lr=1e-4, fused=model.speed.fused_sgd)
     numbers = count()
 
@@ -86,7 +86,7 @@ def stepper(model: AlexNet, centre: Centre) -> Callable[[Batch], int]:
 
 
 def chunks(step: Callable[[Batch], int], batches: Iterator[Batch], device: torch.device) -> Iterator[int]:
-    """Images of a few steps at a time, the device's work on them done."""
+    """Yield the images of a few steps at a time, once the device has finished them."""
     while True:
         images = sum(step(next(batches)) for _ in range(STEPS_BETWEEN_READINGS[device.type]))
         if device.type == "cuda":

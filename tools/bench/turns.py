@@ -1,8 +1,10 @@
-"""What every contestant of the benchmark does alike: take turns at delivering batches into the consumer's memory.
+"""The protocol of a contestant: it takes turns at delivering batches into the consumer's memory.
 
-A contestant is a process that prints ``ready`` and then reads ``WARM SECONDS`` a line. It consumes batches for WARM
-seconds, so that what it had made ahead is used up, prints ``begin``, consumes for SECONDS, and prints the images, the
-seconds that they took, and the CPU seconds that the benchmark itself spent on them in that process, where it knows. Peers run this in environments of their own: the standard library and NumPy are all it needs.
+A contestant is a process that prints ``ready`` and then reads lines ``WARM SECONDS``. For each it consumes batches for
+WARM seconds, which uses up what it has prefetched, prints ``begin``, consumes for SECONDS, and prints three numbers: images,
+the seconds that they took, and the CPU seconds that the benchmark's own checks took in this process (0 if unknown).
+
+Peers run this module in environments of their own, so it imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ WORKERS_DEFAULT: Final = 2
 
 
 def touch(images: Any) -> int:
-    """Read a byte of every page of a batch, (n, 224, 224, 3) uint8, contiguous; returns n.
+    """Read a byte of every page of a batch, (n, 224, 224, 3) uint8, contiguous; return n.
 
     Raises:
-        SystemExit: the batch is of another form, so that its figure would mean something else.
+        SystemExit: the batch has another shape, dtype or layout, which would make its figure incomparable.
     """
     if images.shape[1:] != SHAPE or images.dtype.name != "uint8" or not images.flags.c_contiguous:
         raise SystemExit(f"a batch is (n, 224, 224, 3) uint8 and contiguous, not {images.shape} {images.dtype}")
@@ -31,16 +33,22 @@ def touch(images: Any) -> int:
 
 
 def serve(batches: Iterable[Any]) -> None:
-    """Take turns until standard input ends. ``batches`` is endless; each one is let go of before the next is asked for."""
+    """Take turns until standard input ends.
+
+    Args:
+        batches: endless iterator of arrays; each array is released before the next is asked for.
+    """
     deliver(touch(images) for images in batches)
 
 
 def deliver(counts: Iterator[int], spent_s: Callable[[], float] = float) -> None:
-    """As :func:`serve`, for who touches its batches itself and tells how many images each had.
+    """Take turns until standard input ends, for a contestant that touches its batches itself.
 
-    ``spent_s`` gives the CPU seconds that went into touching and checking so far.
+    Args:
+        counts: endless iterator of the number of images of each batch.
+        spent_s: function that returns the CPU seconds spent on touching and checking so far.
     """
-    next(counts)  # what is made once is made before the contestant is ready
+    next(counts)  # one batch before `ready`: all set-up work is done by then
     say("ready")
     for line in sys.stdin:
         warm_s, seconds = (float(word) for word in line.split())
@@ -52,7 +60,7 @@ def deliver(counts: Iterator[int], spent_s: Callable[[], float] = float) -> None
 
 
 def consume(counts: Iterator[int], seconds: float) -> tuple[int, float]:
-    """Images, and the seconds from the first request to the last answer."""
+    """Consume for ``seconds``; return the number of images, and the seconds that they took."""
     images, start = 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds:
         images += next(counts)
@@ -60,6 +68,6 @@ def consume(counts: Iterator[int], seconds: float) -> tuple[int, float]:
 
 
 def say(line: str) -> None:
-    """Print a line, at once."""
+    """Print a line and flush it: the benchmark waits for it."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()

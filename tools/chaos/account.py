@@ -37,12 +37,12 @@ class EpochResult:
 
     @property
     def flawless(self) -> bool:
-        """Whether the epoch equals an undisturbed one and the ledger agrees with the journal."""
+        """True if the epoch equals an undisturbed one and the ledger agrees with the journal."""
         return not (self.lost or self.twice or self.differing) and self.account.delivered == self.delivered
 
     @property
     def eventful(self) -> bool:
-        """Whether the epoch shows a trace of a fault."""
+        """True if the epoch shows a trace of a fault."""
         return bool(self.account.reassigned or self.account.duplicates_refused) or not self.flawless
 
 

@@ -62,7 +62,7 @@ class ChaosNode:
 
     @property
     def runs(self) -> bool:
-        """Whether its dispatcher exists, suspended or not."""
+        """True if its dispatcher exists, suspended or not."""
         return self._node is not None and self._node.exit_code is None
 
     @property

@@ -1,4 +1,4 @@
-"""The project with other defaults, for the benchmark."""
+"""Altered defaults, for the benchmark."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tools.bench.altered import alter
 from tools.errors import ToolFailed
 
 
-def test_a_node_goes_by_the_changed_default(dataset_dir: Path) -> None:
-    """Its memory ceiling is that of one send slot for its worker, and the one more that there always is."""
+def test_a_node_uses_the_changed_default(dataset_dir: Path) -> None:
+    """The memory ceiling is that of one send slot per worker and the one extra slot."""
     program = (sys.executable, "-m", "tools.bench.altered", "SEND_SLOTS_PER_WORKER=1")
     with LocalNode(dataset_dir, workers=1, program=program) as node:
         line = node.announcement
@@ -21,7 +21,7 @@ def test_a_node_goes_by_the_changed_default(dataset_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["STALL_S=1", "PREFETCH=0", "PREFETCH", "PREFETCH=many"])
-def test_a_change_that_means_nothing_is_refused(change: str) -> None:
-    """Otherwise the benchmark would compare a default with itself."""
+def test_an_unknown_change_is_refused(change: str) -> None:
+    """An ignored change would make the benchmark compare a default with itself."""
     with pytest.raises(ToolFailed, match=f"'{change}' is not NAME=VALUE, with one of PREFETCH"):
         alter(change)

@@ -1,4 +1,4 @@
-"""The benchmark as a whole, with tiny numbers and no peers, and the arithmetic of its targets."""
+"""The whole benchmark in a tiny run without peers, and the arithmetic of its targets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """A folder of two photographs' worth of noise."""
+    """A folder of two photographs of noise."""
     folder = tmp_path / "photographs"
     folder.mkdir()
     for number in range(2):
@@ -34,18 +34,18 @@ def photographs(tmp_path: Path) -> Path:
 
 
 def turn(rate: float, consumer: float = 0.0) -> Turn:
-    """A turn at this rate; its consumer took this share of one millisecond per image."""
+    """Return a turn with this rate; the consumer's CPU time is this share of one millisecond per image."""
     return Turn(images_per_s=rate, cpu_ms=1.0, consumer_cpu_ms=consumer, memory_mb=1.0)
 
 
 def contestant(program: str) -> Contestant:
-    """One that is a Python program."""
+    """Return a contestant that runs a Python program."""
     return Contestant("other", "other", "raw", Kind.PEER, (sys.executable, "-c", program))
 
 
 @pytest.mark.timeout(100)
 def test_a_small_run_writes_its_results_and_document(tmp_path: Path, photographs: Path) -> None:
-    """Every way of ours and every limit delivers images in every round, and the document tells of each."""
+    """This project and every limit deliver images in every round, and document and chart have each of them."""
     command = [
         sys.executable,
         "-m",
@@ -76,7 +76,7 @@ def test_a_small_run_writes_its_results_and_document(tmp_path: Path, photographs
 
 
 def test_an_unknown_peer_is_refused() -> None:
-    """The sentence names those that there are."""
+    """The error lists the peers that exist."""
     command = [sys.executable, "-m", "tools.bench", "--peers", "nobody"]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
@@ -84,7 +84,7 @@ def test_an_unknown_peer_is_refused() -> None:
 
 
 def test_ratios_are_taken_within_a_round_and_against_the_best() -> None:
-    """The median is of the rounds' ratios, not the ratio of medians."""
+    """The result is the median of the rounds' ratios, not the ratio of medians."""
     rounds = {
         "a": [turn(10), turn(60), turn(30)],
         "b": [turn(10), turn(20), turn(5)],
@@ -97,35 +97,35 @@ def test_ratios_are_taken_within_a_round_and_against_the_best() -> None:
 
 
 @pytest.mark.parametrize(("rate", "reached"), [(60.0, True), (59.0, False)])
-def test_a_bar_is_reached_at_its_figure(rate: float, reached: bool) -> None:
-    """0.60 of the memcpy limit is enough, less is not; what was not measured is not reached."""
+def test_a_target_is_reached_at_its_figure(rate: float, reached: bool) -> None:
+    """0.60 of the memcpy limit reaches the target, less does not; a target without figure is not reached."""
     found = targets({"ours-raw-shm": [turn(rate, 0.04)], "memcpy": [turn(100)]}, None)
     assert found[0].reached is reached
-    assert [bar.reached for bar in found if bar.figure is None] == [False] * 7
+    assert [target.reached for target in found if target.figure is None] == [False] * 7
     assert found[-1].reached
 
 
-def test_more_than_a_limit_is_not_believed() -> None:
-    """Where somebody exceeds what nobody can, the limit's own turns were disturbed, and no target is claimed."""
-    [bar, *_] = targets({"ours-raw-shm": [turn(120)], "memcpy": [turn(100)]}, None)
-    assert (bar.disturbed, bar.reached) == (True, False)
+def test_a_figure_above_its_bound_is_not_claimed() -> None:
+    """A figure above a physical bound shows that the limit's turns were disturbed, so no target is claimed."""
+    [target, *_] = targets({"ours-raw-shm": [turn(120)], "memcpy": [turn(100)]}, None)
+    assert (target.disturbed, target.reached) == (True, False)
 
 
 def test_decoding_less_than_all_may_exceed_decoding_all() -> None:
-    """Whole records decoded by libjpeg-turbo are a limit to compare with, and no bound."""
+    """Decoding whole records with libjpeg-turbo is a limit to compare with, not a bound."""
     found = targets({"ours-jpeg-shm": [turn(120)], "decode": [turn(100)]}, None)
-    assert [(bar.disturbed, bar.reached) for bar in found if bar.figure] == [(False, True)]
+    assert [(target.disturbed, target.reached) for target in found if target.figure] == [(False, True)]
 
 
-def test_a_contestant_that_breaks_is_named_with_its_last_words() -> None:
-    """Its exit code and the end of its log are in the sentence."""
+def test_a_contestant_that_fails_is_named_with_the_end_of_its_log() -> None:
+    """The error has its exit code and the end of its log."""
     sentence = r"other ended with exit code 1: no such format"
     with Running(contestant("raise SystemExit('no such format')")) as broken, pytest.raises(ToolFailed, match=sentence):
         broken.wait()
 
 
 def test_leaving_ends_all_processes_of_a_contestant() -> None:
-    """Also those that it started itself."""
+    """Processes that the contestant started end too."""
     program = "import subprocess, sys; subprocess.Popen(['cat'], stdin=subprocess.PIPE); print('ready', flush=True)"
     program += "; sys.stdin.read()"
     others = psutil.Process().children()  # of the session's fixtures
@@ -139,6 +139,6 @@ def test_leaving_ends_all_processes_of_a_contestant() -> None:
 
 @pytest.mark.parametrize("images", [np.zeros((2, 256, 256, 3), np.uint8), np.zeros((2, 224, 224, 3), np.float32)])
 def test_a_batch_of_another_form_does_not_count(images: np.ndarray) -> None:
-    """A figure for other pixels would mean something else."""
+    """Images of another size or dtype end the contestant: its figure would not be comparable."""
     with pytest.raises(SystemExit, match="a batch is"):
         touch(images)

@@ -54,7 +54,7 @@ def test_the_trainers_line_from_the_middle_of_an_epoch_is_known() -> None:
 def test_batches_that_come_another_way_are_an_error(
     answer: Answer, status_json: Callable[..., str], found: list[str]
 ) -> None:
-    """Where shared memory is expected, TCP, a mixture and no client at all are errors."""
+    """TCP, a mixture of transports and no client at all are errors if shared memory is expected."""
     answer("status --json", status_json(found, []))
     with pytest.raises(ToolFailed, match="should come by shm, but come by"):
         training.expect_transport(Compose(), "shm")

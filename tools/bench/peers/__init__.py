@@ -1,1 +1,1 @@
-"""What people would use instead, each in an environment of its own; none of it is a dependency of the project."""
+"""Other loaders, each in a virtual environment of its own; none of them is a dependency of this project."""

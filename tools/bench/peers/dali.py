@@ -1,6 +1,6 @@
 """NVIDIA DALI on the CPU over JPEG files: ``python -m tools.bench.peers.dali jpeg RECORDS WORKERS``.
 
-Only the crop is decoded, as DALI's documentation advises; files are read once and kept in memory.
+Only the crop is decoded, as DALI's documentation advises; files are read once and stay in memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tools.bench.turns import BATCH, SHAPE, serve
 
 
 def graph(folder: str) -> Any:
-    """Files to mirrored crops, uint8 HWC."""
+    """Build the pipeline from files to flipped crops, uint8 in height-width-channel order."""
     content, _ = fn.readers.file(
         files=[str(path) for path in sorted(Path(folder).glob("*.jpg"))],
         random_shuffle=True,
@@ -33,7 +33,7 @@ def graph(folder: str) -> Any:
 
 
 def batches(folder: Path, workers: int) -> Iterator[Any]:
-    """Batches for ever."""
+    """Yield batches endlessly: (128, 224, 224, 3) uint8."""
     made = pipeline_def(graph)(
         str(folder / "files"), batch_size=BATCH, num_threads=workers, device_id=None, prefetch_queue_depth=4
     )

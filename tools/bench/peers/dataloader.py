@@ -1,7 +1,7 @@
 """PyTorch's DataLoader over LMDB or over JPEG files: ``python -m tools.bench.peers.dataloader FORM RECORDS WORKERS``.
 
-Its best honest form: whole batches are made in the workers (a batch sampler as the sampler, no collation), straight into
-the tensor that is handed over through shared memory; workers are persistent and read ahead.
+Its fastest fair form: workers make whole batches (a batch sampler as the sampler, no collation), directly in the tensor that
+is passed through shared memory; workers are persistent and prefetch.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ RECORD_SHAPE = (256, 256, 3)
 
 
 class Batches(Dataset[torch.Tensor]):
-    """Batches by lists of record numbers: (n, 224, 224, 3) uint8, randomly cropped and mirrored.
+    """A dataset of batches, indexed by lists of record numbers: (n, 224, 224, 3) uint8, randomly cropped and flipped.
 
     Args:
         form: ``raw`` or ``jpeg`` records in LMDB, or ``files``, decoded by Pillow.
-        folder: of all records.
+        folder: folder of the records in all formats.
     """
 
     def __init__(self, form: str, folder: Path) -> None:
@@ -65,7 +65,7 @@ class Batches(Dataset[torch.Tensor]):
 
 
 def batches(form: str, folder: Path, workers: int) -> Iterator[Any]:
-    """Batches for ever."""
+    """Yield batches endlessly: (128, 224, 224, 3) uint8."""
     dataset = Batches(form, folder)
     sampler = BatchSampler(RandomSampler(dataset), BATCH, drop_last=True)
     loader = DataLoader(

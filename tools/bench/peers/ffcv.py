@@ -1,7 +1,7 @@
 """FFCV: ``python -m tools.bench.peers.ffcv raw|jpeg RECORDS WORKERS``.
 
-Its random-resized-crop decoder with a scale of (224 / 256) ** 2 and a ratio of 1 is a random 224 crop that resizes nothing.
-The file that it reads is written once, in its own format, from the same pictures.
+A random-resized-crop decoder with a scale of (224 / 256) ** 2 and a ratio of 1 is a random 224 crop without resizing. The
+file that it reads is written once, in FFCV's own format, from the same images.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tools.bench.turns import BATCH, SHAPE, serve
 SHARE = (SHAPE[0] / 256) ** 2
 
 
-class Pictures:
-    """The pictures by number, for FFCV's writer."""
+class Images:
+    """The images by number, for FFCV's writer."""
 
     def __init__(self, folder: Path) -> None:
         self._paths = sorted(folder.glob("*.jpg"))
@@ -38,19 +38,19 @@ class Pictures:
 
 
 def written(form: str, folder: Path) -> Path:
-    """FFCV's file of the records; made once."""
+    """Return FFCV's file of the records; write it if it does not exist."""
     path = folder / f"ffcv-{form}.beton"
     if not path.exists():
         partial = path.with_suffix(".partial")
         mode = "jpg" if form == "jpeg" else "raw"
         writer = DatasetWriter(str(partial), {"image": RGBImageField(write_mode=mode, jpeg_quality=90)}, num_workers=1)
-        writer.from_indexed_dataset(Pictures(folder / "files"))
+        writer.from_indexed_dataset(Images(folder / "files"))
         partial.rename(path)
     return path
 
 
 def batches(form: str, folder: Path, workers: int) -> Iterator[Any]:
-    """Batches for ever."""
+    """Yield batches endlessly: (128, 224, 224, 3) uint8."""
     decoder = RandomResizedCropRGBImageDecoder(SHAPE[:2], scale=(SHARE, SHARE), ratio=(1.0, 1.0))
     loader = Loader(
         str(written(form, folder)),

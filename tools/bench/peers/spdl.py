@@ -1,6 +1,6 @@
 """SPDL over JPEG files: ``python -m tools.bench.peers.spdl jpeg RECORDS WORKERS``.
 
-Its pipeline of threads, with libjpeg-turbo (which lets go of the GIL) as the decoder; a stage makes a whole batch.
+A pipeline of threads, with libjpeg-turbo, which releases the GIL, as the decoder; one stage makes a whole batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ AHEAD = 4
 
 
 def chosen(paths: list[Path]) -> Iterator[list[Path]]:
-    """Batches of paths for ever, each epoch in an order of its own."""
+    """Yield batches of paths endlessly, each epoch in a new order."""
     while True:
         random.shuffle(paths)
         for start in range(0, len(paths) - BATCH + 1, BATCH):
@@ -29,7 +29,7 @@ def chosen(paths: list[Path]) -> Iterator[list[Path]]:
 
 
 def load(paths: list[Path]) -> Any:
-    """One batch: (n, 224, 224, 3) uint8."""
+    """Make one batch: (n, 224, 224, 3) uint8."""
     out, side = np.empty((len(paths), *SHAPE), np.uint8), SHAPE[0]
     for image, path in zip(out, paths, strict=True):
         pixels = simplejpeg.decode_jpeg(path.read_bytes(), colorspace="RGB")
@@ -40,7 +40,7 @@ def load(paths: list[Path]) -> Any:
 
 
 def batches(folder: Path, workers: int) -> Iterator[Any]:
-    """Batches for ever."""
+    """Yield batches endlessly: (128, 224, 224, 3) uint8."""
     source = chosen(sorted((folder / "files").glob("*.jpg")))
     pipeline = PipelineBuilder().add_source(source).pipe(load, concurrency=workers).add_sink(AHEAD)
     with (built := pipeline.build(num_threads=workers)).auto_stop():

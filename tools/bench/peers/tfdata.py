@@ -1,7 +1,7 @@
 """tf.data service over TFRecord files: ``python -m tools.bench.peers.tfdata raw|jpeg RECORDS WORKERS``.
 
-A dispatcher here and worker servers in processes of their own; records are handed out dynamically, and whole batches come
-back, as the service's documentation has it.
+The dispatcher runs in this process, worker servers in processes of their own; records are sharded dynamically and whole
+batches come back, as the service's documentation advises.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
-import tensorflow as tf
+import tensorflow as tf  # after the variables above, which it reads on import
 
 from tools.bench.turns import BATCH, SHAPE, serve
 
@@ -25,7 +25,7 @@ RECORD_SHAPE = (256, 256, 3)
 
 
 def written(form: str, folder: Path) -> list[str]:
-    """The records as TFRecord files; made once."""
+    """Return the records as TFRecord files; write them if they do not exist."""
     target = folder / f"tfdata-{form}"
     if not target.exists():
         partial = target.with_suffix(".partial")
@@ -41,7 +41,7 @@ def written(form: str, folder: Path) -> list[str]:
 
 
 def sample(form: str, content: Any) -> Any:
-    """One record's content to a mirrored crop."""
+    """Return a randomly flipped crop, (224, 224, 3) uint8, of one record's content."""
     y, x = tf.random.uniform((), 0, 33, tf.int32), tf.random.uniform((), 0, 33, tf.int32)
     if form == "jpeg":
         crop = tf.io.decode_and_crop_jpeg(content, tf.stack([y, x, *SHAPE[:2]]), channels=3)
@@ -52,7 +52,7 @@ def sample(form: str, content: Any) -> Any:
 
 
 def batches(form: str, folder: Path, workers: int) -> Iterator[Any]:
-    """Batches for ever."""
+    """Yield batches endlessly: (128, 224, 224, 3) uint8."""
     files = written(form, folder)
     service = tf.data.experimental.service
     dispatcher = service.DispatchServer()
@@ -71,7 +71,7 @@ def batches(form: str, folder: Path, workers: int) -> Iterator[Any]:
 
 
 def work(dispatcher: str) -> None:
-    """Be a worker server, until killed."""
+    """Run a worker server until it is killed."""
     config = tf.data.experimental.service.WorkerConfig(dispatcher_address=dispatcher)
     tf.data.experimental.service.WorkerServer(config).join()
 

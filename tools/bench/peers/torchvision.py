@@ -1,7 +1,8 @@
 """torchvision's AlexNet: ``python -m tools.bench.peers.torchvision BATCH DEVICE``.
 
-Under ``torch.compile`` with autocast to bfloat16, channels-last, with a fused SGD: as fast as its users can have it. It is
-the one-tower network of 2014, without LRN. One batch of uint8 noise stays on the device; a step centres it, as ours does.
+Under ``torch.compile`` with autocast to bfloat16, channels-last and fused SGD: the fastest configuration that its users
+have. It is the one-tower network of 2014, without LRN. One batch of uint8 noise stays on the device; each step subtracts
+the mean, as ours does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ STEPS_BETWEEN_READINGS = {"cpu": 1, "cuda": 20}
 
 
 def chunks(batch: int, device: torch.device) -> Iterator[int]:
-    """Images of a few steps at a time, the device's work on them done."""
+    """Yield the images of a few steps at a time, once the device has finished them."""
     torch.manual_seed(0)
     images = torch.randint(0, 256, (batch, SIDE, SIDE, 3), dtype=torch.uint8).to(device)
     labels = torch.randint(0, CLASSES, (batch,)).to(device)

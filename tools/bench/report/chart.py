@@ -1,4 +1,4 @@
-"""The figures of a run as bars, ``docs/benchmarks.svg``: an SVG document, written by hand as it needs no plotting library."""
+"""The figures of a run as a bar chart, ``docs/benchmarks.svg``; SVG is written directly, without a plotting library."""
 
 from __future__ import annotations
 
@@ -16,14 +16,22 @@ LEGEND: Final = {Kind.OURS: "this project", Kind.PEER: "others", Kind.LIMIT: "li
 _NAMES_PX: Final = 290
 _COLUMN_PX: Final = 210
 _FIGURE_PX: Final = 62
-"""What of a column is left for the figure beside its bar."""
+"""Width of the figure at the right of a bar."""
 
 _ROW_PX: Final = 22
 _BAR_PX: Final = 14
 
 
 class Row(msgspec.Struct, frozen=True):
-    """A contestant's medians: images/s, CPU seconds per 1,000 images, and its greatest memory in 10**6 bytes."""
+    """A contestant's figures.
+
+    Fields:
+        title: name for people.
+        kind: kind, which chooses the colour.
+        images_per_s: median rate.
+        cpu_s: median CPU seconds per 1,000 images.
+        memory_mb: largest memory, 10**6 bytes.
+    """
 
     title: str
     kind: Kind
@@ -37,11 +45,16 @@ COLUMNS: Final[tuple[tuple[str, Callable[[Row], float], str], ...]] = (
     ("CPU s per 1,000 images", lambda row: row.cpu_s, ".3f"),
     ("memory, MB", lambda row: row.memory_mb, ",.0f"),
 )
-"""Heading, figure, and how it is shown. More is better in the first, less in the others."""
+"""Heading, figure and format of each column. Higher is better in the first, lower in the others."""
 
 
 def svg(panels: Mapping[str, Sequence[Row]], caption: str) -> str:
-    """A document with a panel for each heading, its rows in the order given; ``caption`` says where it was measured."""
+    """Return an SVG document.
+
+    Args:
+        panels: rows of each panel, in order, by the panel's heading.
+        caption: place and date of the measurement.
+    """
     parts, top = list[str](), 30
     for heading, rows in panels.items():
         parts.append(_panel(heading, rows, top))

@@ -1,4 +1,4 @@
-"""``docs/benchmarks.md`` and its chart, written from the results of a run and nothing else."""
+"""``docs/benchmarks.md`` and its chart, written from the results of a run alone."""
 
 from __future__ import annotations
 
@@ -18,20 +18,27 @@ from tools.bench.single import Single
 from tools.bench.turns import BATCH
 
 CHART: Final = "benchmarks.svg"
-"""The chart's name, beside the document."""
+"""File name of the chart, in the document's folder."""
 
 LIMITS: Final = {"raw": "memcpy", "jpeg": "decode"}
+"""The limit that contestants of each codec are compared with."""
 
 
 class Results(msgspec.Struct, frozen=True):
-    """A run: what ``build/bench/results.json`` holds.
+    """The results of a run, as ``build/bench/results.json`` holds them.
 
     Fields:
-        date: UTC, as people write it.
-        machine: what it ran on.
-        versions: of this project's parts and of each peer.
-        load: the system's load average over the last minute, before the first round and after the last.
-        missing: for each peer that was not measured, why.
+        date: UTC, for people.
+        machine: machine of the run, for people.
+        versions: versions of this project's parts and of each peer, for people.
+        load: load average over a minute, before the first round and after the last.
+        records: facts about the records.
+        workers: worker processes or threads of every contestant.
+        seconds: length of a turn.
+        contestants: contestants that were measured.
+        rounds: their turns.
+        single: measurements without turns, None if left out.
+        missing: reason for each peer that was not measured.
     """
 
     date: str
@@ -48,7 +55,7 @@ class Results(msgspec.Struct, frozen=True):
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system knows it."""
+    """Return the processor's name, or its architecture if the system does not know the name."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -56,39 +63,39 @@ def cpu_name() -> str:
 
 
 def machine() -> str:
-    """This machine in a line."""
+    """Describe this machine in a line."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()} {platform.release()}"
 
 
 def shown(figures: Spread, form: str) -> str:
-    """A median, with what it lies between where that is more than one figure; each formatted with ``form``."""
+    """Format a median with ``form``, followed by the lowest and the highest value if they differ."""
     if figures.least == figures.most:
         return f"{figures.median:{form}}"
     return f"{figures.median:{form}} ({figures.least:{form}} to {figures.most:{form}})"
 
 
 def markdown(results: Results, notes: str) -> str:
-    """The whole document."""
+    """Return the whole document."""
     parts = [
         "# Benchmarks",
-        "Written by `make bench` from one run; do not edit, but for benchmarks-notes.md, which is the last section.",
+        "Written by `make bench` from one run. Do not edit; the last section is benchmarks-notes.md.",
         _setting(results),
-        "## Bars",
+        "## Targets",
         _target_table(targets(results.rounds, results.single)),
-        f"![What the tables below show, as bars]({CHART})",
+        f"![Bar chart of the tables below]({CHART})",
     ]
     for codec in LIMITS:
         parts += [f"## {codec.capitalize()} records", _table(results, codec)]
     if results.single:
-        parts += ["## Measured beside the contest", _single(results.single)]
+        parts += ["## Other measurements", _single(results.single)]
     if results.missing:
         parts += ["## Not measured", "\n".join(f"- {peer}: {why}" for peer, why in results.missing.items())]
     return "\n\n".join([*parts, notes.strip()]).rstrip() + "\n"
 
 
 def chart(results: Results) -> str:
-    """The figures of all contestants as an SVG document."""
+    """Return the chart of all contestants, an SVG document."""
     panels = {
         f"{codec} records": [
             Row(
@@ -112,14 +119,14 @@ def _setting(results: Results) -> str:
     return f"""- {results.date}; {results.machine}; {load}.
 - {facts.records:,} records, cuts of {facts.photographs} photographs ({facts.source}); jpeg records: {facts.parameters},
   {facts.psnr_db:.1f} dB and {facts.jpeg_bytes / 1000:.1f} KB on average.
-- Batches of {BATCH}, (224, 224, 3) uint8 in the consumer's memory, a byte of every page read; {results.workers} workers,
-  threads or processes, for everybody; {rounds} interleaved rounds of {results.seconds:g} s each, after a warm-up.
-- This project crops, mirrors and shifts colours; peers crop and mirror. Of what this project delivers, samples of every
-  sixteenth batch are compared with the pure function while the clock runs.
-- Groups, one after another, so that few are alive at once: raw records in memory, raw records over TCP, jpeg records,
-  tf.data service (which goes on filling its buffers while others have their turns).
-- Figures are medians over the rounds, with the least and the greatest in brackets; ratios are taken within a round, and
-  where they reach across groups, between rounds of the same number.
+- Batches of {BATCH} images, (224, 224, 3) uint8, in the consumer's memory; a byte of every page is read. Every contestant has
+  {results.workers} workers (threads or processes), and {rounds} interleaved rounds of {results.seconds:g} s each, after a warm-up.
+- This project crops, flips and shifts colours; peers crop and flip. Samples of every sixteenth batch of this project are
+  compared with the pure function while the clock runs.
+- Contestants run in groups, so that few run at once: raw records in memory, raw records over TCP, jpeg records, tf.data
+  service (which keeps filling its buffers during the turns of others).
+- Figures are medians over the rounds, with the lowest and the highest in brackets. Ratios are taken within a round; across
+  groups, between rounds of the same number.
 - {versions}."""
 
 
@@ -135,7 +142,7 @@ def _target_table(found: list[Target]) -> str:
 
 def _verdict(target: Target) -> str:
     if target.disturbed:
-        return "not shown: above the limit, so its turns were disturbed"
+        return "not claimed: above the limit, so the limit's turns were disturbed"
     if target.reached or target.figure is None:
         return "yes"
     need = float(target.need.split()[-1])
@@ -160,18 +167,18 @@ def _table(results: Results, codec: str) -> str:
         ]
         rows.append(f"| {each.title} | {' | '.join(figures)} |")
     return "\n".join(
-        [*rows, "", "Memory is the greatest proportional set size of all processes: LMDB's pages are in it."]
+        [*rows, "", "Memory is the largest proportional set size of all processes together, LMDB's pages included."]
     )
 
 
 def _single(single: Single) -> str:
     starts, memory = spread(single.starts_s), spread(single.worker_mb)
     whole, alone = spread(single.preprocess_per_s), spread(single.standardise_per_s)
-    return f"""- Start of the node's process to the first batch in a client's hands: {shown(starts, ".2f")} s.
-- 128 positions of an order over a billion records: {single.order_us:.0f} us, at any place; nothing grows with the dataset.
-- A worker's own memory after an epoch, beyond LMDB's pages and the client's slots: {shown(memory, ".1f")} MB.
-- Preprocessing {single.originals:,} originals, process start and manifest included: {shown(whole, ",.0f")}/s; as many processes
-  that decode and resize alone, with libjpeg-turbo and Pillow-SIMD: {shown(alone, ",.0f")}/s."""
+    return f"""- From the start of the node's process to the first batch at a client: {shown(starts, ".2f")} s.
+- 128 positions of an order over a billion records: {single.order_us:.0f} us at any place; nothing grows with the dataset.
+- Private memory of a worker after an epoch, without LMDB's pages and the client's slots: {shown(memory, ".1f")} MB.
+- Preprocessing of {single.originals:,} originals, process start and manifest included: {shown(whole, ",.0f")}/s. As many processes
+  that only decode and resize, with libjpeg-turbo and Pillow-SIMD: {shown(alone, ",.0f")}/s."""
 
 
 def _ranking(results: Results, codec: str) -> list[Contestant]:

@@ -1,4 +1,4 @@
-"""The targets that this project sets itself, and how far the figures reach."""
+"""The targets of this project, and the figures that reach them or do not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tools.bench.single import Single
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """A median and what it lies between."""
+    """A median with its lowest and highest value."""
 
     median: float
     least: float
@@ -21,9 +21,14 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """A target and the figure it is for; ``figure`` is None where what it takes was not measured.
+    """A target and the figure for it.
 
-    ``disturbed``: the figure is above what it cannot exceed, so something held the limit's turns up, and it says nothing.
+    Fields:
+        what: subject, for people.
+        need: bound, for people.
+        figure: measured figure; None if a contestant for it was not measured.
+        reached: whether the figure reaches the target.
+        disturbed: whether the figure exceeds its physical bound: the limit's own turns were disturbed, so it means nothing.
     """
 
     what: str
@@ -34,12 +39,15 @@ class Target(msgspec.Struct, frozen=True):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of some figures."""
+    """Return the median, the lowest and the highest of some figures."""
     return Spread(statistics.median(values), min(values), max(values))
 
 
 def ratio(rounds: Rounds, name: str, others: Sequence[str]) -> Spread | None:
-    """A contestant's rate by the best of others' in the same round; None if any of them is missing altogether."""
+    """Return a contestant's rate divided by the best of the others' in the same round.
+
+    None if the contestant was not measured, or none of the others was.
+    """
     there = [rounds[other] for other in others if other in rounds]
     if name not in rounds or not there:
         return None
@@ -57,17 +65,17 @@ RATIOS: Final = (
     ("raw over TCP loopback: of ZeroMQ alone", "ours-raw-tcp", ("zmq",), 0.70),
     ("raw over TCP loopback with CURVE: of ZeroMQ with CURVE", "ours-raw-curve", ("zmq-curve",), 0.70),
 )
-"""What, whose rate, by the best of whose, at least."""
+"""Title, contestant, the others (the best of them counts), and the lowest ratio that reaches the target."""
 
 BOUNDS: Final = ("memcpy", "zmq", "zmq-curve")
-"""What nobody here can be faster than. Not so libjpeg-turbo's decoding of whole records: crops need less."""
+"""Physical bounds. Decoding whole records with libjpeg-turbo is none: a crop needs less work."""
 
 BELIEVED: Final = 1.1
-"""Most that a share of a bound may come to by chance."""
+"""Largest share of a bound that noise explains."""
 
 
 def targets(rounds: Rounds, single: Single | None) -> list[Target]:
-    """All targets, in order."""
+    """Return all targets, in order."""
     found = []
     for what, name, others, need in RATIOS:
         figure = ratio(rounds, name, others)

@@ -1,8 +1,8 @@
-"""``python -m tools.bench.studies.archives ARCHIVE...``: preprocessing archives as they are, beside decoding and resizing alone.
+"""``python -m tools.bench.studies.archives ARCHIVE...``: preprocessing archives, compared with decoding and resizing alone.
 
-Prints a row of a Markdown table for each archive. The command's time is all of it: starting Python, listing the archive,
-decompressing it, statistics, writing raw records of the training split, manifest and golden samples. The other figure is
-what as many processes decode and resize of the same files, unpacked and in the page cache, with nothing else.
+Prints a row of a Markdown table for each archive. The command's time includes everything: the start of Python, listing and
+decompressing the archive, statistics, raw records of the training split, manifest and golden samples. The other figure is
+the rate of as many processes that only decode and resize the same files, unpacked and in the page cache.
 """
 
 from __future__ import annotations
@@ -23,15 +23,23 @@ from tools.bench.report.document import machine
 from tools.bench.single import preprocess_s, standardising
 from tools.terminal import ROOT
 
-COLUMNS: Final = ("archive", "pictures", "size", "seconds", "pictures/s", "decode + resize alone", "ratio")
+COLUMNS: Final = ("archive", "images", "size", "seconds", "images/s", "decode + resize alone", "ratio")
 
 
 @click.command(cls=Job, context_settings=CONTEXT)
 @click.argument("archives", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--size", type=click.IntRange(MIN_SIDE_PX, MAX_SIDE_PX), default=RECORD_SIDE_PX, show_default=True)
-@click.option("--workers", type=click.IntRange(1), default=os.cpu_count(), show_default="one per CPU")
+@click.option(
+    "--size",
+    type=click.IntRange(MIN_SIDE_PX, MAX_SIDE_PX),
+    default=RECORD_SIDE_PX,
+    show_default=True,
+    help="Side of records in pixels.",
+)
+@click.option(
+    "--workers", type=click.IntRange(1), default=os.cpu_count(), show_default="one per CPU", help="Processes."
+)
 def main(archives: tuple[Path, ...], size: int, workers: int) -> None:
-    """Time tools.preprocess on ARCHIVES, and write what came of it as a table."""
+    """Time `loader-service preprocess` on ARCHIVES; print a table."""
     click.echo(f"{datetime.now(UTC):%Y-%m-%d}; {machine()}; {workers} workers.\n")
     click.echo(_row(COLUMNS))
     click.echo(_row(["---"] * len(COLUMNS)))
@@ -40,7 +48,7 @@ def main(archives: tuple[Path, ...], size: int, workers: int) -> None:
 
 
 def measure(archive: Path, size: int, workers: int) -> list[str]:
-    """The cells of one archive's row."""
+    """Return the cells of one archive's row."""
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="loader-bench-", dir=ROOT / "build") as name:
         folder = Path(name)

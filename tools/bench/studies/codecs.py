@@ -1,9 +1,9 @@
-"""What a record's codec costs and loses: quality and subsampling of jpeg records, beside raw ones.
+"""Cost and loss of the jpeg codec, by quality and subsampling, compared with raw records.
 
 python -m tools.bench.studies.codecs [--source ARCHIVE|FOLDER] [--rounds 5]
 
-Prints the table of docs/datasets.md: how close the pixels are to the raw ones', bytes, and records that one core decodes:
-whole, as libjpeg-turbo does it, and as far as a random crop needs, as a worker does it.
+Prints the table of docs/datasets.md: similarity to the raw pixels, bytes, and records that one core decodes per second,
+whole with libjpeg-turbo, and only the part that a random crop needs, as a worker decodes them.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from tools.bench.ours import SEED
 from tools.bench.records import Pixels, find_source, photographs
 
 Pass = tuple[list[bytes], list[Window | None]]
-"""Payloads, and what is decoded of each."""
+"""Payloads, and the window that is decoded of each; None decodes all of it."""
 
 QUALITIES: Final = (80, 85, 90, 92, 95)
 
 
 @click.command(cls=Job, context_settings=CONTEXT)
-@click.option("--source", type=click.Path(path_type=Path), help="Photographs; those of the benchmark if not given.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--source", type=click.Path(path_type=Path), help="Photographs.  [default: those of the benchmark]")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Passes over the records.")
 def main(source: Path | None, rounds: int) -> None:
-    """Encode the photographs' records in each way, and decode them in interleaved rounds."""
+    """Encode photographs with each quality and subsampling, and decode them in interleaved rounds."""
     records = [load_picture(content) for content in photographs(source or find_source())]
     ways = list(product(QUALITIES, SUBSAMPLINGS))
     payloads = {}
@@ -68,21 +68,21 @@ def main(source: Path | None, rounds: int) -> None:
 
 
 def _psnr_db(one: Pixels, other: Pixels) -> float:
-    """Peak signal to noise of (side, side, 3) uint8 pixels, against 255."""
+    """Return the peak signal-to-noise ratio of (side, side, 3) uint8 pixels, in dB, for a peak of 255."""
     error = float(np.mean((one.astype(np.float64) - other) ** 2))
     return 10 * float(np.log10(255**2 / max(error, 1e-3)))
 
 
 def _windows(count: int) -> list[Window | None]:
-    """Where a training epoch's crops lie."""
+    """Return the crops of a training epoch: top, left, height, width."""
     drawn = draw(View(jitter=0.0), SEED, 0, 0, count, RECORD_SIDE_PX)
     side = View().crop
     return [(int(y), int(x), side, side) for y, x in zip(drawn["y"], drawn["x"], strict=True)]
 
 
 def _rates(ways: list[Pass], rounds: int) -> list[float]:
-    """Records decoded per second in each way, medians of interleaved rounds."""
-    buffer = raw_value()[HEADER.size :]  # as a worker has it
+    """Return the records decoded per second in each pass, medians of interleaved rounds."""
+    buffer = raw_value()[HEADER.size :]  # aligned as a worker's buffer
     found: list[list[float]] = [[] for _ in ways]
     with Progress("decoded", rounds, "rounds") as progress:
         for _ in range(rounds):

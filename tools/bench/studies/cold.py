@@ -1,10 +1,10 @@
-"""Records that are not in memory: the disk is what one waits for.
+"""Reading records that are not in memory, where the disk is the bottleneck.
 
 python -m tools.bench.studies.cold [--records build/bench/records-8192] [--workers 2] [--rounds 5]
 
-Before each turn the environment's pages are dropped from memory. Workers make slices of 128 as a node's do, of the first
-part of an epoch in shuffled order: as they are, and with reading ahead left out. The limit reads the same records by
-their places in the file, without LMDB, by many threads. Prints the table of docs/benchmarks-notes.md.
+Before each turn the environment's pages are dropped from memory. Workers fill slices of 128, as a node's workers do, from
+the first part of a shuffled epoch: with read-ahead, and without. The limit reads the same records with many threads at
+their offsets in the file, without LMDB. Prints the table of docs/benchmarks-notes.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
@@ -33,21 +34,29 @@ from tools.errors import ToolFailed
 from tools.terminal import ROOT
 
 SLICES: Final = 12
-"""For each worker and turn: 1,536 records, 0.3 GB raw."""
+"""Slices per worker and turn: 1,536 records, 0.3 GB raw."""
 
 THREADS: Final = 16
-"""That read at a time in the limit; more give no more on any disk that we know."""
+"""Threads of the limit; more were no faster on any disk measured."""
 
-MODES: Final = ("ahead", "touching", "disk")
-NAMES: Final = {
-    "ahead": "this project: a slice's records asked for at once",
-    "touching": "reading ahead left out: LMDB touches pages",
-    "disk": "limit: pread of the same records",
+
+class Mode(StrEnum):
+    """The ways of reading."""
+
+    AHEAD = "ahead"
+    TOUCHING = "touching"
+    DISK = "disk"
+
+
+TITLES: Final = {
+    Mode.AHEAD: "this project: a slice's records asked for at once",
+    Mode.TOUCHING: "without read-ahead: LMDB touches pages",
+    Mode.DISK: "limit: pread of the same records",
 }
 
 
-class Touching:
-    """No reading ahead at all."""
+class NoReadAhead:
+    """A stand-in for the records' read-ahead that does nothing."""
 
     def __init__(self, records: Records) -> None:
         self.close = records.ahead.close
@@ -60,7 +69,7 @@ class Touching:
 
 
 def forget(path: Path) -> None:
-    """Drop a file's pages from memory; nobody may have them mapped."""
+    """Drop a file's pages from memory; it works only while no process has them mapped."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -73,32 +82,33 @@ def forget(path: Path) -> None:
 @click.option("--records", type=click.Path(path_type=Path), default=ROOT / "build" / "bench" / "records-8192")
 @click.option("--workers", type=click.IntRange(1), default=WORKERS_DEFAULT, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--turn", type=(click.Choice(MODES), click.Path(path_type=Path), int, int), hidden=True)
-def main(records: Path, workers: int, rounds: int, turn: tuple[str, Path, int, int] | None) -> None:
-    """Measure reading from a disk: images per second of all workers together, medians of interleaved rounds."""
+@click.option("--turn", type=(click.Choice(list(Mode)), click.Path(path_type=Path), int, int), hidden=True)
+def main(records: Path, workers: int, rounds: int, turn: tuple[Mode, Path, int, int] | None) -> None:
+    """Measure images per second from a disk: all workers together, medians of interleaved rounds."""
     if turn:
-        take_turn(*turn)
+        take_turn(Mode(turn[0]), *turn[1:])
         return
-    rates: dict[tuple[str, str], list[float]] = {}
+    rates: dict[tuple[str, Mode], list[float]] = {}
     for number in range(rounds):
         for codec in ("raw", "jpeg"):
             data = records / codec / "train.lmdb"
             if not data.exists():
                 raise ToolFailed(f"there are no records in {data}; make bench makes them.")
-            for mode in MODES:
+            for mode in Mode:
                 rates.setdefault((codec, mode), []).append(_measure(mode, data, workers, number * workers))
                 click.echo(
-                    f"round {number + 1} of {rounds}: {codec}, {NAMES[mode]}: {rates[codec, mode][-1]:,.0f}/s", err=True
+                    f"round {number + 1} of {rounds}: {codec}, {TITLES[mode]}: {rates[codec, mode][-1]:,.0f}/s",
+                    err=True,
                 )
     click.echo("| records | how | images/s | x limit |\n| --- | --- | --- | --- |")
     for (codec, mode), found in rates.items():
-        of_limit = [rate / limit for rate, limit in zip(found, rates[codec, "disk"], strict=True)]
+        of_limit = [rate / limit for rate, limit in zip(found, rates[codec, Mode.DISK], strict=True)]
         spread = f"{statistics.median(found):,.0f} ({min(found):,.0f} to {max(found):,.0f})"
-        click.echo(f"| {codec} | {NAMES[mode]} | {spread} | {statistics.median(of_limit):.2f} |")
+        click.echo(f"| {codec} | {TITLES[mode]} | {spread} | {statistics.median(of_limit):.2f} |")
 
 
-def _measure(mode: str, data: Path, workers: int, first: int) -> float:
-    """Images per second of that many processes at once, each with a part of the epoch of its own."""
+def _measure(mode: Mode, data: Path, workers: int, first: int) -> float:
+    """Return images per second of ``workers`` processes together, each with its own part of the epoch."""
     forget(data / "data.mdb")
     command = [sys.executable, "-m", "tools.bench.studies.cold", "--turn", mode, str(data)]
     running = [
@@ -106,7 +116,7 @@ def _measure(mode: str, data: Path, workers: int, first: int) -> float:
         for index in range(workers)
     ]
     try:
-        for process in running:  # all have started and imported: then all begin
+        for process in running:  # wait until all have started, then begin together
             assert process.stdout is not None
             process.stdout.readline()
         for process in running:
@@ -121,12 +131,12 @@ def _measure(mode: str, data: Path, workers: int, first: int) -> float:
     return workers * SLICES * BATCH / max(seconds)
 
 
-def take_turn(mode: str, data: Path, seed: int, index: int) -> None:
-    """One process's part, once it is told to begin by a line; prints the seconds that it took."""
+def take_turn(mode: Mode, data: Path, seed: int, index: int) -> None:
+    """Run one process's part once a line arrives on standard input; print the seconds that it took."""
     with Records(data) as records:
         view = complete_view(View(), records.statistics)
         what = [SliceId(view, seed, 0, (index * SLICES + n) * BATCH, BATCH) for n in range(SLICES)]
-        work = _disk(records, data, what) if mode == "disk" else _node(records, what, mode)
+        work = _disk(records, data, what) if mode is Mode.DISK else _node(records, what, mode)
         click.echo("ready")
         sys.stdin.readline()
         start = time.perf_counter()
@@ -134,9 +144,9 @@ def take_turn(mode: str, data: Path, seed: int, index: int) -> None:
         click.echo(time.perf_counter() - start)
 
 
-def _node(records: Records, what: list[SliceId], mode: str) -> Callable[[], None]:
-    if mode == "touching":
-        records.ahead = Touching(records)  # type: ignore[assignment]
+def _node(records: Records, what: list[SliceId], mode: Mode) -> Callable[[], None]:
+    if mode is Mode.TOUCHING:
+        records.ahead = NoReadAhead(records)  # type: ignore[assignment]
     out = empty_slice(SampleLayout(what[0].view, "uint8"), BATCH)
 
     def work() -> None:

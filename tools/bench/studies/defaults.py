@@ -1,8 +1,8 @@
-"""``python -m tools.bench.studies.defaults``: each default beside what it might be instead, one at a time, on this machine.
+"""``python -m tools.bench.studies.defaults``: each default compared with other values, one setting at a time.
 
-For every way that batches go, a setting's values take turns; what is told of a value are its ratios to the default in the
-same rounds. A run may be cut short, or be one setting's alone (``--only``): what was measured on this machine before is
-kept in ``build/bench/defaults.json``, and docs/defaults.md is written from all of it.
+For each codec and transport, the values of a setting take turns; a value is reported as its ratio to the default in the
+same rounds. A run may be interrupted or limited to some settings (``--only``): earlier results of this machine are kept in
+``build/bench/defaults.json``, and docs/defaults.md is written from all of them.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ WAYS: Final[Mapping[str, tuple[str, str, tuple[str, ...]]]] = {
     "raw-curve": ("raw, TCP with CURVE", "raw", ("--transport", "tcp", "--curve")),
     "jpeg-shm": ("jpeg, shared memory", "jpeg", ()),
 }
-"""How batches go: a title, the records, and options of ``tools.bench.ours``."""
+"""Codec and transport of batches: a title, the records' codec, and options of ``tools.bench.ours``."""
 
 PLAIN: Final = ("raw-shm", "raw-tcp", "jpeg-shm")
 FRAMES: Final = ("raw-tcp", "raw-curve")
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """Something that has a default.
+    """A setting with a default.
 
     Fields:
-        title: for people.
-        values: what it might be, and how ``tools.bench.ours`` is told.
-        default: the one of the values that it is.
-        ways: those that it can matter to.
+        title: name for people.
+        values: values to compare, each with its options of ``tools.bench.ours``.
+        default: the value that is the default.
+        ways: keys of WAYS that the setting can affect.
     """
 
     title: str
@@ -60,31 +60,29 @@ class Setting(msgspec.Struct, frozen=True):
 
 
 def _constant(title: str, name: str, others: tuple[int, ...], ways: tuple[str, ...] = PLAIN) -> Setting:
-    """A setting that is a number of ``loader_service.defaults``."""
+    """Return a setting that is a number in ``loader_service.defaults``."""
     default: int = getattr(defaults, name)
     values = {str(value): ("--defaults", f"{name}={value}") for value in sorted({default, *others})}
     return Setting(f"{title}: `{name}`", values, str(default), ways)
 
 
 SETTINGS: Final[Mapping[str, Setting]] = {
-    "prefetch": _constant("Batches ahead", "PREFETCH", (2, 8)),
-    "spares": _constant("Slots beside those", "SPARE_SLOTS", (1, 4), ("raw-shm",)),
-    "slices": _constant("Slices of the batches ahead, for each worker", "SLICES_PER_WORKER", (1, 4, 8)),
-    "send-slots": _constant(
-        "A node's slots for frames, for each worker", "SEND_SLOTS_PER_WORKER", (1, 2, 6), FRAMES[:1]
-    ),
-    "connections": _constant("Connections, and I/O threads at either end", "CONNECTIONS", (2, 4), FRAMES),
+    "prefetch": _constant("Prefetched batches", "PREFETCH", (2, 8)),
+    "spares": _constant("Spare slots", "SPARE_SLOTS", (1, 4), ("raw-shm",)),
+    "slices": _constant("Slices of the prefetched batches per worker", "SLICES_PER_WORKER", (1, 4, 8)),
+    "send-slots": _constant("Send slots of a node per worker", "SEND_SLOTS_PER_WORKER", (1, 2, 6), FRAMES[:1]),
+    "connections": _constant("Connections, and I/O threads at each end", "CONNECTIONS", (2, 4), FRAMES),
     "io-threads": Setting(
-        "I/O threads of the node alone, with as many connections as by default",
+        "I/O threads of the node, with the default number of connections",
         {str(count): ("--io-threads", str(count)) for count in sorted({defaults.CONNECTIONS, 1, 2})},
         str(defaults.CONNECTIONS),
         FRAMES,
     ),
     "affinity": Setting(
-        "Workers and CPUs", {"left to the scheduler": (), "a CPU each": ("--pinned",)}, "left to the scheduler"
+        "CPU affinity of workers", {"left to the kernel": (), "one CPU each": ("--pinned",)}, "left to the kernel"
     ),
     "workers": Setting(
-        "Workers, of a node beside its client",
+        "Workers of a node on its client's machine",
         {str(count): ("--workers", str(count)) for count in sorted({defaults.WORKERS, 1, 2, 4})},
         str(defaults.WORKERS),
     ),
@@ -92,13 +90,13 @@ SETTINGS: Final[Mapping[str, Setting]] = {
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """One setting in one way, measured.
+    """The measurement of one setting with one codec and transport.
 
     Fields:
-        date: UTC, as people write it.
-        machine: what it ran on.
-        seconds: of each turn.
-        rounds: the turns of each value.
+        date: UTC, for people.
+        machine: machine of the run, for people.
+        seconds: length of a turn.
+        rounds: turns of each value.
     """
 
     date: str
@@ -108,24 +106,28 @@ class Cell(msgspec.Struct, frozen=True):
 
 
 Cells = dict[str, dict[str, Cell]]
-"""By setting, by way."""
+"""Measurements by setting and way."""
 
 
 def contestants(setting: Setting, way: str, records: Path) -> list[Contestant]:
-    """One for each value of a setting, named by it."""
+    """Return a contestant for each value of a setting, named after the value."""
     title, codec, options = WAYS[way]
     command = (sys.executable, "-m", "tools.bench.ours", str(records / codec), *options)
     return [Contestant(value, title, codec, Kind.OURS, (*command, *more)) for value, more in setting.values.items()]
 
 
 def load(path: Path) -> Cells:
-    """What was measured on this machine before, of values that are still compared."""
+    """Read the earlier measurements of this machine whose values are still compared.
+
+    Raises:
+        ToolFailed: the file is damaged.
+    """
     if not path.exists():
         return {}
     try:
         cells = msgspec.json.decode(path.read_bytes(), type=Cells)
     except msgspec.DecodeError as error:
-        raise ToolFailed(f"{path} is not what this command has written ({error}); remove it.") from error
+        raise ToolFailed(f"{path} was not written by this command ({error}); remove it.") from error
     return {
         name: {way: cell for way, cell in found.items() if _holds(name, way, cell)} for name, found in cells.items()
     }
@@ -142,19 +144,19 @@ def _holds(name: str, way: str, cell: Cell) -> bool:
 
 
 def markdown(cells: Cells, notes: str) -> str:
-    """The whole document."""
+    """Return the whole document."""
     every = [cell for found in cells.values() for cell in found.values()]
     dates = sorted(cell.date for cell in every)
     rounds = sorted({len(turns) for cell in every for turns in cell.rounds.values()})
     parts = [
         "# Defaults",
-        "Written by `python -m tools.bench.studies.defaults`; do not edit, but for defaults-notes.md, which is the last section.",
+        "Written by `python -m tools.bench.studies.defaults`. Do not edit; the last section is defaults-notes.md.",
         f"""- Measured {dates[0]} to {dates[-1]}, UTC, on {every[0].machine}.
-- Batches of {BATCH}, (224, 224, 3) uint8 in the consumer's memory, a byte of every page read; {WORKERS_DEFAULT} workers, where
-  nothing else is said; the records of [the benchmark](benchmarks.md), in memory.
-- A table's values take turns, {" or ".join(map(str, rounds))} rounds of {" or ".join(sorted({f"{cell.seconds:g}" for cell in every}))} s.
-  Of each value but the default: its rate by the default's in the same round; and its CPU time per image by the default's.
-- Medians over the rounds, with the least and the greatest in brackets.""",
+- Batches of {BATCH} images, (224, 224, 3) uint8, in the consumer's memory; a byte of every page is read. {WORKERS_DEFAULT} workers
+  unless a table says otherwise; the records of [the benchmark](benchmarks.md), in memory.
+- The values of a table take turns, {" or ".join(map(str, rounds))} rounds of {" or ".join(sorted({f"{cell.seconds:g}" for cell in every}))} s.
+  For the default: its rate. For other values: rate and CPU time per image, divided by the default's in the same round.
+- Medians over the rounds, with the lowest and the highest in brackets.""",
     ]
     for name, setting in SETTINGS.items():
         if found := cells.get(name):
@@ -163,7 +165,7 @@ def markdown(cells: Cells, notes: str) -> str:
 
 
 def table(setting: Setting, found: Mapping[str, Cell]) -> str:
-    """A setting's values as rows, the ways that were measured as columns."""
+    """Return a table with the setting's values as rows and the measured ways as columns."""
     ways = [way for way in setting.ways if way in found]
     rows = [f"| | {' | '.join(WAYS[way][0] for way in ways)} |", "| --- " * (len(ways) + 1) + "|"]
     for value in setting.values:
@@ -184,14 +186,26 @@ def _figure(turns: list[Turn], of_default: list[Turn]) -> str:
 
 @click.command(cls=Job, context_settings=CONTEXT)
 @click.option(
-    "--only", "names", multiple=True, type=click.Choice(list(SETTINGS)), help="These settings; may be repeated."
+    "--only",
+    "names",
+    multiple=True,
+    type=click.Choice(list(SETTINGS)),
+    help="Settings to measure; repeatable.  [default: all]",
 )
-@click.option("--way", "ways", multiple=True, type=click.Choice(list(WAYS)), help="These ways; may be repeated.")
+@click.option(
+    "--way",
+    "ways",
+    multiple=True,
+    type=click.Choice(list(WAYS)),
+    help="Codecs and transports to measure; repeatable.  [default: all]",
+)
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Turns of each value.")
 @click.option("--seconds", default=0.4, show_default=True, type=click.FloatRange(0.01), help="Length of a turn.")
-@click.option("--records", default=RECORDS, type=click.Path(path_type=Path), help="As make bench makes them.")
-@click.option("--build", default=BUILD, type=click.Path(path_type=Path), help="Where figures are kept.")
-@click.option("--document", default=DOCUMENT, type=click.Path(path_type=Path), help="Where the document goes.")
+@click.option(
+    "--records", default=RECORDS, type=click.Path(path_type=Path), help="Folder of records, made by make bench."
+)
+@click.option("--build", default=BUILD, type=click.Path(path_type=Path), help="Folder of results.")
+@click.option("--document", default=DOCUMENT, type=click.Path(path_type=Path), help="Document to write.")
 def main(
     names: tuple[str, ...],
     ways: tuple[str, ...],
@@ -201,7 +215,7 @@ def main(
     build: Path,
     document: Path,
 ) -> None:
-    """Compare each default with what it might be, and write docs/defaults.md."""
+    """Compare each default with other values; write docs/defaults.md."""
     for codec in ("raw", "jpeg"):
         if not (records / codec / "train.lmdb").exists():
             raise ToolFailed(f"there are no {codec} records in {records}; make bench makes them.")
@@ -210,7 +224,7 @@ def main(
     cells = load(kept)
     chosen = [(name, way) for name in names or SETTINGS for way in SETTINGS[name].ways if not ways or way in ways]
     if not chosen:
-        raise ToolFailed("that setting does not matter to that way; leave --way out.")
+        raise ToolFailed("that setting does not affect that way; leave --way out.")
     for number, (name, way) in enumerate(chosen):
         click.echo(f"{name}, {way} ({number + 1} of {len(chosen)})", err=True)
         turns = play(contestants(SETTINGS[name], way, records), rounds, seconds, {})

@@ -1,9 +1,9 @@
-"""How fast one process, and two, make samples of raw records in memory: each form of the kernel beside a bare memcpy.
+"""The rate of one process, and of two, at making samples of raw records in memory: each form of the kernel, and a bare memcpy.
 
     python -m tools.bench.studies.kernel [--records 8192] [--rounds 9] [--seconds 0.25]
 
-The contestants take turns, round by round, over the same shuffled records into the same four batches of shared memory;
-a ratio is the median, over the rounds, of a contestant's rate divided by memcpy's in the same round.
+The contestants take turns, round by round, over the same shuffled records into the same four batches of shared memory. A
+ratio is the median over the rounds of a contestant's rate divided by memcpy's in the same round.
 """
 
 from __future__ import annotations
@@ -49,20 +49,28 @@ FILL: Final = "fill: order, draws, look-up, kernel"
 
 
 def write_records(path: Path, count: int) -> None:
-    """A dataset of ``count`` raw records, no two alike."""
+    """Write a dataset of ``count`` raw records, no two alike."""
     noise = np.random.Generator(np.random.Philox(SEED)).integers(0, 256, 2 * RAW_BYTES, np.uint8).data
     mean = np.full(SHAPE, 128, np.float32)
     facts = Statistics(mean, np.full(3, 128.0), np.eye(3) / 16, np.array([0.2281, 0.0212, 0.0060]), np.eye(3))
     with Writer(path, codec="raw", class_names=("noise",)) as writer:
         for number in range(count):
-            start = number * 7919 % RAW_BYTES
+            start = number * 7919 % RAW_BYTES  # a prime step: no two records begin at the same byte of the noise
             writer.put(0, noise[start : start + RAW_BYTES], str(number))
         writer.finish(facts, made_by={"made by": "tools.bench.studies.kernel"})
 
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """All that a contestant needs to know of a batch, looked up before the clock runs."""
+    """A batch's inputs, looked up before the clock starts.
+
+    Fields:
+        what: identity of the slice.
+        numbers: (128,) record numbers.
+        draws: (128,) DRAWS.
+        values: stored records.
+        addresses: (128,) addresses of the crops' first pixels.
+    """
 
     what: SliceId
     numbers: npt.NDArray[np.int64]
@@ -72,7 +80,7 @@ class PreparedBatch:
 
 
 class Contestants:
-    """What competes, each by its name in :data:`NAMES`, over the same records into the same memory."""
+    """The contestants, by their names in :data:`NAMES`; all use the same records and the same memory."""
 
     def __init__(self, records: Records, stored: list[memoryview]) -> None:
         self._records = records
@@ -81,7 +89,7 @@ class Contestants:
         images = np.frombuffer(memory, np.uint8).reshape(BATCHES, BATCH, *view.shape)
         images[...] = 0
         self._images = cycle(images)
-        self._floats = cycle(np.full((BATCHES, BATCH, *view.shape), 0, np.float32))  # full: zeros would map no pages
+        self._floats = cycle(np.full((BATCHES, BATCH, *view.shape), 0, np.float32))  # np.full: np.zeros maps no pages
         self._labels, self._at = np.zeros(BATCH, np.int64), np.zeros(1, np.int64)
         self.batches = cycle([self._batch(view, start, stored) for start in range(0, len(records) - BATCH + 1, BATCH)])
 
@@ -92,7 +100,7 @@ class Contestants:
         return PreparedBatch(SliceId(view, SEED, 0, start, BATCH), numbers, draws, values, first_pixels(values, draws))
 
     def run(self, name: str, batch: PreparedBatch) -> None:
-        """Make one batch."""
+        """Make one batch with a contestant."""
         if name == LIMIT:
             copy_crops(next(self._images), batch.addresses)
         elif name == FILL:
@@ -108,11 +116,11 @@ NAMES: Final = (LIMIT, FILL, *kernel.FORMS, f"{kernel.FORMS[0]}, float32")
 
 
 def serve(path: Path) -> None:
-    """Be one process of the measurement: read a name and seconds a line, run for so long, print images/s."""
+    """Run one process of the measurement: for each line ``SECONDS NAME``, run that contestant and print images/s."""
     with Records(path) as records, records.values() as values:
         contestants = Contestants(records, values.stored(np.arange(len(records))))
         for batch in (next(contestants.batches) for _ in range(len(records) // BATCH)):
-            contestants.run(LIMIT, batch)  # map every page before the clock runs
+            contestants.run(LIMIT, batch)  # maps every page before the clock starts
         click.echo("ready")
         for line in sys.stdin:
             seconds, name = line.rstrip("\n").split(" ", 1)
@@ -125,14 +133,14 @@ def serve(path: Path) -> None:
 
 @contextmanager
 def processes(path: Path, n: int) -> Iterator[Callable[[str, float], float]]:
-    """Start ``n`` processes; gives ``rate(name, seconds)``, in images/s of all together."""
+    """Start ``n`` processes; yield ``rate(name, seconds)``, images/s of all of them together."""
     command = [sys.executable, "-m", "tools.bench.studies.kernel", "--serve", str(path)]
     started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(n)]
 
     def answers() -> list[str]:
         lines = [child.stdout.readline().strip() if child.stdout else "" for child in started]
         if not all(lines):
-            raise click.ClickException("a measuring process ended before it answered; its own message stands above")
+            raise click.ClickException("a measuring process ended before it answered; its message is above")
         return lines
 
     def rate(name: str, seconds: float) -> float:
@@ -152,7 +160,7 @@ def processes(path: Path, n: int) -> Iterator[Callable[[str, float], float]]:
 
 
 def measure(path: Path, n: int, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Images/s of each contestant in each round, of ``n`` processes together."""
+    """Return images/s of each contestant in each round, of ``n`` processes together."""
     rates: dict[str, list[float]] = {name: [] for name in NAMES}
     with processes(path, n) as rate:
         for _ in range(rounds):
@@ -162,7 +170,7 @@ def measure(path: Path, n: int, rounds: int, seconds: float) -> dict[str, list[f
 
 
 def table(n: int, rates: dict[str, list[float]]) -> Table:
-    """The figures of ``n`` processes: median rates, and the median, least and greatest ratio to memcpy."""
+    """Return a table for ``n`` processes: median rates, and the median, lowest and highest ratio to memcpy."""
     shown = Table("", "images/s", f"x {LIMIT}", "from", "to", title=f"{n} process{'es' if n > 1 else ''}")
     for name, measured in rates.items():
         ratios = [rate / limit for rate, limit in zip(measured, rates[LIMIT], strict=True)]
@@ -172,12 +180,14 @@ def table(n: int, rates: dict[str, list[float]]) -> Table:
 
 
 @click.command()
-@click.option("--records", default=8192, show_default=True, type=click.IntRange(BATCH), help="Records to make up.")
+@click.option(
+    "--records", default=8192, show_default=True, type=click.IntRange(BATCH), help="Number of records to make."
+)
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(1), help="Turns of each contestant.")
 @click.option("--seconds", default=0.25, show_default=True, type=click.FloatRange(0.01), help="Length of a turn.")
 @click.option("--serve", "served", hidden=True, type=click.Path(path_type=Path))
 def main(records: int, rounds: int, seconds: float, served: Path | None) -> None:
-    """Measure the kernel beside a bare memcpy of the same crops."""
+    """Compare the kernel with a bare memcpy of the same crops."""
     if served:
         serve(served)
         return

@@ -1,8 +1,8 @@
-"""Where the processor time of a batch goes: each process of a node, each thread of its client.
+"""CPU time per batch, of each process of a node and each thread of its client.
 
 python -m tools.bench.studies.profile [--codec raw|jpeg] [--transport shm|tcp] [--connections N] [--keys] [--records build/bench/records-8192]
 
-It reads records that ``make bench`` has made. What touching the batch costs is the benchmark's own, and left out.
+It reads records that ``make bench`` has made. The time that touching the batch takes is the benchmark's own and left out.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tools.errors import ToolFailed
 from tools.terminal import ROOT
 
 WARM_S: Final = 1.0
-LEAST_US: Final = 1.0
-"""What took less per batch is not shown."""
+MIN_US: Final = 1.0
+"""Processes and threads that take less per batch are not shown."""
 
 
 def spent_s(loader: psutil.Process) -> dict[str, float]:
-    """CPU seconds so far of this process's threads and of the processes below it, by a name for people."""
+    """Return the CPU seconds so far of this process's threads and of its descendants, by a name for people."""
     names = {thread.native_id: thread.name for thread in threading.enumerate()}
     seconds = {
         f"client, {names.get(thread.id, 'libzmq')} {thread.id}": thread.user_time + thread.system_time
@@ -44,12 +44,20 @@ def spent_s(loader: psutil.Process) -> dict[str, float]:
 
 
 @click.command(cls=Job, context_settings=CONTEXT)
-@click.option("--codec", type=click.Choice(["raw", "jpeg"]), default="raw", show_default=True)
+@click.option(
+    "--codec", type=click.Choice(["raw", "jpeg"]), default="raw", show_default=True, help="Codec of the records."
+)
 @click.option("--transport", type=click.Choice(["shm", "tcp"]), default="shm", show_default=True)
 @click.option("--records", type=click.Path(path_type=Path), default=ROOT / "build" / "bench" / "records-8192")
 @click.option("--workers", type=click.IntRange(1), default=WORKERS_DEFAULT, show_default=True)
-@click.option("--connections", type=click.IntRange(1), default=defaults.CONNECTIONS, show_default=True)
-@click.option("--keys", is_flag=True, help="Encrypt, with keys made for the occasion.")
+@click.option(
+    "--connections",
+    type=click.IntRange(1),
+    default=defaults.CONNECTIONS,
+    show_default=True,
+    help="Connections over TCP.",
+)
+@click.option("--keys", is_flag=True, help="Encrypt, with fresh keys.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=4.0, show_default=True)
 def main(
     codec: str,
@@ -60,7 +68,7 @@ def main(
     keys: bool,
     seconds: float,
 ) -> None:
-    """Tell the CPU time per batch of 128 of each process of a node and each thread of its client."""
+    """Print the CPU time per batch of 128, of each process of a node and each thread of its client."""
     data = records / codec
     if not (data / "train.lmdb").exists():
         raise ToolFailed(f"there are no records in {data}; make bench makes them.")
@@ -92,25 +100,25 @@ def main(
     for name, total_s in sorted(after.items()):
         own_s = touching_s if "MainThread" in name else 0.0
         us = 1e6 * (total_s - before.get(name, 0.0) - own_s) / batches
-        if us >= LEAST_US:
+        if us >= MIN_US:
             click.echo(f"{us:>9,.0f}  {name}")
-    click.echo(f"{faults / batches:>9,.0f}  pages per batch that the client faulted in")
+    click.echo(f"{faults / batches:>9,.0f}  page faults per batch at the client")
 
 
 def _faults() -> int:
-    """Pages that this process has had mapped so far, which cost no reading."""
+    """Return the number of this process's minor page faults so far: pages mapped without reading a disk."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _consume(loader: Loader, seconds: float) -> tuple[int, float, float]:
-    """Batches, the CPU seconds that touching them took, and all seconds."""
+    """Consume for ``seconds``; return batches, CPU seconds of touching them, and wall seconds."""
     batches, touching_s, start_s = 0, 0.0, time.perf_counter()
     while (took_s := time.perf_counter() - start_s) < seconds:
         batch = next(loader)
         before_s = time.thread_time()
         touch(batch.images)
         touching_s += time.thread_time() - before_s
-        del batch  # its slot is free before the next is asked for
+        del batch  # frees its slot before the next batch is asked for
         batches += 1
     return batches, touching_s, took_s
 

@@ -1,4 +1,4 @@
-"""Each default beside what it might be instead, with tiny numbers."""
+"""The study of defaults in a tiny run."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ ROOT = Path(__file__).parents[4]
 
 
 def turn(rate: float, cpu: float = 1.0) -> Turn:
-    """A turn at this rate, and so many CPU milliseconds per image."""
+    """Return a turn with this rate and these CPU milliseconds per image."""
     return Turn(images_per_s=rate, cpu_ms=cpu, consumer_cpu_ms=0.0, memory_mb=1.0)
 
 
 def cell(setting: str, where: str) -> Cell:
-    """All of a setting's values at ten images per second."""
+    """Return a measurement with all values of a setting at ten images per second."""
     return Cell("2026-01-01 00:00", where, 0.5, {value: [turn(10)] for value in SETTINGS[setting].values})
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
-    """The command."""
+    """Run the command."""
     command = [sys.executable, "-m", "tools.bench.studies.defaults", *options]
     return subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=90)
 
 
 @pytest.fixture
 def records(dataset_dir: Path, tmp_path: Path) -> Path:
-    """A folder such as ``make bench`` leaves."""
+    """A folder of records as ``make bench`` makes it."""
     for codec in ("raw", "jpeg"):
         (tmp_path / codec).symlink_to(dataset_dir)
     return tmp_path
 
 
-def test_a_run_adds_to_what_was_measured_on_this_machine(records: Path, tmp_path: Path) -> None:
-    """The document has a new table and an older one, and none of another machine's."""
+def test_a_run_adds_to_earlier_results_of_this_machine(records: Path, tmp_path: Path) -> None:
+    """The document has the new table and the earlier one, and no table of another machine."""
     kept, document = tmp_path / "defaults.json", tmp_path / "defaults.md"
     before: Cells = {
         "prefetch": {"raw-shm": cell("prefetch", machine())},
@@ -59,7 +59,7 @@ def test_a_run_adds_to_what_was_measured_on_this_machine(records: Path, tmp_path
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    """Of a value the medians of its rates and CPU times by the default's are told, of the default its rate."""
+    """A value is shown by the medians of its ratios to the default, the default by its rate."""
     rounds = {"2": [turn(8), turn(9, 3.0), turn(40)], "4": [turn(10), turn(10), turn(20)], "8": [turn(1)] * 3}
     text = markdown({"prefetch": {"raw-shm": Cell("2026-01-01 00:00", "here", 0.5, rounds)}}, "The end.")
     assert "| 2 | 0.90 (0.80 to 2.00); CPU 1.00 |\n| **4** | 10 (10 to 20) images/s |" in text
@@ -73,8 +73,8 @@ def test_ratios_are_taken_within_a_round() -> None:
         (("--only", "nothing"), "'nothing' is not one of 'prefetch'"),
     ],
 )
-def test_what_cannot_be_measured_is_one_sentence(tmp_path: Path, options: tuple[str, ...], sentence: str) -> None:
-    """It is said, and nothing is written."""
+def test_an_impossible_run_is_one_sentence(tmp_path: Path, options: tuple[str, ...], sentence: str) -> None:
+    """The error is one sentence, and nothing is written."""
     done = run("--records", "nowhere", "--build", str(tmp_path), *options)
     assert done.returncode != 0
     assert sentence in done.stderr

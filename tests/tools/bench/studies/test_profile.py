@@ -1,4 +1,4 @@
-"""The profile of a batch: who spends processor time on it."""
+"""The study of CPU time per batch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ ROOT = Path(__file__).parents[4]
 
 
 def profile(*options: str) -> subprocess.CompletedProcess[str]:
-    """A run of it."""
+    """Run the command."""
     command = [sys.executable, "-m", "tools.bench.studies.profile", "--workers", "1", "--seconds", "0.5", *options]
     return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
 
 
-def test_processes_and_threads_are_told_apart(dataset_dir: Path, tmp_path: Path) -> None:
-    """Each has a line with its microseconds."""
+def test_each_process_and_thread_has_a_line(dataset_dir: Path, tmp_path: Path) -> None:
+    """The line has its microseconds per batch."""
     (tmp_path / "raw").symlink_to(dataset_dir)
     done = profile("--records", str(tmp_path), "--transport", "tcp")
     assert done.returncode == 0, done.stderr
@@ -27,8 +27,8 @@ def test_processes_and_threads_are_told_apart(dataset_dir: Path, tmp_path: Path)
         assert re.search(rf"^ *[\d,]+  {who} \d+$", done.stdout, re.MULTILINE), done.stdout
 
 
-def test_records_that_are_not_there_are_one_sentence(tmp_path: Path) -> None:
-    """The sentence says what makes them."""
+def test_missing_records_are_one_sentence(tmp_path: Path) -> None:
+    """The error names the command that makes them."""
     done = profile("--records", str(tmp_path))
     assert done.returncode == 1
     assert "make bench makes them" in done.stderr

@@ -1,4 +1,4 @@
-"""The set-up: which compiler, which Python, which sentence when something is missing."""
+"""The set-up: its choice of compiler and Python, and its messages about missing packages."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ def find_python(path: Path, **variables: str) -> subprocess.CompletedProcess[str
 
 
 def test_avx2_is_used_where_the_processor_has_it() -> None:
-    """The flag follows /proc/cpuinfo's flags, not a word elsewhere in it."""
+    """The compiler's flag follows the flags in /proc/cpuinfo, not a word elsewhere in the file."""
     assert environment.compiler_for_simd("cc", AVX2) == "cc -mavx2"
     assert environment.compiler_for_simd("cc", AVX2.replace(" avx2", "")) == "cc"
     assert environment.compiler_for_simd("cc", "model name\t: avx2 machine\nflags\t\t: fpu\n") == "cc"
 
 
 def test_the_compiler_is_the_users_choice_first() -> None:
-    """$CC wins, with its arguments."""
+    """$CC is used first, with its arguments."""
     assert environment.compiler({"CC": "ccache gcc"}) == "ccache gcc"
 
 
 def test_a_missing_compiler_is_found_before_it_is_needed() -> None:
-    """Without a compiler that runs, no header can be looked for, so only the compiler is named."""
+    """Without a working compiler no header can be checked, so the compiler alone is named."""
     assert environment.missing_prerequisites("/nonexistent/cc") == ["a working C compiler"]
 
 
 def test_a_missing_header_is_named(tmp_path: Path) -> None:
-    """A compiler that cannot find jpeglib.h misses libjpeg's headers and nothing else."""
+    """If the compiler does not find jpeglib.h, libjpeg's headers are named and nothing else."""
     cc = script(tmp_path / "cc", "if grep -q jpeglib.h; then exit 1; fi")
     assert environment.missing_prerequisites(str(cc)) == ["libjpeg's headers"]
 
 
 def test_the_remedy_is_a_command_to_copy() -> None:
-    """The sentence names what is missing and each package manager's packages for it."""
+    """The message lists what is missing and each package manager's packages for it."""
     text = environment.remedy(["Python's headers", "zlib's headers"], ["apt-get", "apk"])
     assert "lacks Python's headers, zlib's headers" in text
     assert "sudo apt-get install python3-dev zlib1g-dev" in text
@@ -61,34 +61,34 @@ def test_the_remedy_is_a_command_to_copy() -> None:
 
 
 def test_every_package_manager_has_a_package_for_every_prerequisite() -> None:
-    """No remedy can end in a missing key."""
+    """Every prerequisite has packages for each package manager."""
     for _, packages in environment.PREREQUISITES.values():
         assert packages.keys() == environment.INSTALL_COMMANDS.keys()
 
 
 @pytest.mark.parametrize("name", ["python3.11", "python3.12", "python3.13", "python3"])
 def test_any_name_that_fits_is_found(tmp_path: Path, name: str) -> None:
-    """Each of the names that a Python may have is tried."""
+    """Each usual name of a Python is tried."""
     (tmp_path / name).symlink_to(sys.executable)
     assert find_python(tmp_path).stdout == f"{name}\n"
 
 
-def test_a_python_that_does_not_run_is_passed_over(tmp_path: Path) -> None:
-    """A shim that only prints an error is no Python, whatever its name."""
+def test_a_python_that_does_not_run_is_skipped(tmp_path: Path) -> None:
+    """A shim that only prints an error is skipped."""
     script(tmp_path / "python3.11", "echo 'python3.11: command not found' >&2; exit 127")
     (tmp_path / "python3.12").symlink_to(sys.executable)
     assert find_python(tmp_path).stdout == "python3.12\n"
 
 
 def test_no_python_is_one_sentence(tmp_path: Path) -> None:
-    """Nothing on PATH that fits: exit code 1, and what to install."""
+    """Without a suitable Python on PATH, the exit code is 1 and the message says what to install."""
     done = find_python(tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert "no Python 3.11, 3.12 or 3.13" in done.stderr
 
 
-def test_a_python_given_must_fit(tmp_path: Path) -> None:
-    """PYTHON is used if it fits, and never silently replaced by another."""
+def test_a_chosen_python_must_be_suitable(tmp_path: Path) -> None:
+    """PYTHON is used if it is suitable, and never silently replaced by another."""
     assert find_python(tmp_path, PYTHON=sys.executable).stdout == f"{sys.executable}\n"
     old = script(tmp_path / "python2.7", "exit 1")
     (tmp_path / "python3.11").symlink_to(sys.executable)
@@ -98,11 +98,13 @@ def test_a_python_given_must_fit(tmp_path: Path) -> None:
 
 
 def test_a_finished_environment_costs_no_time_and_no_change(tmp_path: Path) -> None:
-    """What .venv was made from stands beside it; while it holds, the set-up prints and does nothing."""
-    if not environment.READY.exists():
-        pytest.skip("this .venv was not made by make")
+    """While the recorded inputs of .venv hold, the set-up prints nothing and changes nothing."""
+    made = environment.made_from()
+    # Otherwise the set-up would install, or clear a .venv that is a link to another checkout's.
+    if environment.VENV.is_symlink() or not made or made != environment.recipe(made["extras"]):
+        pytest.skip("make did not make this .venv, or its inputs have changed since")
     before = environment.READY.stat().st_mtime_ns
-    extras = environment.made_from()["extras"]
+    extras = made["extras"]
     command = [str(ROOT / ".venv/bin/python"), str(ROOT / "tools/environment.py"), "--extras", extras]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=True, timeout=30)
     assert (done.stdout, environment.READY.stat().st_mtime_ns) == ("", before)

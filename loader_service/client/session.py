@@ -49,7 +49,7 @@ from loader_service.errors import LoaderServiceError, MessageError, NodeFailed, 
 from loader_service.types import DatasetFacts, EpochAccount, Split
 from loader_service.wire import messages, sockets
 from loader_service.wire.auth import ClientKeys
-from loader_service.wire.waker import Waker
+from loader_service.wire.sockets import Waker
 
 log = logging.getLogger("loader_service.client")
 

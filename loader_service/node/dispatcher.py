@@ -32,7 +32,7 @@ from loader_service.wire import messages, sockets
 from loader_service.wire.auth import Authenticator, NodeKeys
 from loader_service.wire.messages import Failed, Request
 from loader_service.wire.shm import Segment, sweep
-from loader_service.wire.waker import Waker
+from loader_service.wire.sockets import Waker
 
 log = logging.getLogger("loader_service.node")
 

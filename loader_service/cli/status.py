@@ -18,7 +18,7 @@ from loader_service import defaults
 from loader_service.cli.options import Command, argument, option
 from loader_service.client.query import status as ask_status
 from loader_service.errors import NoNodeError
-from loader_service.rates import Rates, between
+from loader_service.metrics import Rates
 from loader_service.wire.messages import Status
 
 
@@ -50,7 +50,7 @@ def status(json: bool, interval: float, **node: Any) -> None:
     if before:
         threading.Event().wait(interval)
     answer = ask()
-    rates = between(before, answer)
+    rates = Rates.between(before, answer)
     if json:
         both = {**msgspec.to_builtins(answer), "rates": msgspec.to_builtins(rates)}
         click.echo(msgspec.json.format(msgspec.json.encode(both)).decode())
@@ -68,7 +68,7 @@ def top(interval: float, **node: Any) -> None:
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it, too, gives the cursor back
     try:
         before = ask()
-        screen = _screen(before, between(None, before))
+        screen = _screen(before, Rates.between(None, before))
         with Live(screen, auto_refresh=False) as live:
             while not threading.Event().wait(interval):
                 try:
@@ -76,7 +76,7 @@ def top(interval: float, **node: Any) -> None:
                 except NoNodeError as error:  # it may be restarted, and then goes on being watched
                     live.update(Group(screen, Text(str(error), style="bold red")), refresh=True)
                     continue
-                screen = _screen(after, between(before, after))
+                screen = _screen(after, Rates.between(before, after))
                 before = after
                 live.update(screen, refresh=True)
     except KeyboardInterrupt:  # the normal end

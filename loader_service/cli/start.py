@@ -12,8 +12,7 @@ from loader_service import __version__, defaults
 from loader_service.cli import logs
 from loader_service.cli.options import Command, argument, hidden_option, option
 from loader_service.metrics import NodeMetrics
-from loader_service.node.dispatcher import Dispatcher
-from loader_service.node.start import run_node
+from loader_service.node.dispatcher import Dispatcher, run_node
 from loader_service.node.worker import die_with_parent
 from loader_service.prometheus import Exporter
 from loader_service.types import DatasetFacts, Split

@@ -7,11 +7,14 @@ clients on other machines, and then without being copied: from the send slot tha
 from __future__ import annotations
 
 import logging
+import mmap
 import secrets
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -23,13 +26,14 @@ from loader_service.errors import MessageError, NodeFailed, SharedMemoryError
 from loader_service.metrics import NodeHook, NodeMetrics
 from loader_service.node.forkserver import ForkServer
 from loader_service.node.lease import Bad, Done, Forked, Lease, Ready
-from loader_service.node.scheduler import Action, Answer, Grant, Refuse, Scheduler, Task, Worker
+from loader_service.node.scheduler import Action, Answer, Grant, Refuse, Scheduler, Task, WorkerRecord
 from loader_service.node.send_buffers import SendBuffers
 from loader_service.node.watchdog import Watchdog, culprit
+from loader_service.node.worker import NO_RECORD, Worker, prove, survey
 from loader_service.node.worker_pool import Death, Event, WorkerPool
 from loader_service.types import DatasetFacts, Installation, Split
 from loader_service.wire import messages, sockets
-from loader_service.wire.auth import Authenticator, NodeKeys
+from loader_service.wire.auth import Authenticator, NodeKeys, node_keys
 from loader_service.wire.messages import Failed, Request
 from loader_service.wire.shm import Segment, sweep
 from loader_service.wire.sockets import Waker
@@ -396,7 +400,7 @@ class Dispatcher:
             send_s=self._send_buffers.send_s,
         )
 
-    def _worker_status(self, worker: Worker) -> messages.WorkerStatus:
+    def _worker_status(self, worker: WorkerRecord) -> messages.WorkerStatus:
         state = "working" if worker.tasks else "idle" if worker.ready and worker.pid else "starting"
         record, stage = self._worker_pool.at(worker.index)
         return messages.WorkerStatus(
@@ -409,3 +413,58 @@ class Dispatcher:
             stage,
             record,
         )
+
+
+OnReady = Callable[[Dispatcher, dict[Split, DatasetFacts]], None]
+
+
+def run_node(
+    data: Path,
+    *,
+    workers: int,
+    bind: str,
+    version: str,
+    on_ready: OnReady,
+    keys: Path | None = None,
+    insecure: bool = False,
+    io_threads: int = defaults.CONNECTIONS,
+    hook: NodeHook | None = None,
+) -> None:
+    """Run a node until it is told to stop. The calling process must have one thread.
+
+    Args:
+        data: directory of train.lmdb and val.lmdb; one of them may be missing.
+        workers: how many worker processes.
+        bind: address to listen at.
+        version: of the package.
+        on_ready: called when the node can serve, with the dispatcher and what it serves.
+        keys: directory of the node's keys; without it only this machine may reach ``bind``.
+        insecure: let other machines reach it without keys all the same.
+        io_threads: of libzmq, which send slices to other machines.
+        hook: handed the node's metrics twice a second; the first time after the workers' parent has been forked, so
+            that it may start threads.
+
+    Raises:
+        LoaderServiceError: it cannot start or go on; see the sentence.
+    """
+    may_enter = node_keys(keys) if keys else None
+    installation, facts = prove(), survey(data)
+    shared = mmap.mmap(-1, workers * 2 * 8)  # anonymous and shared: the workers inherit it through both forks
+    at = np.frombuffer(shared, np.int64).reshape(workers, 2)
+    at[:] = NO_RECORD
+
+    slots = defaults.SEND_SLOTS_PER_WORKER * workers + 1
+    # Without a name, since only this node's processes use it; so it needs no room in /dev/shm and leaves nothing there.
+    own = Segment.create(slots * defaults.SEND_SLOT_BYTES, slots, named=False, reserve=False)
+
+    def worker_main(index: int, link: socket.socket) -> None:
+        Worker(link, data, facts, own, at[index]).run()
+
+    fork_server = ForkServer(worker_main)
+    try:
+        settings = Settings(bind, workers, send_slots=slots, keys=may_enter, insecure=insecure, io_threads=io_threads)
+        dispatcher = Dispatcher(settings, facts, installation, fork_server, own, at, version)
+    except BaseException:
+        fork_server.close()
+        raise
+    dispatcher.run(lambda ready: on_ready(ready, facts), hook)

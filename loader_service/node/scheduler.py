@@ -34,7 +34,7 @@ NO_SECONDS: Final = StageSeconds()
 
 
 @dataclass(eq=False)
-class Client:
+class ClientRecord:
     """One client as the node sees it."""
 
     id: bytes
@@ -52,7 +52,7 @@ class Client:
 class Task:
     """A request on its way: who asked, how often it was tried, what it was estimated to cost."""
 
-    client: Client
+    client: ClientRecord
     request: Request
     crashes: int = 0
     estimate_s: float = 0.0
@@ -60,7 +60,7 @@ class Task:
 
 
 @dataclass(eq=False)
-class Worker:
+class WorkerRecord:
     """One worker process."""
 
     index: int
@@ -109,8 +109,8 @@ class Scheduler:
     """
 
     def __init__(self, workers: int, send_slots: int) -> None:
-        self.workers = [Worker(i) for i in range(workers)]
-        self.clients: dict[bytes, Client] = {}
+        self.workers = [WorkerRecord(i) for i in range(workers)]
+        self.clients: dict[bytes, ClientRecord] = {}
         self.reassigned = 0
         self.restarts = 0
         self.bad_samples = 0  # how often a record was called bad
@@ -127,7 +127,7 @@ class Scheduler:
         """A client said hello. One that was known starts afresh: what it asked for before is forgotten."""
         self.client_left(client)
         floor = min((c.charged_s for c in self.clients.values()), default=0.0)
-        self.clients[client] = Client(client, name, charged_s=floor)
+        self.clients[client] = ClientRecord(client, name, charged_s=floor)
         return []
 
     def client_attached(self, client: bytes, segment: str) -> list[Action]:
@@ -160,7 +160,7 @@ class Scheduler:
         asking.queue.append(Task(asking, request))
         return self._dispatch()
 
-    def slot_freed(self, slot: int, client: Client) -> list[Action]:
+    def slot_freed(self, slot: int, client: ClientRecord) -> list[Action]:
         """A send slot's bytes have left."""
         client.sending -= 1
         self._free_slots.append(slot)
@@ -219,7 +219,7 @@ class Scheduler:
             how: for people, what became of it.
         """
         dead = self.workers[index]
-        self.workers[index] = Worker(
+        self.workers[index] = WorkerRecord(
             index, slices=dead.slices, samples=dead.samples, busy_s=dead.busy_s, stages=dead.stages
         )
         self.restarts += 1
@@ -270,7 +270,7 @@ class Scheduler:
             actions.append(Grant(worker.index, lease, task))
         return actions
 
-    def _idle(self) -> Iterator[Worker]:
+    def _idle(self) -> Iterator[WorkerRecord]:
         """Workers with room for a lease, the emptiest first, each as often as it has room."""
         for depth in range(DEPTH):
             for worker in self.workers:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from loader_service.node.scheduler import Client, Task
+from loader_service.node.scheduler import ClientRecord, Task
 from loader_service.types import SampleLayout
 from loader_service.wire.messages import Filled, Pixels, Place, Request, encode
 from loader_service.wire.shm import Hold, Segment
@@ -36,7 +36,7 @@ class SendBuffers:
         self.send_s = 0.0
         """Seconds that slices have spent on their way out, added up."""
         self._segment, self._wake = segment, wake
-        self._freed: deque[tuple[int, Client, float]] = deque()
+        self._freed: deque[tuple[int, ClientRecord, float]] = deque()
 
     @property
     def segment_name(self) -> str:
@@ -75,7 +75,7 @@ class SendBuffers:
         tail = whole[labels : labels + 8 * n].tobytes() + whole[draws : draws + layout.draws_bytes * n].tobytes()
         yield [encode(Filled(request.id)), tail]
 
-    def freed(self) -> list[tuple[int, Client]]:
+    def freed(self) -> list[tuple[int, ClientRecord]]:
         """The slots that have been let go of since the last call, and whose they were."""
         slots = []
         while self._freed:
@@ -88,7 +88,7 @@ class SendBuffers:
         """Let go of the memory; what libzmq still holds stays valid."""
         self._segment.close()
 
-    def _let_go(self, slot: int, client: Client, since: float) -> None:
+    def _let_go(self, slot: int, client: ClientRecord, since: float) -> None:
         self._freed.append((slot, client, since))
         self._wake()
 

@@ -25,7 +25,7 @@ from loader_service import defaults
 from loader_service.errors import MessageError, NodeFailed, SharedMemoryError
 from loader_service.metrics import NodeHook, NodeMetrics
 from loader_service.node.forkserver import ForkServer
-from loader_service.node.lease import Bad, Done, Forked, Lease, Ready
+from loader_service.node.packets import Bad, Done, Forked, Lease, Ready
 from loader_service.node.scheduler import Action, Answer, Grant, Refuse, Scheduler, Task, WorkerRecord
 from loader_service.node.send_buffers import SendBuffers
 from loader_service.node.watchdog import Watchdog, culprit

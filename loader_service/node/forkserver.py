@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Final, NoReturn
 
 from loader_service.errors import LoaderServiceError
-from loader_service.node.lease import MAX_PACKET_BYTES, Died, Fork, Forked, decode_fork, decode_fork_server, encode
+from loader_service.node.packets import MAX_PACKET_BYTES, Died, Fork, Forked, decode_fork, decode_fork_server, encode
 from loader_service.node.worker import die_with_parent
 
 log = logging.getLogger("loader_service.node")

@@ -20,7 +20,7 @@ import zmq
 
 from loader_service.errors import NodeFailed
 from loader_service.node.forkserver import ForkServer
-from loader_service.node.lease import MAX_PACKET_BYTES, Bad, Died, Done, Forked, Lease, Ready, decode_answer, encode
+from loader_service.node.packets import MAX_PACKET_BYTES, Bad, Died, Done, Forked, Lease, Ready, decode_answer, encode
 from loader_service.node.worker import NO_RECORD
 from loader_service.types import STAGES
 

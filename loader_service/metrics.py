@@ -23,7 +23,7 @@ from typing import Annotated, Final
 import msgspec
 
 from loader_service.types import STAGES, StageSeconds
-from loader_service.wire.messages import Status
+from loader_service.wire.messages import Status, WorkerState
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class NodeMetrics:
             samples=status.samples,
             delivered_bytes=status.delivered_bytes,
             clients=_count(("shm", "tcp"), [c.transport for c in status.clients]),
-            workers=_count(("starting", "idle", "working"), [w.state for w in status.workers]),
+            workers=_count(tuple(state.value for state in WorkerState), [w.state for w in status.workers]),
             queued_requests=status.queued,
             leases=status.leases,
             send_slots=status.send_slots,

@@ -13,7 +13,7 @@ from loader_service.cli.options import Command, option
 from loader_service.data import kernel
 from loader_service.errors import OptionError
 from loader_service.node import health
-from loader_service.node.health import Check
+from loader_service.node.health import Check, State
 
 
 @click.command(cls=Command)
@@ -43,7 +43,7 @@ def doctor(data: Path, workers: int, bind: str, keys: Path | None) -> None:
     for check in checks:
         remedy = f"; {check.remedy}" if check.remedy else ""
         click.echo(f"{check.state:8} {check.what}: {check.found.removesuffix('.')}{remedy}")
-    if any(check.state == "failed" for check in checks):
+    if any(check.state is State.FAILED for check in checks):
         click.get_current_context().exit(1)
 
 
@@ -58,9 +58,9 @@ def check_pillow() -> Check:
     found = " and ".join(f"{name} {version}" for name, version in versions.items()) or "no PIL is installed"
     wanted = "pillow-simd" if platform.machine() == "x86_64" else "pillow"
     if versions.keys() == {wanted}:
-        return Check("PIL", "ok", found)
+        return Check("PIL", State.OK, found)
     remedy = f"preprocess with {wanted} alone, since others resize more slowly and to other bytes: `make setup`"
-    return Check("PIL", "warning", found, remedy)
+    return Check("PIL", State.WARNING, found, remedy)
 
 
 def check_kernel() -> Check:
@@ -69,11 +69,13 @@ def check_kernel() -> Check:
     try:
         form = kernel.chosen()
     except OptionError as error:
-        return Check(what, "failed", str(error), f"unset {kernel.VARIABLE}")
+        return Check(what, State.FAILED, str(error), f"unset {kernel.VARIABLE}")
     best = kernel.FORMS[0]
     if form != best:
-        return Check(what, "warning", f"{form}, where {best} could run", f"unset {kernel.VARIABLE}")
+        return Check(what, State.WARNING, f"{form}, where {best} could run", f"unset {kernel.VARIABLE}")
     if form == "numpy":
-        return Check(what, "warning", "plain NumPy, ten times slower", "install a C compiler, then `make clean setup`")
+        return Check(
+            what, State.WARNING, "plain NumPy, ten times slower", "install a C compiler, then `make clean setup`"
+        )
     part = "as far as a crop needs" if kernel.decodes_windows() else "whole"
-    return Check(what, "ok", f"{form}; JPEGs are decoded {part}")
+    return Check(what, State.OK, f"{form}; JPEGs are decoded {part}")

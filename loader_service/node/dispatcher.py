@@ -401,11 +401,10 @@ class Dispatcher:
         )
 
     def _worker_status(self, worker: WorkerRecord) -> messages.WorkerStatus:
-        state = "working" if worker.tasks else "idle" if worker.ready and worker.pid else "starting"
         record, stage = self._worker_pool.at(worker.index)
         return messages.WorkerStatus(
             worker.pid,
-            state,
+            worker.state,
             worker.slices,
             worker.samples,
             worker.busy_s,

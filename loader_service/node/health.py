@@ -6,8 +6,9 @@ import os
 import resource
 import shutil
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import zmq
 
@@ -27,7 +28,13 @@ DESCRIPTORS_PER_WORKER: Final = 4
 
 CGROUP: Final = Path("/sys/fs/cgroup")
 
-State = Literal["ok", "warning", "failed"]
+
+class State(StrEnum):
+    """Results of a check."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
 
 
 @dataclass(frozen=True)
@@ -45,9 +52,9 @@ def check_dataset(data: Path) -> Check:
     try:
         facts = survey(data)
     except LoaderServiceError as error:
-        return Check("dataset", "failed", str(error))
+        return Check("dataset", State.FAILED, str(error))
     found = ", ".join(f"{split} ({f.count:,} records)" for split, f in facts.items())
-    return Check("dataset", "ok", f"{found}; sixteen samples of each come out as they must")
+    return Check("dataset", State.OK, f"{found}; sixteen samples of each come out as they must")
 
 
 def check_samples() -> Check:
@@ -55,8 +62,8 @@ def check_samples() -> Check:
     try:
         made = prove()
     except LoaderServiceError as error:
-        return Check("samples", "failed", str(error))
-    return Check("samples", "ok", f"the built-in pictures' golden hash is {made.golden}, as it must be; {made}")
+        return Check("samples", State.FAILED, str(error))
+    return Check("samples", State.OK, f"the built-in pictures' golden hash is {made.golden}, as it must be; {made}")
 
 
 def check_cpus(workers: int) -> Check:
@@ -64,8 +71,8 @@ def check_cpus(workers: int) -> Check:
     cpus = available_cpus()
     found = f"{workers} workers for {cpus:g} CPUs"
     if workers > cpus:
-        return Check("CPUs", "warning", found, f"more workers than CPUs only switch: --workers {max(1, int(cpus))}")
-    return Check("CPUs", "ok", found)
+        return Check("CPUs", State.WARNING, found, f"more workers than CPUs only switch: --workers {max(1, int(cpus))}")
+    return Check("CPUs", State.OK, found)
 
 
 def available_cpus(root: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> float:
@@ -96,12 +103,12 @@ def check_shared_memory(directory: Path = DIRECTORY) -> Check:
     try:
         free = shutil.disk_usage(directory).free
     except OSError as error:
-        return Check(what, "failed", f"{directory} cannot be used ({error.strerror})", remedy)
+        return Check(what, State.FAILED, f"{directory} cannot be used ({error.strerror})", remedy)
     found = f"{directory} has {free / 2**20:,.0f} MiB free, a loader with batches of {defaults.BATCH_SIZE} needs"
     found += f" {need / 2**20:,.0f}"
     if free < need:
-        return Check(what, "warning", f"{found}: loaders on this machine will get slices in frames", remedy)
-    return Check(what, "ok", found)
+        return Check(what, State.WARNING, f"{found}: loaders on this machine will get slices in frames", remedy)
+    return Check(what, State.OK, found)
 
 
 def check_descriptors(workers: int) -> Check:
@@ -110,8 +117,8 @@ def check_descriptors(workers: int) -> Check:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f"{limit} may be open, {need} are needed"
     if limit != resource.RLIM_INFINITY and limit < need:
-        return Check("open files", "failed", found, f"raise the limit: ulimit -n {need}")
-    return Check("open files", "ok", "any number may be open" if limit == resource.RLIM_INFINITY else found)
+        return Check("open files", State.FAILED, found, f"raise the limit: ulimit -n {need}")
+    return Check("open files", State.OK, "any number may be open" if limit == resource.RLIM_INFINITY else found)
 
 
 def check_keys(directory: Path | None, bind: str) -> Check:
@@ -120,14 +127,14 @@ def check_keys(directory: Path | None, bind: str) -> Check:
         sockets.check_address(bind)
         if directory is None:
             if sockets.is_local(bind):
-                return Check("keys", "ok", f"none are needed: only this machine can reach {bind}")
+                return Check("keys", State.OK, f"none are needed: only this machine can reach {bind}")
             return Check(
-                "keys", "failed", f"others can reach {bind}", "loader-service keygen DIR, and start with --keys DIR"
+                "keys", State.FAILED, f"others can reach {bind}", "loader-service keygen DIR, and start with --keys DIR"
             )
         allowed = len(node_keys(directory).allowed)
     except LoaderServiceError as error:
-        return Check("keys", "failed", str(error))
-    return Check("keys", "ok", f"{directory} is private, and allows {allowed} clients")
+        return Check("keys", State.FAILED, str(error))
+    return Check("keys", State.OK, f"{directory} is private, and allows {allowed} clients")
 
 
 def check_address(bind: str) -> Check:
@@ -138,7 +145,7 @@ def check_address(bind: str) -> Check:
         router.close()
     except LoaderServiceError as error:
         remedy = f"`loader-service status {bind}` tells whether a node is there already; or choose another --bind"
-        return Check("address", "failed", str(error), remedy)
+        return Check("address", State.FAILED, str(error), remedy)
     finally:
         context.term()
-    return Check("address", "ok", f"{address} is free")
+    return Check("address", State.OK, f"{address} is free")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from loader_service.types import SampleLayout, StageSeconds
-from loader_service.wire.messages import Failed, Request
+from loader_service.wire.messages import Failed, Request, WorkerState
 
 DEPTH: Final = 2
 """Leases a worker may hold: one in work and one waiting, so that it never waits for the dispatcher."""
@@ -71,6 +71,13 @@ class WorkerRecord:
     samples: int = 0
     busy_s: float = 0.0
     stages: StageSeconds = NO_SECONDS
+
+    @property
+    def state(self) -> WorkerState:
+        """The state that follows from the fields; see the table at the top of this file."""
+        if self.tasks:
+            return WorkerState.WORKING
+        return WorkerState.IDLE if self.ready and self.pid else WorkerState.STARTING
 
 
 @dataclass(frozen=True)

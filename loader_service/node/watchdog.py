@@ -7,8 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
-from loader_service.wire.messages import WorkerStatus
+from loader_service.wire.messages import WorkerState, WorkerStatus
+
+
+class Waiting(StrEnum):
+    """Stages of a standstill outside of those of a worker (``types.STAGES``)."""
+
+    START = "start"
+    LEASE = "lease"
+    SEND = "send"
 
 
 @dataclass(frozen=True)
@@ -23,9 +32,9 @@ class Culprit:
     def __str__(self) -> str:
         if self.worker < 0:
             return {
-                "start": "no worker is ready",
-                "send": "no worker has a lease; slices on their way to clients hold all send slots",
-            }[self.stage]
+                Waiting.START: "no worker is ready",
+                Waiting.SEND: "no worker has a lease; slices on their way to clients hold all send slots",
+            }[Waiting(self.stage)]
         at = f" at record {self.record}" if self.record >= 0 else ""
         return f"worker {self.worker} (pid {self.pid}) is in stage {self.stage}{at}"
 
@@ -61,10 +70,10 @@ class Watchdog:
 
 def culprit(workers: Sequence[WorkerStatus]) -> Culprit:
     """Who holds up a node that stands still: a worker in a stage, else one with a lease, else none of them."""
-    working = [(index, w) for index, w in enumerate(workers) if w.state == "working"]
+    working = [(index, w) for index, w in enumerate(workers) if w.state is WorkerState.WORKING]
     for index, w in working:
         if w.stage:
             return Culprit(w.stage, index, w.pid, w.record)
     for index, w in working:  # stopped between two slices, or waiting for a client's memory
-        return Culprit("lease", index, w.pid)
-    return Culprit("send" if any(w.state == "idle" for w in workers) else "start")
+        return Culprit(Waiting.LEASE, index, w.pid)
+    return Culprit(Waiting.SEND if any(w.state is WorkerState.IDLE for w in workers) else Waiting.START)

@@ -27,7 +27,7 @@ from loader_service.data.stopwatch import Stopwatch
 from loader_service.errors import DatasetInvalid, DatasetNotFound, NodeFailed, RecordError, SharedMemoryError
 from loader_service.node.packets import MAX_PACKET_BYTES, Bad, Done, Lease, Ready, decode_lease, encode
 from loader_service.types import BUILTIN_GOLDEN, DRAWS, DatasetFacts, Installation, SampleLayout, Slice, Split
-from loader_service.wire.shm import Segment
+from loader_service.wire.shm import Claim, Segment
 
 log = logging.getLogger("loader_service.node")
 
@@ -38,8 +38,8 @@ _MAX_SEGMENTS: Final = 64
 """Clients' segments kept mapped; the one that was used longest ago goes first."""
 
 STALE: Final = {
-    "busy": "a late writer holds the part",
-    "given up": "the part's generation is no longer the lease's",
+    Claim.BUSY: "a late writer holds the part",
+    Claim.GIVEN_UP: "the part's generation is no longer the lease's",
 }
 """Why a place was not written; the client asks anew if it still wants the slice."""
 
@@ -153,7 +153,7 @@ class Worker:
     def _serve(self, lease: Lease) -> Done | Bad:
         start = time.perf_counter()
         try:
-            state = self._write(lease)
+            claim = self._write(lease)
         except RecordError as error:
             return Bad(lease.id, error.record, str(error), self._source(lease.split, error.record))
         except (SharedMemoryError, ValueError, KeyError) as error:
@@ -161,16 +161,16 @@ class Worker:
         finally:
             stages = self._stopwatch.stop()
             self._at[0] = NO_RECORD
-        if state != "ours":
-            return Bad(lease.id, NO_RECORD, STALE[state])
+        if claim is not Claim.OURS:
+            return Bad(lease.id, NO_RECORD, STALE[claim])
         return Done(lease.id, time.perf_counter() - start, stages)
 
-    def _write(self, lease: Lease) -> str:
+    def _write(self, lease: Lease) -> Claim:
         segment = self._segment(lease.segment)
-        with segment.writing(lease.place.part, lease.place.generation) as state:
-            if state == "ours":
+        with segment.writing(lease.place.part, lease.place.generation) as claim:
+            if claim is Claim.OURS:
                 fill(_slice(segment, lease), self._records[lease.split], lease.what, self._at, self._stopwatch)
-        return state
+        return claim
 
     def _source(self, split: Split, record: int) -> str:
         try:

@@ -27,6 +27,7 @@ node       Status              like this
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Final
 
 import msgspec
@@ -167,6 +168,14 @@ class StatusQuery(_Message, frozen=True, tag="status?"):
     """Asks for a node's status; needs no Hello."""
 
 
+class WorkerState(StrEnum):
+    """States of a worker, as a status reports them."""
+
+    STARTING = "starting"
+    IDLE = "idle"
+    WORKING = "working"
+
+
 class WorkerStatus(msgspec.Struct, frozen=True):
     """One worker: its process, what it does, the slices and samples it has made, seconds it worked.
 
@@ -175,7 +184,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     """
 
     pid: int
-    state: str
+    state: WorkerState
     slices: int
     samples: int
     busy_s: float

@@ -29,8 +29,9 @@ import secrets
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,14 @@ GENERATION_BYTES: Final = 8
 _NAME: Final = re.compile(r"loader-service-[0-9a-f]{32}")
 _FLOCK: Final = struct.Struct("hh4xqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
 _OWNER_LOCK_AT: Final = 0
+
+
+class Claim(StrEnum):
+    """Outcomes of a writer's attempt to take a part. Only OURS permits it to write."""
+
+    OURS = "ours"
+    BUSY = "busy"
+    GIVEN_UP = "given up"
 
 
 class Segment:
@@ -144,7 +153,7 @@ class Segment:
         return generation
 
     @contextmanager
-    def writing(self, part: int, generation: int) -> Iterator[Literal["ours", "busy", "given up"]]:
+    def writing(self, part: int, generation: int) -> Iterator[Claim]:
         """Writer: hold a part. It may be written only if this gives ``ours``.
 
         ``busy``: another holds the part at this moment. ``given up``: it has another generation, the lease is void.
@@ -152,10 +161,10 @@ class Segment:
         if not 0 <= part < self.parts:
             raise SharedMemoryError(f"the segment has no part {part}")
         if not _lock(self._descriptor, fcntl.F_WRLCK, self._lock_at(part)):
-            yield "busy"
+            yield Claim.BUSY
             return
         try:
-            yield "ours" if int(self._generations[part]) == generation else "given up"
+            yield Claim.OURS if int(self._generations[part]) == generation else Claim.GIVEN_UP
         finally:
             _lock(self._descriptor, fcntl.F_UNLCK, self._lock_at(part))
 

@@ -11,7 +11,8 @@ import os
 import socket as socketlib
 import threading
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from enum import Enum, auto
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -36,18 +37,30 @@ BYE_LINGER_MS: Final = 200
 """How long a closing client's goodbye may take to leave."""
 
 _SCHEMES: Final = ("tcp", "ipc")
-Happening = Literal["up", "down", "unlisted", "mismatch", "unproven"]
-"""What a monitor tells: connected; lost; this client's key is not allowed; one side has keys and the other none; the
-handshake broke off, as it does when the node has another key than the client believes."""
 
-_HAPPENINGS: Final[dict[int, Happening]] = {
-    zmq.Event.HANDSHAKE_SUCCEEDED: "up",
-    zmq.Event.DISCONNECTED: "down",
-    zmq.Event.HANDSHAKE_FAILED_AUTH: "unlisted",
-    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "mismatch",
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "unproven",
+
+class ConnectionEvent(Enum):
+    """Events of a client's connection, as libzmq's monitor reports them."""
+
+    UP = auto()
+    """The handshake succeeded."""
+    DOWN = auto()
+    """The connection is lost."""
+    UNLISTED = auto()
+    """The node does not allow this client's key."""
+    MISMATCH = auto()
+    """One side uses keys and the other does not."""
+    UNPROVEN = auto()
+    """The handshake broke off, as it does when the node has another key than the client expects."""
+
+
+_EVENTS: Final[dict[int, ConnectionEvent]] = {
+    zmq.Event.HANDSHAKE_SUCCEEDED: ConnectionEvent.UP,
+    zmq.Event.DISCONNECTED: ConnectionEvent.DOWN,
+    zmq.Event.HANDSHAKE_FAILED_AUTH: ConnectionEvent.UNLISTED,
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: ConnectionEvent.MISMATCH,
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: ConnectionEvent.UNPROVEN,
 }
-_WATCHED: Final = sum(_HAPPENINGS)
 _UNPROVEN_IS_WRONG_KEY: Final = 3
 """Handshakes in a row that broke off, with a node there each time, before the key is blamed: a node that is just being
 stopped breaks one off too."""
@@ -163,7 +176,7 @@ class Monitor:
     def __init__(self, dealer: zmq.Socket[bytes], address: str, *, keyed: bool) -> None:
         self._dealer, self._address, self._keyed = dealer, address, keyed
         self._unproven = 0
-        self.socket = dealer.get_monitor_socket(_WATCHED)
+        self.socket = dealer.get_monitor_socket(sum(_EVENTS))
 
     def events(self) -> list[bool]:
         """What has happened since the last call, in order: True for connected, False for lost.
@@ -173,27 +186,27 @@ class Monitor:
         """
         happened = []
         while self.socket.poll(0):
-            happening = _HAPPENINGS[recv_monitor_message(self.socket)["event"]]
-            self._count(happening)
-            if reason := self._refusal(happening):
+            event = _EVENTS[recv_monitor_message(self.socket)["event"]]
+            self._count(event)
+            if reason := self._refusal(event):
                 raise KeyRefused(self._address, reason)
-            happened.append(happening == "up")
+            happened.append(event is ConnectionEvent.UP)
         return happened
 
-    def _count(self, happening: Happening) -> None:
+    def _count(self, event: ConnectionEvent) -> None:
         """Handshakes break off too where a relay accepts connections for a node that is not there; no key is to blame then."""
-        if happening == "unproven" and self._keyed:
+        if event is ConnectionEvent.UNPROVEN and self._keyed:
             self._unproven = self._unproven + 1 if _is_zeromq(self._address) else 0
-        elif happening != "down":
+        elif event is not ConnectionEvent.DOWN:
             self._unproven = 0
 
-    def _refusal(self, happening: Happening) -> str:
-        if happening == "unlisted":
+    def _refusal(self, event: ConnectionEvent) -> str:
+        if event is ConnectionEvent.UNLISTED:
             return "this client's key is not on the node's list; put its public key into the node's allowed/ and restart it"
-        if happening == "mismatch" and not self._keyed:
+        if event is ConnectionEvent.MISMATCH and not self._keyed:
             return "the node demands keys; give server_key and client_key (`loader-service keygen` makes them)"
         # Whether libzmq gets to see that the other side has no keys at all is a race.
-        if self._keyed and (happening == "mismatch" or self._unproven >= _UNPROVEN_IS_WRONG_KEY):
+        if self._keyed and (event is ConnectionEvent.MISMATCH or self._unproven >= _UNPROVEN_IS_WRONG_KEY):
             return (
                 "the node there does not prove the key that server_key names: it has another, or it was started without "
                 "--keys; give its own node.key, or leave both keys out"

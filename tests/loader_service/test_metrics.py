@@ -11,7 +11,7 @@ import pytest
 from loader_service import Loader, LoaderMetrics, NodeMetrics, status
 from loader_service.metrics import Rates
 from loader_service.types import StageSeconds
-from loader_service.wire.messages import ClientStatus, Status, WorkerStatus
+from loader_service.wire.messages import ClientStatus, Status, WorkerState, WorkerStatus
 
 SAMPLE_BYTES = 224 * 224 * 3 + 8 + 12
 """Pixels, label, draws."""
@@ -82,7 +82,7 @@ def _status(uptime_s: float, workers: list[WorkerStatus], **fields: Any) -> Stat
 
 
 def _worker(samples: int = 0, busy_s: float = 0.0, stages: StageSeconds | None = None, stage: str = "") -> WorkerStatus:
-    return WorkerStatus(1, "working", samples, samples, busy_s, stages or StageSeconds(), stage)
+    return WorkerStatus(1, WorkerState.WORKING, samples, samples, busy_s, stages or StageSeconds(), stage)
 
 
 IDLE = _worker()

@@ -11,6 +11,7 @@ import pytest
 import simplejpeg
 
 from loader_service.node import health
+from loader_service.node.health import State
 from loader_service.wire.auth import generate
 
 LOCAL = "tcp://127.0.0.1:5555"
@@ -18,17 +19,17 @@ LOCAL = "tcp://127.0.0.1:5555"
 
 def test_a_dataset(dataset_dir: Path, tmp_path: Path) -> None:
     """A sound one is named with its records, a missing one with what to do."""
-    assert health.check_dataset(dataset_dir).state == "ok"
+    assert health.check_dataset(dataset_dir).state is State.OK
     assert "train (300 records), val (60 records)" in health.check_dataset(dataset_dir).found
     missing = health.check_dataset(tmp_path)
-    assert missing.state == "failed"
+    assert missing.state is State.FAILED
     assert "make preprocess" in missing.found
 
 
 def test_samples(other_decoder: None) -> None:
     """An installation that makes other samples fails, as its node would, with the versions of what makes them."""
     check = health.check_samples()
-    assert check.state == "failed"
+    assert check.state is State.FAILED
     assert f"with numpy {np.__version__}, simplejpeg {simplejpeg.__version__}" in check.found
 
 
@@ -40,14 +41,14 @@ def test_samples_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", fail)
     check = health.check_samples()
-    assert (check.state, "a built-in picture cannot be used" in check.found) == ("failed", True)
+    assert (check.state, "a built-in picture cannot be used" in check.found) == (State.FAILED, True)
 
 
 def test_more_workers_than_processors() -> None:
     """One worker is always fine, ten thousand never."""
-    assert health.check_cpus(1).state == "ok"
+    assert health.check_cpus(1).state is State.OK
     many = health.check_cpus(10_000)
-    assert many.state == "warning"
+    assert many.state is State.WARNING
     assert many.remedy.endswith(f"--workers {int(health.available_cpus())}")
 
 
@@ -71,43 +72,43 @@ def test_a_cgroups_quota_counts(tmp_path: Path) -> None:
 
 def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for a loader is enough, 64 MiB (a container's default) are not, and a missing directory is an error."""
-    for free_mib, state in ((111, "ok"), (64, "warning")):
+    for free_mib, state in ((111, State.OK), (64, State.WARNING)):
         usage = type("Usage", (), {"free": free_mib * 2**20})
         monkeypatch.setattr("shutil.disk_usage", lambda _, usage=usage: usage)
         check = health.check_shared_memory(tmp_path)
-        assert check.state == state
-        assert ("--shm-size" in check.remedy) == (state == "warning")
+        assert check.state is state
+        assert ("--shm-size" in check.remedy) == (state is State.WARNING)
     monkeypatch.undo()
-    assert health.check_shared_memory(tmp_path / "nowhere").state == "failed"
+    assert health.check_shared_memory(tmp_path / "nowhere").state is State.FAILED
 
 
 def test_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """The soft limit is what counts; four for each worker, and some for clients."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
-    assert health.check_descriptors(32).state == "ok"
+    assert health.check_descriptors(32).state is State.OK
     few = health.check_descriptors(33)
-    assert (few.state, few.remedy) == ("failed", "raise the limit: ulimit -n 260")
+    assert (few.state, few.remedy) == (State.FAILED, "raise the limit: ulimit -n 260")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert health.check_descriptors(33).state == "ok"
+    assert health.check_descriptors(33).state is State.OK
 
 
 def test_keys(tmp_path: Path) -> None:
     """None are needed on loopback; elsewhere they are, and others may not read them."""
-    assert health.check_keys(None, LOCAL).state == "ok"
-    assert health.check_keys(None, "tcp://0.0.0.0:5555").state == "failed"
-    assert health.check_keys(None, "nonsense").state == "failed"
+    assert health.check_keys(None, LOCAL).state is State.OK
+    assert health.check_keys(None, "tcp://0.0.0.0:5555").state is State.FAILED
+    assert health.check_keys(None, "nonsense").state is State.FAILED
     generate(tmp_path / "keys")
-    assert health.check_keys(tmp_path / "keys", "tcp://0.0.0.0:5555").state == "ok"
+    assert health.check_keys(tmp_path / "keys", "tcp://0.0.0.0:5555").state is State.OK
     (tmp_path / "keys" / "node.secret").chmod(0o644)
-    assert health.check_keys(tmp_path / "keys", LOCAL).state == "failed"
+    assert health.check_keys(tmp_path / "keys", LOCAL).state is State.FAILED
     (tmp_path / "keys" / "node.secret").chmod(0o600)
     (tmp_path / "keys" / "allowed" / "client.key").unlink()
-    assert health.check_keys(tmp_path / "keys", LOCAL).state == "failed"
+    assert health.check_keys(tmp_path / "keys", LOCAL).state is State.FAILED
 
 
 def test_an_address_that_is_taken(node_address: str) -> None:
     """A port that somebody has is no place for a node; any other is, and stays free."""
-    assert health.check_address("tcp://127.0.0.1:*").state == "ok"
+    assert health.check_address("tcp://127.0.0.1:*").state is State.OK
     taken = health.check_address(node_address)
-    assert taken.state == "failed"
+    assert taken.state is State.FAILED
     assert f"loader-service status {node_address}" in taken.remedy

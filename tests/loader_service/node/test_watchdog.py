@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from loader_service.node.watchdog import Culprit, Watchdog, culprit
+from loader_service.node.watchdog import Culprit, Waiting, Watchdog, culprit
 from loader_service.types import StageSeconds
-from loader_service.wire.messages import WorkerStatus
+from loader_service.wire.messages import WorkerState, WorkerStatus
 
 
-def _worker(state: str, stage: str = "", record: int = -1) -> WorkerStatus:
+def _worker(state: WorkerState, stage: str = "", record: int = -1) -> WorkerStatus:
     return WorkerStatus(7, state, 0, 0, 0.0, StageSeconds(), stage, record)
 
 
@@ -32,15 +32,19 @@ def test_nothing_asked_is_no_standstill() -> None:
     ("workers", "found", "sentence"),
     [
         (
-            [_worker("working"), _worker("working", "read", 812)],
+            [_worker(WorkerState.WORKING), _worker(WorkerState.WORKING, "read", 812)],
             Culprit("read", 1, 7, 812),
             "worker 1 (pid 7) is in stage read at record 812",
         ),
-        ([_worker("idle"), _worker("working")], Culprit("lease", 1, 7), "worker 1 (pid 7) is in stage lease"),
-        ([_worker("starting")], Culprit("start"), "no worker is ready"),
         (
-            [_worker("idle")],
-            Culprit("send"),
+            [_worker(WorkerState.IDLE), _worker(WorkerState.WORKING)],
+            Culprit(Waiting.LEASE, 1, 7),
+            "worker 1 (pid 7) is in stage lease",
+        ),
+        ([_worker(WorkerState.STARTING)], Culprit(Waiting.START), "no worker is ready"),
+        (
+            [_worker(WorkerState.IDLE)],
+            Culprit(Waiting.SEND),
             "no worker has a lease; slices on their way to clients hold all send slots",
         ),
     ],

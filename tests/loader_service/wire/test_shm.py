@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from loader_service.errors import SharedMemoryError
-from loader_service.wire.shm import DIRECTORY, Hold, Segment, sweep
+from loader_service.wire.shm import DIRECTORY, Claim, Hold, Segment, sweep
 
 WRITER = """
 import sys
@@ -79,13 +79,13 @@ def test_only_the_current_generation_may_write(segment: Segment) -> None:
     first = segment.arm(1)
     assert first is not None
     with writer.writing(1, first) as state:
-        assert state == "ours"
+        assert state is Claim.OURS
     second = segment.arm(1)
     assert second == first + 1
     with writer.writing(1, first) as state:
-        assert state == "given up"
+        assert state is Claim.GIVEN_UP
     with writer.writing(1, second) as state:
-        assert state == "ours"
+        assert state is Claim.OURS
     assert segment.arm(2) == 1
     writer.close()
 
@@ -98,7 +98,7 @@ def test_a_part_being_written_cannot_be_armed(segment: Segment) -> None:
     with writer.writing(0, generation):
         assert segment.arm(0) is None
         with late.writing(0, generation) as state:
-            assert state == "busy"
+            assert state is Claim.BUSY
     assert segment.arm(0) == generation + 1
     writer.close()
     late.close()

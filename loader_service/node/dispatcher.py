@@ -106,7 +106,7 @@ class Dispatcher:
         self._poller.register(self._waker.fileno(), zmq.POLLIN)
         if self._authenticator:
             self._poller.register(self._authenticator.socket, zmq.POLLIN)
-        self._heard: dict[bytes, float] = {}  # by client: when it last gave a sign of life
+        self._last_heard: dict[bytes, float] = {}  # by client: when it last gave a sign of life
         self._watchdog = Watchdog(settings.standstill_s)
         self._send_buffers = SendBuffers(own, settings.slot_bytes, self._waker.wake)
         self._worker_pool = WorkerPool(fork_server, at, self._poller, settings.stall_s)
@@ -178,7 +178,7 @@ class Dispatcher:
 
     def _handle(self, item: Any) -> None:
         if item is self._router:
-            self._hear_clients()
+            self._receive_from_clients()
         elif self._authenticator and item is self._authenticator.socket:
             if stranger := self._authenticator.answer():
                 self._refused += 1
@@ -188,10 +188,10 @@ class Dispatcher:
             for slot, client in self._send_buffers.freed():
                 self._do(self._scheduler.slot_freed(slot, client))
         else:
-            for index, event in self._worker_pool.hear(item):
-                self._heard_of_worker(index, event)
+            for index, event in self._worker_pool.receive(item):
+                self._worker_event(index, event)
 
-    def _hear_clients(self) -> None:
+    def _receive_from_clients(self) -> None:
         for _ in range(MESSAGES_PER_TURN):
             try:
                 frames = self._router.recv_multipart(zmq.DONTWAIT)
@@ -212,7 +212,7 @@ class Dispatcher:
             else:
                 self._answer(client, message)
             if client in self._scheduler.clients:
-                self._heard[client] = time.monotonic()
+                self._last_heard[client] = time.monotonic()
 
     def _refuse(self, client: bytes, flaw: str) -> None:
         """Count a malformed message; tell of the first, the second, the fourth and so on, so that no log is flooded."""
@@ -276,7 +276,7 @@ class Dispatcher:
             return f"the slice is larger than a send slot of {self._send_buffers.slot_bytes} bytes"
         return ""
 
-    def _heard_of_worker(self, index: int, event: Event) -> None:
+    def _worker_event(self, index: int, event: Event) -> None:
         scheduler = self._scheduler
         match event:
             case Forked(_, pid):
@@ -291,18 +291,20 @@ class Dispatcher:
                 self._do(scheduler.worker_died(index, crashed=crashed, record=record, how=how))
 
     def _tick(self, now: float) -> None:
-        self._worker_pool.replace_dead(now)
-        for client in [c for c, heard in self._heard.items() if now - heard > self._settings.client_silent_s]:
+        self._worker_pool.spawn_due(now)
+        for client in [c for c, heard in self._last_heard.items() if now - heard > self._settings.client_silent_s]:
             log.warning(
-                "client %s has been silent for %.0f s and is forgotten", client.hex()[:8], now - self._heard[client]
+                "client %s has been silent for %.0f s and is forgotten",
+                client.hex()[:8],
+                now - self._last_heard[client],
             )
             self._forget(client)
             sweep()
         for worker in self._scheduler.workers:
-            self._worker_pool.watch(worker.index, worker.pid, next(iter(worker.tasks), None), now)
-        self._watch_all(now)
+            self._worker_pool.kill_if_stalled(worker.index, worker.pid, next(iter(worker.tasks), None), now)
+        self._report_standstill(now)
 
-    def _watch_all(self, now: float) -> None:
+    def _report_standstill(self, now: float) -> None:
         """Say once when nothing moves though something is asked for, and where it stands."""
         scheduler = self._scheduler
         asked = scheduler.leases + scheduler.queued
@@ -364,7 +366,7 @@ class Dispatcher:
         return sockets.try_send(self._router, [client, *frames], on_gone=lambda: self._forget(owner))
 
     def _forget(self, client: bytes) -> None:
-        self._heard.pop(client, None)
+        self._last_heard.pop(client, None)
         self._do(self._scheduler.client_left(client))
 
     # Self-description

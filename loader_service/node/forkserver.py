@@ -43,10 +43,10 @@ class ForkServer:
         self.pid = os.fork()
         if self.pid == 0:
             self.link.close()
-            _run_and_exit(lambda: _tend(theirs, worker_main, dispatcher))
+            _run_and_exit(lambda: _serve(theirs, worker_main, dispatcher))
         theirs.close()
 
-    def fork_worker(self, index: int) -> socket.socket:
+    def spawn_worker(self, index: int) -> socket.socket:
         """Ask for worker ``index``; returns the dispatcher's end of its socket pair."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         socket.send_fds(self.link, [encode(Fork(index))], [theirs.fileno()])
@@ -65,7 +65,7 @@ class ForkServer:
         os.waitpid(self.pid, 0)
 
 
-def _tend(link: socket.socket, worker_main: WorkerMain, dispatcher: int) -> None:
+def _serve(link: socket.socket, worker_main: WorkerMain, dispatcher: int) -> None:
     """The fork server's loop: fork on demand, report deaths, end with the dispatcher."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the dispatcher decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -74,7 +74,7 @@ def _tend(link: socket.socket, worker_main: WorkerMain, dispatcher: int) -> None
     try:
         _fork_on_demand(link, worker_main, children)
     except ConnectionError:  # the dispatcher went while it was being told something
-        _end(children)
+        _kill_all(children)
 
 
 def _fork_on_demand(link: socket.socket, worker_main: WorkerMain, children: dict[int, tuple[int, int]]) -> None:
@@ -84,21 +84,21 @@ def _fork_on_demand(link: socket.socket, worker_main: WorkerMain, children: dict
         for descriptor, _ in poller.poll():
             if descriptor in children:
                 poller.unregister(descriptor)
-                link.send(encode(_bury(descriptor, *children.pop(descriptor))))
+                link.send(encode(_reap(descriptor, *children.pop(descriptor))))
                 continue
             packet, descriptors, _, _ = socket.recv_fds(link, MAX_PACKET_BYTES, _OWN_DESCRIPTORS)
             if not packet:
-                _end(children)
+                _kill_all(children)
                 return
             index = decode_fork(packet).index
-            pid = _fork_worker(index, socket.socket(fileno=descriptors[0]), worker_main, [link.fileno(), *children])
+            pid = _spawn_worker(index, socket.socket(fileno=descriptors[0]), worker_main, [link.fileno(), *children])
             pidfd = os.pidfd_open(pid)
             children[pidfd] = (index, pid)
             poller.register(pidfd, select.POLLIN)
             link.send(encode(Forked(index, pid)))
 
 
-def _fork_worker(index: int, link: socket.socket, worker_main: WorkerMain, foreign: list[int]) -> int:
+def _spawn_worker(index: int, link: socket.socket, worker_main: WorkerMain, foreign: list[int]) -> int:
     fork_server = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -115,17 +115,17 @@ def _fork_worker(index: int, link: socket.socket, worker_main: WorkerMain, forei
     return pid
 
 
-def _bury(pidfd: int, index: int, pid: int) -> Died:
+def _reap(pidfd: int, index: int, pid: int) -> Died:
     os.close(pidfd)
     _, status = os.waitpid(pid, 0)
     return Died(index, pid, os.waitstatus_to_exitcode(status))
 
 
-def _end(children: dict[int, tuple[int, int]]) -> None:
+def _kill_all(children: dict[int, tuple[int, int]]) -> None:
     for pidfd in children:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     for pidfd, (index, pid) in children.items():
-        _bury(pidfd, index, pid)
+        _reap(pidfd, index, pid)
 
 
 def _run_and_exit(main: Callable[[], None]) -> NoReturn:

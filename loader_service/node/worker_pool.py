@@ -26,10 +26,10 @@ from loader_service.types import STAGES
 
 log = logging.getLogger("loader_service.node")
 
-BIRTHS_BEFORE_GIVING_UP: Final = 5
+MAX_FAILED_STARTS: Final = 5
 """Workers that die before they were ready, one after another, until the node says that it cannot go on."""
 
-FIRST_PAUSE_S: Final = 0.1
+RESPAWN_PAUSE_S: Final = 0.1
 """Before a worker is replaced that died before it was ready; doubled with each of them."""
 
 
@@ -66,23 +66,23 @@ class WorkerPool:
         self._links: dict[int, socket.socket] = {}  # by worker index
         self._by_descriptor: dict[int, int] = {}
         self._ready: set[int] = set()
-        self._watch: dict[int, tuple[int, int, float]] = {}  # by worker: its lease and record, and since when
-        self._failed_births = 0
-        self._due_births: list[tuple[float, int]] = []
+        self._progress: dict[int, tuple[int, int, float]] = {}  # by worker: its lease and record, and since when
+        self._failed_starts = 0
+        self._due_spawns: list[tuple[float, int]] = []
         poller.register(fork_server.link.fileno(), zmq.POLLIN)
         for index in range(len(at)):
-            self._fork(index)
+            self._spawn(index)
 
-    def hear(self, descriptor: int) -> Iterator[tuple[int, Event]]:
+    def receive(self, descriptor: int) -> Iterator[tuple[int, Event]]:
         """What has happened, if a readable descriptor is the worker pool's: the worker's index, and what it said or became.
 
         Raises:
             NodeFailed: the fork server is gone, or workers die before they are ready, again and again.
         """
         if descriptor == self._fork_server.link.fileno():
-            yield from self._hear_fork_server()
+            yield from self._receive_from_fork_server()
         elif descriptor in self._by_descriptor:
-            yield from self._hear_worker(self._by_descriptor[descriptor])
+            yield from self._receive_from_worker(self._by_descriptor[descriptor])
 
     def give(self, index: int, lease: Lease) -> None:
         """Send a worker a lease; if it has died, its death will be heard of, and the lease is part of it."""
@@ -100,14 +100,14 @@ class WorkerPool:
         """Bytes that change whenever a worker moves on."""
         return self._at.tobytes()
 
-    def replace_dead(self, now: float) -> None:
+    def spawn_due(self, now: float) -> None:
         """Fork the workers that are due."""
-        due = [index for at, index in self._due_births if at <= now]
-        self._due_births = [birth for birth in self._due_births if birth[0] > now]
+        due = [index for at, index in self._due_spawns if at <= now]
+        self._due_spawns = [spawn for spawn in self._due_spawns if spawn[0] > now]
         for index in due:
-            self._fork(index)
+            self._spawn(index)
 
-    def watch(self, index: int, pid: int, lease: int | None, now: float) -> None:
+    def kill_if_stalled(self, index: int, pid: int, lease: int | None, now: float) -> None:
         """Kill a worker that has not moved on for too long: stopped, or hung in a read.
 
         Args:
@@ -117,18 +117,18 @@ class WorkerPool:
             now: seconds on a clock that never goes back.
         """
         if lease is None:
-            self._watch.pop(index, None)
+            self._progress.pop(index, None)
             return
         record, stage = self.at(index)
-        last = self._watch.get(index)
+        last = self._progress.get(index)
         if last is None or last[:2] != (lease, record):
-            self._watch[index] = (lease, record, now)
+            self._progress[index] = (lease, record, now)
         elif now - last[2] > self._stall_s and pid:
             facts = {"worker": index, "pid": pid, "record": record, "stage": stage}
             log.warning(
                 "worker %d (pid %d) has been at record %d for %.0f s: killed", index, pid, record, now - last[2], extra=facts
             )  # fmt: skip
-            self._watch.pop(index)
+            self._progress.pop(index)
             os.kill(pid, signal.SIGKILL)
 
     def close(self) -> None:
@@ -137,20 +137,20 @@ class WorkerPool:
         for link in self._links.values():
             link.close()
 
-    def _fork(self, index: int) -> None:
-        link = self._fork_server.fork_worker(index)
+    def _spawn(self, index: int) -> None:
+        link = self._fork_server.spawn_worker(index)
         self._links[index] = link
         self._by_descriptor[link.fileno()] = index
         self._poller.register(link.fileno(), zmq.POLLIN)
 
-    def _unlink(self, index: int) -> None:
+    def _close_link(self, index: int) -> None:
         link = self._links.pop(index, None)
         if link is not None:
             self._poller.unregister(link.fileno())
             del self._by_descriptor[link.fileno()]
             link.close()
 
-    def _hear_worker(self, index: int) -> Iterator[tuple[int, Event]]:
+    def _receive_from_worker(self, index: int) -> Iterator[tuple[int, Event]]:
         link = self._links[index]
         while True:
             try:
@@ -160,38 +160,41 @@ class WorkerPool:
             except ConnectionResetError:  # it died with a lease unread; what it had said before can still be read
                 continue
             if not packet:  # the fork server will tell how it died
-                self._unlink(index)
+                self._close_link(index)
                 return
             answer = decode_answer(packet)
             if isinstance(answer, Ready):
                 self._ready.add(index)
-                self._failed_births = 0
+                self._failed_starts = 0
             yield index, answer
 
-    def _hear_fork_server(self) -> Iterator[tuple[int, Event]]:
+    def _receive_from_fork_server(self) -> Iterator[tuple[int, Event]]:
         match self._fork_server.receive():
             case Forked() as forked:
                 yield forked.index, forked
             case Died(index, pid, code):
                 if index in self._links:
-                    yield from self._hear_worker(index)  # what it still said counts
-                self._unlink(index)
-                yield index, self._bury(index, pid, code)
+                    yield from self._receive_from_worker(index)  # what it still said counts
+                self._close_link(index)
+                yield index, self._reap(index, pid, code)
             case None:
                 raise NodeFailed("its fork server was killed, and with it the workers; start it again")
 
-    def _bury(self, index: int, pid: int, code: int) -> Death:
+    def _reap(self, index: int, pid: int, code: int) -> Death:
         record, self._at[index] = int(self._at[index, 0]), NO_RECORD
-        self._watch.pop(index, None)
+        self._progress.pop(index, None)
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         at = f" at record {record}" if record != NO_RECORD else ""
         facts = {"worker": index, "pid": pid, "record": record}
         log.warning("worker %d (pid %d) ended by %s%s; a new one takes its place", index, pid, how, at, extra=facts)
-        self._failed_births = 0 if index in self._ready else self._failed_births + 1
+        self._failed_starts = 0 if index in self._ready else self._failed_starts + 1
         self._ready.discard(index)
-        if self._failed_births >= BIRTHS_BEFORE_GIVING_UP:
-            raise NodeFailed(f"{BIRTHS_BEFORE_GIVING_UP} workers in a row ended before they were ready, by {how}")
-        now, pause_s = time.monotonic(), FIRST_PAUSE_S * 2 ** (self._failed_births - 1) if self._failed_births else 0.0
-        self._due_births.append((now + pause_s, index))
-        self.replace_dead(now)
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            raise NodeFailed(f"{MAX_FAILED_STARTS} workers in a row ended before they were ready, by {how}")
+        now, pause_s = (
+            time.monotonic(),
+            RESPAWN_PAUSE_S * 2 ** (self._failed_starts - 1) if self._failed_starts else 0.0,
+        )
+        self._due_spawns.append((now + pause_s, index))
+        self.spawn_due(now)
         return Death(crashed=code not in (-signal.SIGKILL, -signal.SIGTERM), record=record, how=how)

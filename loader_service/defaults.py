@@ -1,4 +1,7 @@
-"""Every default of the service, in one place, with its reason; docs/defaults.md has the figures."""
+"""The defaults of the service: every one in this file, with its unit and its reason. docs/defaults.md has measurements.
+
+A name states the unit of its value: ``_S`` seconds, ``_BYTES`` bytes; the rest are counts, paths and addresses.
+"""
 
 from __future__ import annotations
 
@@ -6,61 +9,71 @@ import os
 from typing import Final
 
 DATA: Final = "data"
-"""Where preprocessing writes and nodes read: train.lmdb and val.lmdb under it."""
+"""The directory that preprocessing writes and nodes read; it holds train.lmdb and val.lmdb."""
 
 ADDRESS: Final = "tcp://127.0.0.1:5555"
-"""Where a node listens and a client looks: this machine alone, so that nothing is open to strangers by default."""
+"""The address that a node binds and a client connects to. Loopback, so that a default node is closed to other machines."""
 
 WORKERS: Final = os.cpu_count() or 1
-"""A worker keeps a core busy; more of them only switch."""
+"""Worker processes of a node: one per CPU. A worker is CPU-bound, so more of them only add context switches."""
 
 BATCH_SIZE: Final = 128
-"""The paper's (section 5)."""
+"""Samples per batch and rank, as in the AlexNet paper (section 5)."""
+
+# Slots. A client owns PREFETCH + SPARE_SLOTS slots of one batch each; together they are its memory ceiling.
 
 PREFETCH: Final = 4
-"""Batches that a client has room for beside the one in the caller's hands: two in the making, one ready, one to spare."""
+"""Batches that a client requests ahead: two being written, one ready, one in reserve."""
 
 SPARE_SLOTS: Final = 2
-"""Beside the prefetched batches: one for the batch in the caller's hands, one in case a late writer blocks a slot."""
+"""Slots in addition to PREFETCH: one for the batch that the caller holds, one for a slot that a late writer blocks."""
 
 SLICES_PER_WORKER: Final = 2
-"""Slices that a client's prefetched batches are cut into, for each worker of a node: one in work, one waiting at the
-worker; the spare slots keep a third on its way. More cost messages for nothing: a slice's cost the same whatever its
-size."""
+"""Slices per worker of a node into which the prefetched batches are cut: one that the worker writes, one that waits for
+it; the spare slots keep a third on its way. A message costs the same for a slice of any size, so more slices only cost
+more messages."""
 
 MIN_SLICE_SAMPLES: Final = 8
 MAX_SLICE_SAMPLES: Final = 128
-"""A slice takes 0.2 to 3 ms of a worker's time: large against its messages' 0.1 ms, small against what a death costs."""
+"""Bounds of a slice, in samples. Such a slice takes a worker 0.2 to 3 ms: long against the 0.1 ms of its messages, short
+against the time lost when the worker dies."""
 
 MAX_BAD: Final = 100
-"""Bad records that are replaced before the run stops all the same: more is no accident."""
+"""Bad records that a client replaces before it stops. More than these point at a broken disk or dataset."""
+
+# Slices in frames, for clients on other machines.
 
 SEND_SLOT_BYTES: Final = 20 * 2**20
-"""A node's slot for a slice that goes in frames: a batch of 128 uint8 samples of 224 x 224 fits,
-or 69 of float16, 34 of float32, or 13 ten-crop ones."""
+"""Size of a node's send slot. It fits a slice of 128 uint8 samples of 224 x 224, 69 of float16, 34 of float32, or 13
+ten-crop ones."""
 
 CONNECTIONS: Final = max(1, min(4, WORKERS // 4))
-"""Connections between a client and a node on another machine, and I/O threads at either end: each keeps a core busy, so
-a machine of few cores has little to gain by a second."""
+"""TCP connections between a client and a node on another machine, and I/O threads of libzmq at each end. A connection
+saturates one core, so a machine with few cores gains little from a second."""
 
 SEND_SLOTS_PER_WORKER: Final = 3
-"""One being written, one waiting to leave, one on its way."""
+"""Send slots per worker: one being written, one waiting to be sent, one being sent."""
+
+# Timeouts. Their order matters: STANDSTILL_S < STALL_S, so that a log names the stage before the worker is killed;
+# STALL_S < NODE_STILL_S, so that a node can replace a hung worker before its clients go elsewhere; and
+# NODE_SILENT_S < CLIENT_SILENT_S, so that the client, which owns the ledger, acts before the node forgets it.
 
 PING_AFTER_S: Final = 1.0
-"""Silence after which either side of a connection asks for a sign of life."""
+"""Seconds of silence after which one side of a connection sends a Ping."""
 
 NODE_SILENT_S: Final = 10.0
-"""Silence after which a client gives a node up and asks others for what it had asked of it."""
+"""Seconds of silence after which a client declares a node lost and requests its slices from other nodes."""
 
 NODE_STILL_S: Final = 30.0
-"""How long a node may owe slices and give nothing, though it answers pings, before its client says so and asks others:
-time for it to replace a hung worker (STALL_S) and to make the slice after all, also for many clients."""
+"""Seconds in which a node answers pings but delivers none of the slices it owes, after which its client reports it and
+requests them from other nodes. Long enough for the node to replace a hung worker (STALL_S) and write the slice again,
+also with many clients."""
 
 CLIENT_SILENT_S: Final = 30.0
-"""Silence after which a node forgets a client; longer than the client's patience, so that the client acts first."""
+"""Seconds of silence after which a node forgets a client."""
 
 STALL_S: Final = 10.0
-"""A worker that has been at one record for so long is stopped or hung: it is killed and replaced."""
+"""Seconds that a worker may spend on one record. After that it is stopped or hung; the node kills and replaces it."""
 
 STANDSTILL_S: Final = 5.0
-"""Nothing has moved for so long though something is asked for: time to say where, before STALL_S ends the worker."""
+"""Seconds without any progress, although slices are requested, after which a node logs the stage where it stands."""

@@ -1,31 +1,31 @@
-"""Every error that loader_service raises on purpose, in one tree.
+"""The tree of errors that loader_service raises on purpose, with the exit codes of the command line.
 
 ::
 
-    LoaderServiceError                exit code 1; never raised itself
-    ├── OptionError                   2  an argument or option that cannot work
-    ├── DatasetError                  3  never raised itself
-    │   ├── DatasetNotFound              there is no environment at that path
-    │   ├── DatasetUnfinished            an environment without a manifest
-    │   ├── DatasetInvalid               damaged, foreign, or of another format
+    LoaderServiceError                exit code 1; base class, never raised itself
+    ├── OptionError                   2  an argument or option has an invalid value
+    ├── DatasetError                  3  base class, never raised itself
+    │   ├── DatasetNotFound              no LMDB environment exists at the path
+    │   ├── DatasetUnfinished            the environment has no manifest
+    │   ├── DatasetInvalid               the environment is damaged, foreign, or of another format
     │   ├── RecordError                  one record cannot be read or decoded
-    │   └── TooManyBadRecords            more are bad than may be replaced
-    ├── PictureError                  3  one picture file cannot be used
-    ├── PreprocessingFailed           1  preprocessing cannot go on, for a reason outside of the pictures
-    ├── LinkError                     4  never raised itself
-    │   ├── AddressError                 an address that cannot be parsed, bound or resolved
-    │   ├── NoNodeError                  nobody answered within the time given
-    │   ├── NodeRefused                  a node is there, but serves other bytes
-    │   ├── KeyFileError                 a key file is missing, malformed or open to others
+    │   └── TooManyBadRecords            more records are bad than max_bad allows
+    ├── PictureError                  3  one image file cannot be used
+    ├── PreprocessingFailed           1  preprocessing cannot continue, and no image is the reason
+    ├── LinkError                     4  base class, never raised itself
+    │   ├── AddressError                 an address cannot be parsed, bound or resolved
+    │   ├── NoNodeError                  no node answered in time
+    │   ├── NodeRefused                  a node answered, but its samples would have other bytes
+    │   ├── KeyFileError                 a key file is missing, malformed or readable by others
     │   ├── KeyRefused                   client and node do not accept each other's keys
-    │   └── MessageError                 a message that breaks the protocol's grammar
-    ├── SharedMemoryError             5  no room, or no access, for the slots
-    ├── SlotsHeld                     5  every slot is held by the caller's arrays
-    ├── StateError                    6  a saved state that does not fit this loader
-    └── NodeFailed                    7  a node could not start or go on
+    │   └── MessageError                 a message breaks the protocol
+    ├── SharedMemoryError             5  shared memory is too small or cannot be opened
+    ├── SlotsHeld                     5  the caller's arrays hold every slot
+    ├── StateError                    6  a saved state does not fit this loader
+    └── NodeFailed                    7  a node cannot start or cannot continue
 
-An error keeps its facts as fields and builds its sentence from them: what was wrong, where, and what to do.
-The command line prints the sentence and ends with the exit code; it never shows a traceback for one of these.
+An error keeps its facts as fields and builds one sentence from them: what is wrong, where, and what to do about it.
+The command line prints the sentence and exits with the code; it prints no traceback for these errors.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from pathlib import Path
 
 
 class LoaderServiceError(Exception):
-    """Base of every deliberate error; ``str(error)`` is a whole sentence for a person."""
+    """The base of the tree; ``str(error)`` is a complete sentence for a person."""
 
     exit_code = 1
 
 
 class OptionError(LoaderServiceError):
-    """An argument or option that cannot work."""
+    """An argument or option with an invalid value."""
 
     exit_code = 2
 
@@ -50,31 +50,35 @@ class OptionError(LoaderServiceError):
 
 
 class DatasetError(LoaderServiceError):
-    """Something is wrong with a dataset on disk."""
+    """The base of errors of a dataset on disk."""
 
     exit_code = 3
 
 
 class DatasetNotFound(DatasetError):
-    """There is no environment at that path."""
+    """No LMDB environment exists at the path."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         super().__init__(
-            f"there is no dataset at {path}: make one with `make preprocess` or `python -m tools.preprocess SRC OUT`."
+            f"there is no dataset at {path}: create one with `loader-service preprocess SRC OUT` "
+            "(`make preprocess` in a checkout)."
         )
 
 
 class DatasetUnfinished(DatasetError):
-    """An environment without a manifest: its writer never finished."""
+    """An environment without a manifest, which the writer stores last."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        super().__init__(f"the dataset at {path} has no manifest, so its preprocessing never finished: run it again.")
+        super().__init__(
+            f"the dataset at {path} has no manifest, so its preprocessing never finished: run `loader-service preprocess` "
+            "again with the same arguments."
+        )
 
 
 class DatasetInvalid(DatasetError):
-    """An environment that is damaged, foreign, or of another format."""
+    """An environment that is damaged, was not made by this project, or has another format."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
         self.path, self.reason = Path(path), reason
@@ -82,7 +86,7 @@ class DatasetInvalid(DatasetError):
 
 
 class RecordError(DatasetError):
-    """One record cannot be read or decoded."""
+    """A record that cannot be read or decoded."""
 
     def __init__(self, path: Path | str, record: int, reason: str, source: str = "") -> None:
         self.path, self.record, self.reason, self.source = Path(path), record, reason, source
@@ -91,18 +95,18 @@ class RecordError(DatasetError):
 
 
 class TooManyBadRecords(DatasetError):
-    """More records are bad than the caller allowed to be replaced."""
+    """More bad records than ``max_bad`` allows to be replaced."""
 
     def __init__(self, bad: int, allowed: int, last: str) -> None:
         self.bad, self.allowed, self.last = bad, allowed, last
         super().__init__(
-            f"{bad} records are bad, and max_bad allows {allowed}; the last: {last} "
-            "Mend the dataset (`python -m tools.verify` names all), or allow more."
+            f"{bad} records are bad, and max_bad allows {allowed}; the last one: {last} "
+            "Repair the dataset (`loader-service verify PATH` lists every bad record), or raise max_bad."
         )
 
 
 class PictureError(LoaderServiceError):
-    """One picture file cannot be turned into a record."""
+    """An image file that cannot become a record."""
 
     exit_code = 3
 
@@ -112,11 +116,11 @@ class PictureError(LoaderServiceError):
 
 
 class PreprocessingFailed(LoaderServiceError):
-    """Preprocessing cannot go on, for a reason outside of the pictures: no room, no workers, a folder in use."""
+    """Preprocessing cannot continue, and no image is the reason: a full disk, lost workers, a folder in use."""
 
 
 class LinkError(LoaderServiceError):
-    """Something is wrong between a client and a node."""
+    """The base of errors between a client and a node."""
 
     exit_code = 4
 
@@ -130,18 +134,18 @@ class AddressError(LinkError):
 
 
 class NoNodeError(LinkError):
-    """Nobody answered within the time given."""
+    """No node answered in time."""
 
     def __init__(self, addresses: tuple[str, ...], waited_s: float, doing: str = "no node answered") -> None:
         self.addresses, self.waited_s = addresses, waited_s
         super().__init__(
             f"{doing} within {waited_s:g} s at {', '.join(addresses)}: start one with `loader-service start`, "
-            "or look at what runs there with `loader-service status ADDRESS`."
+            "or check the address with `loader-service status ADDRESS`."
         )
 
 
 class NodeRefused(LinkError):
-    """A node is there, but would give other bytes than this client must have."""
+    """A node answered, but its samples would have other bytes than this client needs."""
 
     def __init__(self, address: str, what: str, need: object, have: object, remedy: str = "") -> None:
         self.address, self.what, self.need, self.have, self.remedy = address, what, need, have, remedy
@@ -150,7 +154,7 @@ class NodeRefused(LinkError):
 
 
 class KeyFileError(LinkError):
-    """A key file is missing, malformed or open to others."""
+    """A key file that is missing, malformed or readable by others."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
         self.path, self.reason = Path(path), reason
@@ -166,15 +170,15 @@ class KeyRefused(LinkError):
 
 
 class MessageError(LinkError):
-    """A message that breaks the protocol's grammar."""
+    """A message that breaks the protocol."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
-        super().__init__(f"a message that is not of this protocol: {reason}.")
+        super().__init__(f"a message breaks the protocol: {reason}.")
 
 
 class SharedMemoryError(LoaderServiceError):
-    """No room, or no access, for the slots."""
+    """Shared memory that is too small or cannot be opened."""
 
     exit_code = 5
 
@@ -189,15 +193,15 @@ class SharedMemoryError(LoaderServiceError):
 
 
 class SlotsHeld(LoaderServiceError):
-    """Every slot is held by the caller's arrays, so that no batch can be made."""
+    """No slot is free for the next batch, because the caller's arrays hold all of them."""
 
     exit_code = 5
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
         super().__init__(
-            f"all {slots} slots are held by arrays that the caller keeps: a batch's arrays are views of a slot, which "
-            "comes back when the last of them is let go. Copy what must be kept (`batch.images.copy()`), or raise prefetch."
+            f"all {slots} slots are held by arrays that the caller keeps: a batch's arrays are views of a slot, which is "
+            "reused when the last of them is released. Copy the arrays to keep (`batch.images.copy()`), or raise prefetch."
         )
 
 
@@ -212,7 +216,7 @@ class StateError(LoaderServiceError):
 
 
 class NodeFailed(LoaderServiceError):
-    """A node could not start or go on."""
+    """A node that cannot start or cannot continue."""
 
     exit_code = 7
 

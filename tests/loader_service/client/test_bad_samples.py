@@ -107,7 +107,7 @@ def test_what_one_node_cannot_read_another_may(start_node: StartNode, damaged_di
 def test_more_than_max_bad_is_an_error_all_the_same(start_node: StartNode, damaged_dir: Path) -> None:
     """With max_bad=1 the second bad record ends the run, and the error says what to do."""
     node = start_node(data=damaged_dir)
-    with pytest.raises(errors.TooManyBadRecords, match=r"2 records are bad, and max_bad allows 1.*tools\.verify"), _load(node.address, on_bad_sample="substitute", max_bad=1) as loader:  # fmt: skip
+    with pytest.raises(errors.TooManyBadRecords, match=r"2 records are bad, and max_bad allows 1.*loader-service verify"), _load(node.address, on_bad_sample="substitute", max_bad=1) as loader:  # fmt: skip
         list(loader)
 
 

@@ -1,4 +1,4 @@
-"""A distributed image-loading service: every sample exactly once, whatever dies.
+"""A distributed image-loading service: each sample exactly once per epoch, even if processes die.
 
 >>> from loader_service import Loader
 >>> with Loader("tcp://127.0.0.1:5555", batch_size=128) as loader:  # doctest: +SKIP
@@ -20,7 +20,7 @@ from loader_service.types import DRAWS, EpochAccount, View
 
 try:
     __version__ = version("loader-service")
-except PackageNotFoundError:  # run from a checkout that was never installed
+except PackageNotFoundError:  # a checkout that was never installed has no metadata
     __version__ = "0"
 
 __all__ = [

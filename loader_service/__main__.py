@@ -1,4 +1,4 @@
-"""``python -m loader_service`` is ``loader-service``."""
+"""The entry of ``python -m loader_service``, the same as the command ``loader-service``."""
 
 from loader_service.cli import main
 

@@ -1,6 +1,7 @@
-"""The value types that every part shares: what a view, a slice and a sample's draws are, and how large they are.
+"""Value types that every part shares: views, slices, draws, dataset facts, and their sizes.
 
-Nothing here does anything: these are frozen values with canonical bytes, so that two machines mean the same by them.
+All of them are frozen values with canonical bytes, so that two machines mean the same thing by them. Section numbers
+refer to the AlexNet paper (Krizhevsky, Sutskever and Hinton, 2012).
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ import numpy as np
 import numpy.typing as npt
 
 RECORD_SIDE_PX: Final = 256
-"""How wide and high records are unless preprocessing is told otherwise (AlexNet paper, section 2)."""
+"""Default width and height of a record, in pixels (section 2)."""
 
 MIN_SIDE_PX: Final = 8
 MAX_SIDE_PX: Final = 1024
-"""Bounds of a record's side: its mean image goes with every Welcome, 12 MiB at most."""
+"""Bounds of a record's side, in pixels. Every Welcome carries the mean image, so the upper bound limits it to 12 MiB."""
 
 CROP_SIDE_PX: Final = 224
-"""What the network sees of a record of the usual side (section 4.1)."""
+"""Default side of a crop from a record of RECORD_SIDE_PX, in pixels (section 4.1)."""
 
 JITTER_SIGMA: Final = 0.1
 """Standard deviation of the colour jitter's alpha (section 4.1)."""
 
 MAX_SLICE: Final = 4096
-"""Most positions that one request may ask for; a bound for what arrives from a socket."""
+"""Upper bound of the positions in one request; requests arrive from sockets, so every number in them is bounded."""
 
 Split = Literal["train", "val"]
 Kind = Literal["train", "center", "ten-crop", "whole"]
@@ -34,39 +35,40 @@ Order = Literal["shuffled", "sequential"]
 Dtype = Literal["uint8", "float16", "float32"]
 
 MAX_EXCLUDED: Final = 1024
-"""Most records that a run may exclude as bad: they travel with every request, and a worse dataset wants mending."""
+"""Upper bound of the records that a run may exclude as bad. Every request carries the list, and a dataset with more bad
+records needs repair."""
 
 DRAWS: Final = np.dtype(
     [("y", "<i2"), ("x", "<i2"), ("flip", "?"), ("shift", "<i2", (3,))],
     align=True,
 )
-"""What chance decided for one sample: the crop's first row and column in the record, whether it was mirrored,
-and the colour shift of each channel (R, G, B) in grey levels. 12 bytes."""
+"""The random draws of one sample, 12 bytes: the first row and column of the crop in the record (pixels), the flip, and
+the colour shift of each channel (R, G, B) in grey levels."""
 
 
 def mean_bytes(side: int) -> int:
-    """Bytes of the mean image of records of ``side`` pixels: (side, side, 3) float32."""
+    """Return the bytes of the mean image of records of ``side`` pixels: (side, side, 3) float32."""
     return side * side * 3 * 4
 
 
 def default_crop(side: int) -> int:
-    """The side of the crops of records of ``side`` pixels where nobody asks for another: 224 of 256, else in proportion."""
+    """Return the default side of a crop from records of ``side`` pixels: 224 of 256, rounded in the same proportion."""
     return (CROP_SIDE_PX * side + RECORD_SIDE_PX // 2) // RECORD_SIDE_PX
 
 
 class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which augmentation policy makes a sample. A value: equal views give equal bytes.
+    """An augmentation policy. Equal views give equal bytes.
 
     Fields:
         kind: ``train`` (random crop, flip, colour jitter), ``center`` (the centre crop), ``ten-crop`` (four corners
             and the centre, then their mirror images), ``whole`` (the record as it is).
-        crop: side of the crop, in pixels; 224 in the paper. 0 means 7/8 of the records' side, and ``whole`` always has
-            that side, which a client fills in before the view leaves it.
-        flip: whether half of the samples are mirrored (``train`` only).
-        jitter: standard deviation of alpha in the colour jitter; 0 switches it off (``train`` only).
-        basis: nine numbers, row by row: ``basis[c][k]`` is what one unit of alpha_k adds to channel c, in grey levels.
-            Empty means the dataset's own (eigenvector times eigenvalue, paper section 4.1), which a client fills in
-            before the view leaves it.
+        crop: side of the crop, in pixels; 224 in the paper. 0 means 7/8 of the records' side (``whole``: all of it); the
+            client replaces 0 by the number before it sends the view.
+        flip: mirror half of the samples (``train`` only).
+        jitter: standard deviation of alpha in the colour jitter; 0 disables it (``train`` only).
+        basis: nine numbers, row by row: one unit of alpha_k adds ``basis[c][k]`` grey levels to channel c. Empty means
+            the dataset's own basis (eigenvector times eigenvalue, section 4.1); the client fills it in before it sends
+            the view.
         order: ``shuffled`` anew for each epoch, or ``sequential``, the records' own order.
     """
 
@@ -89,7 +91,11 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def named(cls, name: str, side: int = RECORD_SIDE_PX) -> View:
-        """The view that a name stands for, ``train``, ``center``, ``ten-crop`` or ``whole``, of records of ``side`` pixels."""
+        """Return the view with a name of ``VIEWS``, for records of ``side`` pixels.
+
+        Raises:
+            ValueError: no view has this name.
+        """
         try:
             view = VIEWS[name]
         except KeyError:
@@ -97,10 +103,10 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(view, crop=0).of_records(side)
 
     def of_records(self, side: int) -> View:
-        """This view of records of ``side`` pixels, its crop filled in.
+        """Return this view for records of ``side`` pixels, with its crop filled in.
 
         Raises:
-            ValueError: the crop is larger than they are.
+            ValueError: the crop is larger than the records.
         """
         crop = side if self.kind == "whole" else self.crop or default_crop(side)
         if crop > side:
@@ -109,7 +115,7 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def samples_per_record(self) -> int:
-        """How many pictures this view makes of one record: 10 for ``ten-crop``, else 1."""
+        """Images that this view makes of one record: 10 for ``ten-crop``, else 1."""
         return 10 if self.kind == "ten-crop" else 1
 
     @property
@@ -124,7 +130,7 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return (10,) if self.kind == "ten-crop" else ()
 
     def canonical(self) -> bytes:
-        """The bytes that stand for this view in identities and saved states."""
+        """Return the bytes that stand for this view in identities and saved states."""
         return msgspec.msgpack.encode(self)
 
 
@@ -141,10 +147,13 @@ Position = Annotated[int, msgspec.Meta(ge=0, le=2**60)]
 
 
 class SliceId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which samples: with the dataset, everything that decides a slice's bytes.
+    """The identity of a slice; together with the dataset it determines every byte of the slice.
 
-    ``start`` and ``count`` are positions in the order of ``epoch`` under ``seed``. ``excluded`` are the records, ascending,
-    whose pixels are replaced by others' because they are bad.
+    Fields:
+        view: the augmentation policy.
+        seed, epoch: the key of the random words, and so of the epoch's order.
+        start, count: the first position in that order, and the number of consecutive positions.
+        excluded: the bad records, in ascending order; pixels of other records replace theirs.
     """
 
     view: View
@@ -156,7 +165,7 @@ class SliceId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SampleLayout(msgspec.Struct, frozen=True):
-    """How many bytes one sample takes in a slot, for one view and dtype."""
+    """The bytes that one sample takes in a slot, for one view and dtype."""
 
     view: View
     dtype: Dtype
@@ -173,7 +182,7 @@ class SampleLayout(msgspec.Struct, frozen=True):
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes of one sample altogether: pixels, an int64 label, draws."""
+        """Bytes of one sample: pixels, an int64 label, draws."""
         return self.image_bytes + 8 + self.draws_bytes
 
 
@@ -181,7 +190,7 @@ Images = npt.NDArray[np.uint8] | npt.NDArray[np.float16] | npt.NDArray[np.float3
 
 
 class Slice(msgspec.Struct):
-    """The arrays that a slice of n samples is written into, wherever they lie.
+    """The arrays that a slice of n samples is written into, in any memory.
 
     Fields:
         images: (n, *view.shape) uint8, or float16 or float32 with the mean's window subtracted.
@@ -195,12 +204,12 @@ class Slice(msgspec.Struct):
 
 
 class StageSeconds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds that went into each stage of making slices; the same stages as ``STAGES``.
+    """Seconds spent in each stage of writing slices; the fields are the stages (``STAGES``).
 
     Fields:
-        read: looking records up, which touches their pages, so that a disk's time is in here.
-        decode: making pixels of jpeg records; nothing for raw ones.
-        augment: cropping, mirroring, shifting colours, subtracting the mean, and writing the result.
+        read: look up records and touch their pages, so that this stage includes the disk's time.
+        decode: decode jpeg records; 0 for raw ones.
+        augment: crop, mirror, shift colours, subtract the mean, and write the result.
     """
 
     read: float = 0.0
@@ -215,22 +224,22 @@ class StageSeconds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 STAGES: Final = StageSeconds.__struct_fields__
-"""What a worker does for a slice, in order; a stage's number is its index."""
+"""The stages of a slice, in order. Workers publish a stage as its index in this tuple."""
 
 
 BUILTIN_GOLDEN: Final = "84ac929c26f8f74d7da07693135ce249"
-"""The hash of the built-in pictures' samples, as every node of this version must make them: see ``data/golden.py``. It
-changes only with what samples are, and whoever changes that makes a version whose runs cannot go on from another's."""
+"""The hash of the samples of the built-in images, which every node of this version must reproduce: see
+``data/golden.py``. A change to the bytes of samples changes it, and then saved states of earlier versions no longer load."""
 
 GoldenHash = Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
 
 
 class Installation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a node is made of, as far as bytes of samples depend on it.
+    """The software of a node, as far as bytes of samples depend on it.
 
     Fields:
-        golden: hash of the built-in pictures' samples, as this node makes them.
-        libraries: versions of what makes them, by name; to be told when the hash is another.
+        golden: hash of the samples of the built-in images, as this node makes them.
+        libraries: version by library name; an error about a different hash lists them.
     """
 
     golden: GoldenHash
@@ -244,12 +253,12 @@ class Installation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DatasetFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a node tells of one split it serves; with a slice's identity, all that decides the bytes.
+    """The facts of one split that a node serves. Together with a slice's identity they determine its bytes.
 
     Fields:
         count: number of records.
-        class_names: by label.
-        mean_image: (side, side, 3) little-endian float32, 0..255, as bytes; its length tells the records' side.
+        class_names: class names, by label.
+        mean_image: (side, side, 3) little-endian float32, 0..255, as bytes; the length gives the records' side.
         channel_means: three means, 0..255.
         eigenvalues: three, of the covariance of RGB in 0..1, the largest first.
         eigenvectors: nine numbers, (3, 3) row by row; column k belongs to eigenvalue k.
@@ -272,8 +281,8 @@ class DatasetFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def side(self) -> int:
-        """How wide and high the records are, in pixels."""
-        return math.isqrt(len(self.mean_image) // 12)
+        """Width and height of the records, in pixels."""
+        return math.isqrt(len(self.mean_image) // 12)  # 3 channels of 4 bytes
 
 
 class EpochAccount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -282,12 +291,12 @@ class EpochAccount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     An epoch is complete when ``delivered == expected``: each sample exactly once.
 
     Fields:
-        epoch: which.
-        expected: positions to deliver, from where the loader (or the state it resumed from) began.
+        epoch: number of the epoch, from 0.
+        expected: positions to deliver, counted from the position at which the loader started or resumed.
         delivered: positions returned to the caller so far, each once.
-        duplicates_refused: answers for a slice that had been given up or was already there.
-        reassigned: slices asked for again, because their node was lost or could not make them.
-        substituted: positions whose record was bad and whose pixels are another's.
+        duplicates_refused: answers for a slice that the client had given up or received before.
+        reassigned: slices requested again, because their node was lost or could not make them.
+        substituted: positions with a bad record, filled with the pixels of another record.
     """
 
     epoch: int
@@ -298,9 +307,9 @@ class EpochAccount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     substituted: int = 0
 
     def continued(self, rest: EpochAccount) -> EpochAccount:
-        """Return the account of an epoch that was left in its middle and continued by another loader.
+        """Return the account of an epoch that one loader started and another finished.
 
-        ``expected`` stays this account's, which counts the whole epoch; ``rest`` expected what was left of it.
+        ``expected`` stays this account's, which counts the whole epoch; ``rest`` counts only the remaining part.
         """
         return EpochAccount(
             epoch=self.epoch,

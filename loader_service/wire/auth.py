@@ -1,17 +1,18 @@
-"""Keys: who may connect to a node, and which node a client will believe.
+"""Keys and authentication: the clients that a node accepts, and the node that a client accepts.
 
-CurveZMQ (RFC 26) encrypts and authenticates both ways, but libzmq lets every client key in unless somebody answers its
-questions (ZAP, RFC 27). The :class:`Authenticator` does, from a list of allowed keys, and nodes always set a ZAP domain
-with enforcement, so that without an authenticator nobody gets in.
+CurveZMQ (RFC 26) encrypts a connection and lets each side prove its key. libzmq accepts any client key unless a handler
+answers its authentication requests (ZAP, RFC 27). The :class:`Authenticator` is that handler; it accepts the keys on a
+list. A node with keys also sets ZAP_ENFORCE_DOMAIN: while no handler runs, libzmq then rejects every key instead of
+accepting every key.
 
-A key is one line of 40 characters (Z85) in a file; lines that begin with # are comments. ``keygen DIR`` makes:
+A key file holds one line of 40 characters (Z85); lines that begin with # are comments. ``keygen DIR`` makes:
 
 ================== ============================== ==========================
-file               what                           who needs it
+file               content                        needed by
 ================== ============================== ==========================
-node.secret        the node's secret key          the node alone
+node.secret        the node's secret key          the node only
 node.key           the node's public key          every client
-client.secret      a client's secret key          that client alone
+client.secret      a client's secret key          that client only
 allowed/client.key that client's public key       the node
 ================== ============================== ==========================
 """
@@ -30,15 +31,18 @@ from zmq.utils import z85
 from loader_service.errors import KeyFileError, OptionError
 
 DOMAIN: Final = b"loader-service"
-KEY_CHARACTERS: Final = 40
+"""ZAP domain of every node's socket."""
 
-_ZAP_ADDRESS: Final = "inproc://zeromq.zap.01"
+KEY_CHARACTERS: Final = 40
+"""Length of a key in Z85: 5 characters for each 4 of its 32 bytes."""
+
+_ZAP_ADDRESS: Final = "inproc://zeromq.zap.01"  # fixed by RFC 27
 _ZAP_FRAMES_CURVE: Final = 7  # version, request id, domain, address, identity, mechanism, key
 
 
 @dataclass(frozen=True)
 class NodeKeys:
-    """What a node must know: its secret key, and the public keys of those who may connect (Z85)."""
+    """The keys of a node: its secret key, and the public keys of the clients that may connect (Z85)."""
 
     secret: bytes
     allowed: frozenset[bytes]
@@ -46,17 +50,17 @@ class NodeKeys:
 
 @dataclass(frozen=True)
 class ClientKeys:
-    """What a client must know: its own secret key, and the public key of its nodes (Z85)."""
+    """The keys of a client: its own secret key, and the public key of its nodes (Z85)."""
 
     secret: bytes
     node: bytes
 
 
 def generate(directory: Path) -> list[Path]:
-    """Make a node's and a client's keys; returns the files made. Existing keys are never overwritten.
+    """Write new keys of a node and a client, and return the paths of the files. Existing files are never overwritten.
 
     Raises:
-        KeyFileError: a file is there already, or cannot be written.
+        KeyFileError: a file exists already, or cannot be written.
     """
     made = []
     for name, public in (("node", directory / "node.key"), ("client", directory / "allowed" / "client.key")):
@@ -69,26 +73,26 @@ def generate(directory: Path) -> list[Path]:
 
 
 def node_keys(directory: Path) -> NodeKeys:
-    """Read a node's keys from the directory that :func:`generate` made; add clients by adding files to ``allowed``.
+    """Read a node's keys from a directory that :func:`generate` made. Each file in ``allowed`` lets one client in.
 
     Raises:
-        KeyFileError: a file is missing, malformed, or a secret that others can read.
+        KeyFileError: a file is missing or malformed, or others can read a secret.
     """
     allowed = frozenset(_read(path, secret=False) for path in sorted((directory / "allowed").glob("*.key")))
     if not allowed:
-        raise KeyFileError(directory / "allowed", "there is no client's key in it, so nobody could connect")
+        raise KeyFileError(directory / "allowed", "it holds no client's key, so nobody could connect")
     return NodeKeys(_read(directory / "node.secret", secret=True), allowed)
 
 
 def client_keys(server_key: str | Path, client_key: str | Path) -> ClientKeys:
-    """A client's keys, given as files.
+    """Read a client's keys.
 
     Args:
-        server_key: file with the node's public key (``node.key``), or the 40 characters themselves.
-        client_key: file with the client's secret key (``client.secret``).
+        server_key: path of the node's public key (``node.key``), or the 40 characters of the key.
+        client_key: path of the client's secret key (``client.secret``).
 
     Raises:
-        KeyFileError: a file is missing, malformed, or a secret that others can read.
+        KeyFileError: a file is missing or malformed, or others can read a secret.
     """
     text = str(server_key)
     node = _checked(text, Path("server_key")) if len(text) == KEY_CHARACTERS and not Path(text).exists() else None
@@ -96,22 +100,22 @@ def client_keys(server_key: str | Path, client_key: str | Path) -> ClientKeys:
 
 
 def chosen_keys(server_key: str | Path | None, client_key: str | Path | None) -> ClientKeys | None:
-    """A client's keys, or None if it was given none.
+    """Return the keys that a client's options name, or None if both are None.
 
     Raises:
-        OptionError: one was given without the other.
+        OptionError: one is given without the other.
         KeyFileError: see :func:`client_keys`.
     """
     if server_key is None and client_key is None:
         return None
     if server_key is None or client_key is None:
         missing = "server_key" if server_key is None else "client_key"
-        raise OptionError(missing, None, "both keys or none: the node's public one and this client's secret one")
+        raise OptionError(missing, None, "both keys or neither: the node's public key and this client's secret key")
     return client_keys(server_key, client_key)
 
 
 def secure_node(router: zmq.Socket[bytes], keys: NodeKeys) -> None:
-    """Make a socket that is not yet bound take only clients that prove an allowed key."""
+    """Restrict a node's socket to clients that prove an allowed key. Call it before the socket is bound."""
     router.setsockopt(zmq.CURVE_SERVER, 1)
     router.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
     router.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
@@ -119,16 +123,17 @@ def secure_node(router: zmq.Socket[bytes], keys: NodeKeys) -> None:
 
 
 def secure_client(dealer: zmq.Socket[bytes], keys: ClientKeys) -> None:
-    """Make a socket that is not yet connected believe only the node whose key it knows."""
+    """Restrict a client's socket to the node that proves its key. Call it before the socket is connected."""
     dealer.setsockopt(zmq.CURVE_SERVERKEY, keys.node)
     dealer.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
     dealer.setsockopt(zmq.CURVE_PUBLICKEY, zmq.curve_public(keys.secret))
 
 
 class Authenticator:
-    """Answers libzmq's question, for each connection, whether its key may come in.
+    """The ZAP handler of a node: it answers libzmq, for each connection, whether the client's key is allowed.
 
-    Poll :attr:`socket` and call :meth:`answer` when it is readable. Must be made before the node's socket is bound.
+    Poll :attr:`socket` and call :meth:`answer` when it is readable. Create the authenticator before the node's socket is
+    bound, since libzmq rejects clients as long as no handler runs.
     """
 
     def __init__(self, context: zmq.Context[Any], keys: NodeKeys) -> None:
@@ -139,26 +144,28 @@ class Authenticator:
         self.socket.bind(_ZAP_ADDRESS)
 
     def answer(self) -> str:
-        """Answer one question; returns the address of who was refused, or an empty string."""
+        """Answer one request, and return the address of a refused client, or an empty string."""
         frames = self.socket.recv_multipart()
+        # libzmq itself sends these frames; the checks guard against another mechanism on the same context.
         known = len(frames) == _ZAP_FRAMES_CURVE and frames[5] == b"CURVE" and frames[2] == DOMAIN
         welcome = known and len(frames[6]) == 32 and z85.encode(frames[6]) in self._allowed
         verdict = (b"200", b"OK") if welcome else (b"400", b"the key is not allowed")
         self.socket.send_multipart([b"1.0", frames[1] if len(frames) > 1 else b"", *verdict, b"", b""])
         self.refused += not welcome
-        return "" if welcome else frames[3].decode("utf-8", "replace") if len(frames) > 3 else "somebody"
+        return "" if welcome else frames[3].decode("utf-8", "replace") if len(frames) > 3 else "an unknown address"
 
     def close(self) -> None:
-        """Answer no more: from now on nobody gets in."""
+        """Stop answering; libzmq rejects every client from now on."""
         self.socket.close()
 
 
 def _write(path: Path, text: str, mode: int) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # O_EXCL: never overwrite a key. The mode is set at creation, so that a secret is never readable by others.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except OSError as error:
-        raise KeyFileError(path, f"it cannot be made ({error.strerror})") from error
+        raise KeyFileError(path, f"it cannot be created ({error.strerror})") from error
     with os.fdopen(descriptor, "w") as file:
         file.write(text)
 
@@ -170,9 +177,9 @@ def _read(path: Path, *, secret: bool) -> bytes:
     except (OSError, UnicodeDecodeError) as error:
         raise KeyFileError(path, f"it cannot be read ({error})") from error
     if secret and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise KeyFileError(path, f"others can read it (mode {mode & 0o777:o}); do `chmod 600 {path}`")
+        raise KeyFileError(path, f"others can read it (mode {mode & 0o777:o}); run `chmod 600 {path}`")
     if len(lines) != 1:
-        raise KeyFileError(path, "it must hold one line with a key")
+        raise KeyFileError(path, "it must hold exactly one line with a key")
     return _checked(lines[0], path)
 
 
@@ -181,5 +188,5 @@ def _checked(text: str, path: Path) -> bytes:
         if len(text) != KEY_CHARACTERS or len(z85.decode(text.encode("ascii"))) != 32:
             raise ValueError("length")
     except (ValueError, KeyError, UnicodeEncodeError) as error:
-        raise KeyFileError(path, f"what it holds is not a key of {KEY_CHARACTERS} characters (Z85)") from error
+        raise KeyFileError(path, f"its content is not a key of {KEY_CHARACTERS} characters (Z85)") from error
     return text.encode("ascii")

@@ -1,28 +1,42 @@
-"""The grammar of the wire: every message that a client and a node exchange.
+"""The wire protocol: every message that a client and a node exchange.
 
-A message is one frame of MessagePack, a map with its type under ``t``. A request without a place is answered in frames:
-the slice's pixels in order, a piece after each :class:`Pixels`, then its labels and draws one after the other, after the
-:class:`Filled`. Pieces are small enough for a cache, so that a slice is still being sent while its first bytes are copied
-to their slot. A client may open further connections, its lanes, and have slices sent by them; a lane's identity is the
-client's and one byte more, so that nobody can have them sent to somebody else. Everything is bounded and checked on arrival; nothing is ever executed or unpickled.
+The client's socket is a ZeroMQ DEALER, the node's a ROUTER. A message is one frame of MessagePack, a map with the tag of
+its type under ``t``; two types are followed by a frame of bytes, in the same ZeroMQ message. Fields are bounded and
+checked on arrival; nothing that arrives is executed or unpickled.
 
-========== =================== ==================================================================
-from       message             meaning
-========== =================== ==================================================================
-client     Hello               who I am; answer with what you serve
-node       Welcome             instance, workers, golden hashes, and the facts of every split
-client     Attach              open my segment of shared memory and prove it by its nonce
-node       Attached            I can write there; or why I cannot
-client     Request             make this slice, and put it there or send it
-node       Pixels              here is the next piece of it
-node       Filled              it is done
-node       Failed              it cannot be done: this record is bad
-node       UnknownClient            I do not know you (any more): say Hello
-either     Ping, Pong          a sign of life
-client     Bye                 I am leaving; forget my requests
-client     StatusQuery         how are you
-node       Status              like this
-========== =================== ==================================================================
+========== =============== ============ ===========================================================================
+sender     message         tag          meaning
+========== =============== ============ ===========================================================================
+client     Hello           hello        introduces the client; a repeated Hello discards its earlier requests
+node       Welcome         welcome      answers Hello: instance, workers, golden hashes, facts of every split
+client     Attach          attach       asks the node to open the client's segment of shared memory
+node       Attached        attached     answers Attach: the nonce read from the segment, or the reason of a failure
+client     Request         request      asks for one slice, to be written to a place or sent in frames
+node       Pixels          pixels       carries a frame of the slice's pixels
+node       Filled          filled       answers Request: the slice is complete
+node       Failed          failed       answers Request: the slice cannot be made, and which record is the reason
+node       UnknownClient   stranger     the node does not know the sender; it must say Hello again
+both       Ping            ping         asks for a Pong; the node answers at once
+both       Pong            pong         shows that the sender is alive
+client     Bye             bye          the client leaves; the node discards its requests
+client     StatusQuery     status?      asks for a Status; needs no Hello
+node       Status          status       answers StatusQuery: state and counters of the node
+========== =============== ============ ===========================================================================
+
+A conversation::
+
+    Hello    -> Welcome
+    Attach   -> Attached                                shared memory only: the nonce proves that both see one segment
+    Request  -> Filled                                  with a place: the slice lies in the client's segment
+    Request  -> Pixels + frame, ..., Filled + frame     without a place: the slice travels in frames
+    Request  -> Failed
+
+**Slices in frames.** Each Pixels carries the next pixels of the slice, in order; the Filled carries its labels and then
+its draws. The frames are small enough for a CPU's cache, and the client copies one while the node sends the next.
+
+**Lanes.** A client may open more connections to the same node, its lanes, and name a lane in each request; the frames
+then come over that lane. A lane's identity is the client's 16 bytes plus one byte with its number, so no client can
+direct frames to another. A lane carries Ping, Pong and frames, nothing else.
 """
 
 from __future__ import annotations
@@ -37,38 +51,46 @@ from loader_service.errors import MessageError
 from loader_service.types import DatasetFacts, Dtype, Installation, SliceId, Split, StageSeconds
 
 PROTOCOL: Final = 5
-"""Goes up whenever a message changes its shape or its meaning."""
+"""Version of the protocol; it increases when any message changes its fields or its meaning."""
 
 CLIENT_ID_BYTES: Final = 16
+"""Random bytes that identify a client; they are the routing identity of its socket."""
+
 MAX_CONNECTIONS: Final = 16
-"""Of one client with one node: its own and its lanes, numbered from 1."""
+"""Upper bound of the connections between one client and one node: number 0 is the client's own, the others are lanes."""
 
 MAX_CLIENT_MESSAGE_BYTES: Final = 16_384
-"""Largest message a node takes from a client; libzmq cuts the connection of who sends more."""
+"""Upper bound of a client's message; libzmq closes the connection of a peer that sends a larger one."""
 
+# Types of fields, with their bounds.
 Name = Annotated[str, Meta(max_length=255)]
 Text = Annotated[str, Meta(max_length=4096)]
 Instance = Annotated[str, Meta(min_length=32, max_length=32)]
 Counter = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+# \Z, since $ would also match before a final newline. A name that matches cannot lead out of /dev/shm.
 SegmentName = Annotated[str, Meta(pattern=r"^loader-service-[0-9a-f]{32}\Z")]
 Nonce = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
 class _Message(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=True):
-    """Base of all messages: a map with the type's name under ``t``."""
+    """The base of all messages: a map with the type's tag under ``t``."""
 
 
 class Hello(_Message, frozen=True, tag="hello"):
-    """A client introduces itself. ``client`` is for people to read: host and process."""
+    """The introduction of a client. ``client`` is a name for people: host and process."""
 
     protocol: int
     client: Name
 
 
 class Welcome(_Message, frozen=True, tag="welcome"):
-    """A node's answer to Hello. ``slot_bytes`` bounds a slice that is sent in frames.
+    """The node's answer to Hello.
 
-    ``installation`` proves that the node makes the bytes that it must, and each split's facts that they are of that dataset.
+    Fields:
+        instance: random identity of this run of the node; requests carry it.
+        slot_bytes: upper bound of a slice that is sent in frames.
+        installation: golden hash that shows that the node's software makes the right bytes.
+        splits: facts of each split, which show that its dataset is the right one.
     """
 
     protocol: int
@@ -80,13 +102,13 @@ class Welcome(_Message, frozen=True, tag="welcome"):
 
 
 class Attach(_Message, frozen=True, tag="attach"):
-    """Asks the node to open the client's shared memory."""
+    """A client's request to open its segment of shared memory."""
 
     segment: SegmentName
 
 
 class Attached(_Message, frozen=True, tag="attached"):
-    """The nonce read in the segment, or an empty one and the reason why it cannot be opened."""
+    """The node's answer to Attach: the nonce read from the segment, or an empty one and the reason of the failure."""
 
     segment: SegmentName
     nonce: Annotated[bytes, Meta(max_length=16)]
@@ -94,7 +116,12 @@ class Attached(_Message, frozen=True, tag="attached"):
 
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where in the client's segment a slice goes: byte offsets from its start, and the part that guards it."""
+    """The place of a slice in the client's segment.
+
+    Fields:
+        part, generation: the part that guards the place, and the generation in which it may be written: see ``shm.py``.
+        images, labels, draws: offsets of the three arrays from the segment's start, in bytes.
+    """
 
     part: Annotated[int, Meta(ge=0, le=2**20)]
     generation: Counter
@@ -104,10 +131,15 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Request(_Message, frozen=True, tag="request"):
-    """A credit and an order in one: the client has room for this slice.
+    """A request for one slice. It is also a credit: the client has a free slot for the slice.
 
-    Without a place the slice comes back in frames, by the client's lane of that number; 0 is the connection that asks.
-    ``instance`` is the node's that was asked; any other drops it.
+    Fields:
+        instance: the instance of the node that the client means. Any other instance drops the request, so a request that
+            was queued for a dead node writes nothing.
+        id: number of the request, chosen by the client; the answer repeats it.
+        what: identity of the slice.
+        place: destination in shared memory; None to receive the slice in frames.
+        lane: the connection that carries the frames; 0 is the one that carried the request.
     """
 
     instance: Instance
@@ -120,26 +152,29 @@ class Request(_Message, frozen=True, tag="request"):
 
     def __post_init__(self) -> None:
         if not self.what.view.crop:
-            raise ValueError("a request's view says how large its crops are, not 0")
+            raise ValueError("the view of a request must state the side of its crops, not 0")
 
 
 class Pixels(_Message, frozen=True, tag="pixels"):
-    """A frame follows: the pixels of the slice of request ``id`` from byte ``start`` on, where the last piece ended."""
+    """The head of a frame of pixels of request ``id``; they start at byte ``start`` of the slice, where the last ended."""
 
     id: Counter
     start: Counter
 
 
 class Filled(_Message, frozen=True, tag="filled"):
-    """The slice of request ``id`` is complete; if it had no place, a frame with its labels and draws follows."""
+    """The slice of request ``id`` is complete. Without a place, a frame with its labels and then its draws follows."""
 
     id: Counter
 
 
 class Failed(_Message, frozen=True, tag="failed"):
-    """The slice of request ``id`` cannot be made here: ``record`` is bad, because; -1 if no record is to blame.
+    """The slice of request ``id`` cannot be made by this node.
 
-    ``source`` is the name of the file that the record was made from, if it is known.
+    Fields:
+        record: number of the bad record; -1 if the reason is not a record.
+        reason: sentence for people.
+        source: name of the file that the record was made from, if it is known.
     """
 
     id: Counter
@@ -149,11 +184,11 @@ class Failed(_Message, frozen=True, tag="failed"):
 
 
 class UnknownClient(_Message, frozen=True, tag="stranger"):
-    """The node does not know this client: it was restarted, or has not heard from it for long."""
+    """The node does not know this client: it was restarted, or the client was silent for too long."""
 
 
 class Ping(_Message, frozen=True, tag="ping"):
-    """A sign of life that asks for one."""
+    """A sign of life that asks for a Pong."""
 
 
 class Pong(_Message, frozen=True, tag="pong"):
@@ -161,11 +196,11 @@ class Pong(_Message, frozen=True, tag="pong"):
 
 
 class Bye(_Message, frozen=True, tag="bye"):
-    """The client leaves."""
+    """The end of a client; the node discards its requests."""
 
 
 class StatusQuery(_Message, frozen=True, tag="status?"):
-    """Asks for a node's status; needs no Hello."""
+    """A request for the node's status; it needs no Hello."""
 
 
 class WorkerState(StrEnum):
@@ -177,10 +212,15 @@ class WorkerState(StrEnum):
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
-    """One worker: its process, what it does, the slices and samples it has made, seconds it worked.
+    """The status of one worker.
 
-    ``stages`` is where those seconds went, ``stage`` the one it is in (empty: in none), ``record`` what it is at (-1:
-    nothing).
+    Fields:
+        pid: its process; 0 while it starts.
+        slices, samples: written since the node started, also by earlier processes of this worker.
+        busy_s: seconds that it worked on leases.
+        stages: the same seconds, by stage.
+        stage: the stage that it is in now; empty if none.
+        record: the record that it reads now; -1 if none.
     """
 
     pid: int
@@ -194,7 +234,14 @@ class WorkerStatus(msgspec.Struct, frozen=True):
 
 
 class ClientStatus(msgspec.Struct, frozen=True):
-    """One client: its name, how it is reached (shm or tcp), queue length, slices, samples and bytes delivered."""
+    """The status of one client.
+
+    Fields:
+        name: for people, from its Hello.
+        transport: ``shm`` if the node writes into its segment, ``tcp`` if it sends frames.
+        queued: requests that wait for a worker or a send slot.
+        slices, samples, delivered_bytes: delivered since its Hello.
+    """
 
     name: str
     transport: str
@@ -205,10 +252,18 @@ class ClientStatus(msgspec.Struct, frozen=True):
 
 
 class Status(_Message, frozen=True, tag="status"):
-    """What a node tells of itself: how it is, and sums since its start, whose differences are rates.
+    """The status of a node: its present state, and counters since its start, whose differences are rates.
 
-    ``bad_samples`` counts how often a record was called bad; ``send_s`` is the time that send slots waited for their
-    bytes to leave, summed over slices.
+    Fields:
+        splits: fingerprint by split.
+        leases: slices that workers hold now.
+        reassigned: leases that moved to another worker.
+        restarts: workers that died and were replaced.
+        refused: messages that broke the protocol, requests that no node could serve, and keys that are not allowed.
+        queued: requests that wait for a worker or a send slot.
+        bad_samples: failures that named a record.
+        send_slots, send_slots_used: slots for slices in frames, and those in use.
+        send_s: seconds from handing a slice to libzmq to the release of its slot, summed over slices.
     """
 
     protocol: int
@@ -234,7 +289,7 @@ class Status(_Message, frozen=True, tag="status"):
 
 
 class _Version(msgspec.Struct):
-    """What a Welcome or a Status states in every version, whatever else it holds there."""
+    """The fields that a Welcome and a Status have in every version of the protocol."""
 
     t: str
     protocol: int
@@ -250,33 +305,34 @@ _version = msgspec.msgpack.Decoder(_Version)
 
 
 def lane_id(client: bytes, lane: int) -> bytes:
-    """The routing identity of a client's lane; of the client itself for lane 0."""
+    """Return the routing identity of a client's lane: for lane 0 the client's own."""
     return client + bytes([lane]) if lane else client
 
 
 def encode(message: FromClient | FromNode) -> bytes:
-    """A message as one frame."""
+    """Encode a message as one frame."""
     return _encoder.encode(message)
 
 
 def decode_from_client(frame: bytes | memoryview) -> FromClient:
-    """What a client sent.
+    """Decode a frame from a client.
 
     Raises:
-        MessageError: it is none of a client's messages, or out of bounds.
+        MessageError: the frame is no message of a client, or a field is out of bounds.
     """
     try:
         message: FromClient = _from_client.decode(frame)
+    # ValueError: the checks in __post_init__. RecursionError: maps nested deeper than Python's stack.
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise MessageError(str(error)) from error
     return message
 
 
 def decode_from_node(frame: bytes | memoryview) -> FromNode:
-    """What a node sent.
+    """Decode a frame from a node.
 
     Raises:
-        MessageError: it is none of a node's messages, or out of bounds.
+        MessageError: the frame is no message of a node, or a field is out of bounds.
     """
     try:
         message: FromNode = _from_node.decode(frame)
@@ -286,7 +342,7 @@ def decode_from_node(frame: bytes | memoryview) -> FromNode:
 
 
 def protocol_of(frame: bytes | memoryview) -> int | None:
-    """The protocol version that a node's message states, also where the rest of it cannot be read; None if it states none."""
+    """Return the protocol version in a node's message, even if this version cannot decode the rest; None without one."""
     try:
         return _version.decode(frame).protocol
     except (msgspec.MsgspecError, ValueError, RecursionError):

@@ -1,20 +1,36 @@
-"""Shared-memory segments and the slots in them: who may write where, and when a slot comes back.
+"""Shared-memory segments: who may write a part, and when a slot can be reused.
 
-Rules of this file:
+A **segment** is a file in /dev/shm with a random name, or a memfd without one. Its owner (a client, or a node for its send
+slots) creates it; writers (workers) open it. The data is guarded in **parts**, one per slice of a slot. Layout, integers
+little-endian::
 
-- A **segment** is a file in /dev/shm with an unguessable name (or a memfd without one). Its maker holds a lock on its
-  first byte for as long as it lives; a segment whose lock is free is an orphan, and :func:`sweep` removes it.
-- A segment's data is guarded in **parts**. Each part has a generation word, and the same bytes of the file serve as
-  its lock. A writer (a node's worker) may write a part only inside :meth:`Segment.writing`: it locks, checks that the
-  generation is the one its lease names, writes, unlocks. The owner (a client) changes a generation only by
-  :meth:`Segment.arm`, which takes the same lock. So after ``arm`` no earlier lease can write the part any more, also
-  not from a process that was stopped for minutes or lost its node; and where ``arm`` fails, a late writer is at work
-  and the owner must not use the part.
-- Locks are open-file-description locks: held under SIGSTOP, released by the kernel when the last descriptor is gone,
-  as after SIGKILL, and valid between containers that share /dev/shm. Each user of a segment opens it by itself, for
-  locks conflict between descriptions, not between processes.
+    0                 HEADER: magic, nonce, number of parts, offset of the data
+    PAGE_BYTES        one u64 per part: its generation
+    data_offset       the data, from a page boundary to the end
 
-Layout, little-endian: HEADER in the first page; then one u64 generation per part; then, from a page boundary, data.
+**The problem.** A writer can be late: its process was stopped (SIGSTOP, a debugger), it is the orphan of a killed node, or
+its lease lay in a queue. By then the owner has given the slice up and has assigned the memory to another one. A late write
+would put the old slice into the new batch. A pid proves nothing here, since containers have pids of their own.
+
+**The solution**, for each part, is a generation number and a lock:
+
+1. The owner *arms* a part (:meth:`Segment.arm`): it takes the part's lock, increments the generation, and releases the
+   lock. The lease that it then sends names the new generation.
+2. A writer *claims* the part (:meth:`Segment.writing`): it takes the lock, compares the generation with its lease's, and
+   writes only if they are equal. It keeps the lock while it writes.
+3. A late writer that claims the part finds another generation and writes nothing (``Claim.GIVEN_UP``).
+4. A late writer that was stopped while writing still holds the lock. Then ``arm`` fails, and the owner must not use the
+   part: it moves the batch to another slot and tries again later.
+
+So after a successful ``arm``, no earlier lease can write into the part.
+
+**The locks** are open-file-description locks (F_OFD_SETLK in fcntl(2)) on the first byte of the generation. Such a lock
+belongs to one opening of the file. A stopped process keeps it; the kernel releases it when the last descriptor of that
+opening closes, and so within a millisecond of SIGKILL. It works between containers that share /dev/shm. Two users that
+share one opening would not exclude each other, so each user opens the segment for itself.
+
+**Orphans.** The owner holds a lock on byte 0 of the segment as long as it lives. A segment without this lock has lost its
+owner, and :func:`sweep` removes it.
 """
 
 from __future__ import annotations
@@ -38,9 +54,10 @@ import numpy.typing as npt
 
 from loader_service.errors import SharedMemoryError
 
-DIRECTORY: Final = Path("/dev/shm")  # noqa: S108 - POSIX shared memory lives here; names are random, files made with O_EXCL
+DIRECTORY: Final = Path("/dev/shm")  # noqa: S108 - POSIX shared memory; names are random
 HEADER: Final = struct.Struct("<16s16sIIQ")
-"""magic, nonce, number of parts, 4 bytes of zeros, offset of the data."""
+"""Magic, nonce, number of parts, 4 bytes of zeros, offset of the data."""
+
 MAGIC: Final = b"loader-service 1"
 PAGE_BYTES: Final = 4096
 GENERATION_BYTES: Final = 8
@@ -51,17 +68,20 @@ _OWNER_LOCK_AT: Final = 0
 
 
 class Claim(StrEnum):
-    """Outcomes of a writer's attempt to take a part. Only OURS permits it to write."""
+    """Results of a writer's claim to a part. Only OURS permits it to write."""
 
     OURS = "ours"
+    """The writer holds the lock and the generation is its lease's."""
     BUSY = "busy"
+    """Another writer holds the lock."""
     GIVEN_UP = "given up"
+    """The owner has armed the part again since, so the lease is void."""
 
 
 class Segment:
-    """A mapped segment. Made by :meth:`create`, opened by others with :meth:`attach`.
+    """A mapped segment. The owner makes it with :meth:`create`, writers open it with :meth:`attach`.
 
-    One owner, one mapping each; not safe to use from several threads at once, except for reading and writing data.
+    Threads may read and write the data at the same time; everything else is for one thread only.
     """
 
     def __init__(self, descriptor: int, name: str, size: int) -> None:
@@ -74,27 +94,29 @@ class Segment:
 
     @classmethod
     def create(cls, data_bytes: int, parts: int, *, named: bool = True, reserve: bool = True) -> Segment:
-        """Make a segment.
+        """Create a segment.
 
         Args:
-            data_bytes: size of the data area.
-            parts: how many parts guard it.
-            named: in /dev/shm, for others to open by name; otherwise private to this process and its children.
-            reserve: allocate all its memory at once, so that no later write can fail. What has a name must: /dev/shm
-                may be full by then, and a write to it a bus error.
+            data_bytes: size of the data, in bytes.
+            parts: number of parts.
+            named: create it in /dev/shm, for other processes to open by name; otherwise only this process and its
+                children can use it.
+            reserve: allocate all of its memory at once. A named segment always does: a later write into a full /dev/shm
+                would end the process with SIGBUS.
 
         Raises:
-            SharedMemoryError: there is not enough room.
+            SharedMemoryError: there is not enough memory.
         """
         data_offset = _round_up(PAGE_BYTES + parts * GENERATION_BYTES)
         size = data_offset + _round_up(data_bytes)
         descriptor = _allocate(size, named=named, reserve=reserve or named)
         try:
             os.pwrite(descriptor, HEADER.pack(MAGIC, secrets.token_bytes(16), parts, 0, data_offset), 0)
-            _lock(descriptor, fcntl.F_WRLCK, _OWNER_LOCK_AT)
+            _lock(descriptor, fcntl.F_WRLCK, _OWNER_LOCK_AT)  # held until this descriptor is closed
             name = f"loader-service-{secrets.token_hex(16)}" if named else ""
-            if named:  # it appears under its name only now, whole and owned, so that no sweep can mistake it
-                # A directory's descriptor, though the path is absolute, makes Python call linkat, which follows links.
+            if named:
+                # The name comes last: a sweep in another process must never see a segment whose owner lock is free.
+                # src_dir_fd has no effect on an absolute path, but makes Python call linkat(2), which follows the link.
                 os.link(f"/proc/self/fd/{descriptor}", DIRECTORY / name, src_dir_fd=descriptor, follow_symlinks=True)
             return cls(descriptor, name, size)
         except BaseException:
@@ -106,11 +128,12 @@ class Segment:
         """Open another process's segment.
 
         Raises:
-            SharedMemoryError: there is none of that name here, or it is not a segment.
+            SharedMemoryError: no segment has that name on this machine.
         """
         if not _NAME.fullmatch(name):
             raise SharedMemoryError(f"{name!r} is not a segment's name")
         try:
+            # O_NOFOLLOW: a client must not make a node open another file through a symbolic link.
             descriptor = os.open(DIRECTORY / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             raise SharedMemoryError(f"the segment {name} cannot be opened here ({error.strerror})") from error
@@ -128,14 +151,19 @@ class Segment:
             raise
 
     def reopen(self) -> Segment:
-        """A forked child's own opening of a segment that it inherited: locks are between openings."""
+        """Open an inherited segment anew, for a forked child: locks exclude openings from each other, not processes."""
         return Segment(os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDWR | os.O_CLOEXEC), self.name, self.size)
 
     def array(self, offset: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """An array over the data: ``offset`` counts bytes from the segment's start.
+        """Return an array over the data.
+
+        Args:
+            offset: of its first byte, in bytes from the segment's start.
+            shape: of the array.
+            dtype: of the array.
 
         Raises:
-            SharedMemoryError: it would reach outside of the data area.
+            SharedMemoryError: the array would reach outside of the data.
         """
         kind = np.dtype(dtype)
         length = math.prod(shape) * kind.itemsize
@@ -144,7 +172,7 @@ class Segment:
         return np.ndarray(shape, kind, self._bytes, offset)
 
     def arm(self, part: int) -> int | None:
-        """Owner: begin a new generation of a part and return it; None if a late writer holds the part."""
+        """Begin a new generation of a part and return it; None if a late writer holds the part. For the owner."""
         if not _lock(self._descriptor, fcntl.F_WRLCK, self._lock_at(part)):
             return None
         self._generations[part] += 1
@@ -154,9 +182,17 @@ class Segment:
 
     @contextmanager
     def writing(self, part: int, generation: int) -> Iterator[Claim]:
-        """Writer: hold a part. It may be written only if this gives ``ours``.
+        """Claim a part and hold it for the length of the ``with`` block. For writers.
 
-        ``busy``: another holds the part at this moment. ``given up``: it has another generation, the lease is void.
+        Args:
+            part: number of the part.
+            generation: the one that the lease names.
+
+        Yields:
+            Whether the part may be written: only if ``Claim.OURS``.
+
+        Raises:
+            SharedMemoryError: the segment has no such part.
         """
         if not 0 <= part < self.parts:
             raise SharedMemoryError(f"the segment has no part {part}")
@@ -164,27 +200,28 @@ class Segment:
             yield Claim.BUSY
             return
         try:
+            # The comparison comes after the lock: before it, the owner could arm the part in between.
             yield Claim.OURS if int(self._generations[part]) == generation else Claim.GIVEN_UP
         finally:
             _lock(self._descriptor, fcntl.F_UNLCK, self._lock_at(part))
 
     def orphaned(self) -> bool:
-        """Whether the segment's maker is gone."""
+        """Return whether the owner of the segment is gone."""
         return _free(self._descriptor, _OWNER_LOCK_AT)
 
     def unlink(self) -> None:
-        """Take the segment's name away; mappings stay valid."""
+        """Remove the segment's name; mappings stay valid."""
         if self.name:
             (DIRECTORY / self.name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let go of the segment. The mapping itself goes when the last array over it does."""
+        """Close the segment. The mapping disappears with the last array over it."""
         if self._descriptor < 0:
             return
         os.close(self._descriptor)
         self._descriptor = -1
         del self._generations, self._bytes
-        with suppress(BufferError):  # arrays over the data are still out there, and keep the mapping alive
+        with suppress(BufferError):  # arrays over the data exist, and keep the mapping alive
             self._map.close()
 
     def _lock_at(self, part: int) -> int:
@@ -192,16 +229,16 @@ class Segment:
 
 
 class Hold:
-    """Keeps a slot away from its owner until the last array over it is gone.
+    """A hold on a slot, which lasts until the last array over the slot is garbage-collected.
 
-    ``np.asarray(hold)`` and every view of that array keep the hold alive; when it is collected, by whichever thread and
-    at whatever moment, ``release`` is called. It must be safe to call from anywhere: append to a deque, wake a loop.
+    ``np.asarray(hold)`` and every view of that array keep the hold alive. Its finaliser calls ``release``, in any thread
+    and between any two instructions, so ``release`` may only append to a deque or wake a loop.
     """
 
     __slots__ = ("__array_interface__", "_array", "_release")
 
     def __init__(self, array: npt.NDArray[np.uint8], release: Callable[[], None]) -> None:
-        self._array, self._release = array, release  # the array keeps the mapping alive
+        self._array, self._release = array, release  # a reference to the array keeps the mapping alive
         self.__array_interface__ = array.__array_interface__
 
     def __del__(self) -> None:
@@ -209,14 +246,14 @@ class Hold:
 
 
 def sweep() -> list[str]:
-    """Remove the segments of makers that are gone, and return their names. Others' live segments stay."""
+    """Remove the segments whose owner is gone, and return their names."""
     removed = []
     for path in DIRECTORY.glob("loader-service-*"):
         if not _NAME.fullmatch(path.name):
             continue
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:  # another user's, or gone since
+        except OSError:  # it belongs to another user, or is gone already
             continue
         try:
             if _free(descriptor, _OWNER_LOCK_AT):
@@ -228,8 +265,8 @@ def sweep() -> list[str]:
 
 
 def _allocate(size: int, *, named: bool, reserve: bool) -> int:
-    """A descriptor of ``size`` bytes of zeroed memory, all of it allocated if ``reserve``."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE
+    """Return a descriptor of ``size`` bytes of zeroed memory, all of it allocated if ``reserve``."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE  # O_TMPFILE: no name yet, see create
     descriptor = os.open(DIRECTORY, flags, 0o600) if named else os.memfd_create("loader-service", os.MFD_CLOEXEC)
     try:
         if reserve:
@@ -245,13 +282,13 @@ def _allocate(size: int, *, named: bool, reserve: bool) -> int:
             "there is not enough shared memory for the slots",
             size,
             room.f_bavail * room.f_frsize,
-            "enlarge /dev/shm (docker: --shm-size), or ask for smaller batches or fewer slots (prefetch)",
+            "enlarge /dev/shm (docker: --shm-size), or use a smaller batch_size or prefetch",
         ) from error
     return descriptor
 
 
 def _lock(descriptor: int, kind: int, at: int) -> bool:
-    """Take or release the lock on one byte; False if another description holds it."""
+    """Take or release the lock on one byte, without waiting; return False if another opening holds it."""
     try:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, at, 1, 0))
     except OSError as error:
@@ -262,7 +299,7 @@ def _lock(descriptor: int, kind: int, at: int) -> bool:
 
 
 def _free(descriptor: int, at: int) -> bool:
-    """Whether nobody holds the lock on one byte."""
+    """Return whether no other opening holds the lock on one byte."""
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0))
     return bool(_FLOCK.unpack(answer)[0] == fcntl.F_UNLCK)
 

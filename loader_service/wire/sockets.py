@@ -1,7 +1,8 @@
-"""The only maker of ZeroMQ sockets, so that no socket lacks what every socket needs.
+"""ZeroMQ sockets, their monitor, and the waker of a poll loop.
 
-High-water marks are off where credits bound what may be in flight; a node bounds what waits for a client that reads
-nothing. Heartbeats are libzmq's own, sent by its I/O thread whatever Python does. Nothing lingers at the end.
+Every socket of this project is made here, so that all of them have the same options: no linger, heartbeats from libzmq's
+I/O thread, which work while Python is busy, and no high-water marks. Credits bound the messages in flight instead; only a
+node bounds the messages that wait for a client that does not read.
 """
 
 from __future__ import annotations
@@ -25,16 +26,20 @@ from loader_service.wire.messages import MAX_CLIENT_MESSAGE_BYTES
 
 HEARTBEAT_INTERVAL_MS: Final = 1_000
 HEARTBEAT_TIMEOUT_MS: Final = 5_000
+"""Interval of ZMTP heartbeats, and the silence after which libzmq closes a connection; below NODE_SILENT_S."""
+
 UNREAD_MESSAGES: Final = 1_000
-"""Most messages that a node keeps for a client that does not read them; an honest one has fewer requests under way."""
+"""Upper bound of the messages that a node queues for a client that does not read. A correct client has fewer requests."""
 
 RECONNECT_MS: Final = 50
 RECONNECT_MAX_MS: Final = 2_000
-_LESSON_BYTES: Final = 31 << 20
-"""Just below the largest block that glibc learns from (DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB)."""
+"""Pause before a lost client reconnects; libzmq doubles it up to the maximum."""
+
+_LARGE_BLOCK_BYTES: Final = 31 << 20
+"""A block just below the largest that changes glibc's thresholds (DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB)."""
 
 BYE_LINGER_MS: Final = 200
-"""How long a closing client's goodbye may take to leave."""
+"""Time for a closing client's Bye to be sent."""
 
 _SCHEMES: Final = ("tcp", "ipc")
 
@@ -62,19 +67,20 @@ _EVENTS: Final[dict[int, ConnectionEvent]] = {
     zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: ConnectionEvent.UNPROVEN,
 }
 _UNPROVEN_IS_WRONG_KEY: Final = 3
-"""Handshakes in a row that broke off, with a node there each time, before the key is blamed: a node that is just being
-stopped breaks one off too."""
+"""Broken handshakes in a row, each while a ZeroMQ peer listened, that count as a wrong key. One is not enough: a node that
+is just being stopped breaks one, too."""
 
 _SIGNATURE_BYTES: Final = 10
 _SIGNATURE_S: Final = 0.5
-"""A ZeroMQ peer says ``ff``, eight bytes and ``7f`` as soon as somebody connects (ZMTP 3.1, its signature)."""
+"""Length of the signature that a ZeroMQ peer sends to each new connection (ZMTP 3.1: ``ff``, eight bytes, ``7f``), and
+the seconds to wait for it."""
 
 
 def check_address(address: str) -> None:
-    """Refuse what is no tcp:// or ipc:// address before libzmq does it with fewer words.
+    """Check the form of an address. libzmq's own error would not say what is wrong.
 
     Raises:
-        AddressError: naming what is wrong with it.
+        AddressError: it is not a tcp:// or ipc:// address; the sentence says why.
     """
     scheme, separator, rest = address.partition("://")
     if not separator or scheme not in _SCHEMES or not rest:
@@ -82,6 +88,7 @@ def check_address(address: str) -> None:
     if scheme == "ipc":
         return
     try:
+        # A node may bind tcp://HOST:* for any free port; urlsplit accepts numbers only.
         parts = urlsplit(address.removesuffix("*") + "0" if address.endswith(":*") else address)
         port = parts.port
     except ValueError as error:
@@ -91,7 +98,7 @@ def check_address(address: str) -> None:
 
 
 def is_local(address: str) -> bool:
-    """Whether only this machine can reach an address: ipc, or tcp on the loopback network."""
+    """Return whether only this machine can reach an address: ipc, or tcp on the loopback network."""
     if address.startswith("ipc://"):
         return True
     host = urlsplit(address).hostname or ""
@@ -104,28 +111,30 @@ def is_local(address: str) -> bool:
 def bind_node(
     context: zmq.Context[Any], address: str, keys: NodeKeys | None = None, *, insecure: bool = False
 ) -> tuple[zmq.Socket[bytes], str]:
-    """A node's ROUTER, bound; and the address it really has (tcp://127.0.0.1:* gets a port).
+    """Bind a node's ROUTER; return it and its address (tcp://127.0.0.1:* becomes an address with a port).
 
     Args:
-        context: the node's; with keys, its :class:`keys.Authenticator` is made already.
-        address: to listen at.
-        keys: the node's; without them only this machine may reach the address.
-        insecure: let other machines reach it without keys all the same.
+        context: the node's context; with keys, its :class:`auth.Authenticator` must exist already.
+        address: the address to listen at.
+        keys: the node's keys; without them the address must be local.
+        insecure: accept an address that other machines can reach although there are no keys.
 
     Raises:
-        OptionError: others could reach the address, and there are no keys.
-        AddressError: the address is malformed, taken or not ours.
+        OptionError: other machines could reach the address, and there are no keys.
+        AddressError: the address is malformed, in use, or not one of this machine.
     """
     check_address(address)
     if keys is None and not insecure and not is_local(address):
-        raise OptionError("bind", address, "keys (`loader-service keygen DIR`, then --keys DIR), since strangers could reach it; or --insecure, on a network without any")  # fmt: skip
+        raise OptionError("bind", address, "keys (`loader-service keygen DIR`, then --keys DIR), since other machines could reach this address; or --insecure, on a trusted network")  # fmt: skip
     if address.startswith("ipc://"):
         _refuse_if_taken(address)
     router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     _prepare(router, address)
     router.setsockopt(zmq.SNDHWM, UNREAD_MESSAGES)
-    router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to who is gone is an error, not silence
-    router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a client that reconnects keeps its identity
+    router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a lost client is an error; the default drops it silently
+    router.setsockopt(
+        zmq.ROUTER_HANDOVER, 1
+    )  # a client that reconnects takes its identity over from its dead connection
     router.setsockopt(zmq.MAXMSGSIZE, MAX_CLIENT_MESSAGE_BYTES)
     if keys is not None:
         secure_node(router, keys)
@@ -140,13 +149,13 @@ def bind_node(
 def connect_client(
     context: zmq.Context[Any], address: str, identity: bytes, keys: ClientKeys | None = None
 ) -> tuple[zmq.Socket[bytes], Monitor]:
-    """A client's DEALER, connecting, and its monitor; libzmq goes on trying for as long as the socket lives.
+    """Connect a client's DEALER; return it and its monitor. libzmq tries to connect until the socket is closed.
 
     Args:
-        context: the client's.
-        address: of the node.
-        identity: 16 random bytes; the same over reconnections, and not to be guessed by others.
-        keys: the client's, for a node that has keys.
+        context: the client's context.
+        address: the node's address.
+        identity: the client's 16 random bytes, kept over reconnections; nobody can guess them.
+        keys: the client's keys, for a node that has keys.
 
     Raises:
         AddressError: the address is malformed or its name cannot be resolved.
@@ -155,12 +164,12 @@ def connect_client(
     dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     _prepare(dealer, address)
     dealer.setsockopt(zmq.ROUTING_ID, identity)
-    dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a node that is not there
+    dealer.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing while there is no connection
     dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     if keys is not None:
         secure_client(dealer, keys)
-    monitor = Monitor(dealer, address, keyed=keys is not None)  # before the connection is made, so that it sees it
+    monitor = Monitor(dealer, address, keyed=keys is not None)  # before connect, so that it misses no event
     try:
         dealer.connect(address)
     except zmq.ZMQError as error:
@@ -171,7 +180,7 @@ def connect_client(
 
 
 class Monitor:
-    """Tells when a client's socket has a working connection, when it has lost it, and when keys forbid it."""
+    """The monitor of a client's socket: it reports connections, losses, and keys that do not match."""
 
     def __init__(self, dealer: zmq.Socket[bytes], address: str, *, keyed: bool) -> None:
         self._dealer, self._address, self._keyed = dealer, address, keyed
@@ -179,10 +188,10 @@ class Monitor:
         self.socket = dealer.get_monitor_socket(sum(_EVENTS))
 
     def events(self) -> list[bool]:
-        """What has happened since the last call, in order: True for connected, False for lost.
+        """Return the changes since the last call, in order: True for connected, False for lost.
 
         Raises:
-            KeyRefused: client and node do not accept each other's keys, and will not by trying again.
+            KeyRefused: client and node do not accept each other's keys, so that another attempt is useless.
         """
         happened = []
         while self.socket.poll(0):
@@ -194,7 +203,11 @@ class Monitor:
         return happened
 
     def _count(self, event: ConnectionEvent) -> None:
-        """Handshakes break off too where a relay accepts connections for a node that is not there; no key is to blame then."""
+        """Count broken handshakes in a row.
+
+        A proxy that accepts connections for a node that is down breaks handshakes, too. So a broken handshake counts only
+        if a ZeroMQ peer answers at the address.
+        """
         if event is ConnectionEvent.UNPROVEN and self._keyed:
             self._unproven = self._unproven + 1 if _is_zeromq(self._address) else 0
         elif event is not ConnectionEvent.DOWN:
@@ -202,51 +215,54 @@ class Monitor:
 
     def _refusal(self, event: ConnectionEvent) -> str:
         if event is ConnectionEvent.UNLISTED:
-            return "this client's key is not on the node's list; put its public key into the node's allowed/ and restart it"
+            return "this client's key is not on the node's list; put its public key into the node's allowed/ and restart the node"
         if event is ConnectionEvent.MISMATCH and not self._keyed:
             return "the node demands keys; give server_key and client_key (`loader-service keygen` makes them)"
-        # Whether libzmq gets to see that the other side has no keys at all is a race.
+        # If the node has no keys at all, libzmq reports either MISMATCH or UNPROVEN: it is a race between both sides.
         if self._keyed and (event is ConnectionEvent.MISMATCH or self._unproven >= _UNPROVEN_IS_WRONG_KEY):
             return (
-                "the node there does not prove the key that server_key names: it has another, or it was started without "
-                "--keys; give its own node.key, or leave both keys out"
+                "the node there does not prove the key that server_key names: it has another key, or was started without "
+                "--keys; give its own node.key, or leave out both keys"
             )
         return ""
 
     def close(self) -> None:
-        """Stop watching; before the watched socket is closed."""
+        """Stop monitoring. Call it before the monitored socket is closed."""
         self._dealer.disable_monitor()
         self.socket.close(linger=0)
 
 
 class Waker:
-    """An eventfd: poll :meth:`fileno`; :meth:`wake` makes it readable until :meth:`clear`."""
+    """An eventfd that wakes a poll loop from any thread, signal handler or finaliser.
+
+    Poll :meth:`fileno`; :meth:`wake` makes it readable until :meth:`clear`.
+    """
 
     def __init__(self) -> None:
-        # Between looking at the descriptor and writing to it, it must not become another file's. Reentrant, because a
-        # finaliser or signal handler may run within any of these methods.
+        # The lock keeps close() from running between the check of the descriptor and the write: another file could have
+        # the same number by then. It is reentrant because a finaliser or signal handler may run inside these methods.
         self._lock = threading.RLock()
         self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def fileno(self) -> int:
-        """The descriptor to poll."""
+        """Return the descriptor to poll."""
         return self._descriptor
 
     def wake(self) -> None:
-        """Wake the loop; does nothing once closed. Safe to call from anywhere."""
+        """Wake the loop, or do nothing after close. Safe to call from anywhere."""
         with self._lock:
             if self._descriptor >= 0:
                 os.eventfd_write(self._descriptor, 1)
 
     def clear(self) -> None:
-        """Make it unreadable again; before looking at what it was woken for, so that nothing is missed."""
+        """Make the descriptor unreadable again. Call it before looking for the work, so that no wake-up is missed."""
         try:
             os.eventfd_read(self._descriptor)
         except BlockingIOError:
             return
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the descriptor."""
         with self._lock:
             descriptor, self._descriptor = self._descriptor, -1
             if descriptor >= 0:
@@ -254,7 +270,16 @@ class Waker:
 
 
 def try_send(socket: zmq.Socket[bytes], frames: list[Any], on_gone: Callable[[], None] | None = None) -> bool:
-    """Send without waiting and, for large frames, without copying; False if the peer is not there, or does not read."""
+    """Send one message without waiting and without copying its frames.
+
+    Args:
+        socket: the socket to send on.
+        frames: the frames of the message; libzmq keeps references to them until they are sent.
+        on_gone: called if the message cannot be sent.
+
+    Returns:
+        False if the peer is gone (EHOSTUNREACH) or does not read (EAGAIN: its queue is full).
+    """
     try:
         socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
     except zmq.ZMQError as error:
@@ -267,7 +292,7 @@ def try_send(socket: zmq.Socket[bytes], frames: list[Any], on_gone: Callable[[],
 
 
 def _is_zeromq(address: str) -> bool:
-    """Whether a ZeroMQ peer is there now, and not somebody who hangs up or says nothing."""
+    """Return whether a ZeroMQ peer listens at the address now; a proxy closes the connection or says nothing."""
     try:
         with _dial(address) as probe:
             probe.settimeout(_SIGNATURE_S)
@@ -291,34 +316,34 @@ def _dial(address: str) -> socketlib.socket:
 
 
 def keep_freed_frames() -> None:
-    """Have malloc keep the memory of frames that are done with for those that come next.
+    """Make malloc reuse the memory of freed frames.
 
-    glibc gives free memory at a heap's end back to the kernel from a threshold on that it learns: twice the largest
-    block of its own mapping that was freed so far (mallopt(3), M_TRIM_THRESHOLD). Without a lesson, much of each frame's
-    memory is given back and faulted in again. Freeing one large block, which nobody touches, is the lesson; where malloc
-    is another, nothing happens.
+    glibc returns free memory at the end of its heap to the kernel above a threshold, and every new frame then faults its
+    pages in again. The threshold adapts: it becomes twice the largest mmapped block that was freed so far (mallopt(3),
+    M_TRIM_THRESHOLD). So this function allocates and frees one large block, without touching its pages. Another malloc is
+    not affected.
     """
-    np.empty(_LESSON_BYTES, np.uint8)
+    np.empty(_LARGE_BLOCK_BYTES, np.uint8)
 
 
 def _refuse_if_taken(address: str) -> None:
-    """Whether somebody listens at an ipc address: libzmq would take the name over without a word."""
+    """Raise AddressError if a process listens at an ipc address. libzmq would replace its socket without an error."""
     with socketlib.socket(socketlib.AF_UNIX) as probe:
         try:
             probe.connect(address.removeprefix("ipc://"))
         except OSError:
-            return  # nobody, or the socket of somebody who is gone
+            return  # no such file, or the socket of a dead process
     raise AddressError(address, "it cannot be bound (Address already in use)")
 
 
 def _prepare(socket: zmq.Socket[bytes], address: str) -> None:
     for option, value in (
-        (zmq.LINGER, 0),
-        (zmq.SNDHWM, 0),
+        (zmq.LINGER, 0),  # ms that close() waits for unsent messages
+        (zmq.SNDHWM, 0),  # no limit
         (zmq.RCVHWM, 0),
         (zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS),
         (zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS),
-        (zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS),
-        (zmq.IPV6, int("[" in address)),
+        (zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS),  # the same timeout for the peer
+        (zmq.IPV6, int("[" in address)),  # only for tcp://[HOST]:PORT; with it, tcp://*:PORT would bind IPv6 too
     ):
         socket.setsockopt(option, value)

@@ -1,4 +1,4 @@
-"""Key files: made safely, read with suspicion."""
+"""Key files: their modes, and the checks when they are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loader_service.wire import auth
 
 
 def test_made_keys_can_be_read(tmp_path: Path) -> None:
-    """A node's directory and a client's two files fit together; secrets are for their owner alone."""
+    """The keys of a node and a client fit together, and only their owner can read the secret ones."""
     made = auth.generate(tmp_path)
     assert {path.relative_to(tmp_path).as_posix() for path in made} == {
         "node.secret", "node.key", "client.secret", "allowed/client.key",
@@ -27,7 +27,7 @@ def test_made_keys_can_be_read(tmp_path: Path) -> None:
 
 
 def test_existing_keys_are_not_overwritten(tmp_path: Path) -> None:
-    """A second keygen in one directory refuses and changes nothing."""
+    """A second keygen in the same directory fails and changes no file."""
     auth.generate(tmp_path)
     before = (tmp_path / "node.secret").read_text()
     with pytest.raises(KeyFileError, match="File exists"):
@@ -36,7 +36,7 @@ def test_existing_keys_are_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_bad_key_files_are_named(tmp_path: Path) -> None:
-    """Missing, malformed, readable by others, nobody allowed: each has its sentence."""
+    """A missing file, a malformed one, a secret that others can read, and an empty list each have an error of their own."""
     auth.generate(tmp_path)
     secret = tmp_path / "client.secret"
     (tmp_path / "short").write_text("abc\n")
@@ -53,7 +53,7 @@ def test_bad_key_files_are_named(tmp_path: Path) -> None:
 
 
 def test_both_keys_or_none() -> None:
-    """One key without the other is named."""
+    """An error names the key that is missing."""
     assert auth.chosen_keys(None, None) is None
     with pytest.raises(OptionError, match="server_key=None"):
         auth.chosen_keys(None, "client.secret")

@@ -1,4 +1,4 @@
-"""The wire's grammar: what goes in comes out, and nothing else is believed."""
+"""The wire protocol: messages survive a round trip, and everything else is refused."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ FROM_NODE: list[messages.FromNode] = [
 
 @pytest.mark.parametrize("message", FROM_CLIENT, ids=lambda m: type(m).__name__)
 def test_clients_messages_arrive_as_they_were_sent(message: messages.FromClient) -> None:
-    """Every message of a client survives the wire."""
+    """Every message of a client survives encoding and decoding."""
     assert messages.decode_from_client(messages.encode(message)) == message
 
 
 @pytest.mark.parametrize("message", FROM_NODE, ids=lambda m: type(m).__name__)
 def test_nodes_messages_arrive_as_they_were_sent(message: messages.FromNode) -> None:
-    """Every message of a node survives the wire."""
+    """Every message of a node survives encoding and decoding."""
     assert messages.decode_from_node(messages.encode(message)) == message
 
 
 def test_a_nodes_message_is_not_a_clients() -> None:
-    """Each side takes only what the other may say."""
+    """Each side decodes only the messages that the other may send."""
     with pytest.raises(MessageError):
         messages.decode_from_client(messages.encode(messages.Filled(1)))
     with pytest.raises(MessageError):
@@ -88,21 +88,21 @@ def test_a_nodes_message_is_not_a_clients() -> None:
     ids=str,
 )
 def test_requests_out_of_bounds_are_refused(change: dict[str, object]) -> None:
-    """No field of a request is believed beyond its bounds."""
+    """A request with any field out of bounds is refused."""
     fields = msgspec.to_builtins(REQUEST) | change
     with pytest.raises(MessageError):
         messages.decode_from_client(msgspec.msgpack.encode(fields))
 
 
 def test_segment_names_cannot_lead_elsewhere() -> None:
-    """A path in place of a segment's name is refused by the grammar itself."""
+    """A path instead of a segment's name is refused when the message is decoded."""
     for name in ("/etc/passwd", SEGMENT + "/../x", SEGMENT + "\n", SEGMENT.upper()):
         with pytest.raises(MessageError):
             messages.decode_from_client(msgspec.msgpack.encode({"t": "attach", "segment": name}))
 
 
 def _outcome(decode: Callable[[bytes], object], data: bytes) -> object:
-    """The message, or the MessageError; any other exception is the test's failure."""
+    """Return the message or the MessageError; any other exception fails the test."""
     try:
         return decode(data)
     except MessageError as error:
@@ -111,14 +111,14 @@ def _outcome(decode: Callable[[bytes], object], data: bytes) -> object:
 
 @given(st.binary(max_size=200))
 def test_rubbish_is_an_error_and_nothing_else(data: bytes) -> None:
-    """Random bytes are never a message, and the error is always the protocol's own."""
+    """Random bytes raise MessageError and no other exception."""
     assert isinstance(_outcome(messages.decode_from_client, data), MessageError)
     assert isinstance(_outcome(messages.decode_from_node, data), MessageError)
 
 
 @given(st.integers(0, 400), st.integers(0, 255))
 def test_a_damaged_request_is_an_error_or_a_request(at: int, byte: int) -> None:
-    """One byte changed anywhere in a real request is caught or harmless, and never another exception."""
+    """A request with one changed byte decodes as a request or raises MessageError."""
     frame = bytearray(messages.encode(REQUEST))
     frame[at % len(frame)] = byte
     assert isinstance(_outcome(messages.decode_from_client, bytes(frame)), MessageError | Request)

@@ -1,4 +1,4 @@
-"""Segments: who may write when, and what is left behind when somebody dies."""
+"""Segments: the right to write a part, and the state after a process dies."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def segment() -> Iterator[Segment]:
 
 
 def test_another_opening_sees_the_same_bytes_and_nonce(segment: Segment) -> None:
-    """What one mapping writes, the other reads; the nonce proves that it is the same memory."""
+    """Two openings of a segment share its bytes and its nonce."""
     other = Segment.attach(segment.name)
     other.array(other.data_offset, (4,), np.int64)[:] = [1, 2, 3, 4]
     assert segment.array(segment.data_offset, (4,), np.int64).tolist() == [1, 2, 3, 4]
@@ -67,14 +67,14 @@ def test_another_opening_sees_the_same_bytes_and_nonce(segment: Segment) -> None
 
 
 def test_arrays_stay_inside_of_the_data(segment: Segment) -> None:
-    """Neither the header nor the generations nor what lies beyond the end can be had as an array."""
+    """An array over the header, the generations or beyond the end raises an error."""
     for offset, count in ((0, 8), (segment.data_offset - 8, 1), (segment.size, 1), (segment.data_offset, 1 << 30)):
         with pytest.raises(SharedMemoryError, match="outside of the segment's data"):
             segment.array(offset, (count,), np.int64)
 
 
 def test_only_the_current_generation_may_write(segment: Segment) -> None:
-    """A lease of an earlier generation is told that it was given up; other parts are not concerned."""
+    """A claim with an earlier generation returns GIVEN_UP; other parts keep their generation."""
     writer = Segment.attach(segment.name)
     first = segment.arm(1)
     assert first is not None
@@ -91,7 +91,7 @@ def test_only_the_current_generation_may_write(segment: Segment) -> None:
 
 
 def test_a_part_being_written_cannot_be_armed(segment: Segment) -> None:
-    """While a writer holds a part its owner cannot begin a new generation, and another writer is told to wait."""
+    """While a writer holds a part, its owner cannot arm it, and another writer's claim returns BUSY."""
     writer, late = Segment.attach(segment.name), Segment.attach(segment.name)
     generation = segment.arm(0)
     assert generation is not None
@@ -105,7 +105,7 @@ def test_a_part_being_written_cannot_be_armed(segment: Segment) -> None:
 
 
 def test_a_stopped_writer_keeps_its_part_and_a_killed_one_frees_it(segment: Segment) -> None:
-    """Under SIGSTOP the lock holds, so the slot is not given to others; SIGKILL frees it."""
+    """A writer keeps its lock under SIGSTOP and loses it by SIGKILL."""
     generation = segment.arm(0)
     writer = _process(WRITER, segment.name, str(generation))
     assert _line(writer) == "ours"
@@ -117,7 +117,7 @@ def test_a_stopped_writer_keeps_its_part_and_a_killed_one_frees_it(segment: Segm
 
 
 def test_a_writer_that_wakes_late_is_refused(segment: Segment) -> None:
-    """A lease that reaches its worker only after the client gave it up writes nothing."""
+    """A lease that reaches its worker after the owner armed the part again writes nothing."""
     old = segment.arm(0)
     segment.arm(0)
     late = _process(WRITER, segment.name, str(old))
@@ -126,7 +126,7 @@ def test_a_writer_that_wakes_late_is_refused(segment: Segment) -> None:
 
 
 def test_sweep_removes_orphans_and_nothing_else(segment: Segment) -> None:
-    """The segment of a killed process goes, those of living ones stay, and so do others' files."""
+    """A sweep removes the segment of a killed process and keeps those of living ones."""
     living, dead = _process(OWNER), _process(OWNER)
     living_name, dead_name = _line(living), _line(dead)
     _end(dead)
@@ -140,7 +140,7 @@ def test_sweep_removes_orphans_and_nothing_else(segment: Segment) -> None:
 
 
 def test_a_name_that_is_not_a_segments_is_refused(tmp_path: Path) -> None:
-    """A client cannot make a node open another file, a path, or something that is no segment."""
+    """A client cannot make a node open a path or a file that is not a segment."""
     for name in ("../etc/passwd", "loader-service-../../etc/passwd", "loader-service-" + "g" * 32, ""):
         with pytest.raises(SharedMemoryError, match="is not a segment's name"):
             Segment.attach(name)
@@ -159,7 +159,7 @@ def test_a_name_that_is_not_a_segments_is_refused(tmp_path: Path) -> None:
 
 
 def test_too_large_a_segment_says_what_is_needed_and_leaves_nothing() -> None:
-    """No room is an error with need, have and remedy at once, not a bus error later."""
+    """Too little memory raises an error with need, have and remedy when a segment is created, not SIGBUS when it is written."""
     before = set(DIRECTORY.iterdir())
     with pytest.raises(SharedMemoryError, match=r"need \d+ MiB, have \d+ MiB.*--shm-size") as caught:
         Segment.create(1 << 50, 1)
@@ -169,7 +169,7 @@ def test_too_large_a_segment_says_what_is_needed_and_leaves_nothing() -> None:
 
 
 def test_a_hold_lasts_until_the_last_view_is_gone(segment: Segment) -> None:
-    """Slices and reshapes of an array keep its slot; only then is it released, once."""
+    """Views of an array keep its slot; the slot is released once, with the last of them."""
     released: list[int] = []
     hold = Hold(segment.array(segment.data_offset, (1024,), np.uint8), lambda: released.append(1))
     whole = np.asarray(hold)
@@ -182,7 +182,7 @@ def test_a_hold_lasts_until_the_last_view_is_gone(segment: Segment) -> None:
 
 
 def test_arrays_outlive_their_segment() -> None:
-    """A batch that the caller keeps stays readable after the loader was closed."""
+    """A batch that the caller keeps stays readable after the loader is closed."""
     segment = Segment.create(4096, 1)
     array = segment.array(segment.data_offset, (16,), np.uint8)
     array[:] = 7

@@ -1,4 +1,4 @@
-"""Addresses: what can be used, and what the sentence says when it cannot."""
+"""Addresses: valid and invalid forms, and the errors of the invalid ones; and the memory of frames."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loader_service.wire import sockets
     "address", ["tcp://127.0.0.1:5555", "tcp://*:5555", "tcp://[::1]:5555", "ipc:///tmp/x", "tcp://host:*"]
 )
 def test_good_addresses_pass(address: str) -> None:
-    """Every form that the documentation shows is accepted."""
+    """Every form in the documentation is accepted."""
     sockets.check_address(address)
 
 
@@ -25,7 +25,7 @@ def test_good_addresses_pass(address: str) -> None:
     "address", ["", "5555", "tcp://", "tcp://host", "tcp://host:port", "tcp://host:99999", "udp://h:1", "ipc://"]
 )
 def test_bad_addresses_are_named(address: str) -> None:
-    """The sentence names the address that cannot be used."""
+    """The error names the address."""
     with pytest.raises(AddressError, match="cannot be used") as caught:
         sockets.check_address(address)
     assert caught.value.address == address
@@ -38,12 +38,12 @@ def test_bad_addresses_are_named(address: str) -> None:
      ("tcp://node:1", False)],
 )  # fmt: skip
 def test_only_loopback_is_local(address: str, local: bool) -> None:
-    """What other machines can reach is not taken for local."""
+    """An address is local only if other machines cannot reach it."""
     assert sockets.is_local(address) is local
 
 
-def test_a_port_that_is_taken_is_said_so() -> None:
-    """Binding where another listens gives the address and the reason."""
+def test_a_port_in_use_is_an_address_error() -> None:
+    """A bind to an address in use raises an error with the address and the reason."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     first, address = sockets.bind_node(context, "tcp://127.0.0.1:*")
     try:
@@ -70,11 +70,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc gives back what it should keep")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc's malloc returns the memory of frames to the kernel"
+)
 def test_memory_of_frames_is_used_again() -> None:
-    """Frames that come and go fault no page in again, as they do where malloc was not told."""
+    """After keep_freed_frames, new frames reuse the pages of freed ones; without it, they fault them in again."""
     faults = {
-        told: int(subprocess.check_output([sys.executable, "-c", _FRAMES_COME_AND_GO, told], timeout=60))
-        for told in ("keep", "leave")
+        mode: int(subprocess.check_output([sys.executable, "-c", _FRAMES_COME_AND_GO, mode], timeout=60))
+        for mode in ("keep", "leave")
     }
     assert faults["keep"] < 100 < 1000 < faults["leave"]

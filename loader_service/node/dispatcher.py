@@ -1,7 +1,14 @@
-"""The dispatcher of a node: the shell around the scheduler. It talks to clients, workers and the fork server.
+"""The dispatcher: the main loop of a node, which does the I/O for the scheduler.
 
-One thread, one poll. A message comes in, the scheduler decides, the actions go out. Image bytes pass through here only for
-clients on other machines, and then without being copied: from the send slot that a worker wrote into libzmq's hands.
+It runs in one thread with one poll. A message from a client or an event of a worker comes in, the scheduler decides, and
+the dispatcher carries out the actions:
+
+    clients  -- ROUTER -->  Dispatcher  -- events -->   Scheduler
+    clients  <- ROUTER --   Dispatcher  <- actions --   Scheduler
+    workers  <- links -->   WorkerPool  -- events -->   Dispatcher
+
+Pixels pass through this process only for clients without shared memory, and then without a copy: libzmq sends them from
+the send slot that a worker wrote. :func:`run_node`, at the end of this file, puts a node together.
 """
 
 from __future__ import annotations
@@ -41,16 +48,31 @@ from loader_service.wire.sockets import Waker
 log = logging.getLogger("loader_service.node")
 
 TICK_MS: Final = 500
+"""Period of the checks for silent clients, stalled workers and standstills, and of the metrics hook."""
+
 MAX_CLIENTS: Final = 256
-"""More than any cluster has trainers; whoever says hello under ever new names reaches it, and costs no more."""
+"""Upper bound of the clients of a node. No cluster has so many trainers; the bound limits the memory that a peer can
+take by Hellos under new identities."""
 
 MESSAGES_PER_TURN: Final = 64
-"""Messages taken from clients before workers are looked at again, so that neither starves the other."""
+"""Messages read from clients before the loop polls again, so that many clients cannot starve the workers."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a dispatcher is told at start."""
+    """The settings of a dispatcher; for the defaults and their reasons see ``defaults.py``.
+
+    Fields:
+        bind: address to listen at.
+        workers: number of workers.
+        send_slots, slot_bytes: number and size of the slots for slices in frames.
+        client_silent_s: silence after which a client is forgotten.
+        stall_s: time at one record after which a worker is killed.
+        standstill_s: time without progress after which the log names the place.
+        keys: the node's keys, if it has any.
+        insecure: accept an address that other machines can reach without keys.
+        io_threads: I/O threads of libzmq.
+    """
 
     bind: str
     workers: int
@@ -65,16 +87,16 @@ class Settings:
 
 
 class Dispatcher:
-    """One node's dispatcher.
+    """The dispatcher of one node.
 
     Args:
-        settings: see there.
-        facts: of the splits that are served.
-        installation: what makes them.
+        settings: its settings.
+        facts: the facts of the splits that it serves.
+        installation: golden hash and libraries of this installation.
         fork_server: forks the workers.
         own: the memory of the send slots.
-        at: (workers, 2) int64, shared with the workers: the record and the stage each is working at, -1 for none.
-        version: of the package, for status.
+        progress: (workers, 2) int64 shared with the workers: the record and the index of the stage of each, -1 for none.
+        version: version of the package, for the status.
     """
 
     def __init__(
@@ -84,20 +106,20 @@ class Dispatcher:
         installation: Installation,
         fork_server: ForkServer,
         own: Segment,
-        at: npt.NDArray[np.int64],
+        progress: npt.NDArray[np.int64],
         version: str,
     ) -> None:
         self.instance = secrets.token_hex(16)
         self._settings, self._facts, self._version = settings, facts, version
         self._scheduler = Scheduler(settings.workers, settings.send_slots)
-        # Encoded once and sent without copying, so that a thousand Hellos of a client that does not read cost no memory.
+        # Encoded once and sent without a copy: a thousand Hellos of a client that does not read must not cost memory.
         self._welcome = messages.encode(
             messages.Welcome(
                 messages.PROTOCOL, self.instance, settings.workers, settings.slot_bytes, installation, facts
             )
         )
         self._context: zmq.Context[Any] = zmq.Context(io_threads=settings.io_threads)
-        # Before the bind: from its first moment on, the socket asks somebody who may come in.
+        # Before the bind, since libzmq asks the authenticator about the first connection already.
         self._authenticator = Authenticator(self._context, settings.keys) if settings.keys else None
         self._router, self.address = self._bind()
         self._waker = Waker()
@@ -106,15 +128,15 @@ class Dispatcher:
         self._poller.register(self._waker.fileno(), zmq.POLLIN)
         if self._authenticator:
             self._poller.register(self._authenticator.socket, zmq.POLLIN)
-        self._last_heard: dict[bytes, float] = {}  # by client: when it last gave a sign of life
+        self._last_heard: dict[bytes, float] = {}  # time of the last message, by client
         self._watchdog = Watchdog(settings.standstill_s)
         self._send_buffers = SendBuffers(own, settings.slot_bytes, self._waker.wake)
-        self._worker_pool = WorkerPool(fork_server, at, self._poller, settings.stall_s)
-        self._refused = 0
+        self._worker_pool = WorkerPool(fork_server, progress, self._poller, settings.stall_s)
+        self._refused = 0  # messages, requests and keys; see Status
         self._started = time.monotonic()
         self._stopping = False
 
-    # Life
+    # Start and stop
 
     def _bind(self) -> tuple[zmq.Socket[bytes], str]:
         try:
@@ -126,16 +148,16 @@ class Dispatcher:
             raise
 
     def run(self, on_ready: Callable[[Dispatcher], None], hook: NodeHook | None = None) -> None:
-        """Serve until SIGTERM or SIGINT; leaves no process, socket or segment behind.
+        """Serve until SIGTERM or SIGINT, and leave no process, socket or segment.
 
         Args:
-            on_ready: called once, when the first worker can work.
-            hook: handed the node's metrics twice a second.
+            on_ready: called once, when the first worker is ready.
+            hook: called with the node's metrics twice a second.
 
         Raises:
             NodeFailed: workers cannot start.
         """
-        sweep()
+        sweep()  # segments of clients that were killed on this machine
         previous = {s: signal.signal(s, lambda *_: self.stop()) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             announced, next_tick = False, 0.0
@@ -156,21 +178,21 @@ class Dispatcher:
                 signal.signal(number, handler)
 
     def stop(self) -> None:
-        """Ask the loop to end; safe in a signal handler."""
+        """End the loop. Safe to call in a signal handler."""
         self._stopping = True
         self._waker.wake()
 
     @property
     def memory_ceiling_bytes(self) -> int:
-        """Most shared memory that this node itself takes: its send slots. Clients bring their own."""
+        """Upper bound of the shared memory of this node, in bytes: its send slots. Clients own the rest."""
         return self._settings.send_slots * self._settings.slot_bytes
 
     def _close(self) -> None:
-        self._worker_pool.close()  # first, so that no worker writes any more
+        self._worker_pool.close()  # first, so that no worker writes into a closed segment
         self._router.close()
         if self._authenticator:
             self._authenticator.close()
-        self._context.term()
+        self._context.term()  # waits for libzmq's threads, which may still read a send slot
         self._send_buffers.close()
         self._waker.close()
 
@@ -180,11 +202,11 @@ class Dispatcher:
         if item is self._router:
             self._receive_from_clients()
         elif self._authenticator and item is self._authenticator.socket:
-            if stranger := self._authenticator.answer():
+            if refused := self._authenticator.answer():
                 self._refused += 1
-                log.warning("a client at %s was refused: its key is not allowed", stranger)
+                log.warning("a client at %s was refused: its key is not allowed", refused)
         elif item == self._waker.fileno():
-            self._waker.clear()
+            self._waker.clear()  # before freed(), so that a slot freed in between wakes the loop again
             for slot, client in self._send_buffers.freed():
                 self._do(self._scheduler.slot_freed(slot, client))
         else:
@@ -197,13 +219,14 @@ class Dispatcher:
                 frames = self._router.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
+            # A lane is known by one more byte; whatever it says counts for its client.
             client, lane = frames[0][: messages.CLIENT_ID_BYTES], frames[0][messages.CLIENT_ID_BYTES :]
             try:
                 if len(frames) != 2:
                     raise MessageError(f"{len(frames) - 1} frames where one was expected")
                 message = messages.decode_from_client(frames[1])
                 if lane and not isinstance(message, messages.Ping):
-                    raise MessageError(f"{type(message).__name__} came by a lane, which is there for slices")
+                    raise MessageError(f"{type(message).__name__} came over a lane, which is for slices only")
             except MessageError as error:
                 self._refuse(client, str(error))
                 continue
@@ -215,16 +238,16 @@ class Dispatcher:
                 self._last_heard[client] = time.monotonic()
 
     def _refuse(self, client: bytes, flaw: str) -> None:
-        """Count a malformed message; tell of the first, the second, the fourth and so on, so that no log is flooded."""
+        """Count a refused message. Log the 1st, 2nd, 4th, 8th and so on, so that a broken client cannot flood the log."""
         self._refused += 1
-        if self._refused & (self._refused - 1) == 0:
+        if self._refused & (self._refused - 1) == 0:  # a power of two
             log.warning("client %s: %r (%d refused so far)", client.hex()[:8], flaw, self._refused)
 
     def _answer(self, client: bytes, message: messages.FromClient) -> None:
         known = client in self._scheduler.clients
         match message:
             case messages.Hello() if not known and len(self._scheduler.clients) >= MAX_CLIENTS:
-                self._refuse(client, f"there are {MAX_CLIENTS} clients already")
+                self._refuse(client, f"the node has {MAX_CLIENTS} clients already")
             case messages.Hello():
                 self._do(self._scheduler.client_joined(client, message.client))
                 self._post(client, [self._welcome])
@@ -242,6 +265,7 @@ class Dispatcher:
                 self._request(client, message)
 
     def _attach(self, client: bytes, name: str) -> None:
+        """Open a client's segment once, to return the nonce in it. The workers map it when a lease names it."""
         try:
             segment = Segment.attach(name)
         except SharedMemoryError as error:
@@ -253,7 +277,7 @@ class Dispatcher:
         self._send(client, messages.Attached(name, nonce))
 
     def _request(self, client: bytes, request: Request) -> None:
-        if request.instance != self.instance:
+        if request.instance != self.instance:  # it was queued for another run of this node
             self._send(client, messages.UnknownClient())
             return
         if flaw := self._flaw(request):
@@ -263,13 +287,13 @@ class Dispatcher:
         self._do(self._scheduler.requested(client, request))
 
     def _flaw(self, request: Request) -> str:
-        """Why a request cannot be served by anybody; empty if it can."""
+        """Return the reason why no worker can serve a request; empty if one can."""
         what = request.what
         facts = self._facts.get(request.split)
         if facts is None:
-            return f"there is no split {request.split!r} here"
+            return f"this node has no split {request.split!r}"
         if what.start + what.count > facts.count:
-            return f"positions {what.start} to {what.start + what.count} are not within an epoch of {facts.count}"
+            return f"positions {what.start} to {what.start + what.count} are outside of an epoch of {facts.count}"
         if what.view.jitter and not what.view.basis:
             return "the view's jitter basis is empty"
         if request.place is None and not self._send_buffers.fits(request):
@@ -291,6 +315,7 @@ class Dispatcher:
                 self._do(scheduler.worker_died(index, crashed=crashed, record=record, how=how))
 
     def _tick(self, now: float) -> None:
+        """Do the work of every TICK_MS: spawn workers, forget silent clients, kill stalled workers."""
         self._worker_pool.spawn_due(now)
         for client in [c for c, heard in self._last_heard.items() if now - heard > self._settings.client_silent_s]:
             log.warning(
@@ -299,16 +324,16 @@ class Dispatcher:
                 now - self._last_heard[client],
             )
             self._forget(client)
-            sweep()
+            sweep()  # it was probably killed, and its segment is an orphan
         for worker in self._scheduler.workers:
             self._worker_pool.kill_if_stalled(worker.index, worker.pid, next(iter(worker.tasks), None), now)
         self._report_standstill(now)
 
     def _report_standstill(self, now: float) -> None:
-        """Say once when nothing moves though something is asked for, and where it stands."""
+        """Log each standstill once, with its place."""
         scheduler = self._scheduler
         asked = scheduler.leases + scheduler.queued
-        state = (
+        state = (  # anything that changes while the node makes progress
             self._worker_pool.trace(),
             [w.slices for w in scheduler.workers],
             scheduler.bad_samples,
@@ -318,7 +343,7 @@ class Dispatcher:
         if still_s is not None:
             found = culprit([self._worker_status(w) for w in scheduler.workers])
             log.warning(
-                "nothing has moved for %.0f s though %d slices are asked for: %s",
+                "no progress for %.0f s although %d slices are requested: %s",
                 still_s,
                 asked,
                 found,
@@ -344,8 +369,8 @@ class Dispatcher:
             segment, place = task.client.segment, request.place
         else:
             own = self._send_buffers.place(task)
-            if own is None:
-                raise NodeFailed(f"send slot {task.slot} is locked, though the worker that had it is gone")
+            if own is None:  # a worker that had this slot is dead, and its locks with it
+                raise NodeFailed(f"send slot {task.slot} is locked, although no worker uses it")
             segment, place = self._send_buffers.segment_name, own
         self._worker_pool.give(worker, Lease(lease, request.split, request.what, request.dtype, segment, place))
 
@@ -361,7 +386,7 @@ class Dispatcher:
         self._post(client, [messages.encode(message)])
 
     def _post(self, client: bytes, frames: list[Any]) -> bool:
-        """Send to a client, or to a lane of its; False if it is not there, and then it is forgotten."""
+        """Send frames to a client or one of its lanes. If it is gone, forget the client and return False."""
         owner = client[: messages.CLIENT_ID_BYTES]
         return sockets.try_send(self._router, [client, *frames], on_gone=lambda: self._forget(owner))
 
@@ -369,10 +394,10 @@ class Dispatcher:
         self._last_heard.pop(client, None)
         self._do(self._scheduler.client_left(client))
 
-    # Self-description
+    # Status
 
     def status(self) -> messages.Status:
-        """The node as it is now."""
+        """Return the status of the node."""
         scheduler = self._scheduler
         return messages.Status(
             protocol=messages.PROTOCOL,
@@ -403,7 +428,7 @@ class Dispatcher:
         )
 
     def _worker_status(self, worker: WorkerRecord) -> messages.WorkerStatus:
-        record, stage = self._worker_pool.at(worker.index)
+        record, stage = self._worker_pool.progress(worker.index)
         return messages.WorkerStatus(
             worker.pid,
             worker.state,
@@ -431,40 +456,39 @@ def run_node(
     io_threads: int = defaults.CONNECTIONS,
     hook: NodeHook | None = None,
 ) -> None:
-    """Run a node until it is told to stop. The calling process must have one thread.
+    """Run a node until SIGTERM or SIGINT. The calling process must have one thread, since it forks.
 
     Args:
         data: directory of train.lmdb and val.lmdb; one of them may be missing.
-        workers: how many worker processes.
+        workers: number of worker processes.
         bind: address to listen at.
-        version: of the package.
-        on_ready: called when the node can serve, with the dispatcher and what it serves.
-        keys: directory of the node's keys; without it only this machine may reach ``bind``.
-        insecure: let other machines reach it without keys all the same.
-        io_threads: of libzmq, which send slices to other machines.
-        hook: handed the node's metrics twice a second; the first time after the workers' parent has been forked, so
-            that it may start threads.
+        version: version of the package, for the status.
+        on_ready: called with the dispatcher and the facts of its splits when the first worker is ready.
+        keys: directory of the node's keys; without it, only this machine may reach ``bind``.
+        insecure: accept a ``bind`` that other machines can reach without keys.
+        io_threads: I/O threads of libzmq, which send slices to other machines.
+        hook: called with the node's metrics twice a second, after the fork server exists, so that it may start threads.
 
     Raises:
-        LoaderServiceError: it cannot start or go on; see the sentence.
+        LoaderServiceError: the node cannot start or cannot continue; the sentence says why.
     """
-    may_enter = node_keys(keys) if keys else None
+    own_keys = node_keys(keys) if keys else None
     installation, facts = prove(), survey(data)
-    shared = mmap.mmap(-1, workers * 2 * 8)  # anonymous and shared: the workers inherit it through both forks
-    at = np.frombuffer(shared, np.int64).reshape(workers, 2)
-    at[:] = NO_RECORD
+    # Anonymous shared memory, 2 int64 per worker, which the workers inherit through both forks.
+    progress = np.frombuffer(mmap.mmap(-1, workers * 2 * 8), np.int64).reshape(workers, 2)
+    progress[:] = NO_RECORD
 
     slots = defaults.SEND_SLOTS_PER_WORKER * workers + 1
-    # Without a name, since only this node's processes use it; so it needs no room in /dev/shm and leaves nothing there.
+    # Without a name, since only the processes of this node use it: it needs no room in /dev/shm and leaves nothing there.
     own = Segment.create(slots * defaults.SEND_SLOT_BYTES, slots, named=False, reserve=False)
 
     def worker_main(index: int, link: socket.socket) -> None:
-        Worker(link, data, facts, own, at[index]).run()
+        Worker(link, data, facts, own, progress[index]).run()
 
-    fork_server = ForkServer(worker_main)
+    fork_server = ForkServer(worker_main)  # before the dispatcher, whose context starts threads
     try:
-        settings = Settings(bind, workers, send_slots=slots, keys=may_enter, insecure=insecure, io_threads=io_threads)
-        dispatcher = Dispatcher(settings, facts, installation, fork_server, own, at, version)
+        settings = Settings(bind, workers, send_slots=slots, keys=own_keys, insecure=insecure, io_threads=io_threads)
+        dispatcher = Dispatcher(settings, facts, installation, fork_server, own, progress, version)
     except BaseException:
         fork_server.close()
         raise

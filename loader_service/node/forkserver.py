@@ -1,8 +1,9 @@
-"""The fork server: a small process, forked before any thread or socket exists, that forks the workers.
+"""The fork server: a small process that forks a node's workers and reaps them.
 
-Forking from a process that has everything imported starts a worker in milliseconds and shares the libraries' memory.
-The dispatcher cannot do it itself, since libzmq's threads do not survive a fork. The fork server reaps the workers and tells
-the dispatcher of each death; when the dispatcher is gone, however that happened, it kills the workers and ends.
+A fork of a process that has imported everything starts a worker in milliseconds and shares the memory of the libraries.
+The dispatcher cannot fork: libzmq's threads do not exist in a forked child, but their locks do. So the dispatcher forks
+the fork server before it creates any thread or socket. The fork server reports the death of each worker to the
+dispatcher. When the dispatcher ends, in whatever way, the fork server kills the workers and ends.
 """
 
 from __future__ import annotations
@@ -24,21 +25,24 @@ from loader_service.node.worker import die_with_parent
 log = logging.getLogger("loader_service.node")
 
 WorkerMain = Callable[[int, socket.socket], None]
-"""What a forked worker runs: its index, and its end of the socket pair with the dispatcher."""
+"""The main function of a worker; its arguments are its index and its end of the socket pair with the dispatcher."""
 
-_OWN_DESCRIPTORS: Final = 1
+_MAX_DESCRIPTORS: Final = 1  # a Fork packet carries one descriptor: the worker's end of its socket pair
 
 
 class ForkServer:
-    """The dispatcher's handle on its fork server.
+    """The dispatcher's handle of its fork server.
 
-    Must be made while the process has one thread. ``worker_main`` runs in each worker.
+    The constructor forks, so the process must have one thread at that time.
+
+    Args:
+        worker_main: main function of each worker.
     """
 
     def __init__(self, worker_main: WorkerMain) -> None:
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         dispatcher = os.getpid()
-        sys.stdout.flush()
+        sys.stdout.flush()  # else the child would write the buffered text a second time
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
@@ -47,33 +51,35 @@ class ForkServer:
         theirs.close()
 
     def spawn_worker(self, index: int) -> socket.socket:
-        """Ask for worker ``index``; returns the dispatcher's end of its socket pair."""
+        """Ask for worker ``index``, and return the dispatcher's end of its socket pair."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         socket.send_fds(self.link, [encode(Fork(index))], [theirs.fileno()])
-        theirs.close()
+        theirs.close()  # only the worker may hold its end: the end of the worker must be an end of file here
         ours.setblocking(False)
         return ours
 
     def receive(self) -> Forked | Died | None:
-        """The next message, when :attr:`link` is readable; None if the fork server is gone."""
+        """Return the next packet, when :attr:`link` is readable; None if the fork server has ended."""
         packet = self.link.recv(MAX_PACKET_BYTES)
         return decode_fork_server(packet) if packet else None
 
     def close(self) -> None:
-        """End the fork server and all workers, and wait until they are gone."""
+        """Kill all workers, end the fork server, and wait until they are gone."""
         self.link.close()
         os.waitpid(self.pid, 0)
 
 
 def _serve(link: socket.socket, worker_main: WorkerMain, dispatcher: int) -> None:
-    """The fork server's loop: fork on demand, report deaths, end with the dispatcher."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the dispatcher decides
+    """Run the fork server: fork on demand, report deaths, and end with the dispatcher."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C goes to the whole process group; only the dispatcher acts on it
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with_parent(dispatcher)
     children: dict[int, tuple[int, int]] = {}  # by pidfd: index, pid
     try:
         _fork_on_demand(link, worker_main, children)
-    except ConnectionError:  # the dispatcher went while it was being told something
+    except ConnectionError:  # the dispatcher ended while a packet was sent to it
         _kill_all(children)
 
 
@@ -82,12 +88,12 @@ def _fork_on_demand(link: socket.socket, worker_main: WorkerMain, children: dict
     poller.register(link, select.POLLIN)
     while True:
         for descriptor, _ in poller.poll():
-            if descriptor in children:
+            if descriptor in children:  # a pidfd is readable when its process has ended
                 poller.unregister(descriptor)
                 link.send(encode(_reap(descriptor, *children.pop(descriptor))))
                 continue
-            packet, descriptors, _, _ = socket.recv_fds(link, MAX_PACKET_BYTES, _OWN_DESCRIPTORS)
-            if not packet:
+            packet, descriptors, _, _ = socket.recv_fds(link, MAX_PACKET_BYTES, _MAX_DESCRIPTORS)
+            if not packet:  # the dispatcher closed its end, or died
                 _kill_all(children)
                 return
             index = decode_fork(packet).index
@@ -103,7 +109,7 @@ def _spawn_worker(index: int, link: socket.socket, worker_main: WorkerMain, fore
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        for descriptor in foreign:
+        for descriptor in foreign:  # an inherited copy of the link would hide the end of the fork server
             os.close(descriptor)
 
         def run() -> None:
@@ -129,13 +135,13 @@ def _kill_all(children: dict[int, tuple[int, int]]) -> None:
 
 
 def _run_and_exit(main: Callable[[], None]) -> NoReturn:
-    """Run a forked process's main and leave by os._exit: the parent's clean-up is not the child's to do."""
+    """Run the main function of a forked process and end it by os._exit, which skips the exit handlers of the parent."""
     code = 1
     try:
         main()
         code = 0
     except LoaderServiceError as error:
-        log.error("process %d cannot go on: %s", os.getpid(), error)
+        log.error("process %d cannot continue: %s", os.getpid(), error)
     except BaseException:
         traceback.print_exc()
     finally:

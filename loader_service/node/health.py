@@ -1,4 +1,4 @@
-"""Whether a node would run here, and well: each check gives one line, with a remedy where one is needed."""
+"""Checks of a machine before a node starts on it. Each returns a result and, where one is needed, a remedy."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from loader_service.wire.auth import node_keys
 from loader_service.wire.shm import DIRECTORY
 
 DESCRIPTORS: Final = 128
-"""What a dispatcher opens beside its workers' links: sockets, segments, and a connection for each of dozens of clients."""
+"""Open files of a dispatcher without its workers: sockets, segments, and the connections of some dozens of clients."""
 
 DESCRIPTORS_PER_WORKER: Final = 4
-"""Both ends of a link, a pidfd, and one to spare while a dead worker is replaced."""
+"""Open files per worker: both ends of its socket pair, a pidfd, and a spare one while a dead worker is replaced."""
 
 CGROUP: Final = Path("/sys/fs/cgroup")
 
@@ -39,7 +39,14 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at, how it is, what was found, and what to do about it."""
+    """The result of one check.
+
+    Fields:
+        what: the subject of the check.
+        state: the result.
+        found: the facts that led to it.
+        remedy: the action that would help; empty if none is needed.
+    """
 
     what: str
     state: State
@@ -48,43 +55,44 @@ class Check:
 
 
 def check_dataset(data: Path) -> Check:
-    """Whether there is a dataset, and it makes the samples here that its writer had."""
+    """Check that a dataset exists, and that this machine makes the same samples of it as the machine that wrote it."""
     try:
         facts = survey(data)
     except LoaderServiceError as error:
         return Check("dataset", State.FAILED, str(error))
     found = ", ".join(f"{split} ({f.count:,} records)" for split, f in facts.items())
-    return Check("dataset", State.OK, f"{found}; sixteen samples of each come out as they must")
+    return Check("dataset", State.OK, f"{found}; output check passed (16 samples of each)")
 
 
 def check_samples() -> Check:
-    """Whether this installation makes the samples of the built-in pictures that every node must make."""
+    """Check that this installation makes the same samples of the built-in images as every other node."""
     try:
         made = prove()
     except LoaderServiceError as error:
         return Check("samples", State.FAILED, str(error))
-    return Check("samples", State.OK, f"the built-in pictures' golden hash is {made.golden}, as it must be; {made}")
+    return Check("samples", State.OK, f"output check passed (hash {made.golden}); {made}")
 
 
 def check_cpus(workers: int) -> Check:
-    """Whether each worker has a processor of its own."""
+    """Check that there is a CPU for each worker."""
     cpus = available_cpus()
     found = f"{workers} workers for {cpus:g} CPUs"
     if workers > cpus:
-        return Check("CPUs", State.WARNING, found, f"more workers than CPUs only switch: --workers {max(1, int(cpus))}")
+        return Check("CPUs", State.WARNING, found, f"more workers than CPUs; use --workers {max(1, int(cpus))}")
     return Check("CPUs", State.OK, found)
 
 
 def available_cpus(root: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> float:
-    """Processors that this process may use: those of its affinity, or fewer if a cgroup (v1 or v2) has a quota.
+    """Return the CPUs that this process may use: those of its affinity, or fewer if a cgroup (v1 or v2) sets a quota.
 
     Args:
-        root: where cgroups are mounted.
-        membership: which cgroups this process is in.
+        root: mount point of the cgroup file systems.
+        membership: file that lists the cgroups of this process.
     """
     cpus = float(len(os.sched_getaffinity(0)))
     lines = membership.read_text().splitlines() if membership.exists() else []
     own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    # In a container the own cgroup is mounted at the root; on a host it lies below.
     for path in {root / "cpu.max", root / own / "cpu.max"}:
         if path.exists():
             quota, period = path.read_text().split()
@@ -96,7 +104,7 @@ def available_cpus(root: Path = CGROUP, membership: Path = Path("/proc/self/cgro
 
 
 def check_shared_memory(directory: Path = DIRECTORY) -> Check:
-    """Whether there is room for a loader with default options; a node's own slots do not lie there."""
+    """Check that /dev/shm has room for a loader with default options. A node's own slots need no room there."""
     what = "shared memory"
     need = (defaults.PREFETCH + defaults.SPARE_SLOTS) * defaults.BATCH_SIZE * SampleLayout(View(), "uint8").sample_bytes
     remedy = f"give {directory} {need / 2**20:,.0f} MiB (docker run --shm-size; mount -o remount,size=...)"
@@ -107,44 +115,52 @@ def check_shared_memory(directory: Path = DIRECTORY) -> Check:
     found = f"{directory} has {free / 2**20:,.0f} MiB free, a loader with batches of {defaults.BATCH_SIZE} needs"
     found += f" {need / 2**20:,.0f}"
     if free < need:
-        return Check(what, State.WARNING, f"{found}: loaders on this machine will get slices in frames", remedy)
+        return Check(
+            what,
+            State.WARNING,
+            f"{found}: loaders on this machine will receive slices in frames, not in shared memory",
+            remedy,
+        )
     return Check(what, State.OK, found)
 
 
 def check_descriptors(workers: int) -> Check:
-    """Whether the dispatcher may open as many files and sockets as it needs."""
+    """Check that the dispatcher may open as many files and sockets as it needs."""
     need = DESCRIPTORS + DESCRIPTORS_PER_WORKER * workers
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found = f"{limit} may be open, {need} are needed"
+    found = f"the limit is {limit}, {need} are needed"
     if limit != resource.RLIM_INFINITY and limit < need:
         return Check("open files", State.FAILED, found, f"raise the limit: ulimit -n {need}")
-    return Check("open files", State.OK, "any number may be open" if limit == resource.RLIM_INFINITY else found)
+    return Check("open files", State.OK, "there is no limit" if limit == resource.RLIM_INFINITY else found)
 
 
 def check_keys(directory: Path | None, bind: str) -> Check:
-    """Whether the node's keys are there and private, where it needs any."""
+    """Check that the node's keys exist and are private, or that it needs none."""
     try:
         sockets.check_address(bind)
         if directory is None:
             if sockets.is_local(bind):
-                return Check("keys", State.OK, f"none are needed: only this machine can reach {bind}")
+                return Check("keys", State.OK, f"none needed: only this machine can reach {bind}")
             return Check(
-                "keys", State.FAILED, f"others can reach {bind}", "loader-service keygen DIR, and start with --keys DIR"
+                "keys",
+                State.FAILED,
+                f"other machines can reach {bind}",
+                "run `loader-service keygen DIR`, and start with --keys DIR",
             )
         allowed = len(node_keys(directory).allowed)
     except LoaderServiceError as error:
         return Check("keys", State.FAILED, str(error))
-    return Check("keys", State.OK, f"{directory} is private, and allows {allowed} clients")
+    return Check("keys", State.OK, f"{directory} is private and allows {allowed} clients")
 
 
 def check_address(bind: str) -> Check:
-    """Whether a node could listen there."""
+    """Check that a node can listen at the address."""
     context = zmq.Context()
     try:
-        router, address = sockets.bind_node(context, bind, insecure=True)  # whether it may is what the keys' check says
+        router, address = sockets.bind_node(context, bind, insecure=True)  # check_keys reports missing keys
         router.close()
     except LoaderServiceError as error:
-        remedy = f"`loader-service status {bind}` tells whether a node is there already; or choose another --bind"
+        remedy = f"check for a running node with `loader-service status {bind}`, or choose another --bind"
         return Check("address", State.FAILED, str(error), remedy)
     finally:
         context.term()

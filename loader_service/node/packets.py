@@ -1,7 +1,19 @@
-"""What a dispatcher, its fork server and its workers say to one another, over socket pairs made before the fork.
+"""The packets between a dispatcher, its fork server and its workers.
 
-The pairs are SOCK_SEQPACKET: a message is a packet, the end of a process is an end of file, no name on disk outlives a
-crash and no stranger can connect.
+They travel over socket pairs of type SOCK_SEQPACKET, made before each fork. One packet is one message, and the end of a
+process is an end of file. There is no address, so nothing remains after a crash and no other process can connect.
+
+=========== =========== ========= ==========================================================
+sender      receiver    packet    meaning
+=========== =========== ========= ==========================================================
+dispatcher  fork server Fork      start a worker; its end of a socket pair is attached
+fork server dispatcher  Forked    the worker's process exists
+worker      dispatcher  Ready     its datasets are open
+dispatcher  worker      Lease     write this slice
+worker      dispatcher  Done      the slice is written
+worker      dispatcher  Bad       the slice cannot be written
+fork server dispatcher  Died      the worker's process has ended and is reaped
+=========== =========== ========= ==========================================================
 """
 
 from __future__ import annotations
@@ -14,10 +26,18 @@ from loader_service.types import Dtype, SliceId, Split, StageSeconds
 from loader_service.wire.messages import Place
 
 MAX_PACKET_BYTES: Final = 65_536
+"""Upper bound of a packet: a Lease with MAX_EXCLUDED records is the largest, about 10 KB."""
 
 
 class Lease(msgspec.Struct, frozen=True, tag="lease"):
-    """Dispatcher to worker: write this slice at this place of that segment; without a name, of the node's own send slots."""
+    """Dispatcher to worker: write a slice.
+
+    Fields:
+        id: number of the lease; the answer repeats it.
+        split, what, dtype: the slice.
+        segment: name of the client's segment; empty for the node's own send slots.
+        place: destination in that segment.
+    """
 
     id: int
     split: Split
@@ -28,11 +48,11 @@ class Lease(msgspec.Struct, frozen=True, tag="lease"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """Worker to dispatcher: the datasets are open."""
+    """Worker to dispatcher: the datasets are open, and the worker waits for leases."""
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """Worker to dispatcher: the slice is written; it took so many seconds, of which these went into its stages."""
+    """Worker to dispatcher: the slice of lease ``id`` is written. ``seconds`` is the whole time, ``stages`` its parts."""
 
     id: int
     seconds: float
@@ -40,12 +60,12 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
 
 
 class Bad(msgspec.Struct, frozen=True, tag="bad"):
-    """Worker to dispatcher: the slice cannot be written; ``record`` is to blame, or -1 if none is."""
+    """Worker to dispatcher: the slice of lease ``id`` cannot be written, because of ``record``, or -1 for another reason."""
 
     id: int
     record: int
     reason: str
-    source: str = ""  # the file that the record was made from
+    source: str = ""  # name of the file that the record was made from
 
 
 class Fork(msgspec.Struct, frozen=True, tag="fork"):
@@ -62,7 +82,7 @@ class Forked(msgspec.Struct, frozen=True, tag="forked"):
 
 
 class Died(msgspec.Struct, frozen=True, tag="died"):
-    """Fork server to dispatcher: ``pid`` is gone and reaped; ``code`` as ``os.waitstatus_to_exitcode`` gives it."""
+    """Fork server to dispatcher: ``pid`` has ended and is reaped; ``code`` is that of ``os.waitstatus_to_exitcode``."""
 
     index: int
     pid: int

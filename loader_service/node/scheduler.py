@@ -1,13 +1,39 @@
-"""Who works on what: a node's workers, its clients, their requests and the leases between them.
+"""The scheduler: the state of a node's workers, clients, requests and leases, without I/O.
 
-Rules of this file: no sockets, clocks or processes. An event comes in as a method call; the actions it calls for come
-out as a list, to be carried out in order. A request is leased to one worker at a time; a lease ends when its worker
-says so or dies, and then the request is answered or leased again. An event that cannot be (from a worker or client
-that is not there) changes nothing and gives no actions.
+An event comes in as a method call; the actions that follow from it go out as a list, for the dispatcher to carry out in
+order. This file uses no socket, clock or process. An event of an unknown client, or of a lease that does not exist any
+more, changes nothing and returns no action: such events are late, not wrong.
 
-Fairness: each client is charged the worker time that its slices took, and the client that has been charged least is
-served next (start-time fair queueing; Goyal, Vin and Cheng, 1996). So a client of costly ten-crop slices gets half of
-the workers beside a client of cheap ones, not most of them, and one that stops asking holds nobody up.
+A worker (:attr:`WorkerRecord.state`)::
+
+    state       event                               next state
+    STARTING    worker_forked and worker_ready      IDLE
+    IDLE        Grant                               WORKING
+    WORKING     its last lease ends                 IDLE
+    any         worker_died                         STARTING: a new process takes its place
+
+A request (:class:`Task`)::
+
+    state       event                               next state
+    (none)      requested                           QUEUED, or refused
+    QUEUED      a worker and, without a place,      LEASED: Grant
+                a send slot are free
+    QUEUED      client_left                         dropped
+    LEASED      worker_done                         Answer
+    LEASED      worker_failed                       Refuse
+    LEASED      worker_died                         QUEUED, at the front; or Refuse, after CRASHES crashes
+    LEASED      client_left                         LEASED; its result will be dropped
+
+Invariants:
+
+- A request has at most one lease at a time, and a lease number is used once.
+- Each request of a client that stays gets exactly one Answer or Refuse.
+- A worker has at most DEPTH leases.
+- A send slot is free, belongs to one LEASED task, or holds one answered slice until ``slot_freed``.
+
+**Fairness** is start-time fair queueing (Goyal, Vin and Cheng, 1996). Each client is charged the worker time of its
+slices, and the client with the lowest charge is served next. So a client of costly ten-crop slices and a client of cheap
+ones get half of the workers each.
 """
 
 from __future__ import annotations
@@ -21,28 +47,27 @@ from loader_service.types import SampleLayout, StageSeconds
 from loader_service.wire.messages import Failed, Request, WorkerState
 
 DEPTH: Final = 2
-"""Leases a worker may hold: one in work and one waiting, so that it never waits for the dispatcher."""
+"""Leases per worker: one that it writes and one that waits, so that it never waits for the dispatcher."""
 
 CRASHES: Final = 3
-"""After so many workers crashed on a lease its record is called bad: once may be chance, three times is the record."""
+"""Crashed workers after which a lease's record counts as bad. One crash may be an accident; three are the record's fault."""
 
 MAX_QUEUE: Final = 4096
-"""Requests a client may have waiting; far more than its slots can hold, so only a broken client reaches it."""
-
+"""Upper bound of a client's waiting requests. Only a broken client reaches it: no client has so many slots."""
 
 NO_SECONDS: Final = StageSeconds()
 
 
 @dataclass(eq=False)
 class ClientRecord:
-    """One client as the node sees it."""
+    """The record of one client."""
 
     id: bytes
     name: str
-    segment: str = ""  # of its shared memory; empty: slices go in frames
+    segment: str = ""  # name of its shared memory; empty: it receives slices in frames
     queue: deque[Task] = field(default_factory=deque)
-    charged_s: float = 0.0
-    sending: int = 0  # send slots it occupies
+    charged_s: float = 0.0  # worker time, see Fairness; only differences between clients matter
+    sending: int = 0  # send slots that it occupies
     slices: int = 0
     samples: int = 0
     delivered_bytes: int = 0
@@ -50,23 +75,25 @@ class ClientRecord:
 
 @dataclass(eq=False)
 class Task:
-    """A request on its way: who asked, how often it was tried, what it was estimated to cost."""
+    """A request that is queued or leased."""
 
     client: ClientRecord
     request: Request
-    crashes: int = 0
-    estimate_s: float = 0.0
-    slot: int | None = None  # the send slot, for a request without a place
+    crashes: int = 0  # workers that crashed on it
+    estimate_s: float = 0.0  # the charge of its lease, corrected when the lease is done
+    slot: int | None = None  # its send slot, for a request without a place
 
 
 @dataclass(eq=False)
 class WorkerRecord:
-    """One worker process."""
+    """The record of one worker. A new process continues the counters of the one it replaces."""
 
     index: int
     pid: int = 0
     ready: bool = False
-    tasks: dict[int, Task] = field(default_factory=dict)  # by lease id, the oldest first: the one in work
+    tasks: dict[int, Task] = field(
+        default_factory=dict
+    )  # by lease number; the oldest, which it writes now, comes first
     slices: int = 0
     samples: int = 0
     busy_s: float = 0.0
@@ -74,7 +101,7 @@ class WorkerRecord:
 
     @property
     def state(self) -> WorkerState:
-        """The state that follows from the fields; see the table at the top of this file."""
+        """The state of the worker, see the table at the top of this file."""
         if self.tasks:
             return WorkerState.WORKING
         return WorkerState.IDLE if self.ready and self.pid else WorkerState.STARTING
@@ -82,7 +109,7 @@ class WorkerRecord:
 
 @dataclass(frozen=True)
 class Grant:
-    """Give a worker a lease."""
+    """The action to send a worker a lease."""
 
     worker: int
     lease: int
@@ -91,14 +118,14 @@ class Grant:
 
 @dataclass(frozen=True)
 class Answer:
-    """Tell a client that its request is filled; with a slot, send the slice from there."""
+    """The action to tell a client that its slice is complete, and to send the slice from its send slot if it has one."""
 
     task: Task
 
 
 @dataclass(frozen=True)
 class Refuse:
-    """Tell a client that its request cannot be filled."""
+    """The action to tell a client that its slice cannot be made."""
 
     client: bytes
     message: Failed
@@ -111,8 +138,8 @@ class Scheduler:
     """The state of a node.
 
     Args:
-        workers: how many workers there are; they are numbered from 0.
-        send_slots: how many slots there are for slices that go in frames.
+        workers: number of workers; their indices start at 0.
+        send_slots: number of slots for slices in frames.
     """
 
     def __init__(self, workers: int, send_slots: int) -> None:
@@ -120,31 +147,32 @@ class Scheduler:
         self.clients: dict[bytes, ClientRecord] = {}
         self.reassigned = 0
         self.restarts = 0
-        self.bad_samples = 0  # how often a record was called bad
-        self.samples = 0  # delivered, also to clients that have left
+        self.bad_samples = 0  # failures that named a record
+        self.samples = 0  # delivered, also to clients that have left since
         self.delivered_bytes = 0
         self._free_slots = list(range(send_slots))
         self._send_slots = send_slots
         self._next_lease = 0
-        self._cost_s = 1e-4  # running mean of seconds per sample, to charge a lease before it is done
+        self._cost_s = 1e-4  # running mean of seconds per sample, an estimate for the charge of a new lease
 
     # Clients
 
     def client_joined(self, client: bytes, name: str) -> list[Action]:
-        """A client said hello. One that was known starts afresh: what it asked for before is forgotten."""
+        """Add a client that said Hello. A known client starts anew: its earlier requests are dropped."""
         self.client_left(client)
+        # It starts at the lowest charge of the others: at 0 it would get all workers until it caught up.
         floor = min((c.charged_s for c in self.clients.values()), default=0.0)
         self.clients[client] = ClientRecord(client, name, charged_s=floor)
         return []
 
     def client_attached(self, client: bytes, segment: str) -> list[Action]:
-        """A client's shared memory can be written."""
+        """Note that the node can write a client's shared memory."""
         if client in self.clients:
             self.clients[client].segment = segment
         return []
 
     def client_left(self, client: bytes) -> list[Action]:
-        """A client is gone; its waiting requests go, leases in work run out into nothing."""
+        """Remove a client and its queued requests. Its leases continue, and their results are dropped."""
         gone = self.clients.pop(client, None)
         if gone:
             for task in gone.queue:
@@ -153,7 +181,7 @@ class Scheduler:
         return self._dispatch()
 
     def requested(self, client: bytes, request: Request) -> list[Action]:
-        """A client asks for a slice."""
+        """Queue a client's request, or refuse it."""
         asking = self.clients.get(client)
         if asking is None:
             return []
@@ -161,14 +189,14 @@ class Scheduler:
             return [Refuse(client, Failed(request.id, -1, "no shared memory is attached"))]
         if len(asking.queue) >= MAX_QUEUE:
             return [Refuse(client, Failed(request.id, -1, "too many requests are waiting"))]
-        if not asking.queue:  # whoever was away has saved up nothing
+        if not asking.queue:  # an idle client saves no credit: its charge rises to that of the busy clients
             floor = min((c.charged_s for c in self.clients.values() if c.queue), default=asking.charged_s)
             asking.charged_s = max(asking.charged_s, floor)
         asking.queue.append(Task(asking, request))
         return self._dispatch()
 
     def slot_freed(self, slot: int, client: ClientRecord) -> list[Action]:
-        """A send slot's bytes have left."""
+        """Reuse a send slot that libzmq has released."""
         client.sending -= 1
         self._free_slots.append(slot)
         return self._dispatch()
@@ -176,17 +204,24 @@ class Scheduler:
     # Workers
 
     def worker_forked(self, index: int, pid: int) -> list[Action]:
-        """A worker's process runs; it is not ready yet."""
+        """Note the process of a worker. It may still be opening its datasets."""
         self.workers[index].pid = pid
         return []
 
     def worker_ready(self, index: int) -> list[Action]:
-        """A worker has its datasets open."""
+        """Start giving leases to a worker whose datasets are open."""
         self.workers[index].ready = True
         return self._dispatch()
 
     def worker_done(self, index: int, lease: int, seconds: float, stages: StageSeconds = NO_SECONDS) -> list[Action]:
-        """A worker has written a slice; it took so many seconds, of which these went into its stages."""
+        """Answer the request of a lease whose slice is written.
+
+        Args:
+            index: the worker.
+            lease: number of the lease.
+            seconds: time that the slice took.
+            stages: the same time, by stage.
+        """
         worker = self.workers[index]
         task = worker.tasks.pop(lease, None)
         if task is None:
@@ -196,9 +231,9 @@ class Scheduler:
         worker.samples += samples
         worker.busy_s += seconds
         worker.stages += stages
-        self._cost_s += (seconds / samples - self._cost_s) / 16
+        self._cost_s += (seconds / samples - self._cost_s) / 16  # an exponential mean over some 16 slices
         task.client.charged_s += seconds - task.estimate_s
-        if not self._present(task):
+        if not self._present(task):  # its client left, or said Hello again
             self._release_slot(task)
             return self._dispatch()
         size = SampleLayout(task.request.what.view, task.request.dtype).sample_bytes * task.request.what.count
@@ -210,20 +245,20 @@ class Scheduler:
         return [Answer(task), *self._dispatch()]
 
     def worker_failed(self, index: int, lease: int, record: int, reason: str, source: str = "") -> list[Action]:
-        """A worker cannot write a slice, because of a record or (-1) of something else."""
+        """Refuse the request of a lease that a worker cannot write; ``record`` is -1 if no record is the reason."""
         task = self.workers[index].tasks.pop(lease, None)
         if task is None:
             return []
         return [*self._refuse(task, record, reason, source), *self._dispatch()]
 
     def worker_died(self, index: int, *, crashed: bool, record: int, how: str) -> list[Action]:
-        """A worker's process is gone, and so are its locks: what it was leased goes to another.
+        """Queue the leases of a dead worker again, for other workers. Its locks are gone with its process.
 
         Args:
-            index: which worker.
-            crashed: whether it died by its own doing (a fault, an exception), not by somebody's kill.
-            record: what it was working on, as it had published; -1 if nothing.
-            how: for people, what became of it.
+            index: the worker.
+            crashed: True if it ended by itself (a fault, an exception), False if it was killed from outside.
+            record: the record that it read, as it had published; -1 if none.
+            how: the end of the process, for people.
         """
         dead = self.workers[index]
         self.workers[index] = WorkerRecord(
@@ -232,12 +267,12 @@ class Scheduler:
         self.restarts += 1
         actions: list[Action] = []
         tasks = list(dead.tasks.values())
-        if tasks and crashed:
+        if tasks and crashed:  # only the oldest lease was being written
             tasks[0].crashes += 1
             if tasks[0].crashes >= CRASHES:
-                reason = f"it ended {CRASHES} workers, the last by {how}"
+                reason = f"it crashed {CRASHES} workers, the last by {how}"
                 actions += self._refuse(tasks.pop(0), record, reason)
-        for task in reversed(tasks):
+        for task in reversed(tasks):  # reversed, since each goes to the front of its queue
             if self._present(task):
                 self.reassigned += 1
                 task.client.charged_s -= task.estimate_s
@@ -248,22 +283,23 @@ class Scheduler:
 
     @property
     def leases(self) -> int:
-        """How many leases are out."""
+        """Number of leases that workers hold."""
         return sum(len(worker.tasks) for worker in self.workers)
 
     @property
     def queued(self) -> int:
-        """How many requests wait for a worker or for a send slot."""
+        """Number of requests that wait for a worker or a send slot."""
         return sum(len(client.queue) for client in self.clients.values())
 
     @property
     def send_slots_used(self) -> int:
-        """How many send slots hold a slice, in the making or on its way."""
+        """Number of send slots that hold a slice, being written or being sent."""
         return self._send_slots - len(self._free_slots)
 
-    # Inside
+    # Internals
 
     def _dispatch(self) -> list[Action]:
+        """Lease queued requests to workers until workers, requests or send slots run out."""
         actions: list[Action] = []
         for worker in self._idle():
             task = self._next_task()
@@ -278,14 +314,15 @@ class Scheduler:
         return actions
 
     def _idle(self) -> Iterator[WorkerRecord]:
-        """Workers with room for a lease, the emptiest first, each as often as it has room."""
-        for depth in range(DEPTH):
+        """Yield workers with room for a lease, the emptiest first, each once per free place."""
+        for depth in range(DEPTH):  # all workers get a first lease before any gets a second
             for worker in self.workers:
                 if worker.ready and len(worker.tasks) == depth:
                     yield worker
 
     def _next_task(self) -> Task | None:
-        """The first request, of those that can be served now, of the client that was charged least."""
+        """Remove and return the first request of the client with the lowest charge that can be served now; None if none."""
+        # Each client may fill its share of the send slots, so that one that reads slowly cannot block the others.
         share = max(1, self._send_slots // max(1, len(self.clients)))
         for client in sorted(self.clients.values(), key=lambda c: c.charged_s):
             if not client.queue:
@@ -300,7 +337,7 @@ class Scheduler:
         return None
 
     def _present(self, task: Task) -> bool:
-        """Whether the client that asked is still the same one."""
+        """Return whether the client of a task is still connected, and has not said Hello again since."""
         return self.clients.get(task.client.id) is task.client
 
     def _refuse(self, task: Task, record: int, reason: str, source: str = "") -> list[Action]:

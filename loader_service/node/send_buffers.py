@@ -1,4 +1,4 @@
-"""The node's own slots, for slices that go in frames: written by workers, sent by libzmq without a copy."""
+"""Send buffers: the node's own slots for slices in frames. Workers write them, and libzmq sends them without a copy."""
 
 from __future__ import annotations
 
@@ -16,40 +16,41 @@ from loader_service.wire.messages import Filled, Pixels, Place, Request, encode
 from loader_service.wire.shm import Hold, Segment
 
 ALIGNMENT_BYTES: Final = 64
+"""Alignment of each array in a slot: a cache line, and the widest vector register (AVX-512)."""
 
 PIECE_BYTES: Final = 2 * 2**20
-"""Most pixels in one message. What comes in is copied on while it lies in the second-level cache, and the memory that
-libzmq receives it into has been used before; a frame of 19 MB is neither."""
+"""Upper bound of the pixels in one frame, in bytes. The client copies a frame of this size out of the second-level cache,
+and libzmq receives it into memory that was used before; neither holds for one frame of 19 MB."""
 
 
 class SendBuffers:
     """The send slots of one node.
 
     Args:
-        segment: their memory, which the workers have inherited.
-        slot_bytes: of each.
-        wake: called, from whichever thread it happens in, when libzmq has let go of a slot.
+        segment: their memory, which the workers inherit.
+        slot_bytes: size of a slot.
+        wake: function that wakes the dispatcher's loop; called in a thread of pyzmq when libzmq releases a slot.
     """
 
     def __init__(self, segment: Segment, slot_bytes: int, wake: Callable[[], None]) -> None:
         self.slot_bytes = slot_bytes
         self.send_s = 0.0
-        """Seconds that slices have spent on their way out, added up."""
+        """Seconds from handing a slice to libzmq to the release of its slot, summed over slices."""
         self._segment, self._wake = segment, wake
         self._freed: deque[tuple[int, ClientRecord, float]] = deque()
 
     @property
     def segment_name(self) -> str:
-        """What a lease calls this segment."""
+        """The name of this segment in a lease."""
         return self._segment.name
 
     def fits(self, request: Request) -> bool:
-        """Whether a request's slice fits a slot."""
+        """Return whether the slice of a request fits into a slot."""
         _, end = self._areas(request)
         return end <= self.slot_bytes
 
     def place(self, task: Task) -> Place | None:
-        """Where in its slot a slice is to be written, under a new generation; None if somebody still writes there."""
+        """Arm a task's slot and return the place of its slice; None if a late writer holds the slot."""
         assert task.slot is not None
         generation = self._segment.arm(task.slot)
         if generation is None:
@@ -59,7 +60,7 @@ class SendBuffers:
         return Place(task.slot, generation, base + images, base + labels, base + draws)
 
     def messages(self, task: Task) -> Iterator[list[Any]]:
-        """A slice's messages, each a list of frames; its slot is held until the last of them is sent."""
+        """Yield the messages of a slice, each a list of frames. They hold the slot until the last of them is sent."""
         assert task.slot is not None
         (_, labels, draws), end = self._areas(task.request)
         layout, request, n = (
@@ -67,16 +68,18 @@ class SendBuffers:
             task.request,
             task.request.what.count,
         )
+        # Frames are views of this array, so libzmq sends from the slot, and the last freed frame releases the slot.
         slot = self._segment.array(self._base(task.slot), (end,), np.uint8)
-        whole = np.asarray(Hold(slot, partial(self._let_go, task.slot, task.client, time.monotonic())))
+        whole = np.asarray(Hold(slot, partial(self._release, task.slot, task.client, time.monotonic())))
         size = layout.image_bytes * n
         for start in range(0, size, PIECE_BYTES):
             yield [encode(Pixels(request.id, start)), whole[start : min(start + PIECE_BYTES, size)]]
+        # Labels and draws are small (20 bytes a sample), so one copy of both is cheaper than two frames.
         tail = whole[labels : labels + 8 * n].tobytes() + whole[draws : draws + layout.draws_bytes * n].tobytes()
         yield [encode(Filled(request.id)), tail]
 
     def freed(self) -> list[tuple[int, ClientRecord]]:
-        """The slots that have been let go of since the last call, and whose they were."""
+        """Return the slots that libzmq has released since the last call, with their clients."""
         slots = []
         while self._freed:
             slot, client, since = self._freed.popleft()
@@ -85,10 +88,11 @@ class SendBuffers:
         return slots
 
     def close(self) -> None:
-        """Let go of the memory; what libzmq still holds stays valid."""
+        """Close the segment; frames that libzmq still holds stay valid."""
         self._segment.close()
 
-    def _let_go(self, slot: int, client: ClientRecord, since: float) -> None:
+    def _release(self, slot: int, client: ClientRecord, since: float) -> None:
+        # Runs in a thread of pyzmq. A deque's append is atomic; everything else waits for the dispatcher's loop.
         self._freed.append((slot, client, since))
         self._wake()
 
@@ -96,7 +100,7 @@ class SendBuffers:
         return self._segment.data_offset + slot * self.slot_bytes
 
     def _areas(self, request: Request) -> tuple[tuple[int, int, int], int]:
-        """Offsets of pixels, labels and draws within a slot, each aligned; and the end of them."""
+        """Return the aligned offsets of pixels, labels and draws in a slot, and the end of the draws, all in bytes."""
         layout, n = SampleLayout(request.what.view, request.dtype), request.what.count
         labels = _align(layout.image_bytes * n)
         draws = _align(labels + 8 * n)

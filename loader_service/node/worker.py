@@ -1,8 +1,8 @@
-"""A worker process: it knows one thing, to fill these bytes with this slice.
+"""A worker process: it fills the bytes of a place with a slice.
 
-It is forked by the fork server, opens the datasets by itself, and then reads leases from its end of a socket pair until the
-other end is gone. Before each record it publishes the record's number in memory shared with the dispatcher, so that even a
-death by SIGKILL names its record.
+The fork server forks it. It opens the datasets, then reads leases from its end of a socket pair until the dispatcher
+closes the other end. Before each record, it publishes the record's number in memory shared with the dispatcher, so that
+the record is known even after SIGKILL. This file also has the checks that a node makes before it starts workers.
 """
 
 from __future__ import annotations
@@ -33,42 +33,46 @@ log = logging.getLogger("loader_service.node")
 
 SPLITS: Final[tuple[Split, ...]] = ("train", "val")
 NO_RECORD: Final = -1
+"""Published while a worker reads no record."""
 
 _MAX_SEGMENTS: Final = 64
-"""Clients' segments kept mapped; the one that was used longest ago goes first."""
+"""Segments of clients that a worker keeps mapped; it closes the least recently used one first."""
 
 STALE: Final = {
     Claim.BUSY: "a late writer holds the part",
     Claim.GIVEN_UP: "the part's generation is no longer the lease's",
 }
-"""Why a place was not written; the client asks anew if it still wants the slice."""
+"""Reasons why a worker did not write a place. The client requests the slice again if it still needs it."""
 
-_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_PDEATHSIG: Final = 1  # from <linux/prctl.h>
 
 
 def prove() -> Installation:
-    """The built-in golden hash as this installation makes it, and what of the machine decides it.
+    """Check that this installation makes the samples of the built-in images that every node must make.
+
+    Returns:
+        The hash of those samples, and the versions of the libraries that made them.
 
     Raises:
-        NodeFailed: it is another than it must be, so that every client would refuse this node.
+        NodeFailed: the hash differs, so that every client would refuse this node.
     """
     try:
         made = golden.installation()
     except ValueError as error:
-        raise NodeFailed(f"a built-in picture cannot be used, and so records cannot: {error}") from error
+        raise NodeFailed(f"a built-in image cannot be decoded, so records cannot be either: {error}") from error
     if made.golden != BUILTIN_GOLDEN:
         raise NodeFailed(
-            f"its golden hash of the built-in pictures is {made.golden} with {made}, and it must be {BUILTIN_GOLDEN}: "
-            "clients would refuse the samples; install the versions that constraints.txt names"
+            f"its golden hash of the built-in images is {made.golden} with {made}, but {BUILTIN_GOLDEN} is expected: "
+            "clients would refuse its samples; install the versions in constraints.txt"
         )
     return made
 
 
 def survey(data: Path) -> dict[Split, DatasetFacts]:
-    """What the splits under ``data`` are, with the golden hash that this installation makes of each.
+    """Read the facts of the splits in ``data``, and check the golden hash of each.
 
     Raises:
-        DatasetNotFound: there is no split at all.
+        DatasetNotFound: the directory has no split.
         DatasetInvalid, DatasetUnfinished: a split cannot be served.
     """
     facts: dict[Split, DatasetFacts] = {}
@@ -95,38 +99,41 @@ def survey(data: Path) -> dict[Split, DatasetFacts]:
 
 
 def _check_golden(records: Records) -> None:
-    """Refuse to serve other bytes than the dataset's writer had; a bad record is the clients' to judge, not ours."""
+    """Raise DatasetInvalid if this machine makes other samples of a dataset than the machine that wrote it.
+
+    A bad record is no error here: only a client may exclude one.
+    """
     need = records.manifest.golden
     try:
         made = golden.of_dataset(records)
     except RecordError as error:
-        log.warning("The golden samples cannot be compared, since one of them is bad. %s", error)
+        log.warning("The golden samples cannot be checked, because the record of one is bad. %s", error)
         return
     if made != need:
         raise DatasetInvalid(
             records.path,
-            f"its golden samples come out as {made} here, the manifest says {need}: the records are damaged, or this "
-            "machine's libraries decode them to other bytes",
+            f"the hash of its golden samples is {made} here and {need} in its manifest: the records are damaged, or the "
+            "libraries of this machine decode them to other bytes",
         )
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, however that happens."""
+    """Ask the kernel to kill this process when its parent ends, also by SIGKILL."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel was told
+    if os.getppid() != parent:  # the parent ended before the prctl
         os._exit(1)
 
 
 class Worker:
-    """The worker's loop.
+    """The loop of a worker process.
 
     Args:
         link: its end of the socket pair with the dispatcher.
-        data: the directory of the splits.
-        facts: what the node told its clients of each; a dataset that was replaced since is not served.
+        data: directory of the splits.
+        facts: the facts of each split that the node sends to clients; a split that was replaced since is not served.
         own: the node's send slots, inherited.
-        at: (2,) int64 in memory shared with the dispatcher: the record being worked on, or NO_RECORD; and the stage, or
-            NO_STAGE.
+        progress: (2,) int64 in memory shared with the dispatcher: the record that is read now (NO_RECORD: none) and the
+            index of the stage (-1: none).
     """
 
     def __init__(
@@ -135,16 +142,16 @@ class Worker:
         data: Path,
         facts: dict[Split, DatasetFacts],
         own: Segment,
-        at: npt.NDArray[np.int64],
+        progress: npt.NDArray[np.int64],
     ) -> None:
-        self._link, self._at = link, at[:1]
-        self._stopwatch = Stopwatch(at[1:])
+        self._link, self._record = link, progress[:1]
+        self._stopwatch = Stopwatch(progress[1:])
         self._records = {split: _reopen(data / f"{split}.lmdb", fact.fingerprint) for split, fact in facts.items()}
-        self._own = own.reopen()
+        self._own = own.reopen()  # locks exclude openings, and all workers inherited the same one
         self._segments: OrderedDict[str, Segment] = OrderedDict()
 
     def run(self) -> None:
-        """Serve until the dispatcher is gone."""
+        """Answer leases until the dispatcher closes its end."""
         self._link.send(encode(Ready()))
         while packet := self._link.recv(MAX_PACKET_BYTES):
             lease = decode_lease(packet)
@@ -160,16 +167,17 @@ class Worker:
             return Bad(lease.id, NO_RECORD, str(error))
         finally:
             stages = self._stopwatch.stop()
-            self._at[0] = NO_RECORD
+            self._record[0] = NO_RECORD
         if claim is not Claim.OURS:
             return Bad(lease.id, NO_RECORD, STALE[claim])
         return Done(lease.id, time.perf_counter() - start, stages)
 
     def _write(self, lease: Lease) -> Claim:
+        """Write a slice into its place if the lease is still valid."""
         segment = self._segment(lease.segment)
         with segment.writing(lease.place.part, lease.place.generation) as claim:
             if claim is Claim.OURS:
-                fill(_slice(segment, lease), self._records[lease.split], lease.what, self._at, self._stopwatch)
+                fill(_slice(segment, lease), self._records[lease.split], lease.what, self._record, self._stopwatch)
         return claim
 
     def _source(self, split: Split, record: int) -> str:
@@ -179,6 +187,7 @@ class Worker:
             return ""
 
     def _segment(self, name: str) -> Segment:
+        """Return a segment by its name, mapped once and kept: a new mapping would fault every page in again."""
         if not name:
             return self._own
         segment = self._segments.pop(name, None)
@@ -194,16 +203,16 @@ def _reopen(path: Path, fingerprint: str) -> Records:
     """Open a split that was surveyed before.
 
     Raises:
-        DatasetInvalid: another dataset has taken its place, so that this worker would give other bytes than its elders.
+        DatasetInvalid: another dataset replaced it, so that this worker would make other bytes than the earlier ones.
     """
     records = Records(path)
     if records.manifest.fingerprint != fingerprint:
-        raise DatasetInvalid(path, "it was replaced while this node serves it; start the node again")
+        raise DatasetInvalid(path, "it was replaced while this node serves it; restart the node")
     return records
 
 
 def _slice(segment: Segment, lease: Lease) -> Slice:
-    """The arrays of a lease's place; the segment checks that they lie within its data."""
+    """Return the arrays of a lease's place. Segment.array checks that they lie within the data."""
     layout, place, n = SampleLayout(lease.what.view, lease.dtype), lease.place, lease.what.count
     view = layout.view
     return Slice(

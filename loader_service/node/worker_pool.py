@@ -1,6 +1,8 @@
-"""The workers as processes: started, heard, watched, buried and replaced.
+"""The worker pool: it spawns, kills, reaps and replaces the worker processes of a node.
 
-The worker pool knows pids, socket pairs and deaths; who works on what is the scheduler's business.
+It knows processes and socket pairs; the scheduler knows which worker has which lease. A worker is replaced here: the fork
+server reports a death, :meth:`WorkerPool._reap` logs it and schedules a new process, and the dispatcher passes the
+:class:`Death` to the scheduler, which leases its slices to other workers.
 """
 
 from __future__ import annotations
@@ -27,20 +29,20 @@ from loader_service.types import STAGES
 log = logging.getLogger("loader_service.node")
 
 MAX_FAILED_STARTS: Final = 5
-"""Workers that die before they were ready, one after another, until the node says that it cannot go on."""
+"""Workers in a row that die before they are ready, after which the node fails: the next one would die, too."""
 
 RESPAWN_PAUSE_S: Final = 0.1
-"""Before a worker is replaced that died before it was ready; doubled with each of them."""
+"""Pause in seconds before a worker that died before it was ready is replaced; it doubles with each such death in a row."""
 
 
 @dataclass(frozen=True)
 class Death:
-    """A worker's process is gone.
+    """The event of a worker process that has ended and is reaped.
 
     Fields:
-        crashed: whether by its own doing (a fault, an exception), not by somebody's kill.
-        record: what it was working on, as it had published; NO_RECORD if nothing.
-        how: for people.
+        crashed: True if it ended by itself (a fault, an exception), False if it was killed from outside.
+        record: the record that it read, as it had published; NO_RECORD if none.
+        how: exit code or signal, for people.
     """
 
     crashed: bool
@@ -55,29 +57,34 @@ class WorkerPool:
     """The processes of one node's workers.
 
     Args:
-        fork_server: forks them.
-        at: (workers, 2) int64, shared with them: the record and the stage each is working at, -1 for none.
-        poller: the dispatcher's; the worker pool's descriptors come and go in it.
-        stall_s: a worker that has been at one record for so long is stopped or hung, and is killed.
+        fork_server: forks the workers.
+        progress: (workers, 2) int64 shared with the workers: the record and the index of the stage of each, -1 for none.
+        poller: the dispatcher's poller; the pool registers and unregisters its descriptors there.
+        stall_s: seconds at one record after which a worker is killed.
     """
 
-    def __init__(self, fork_server: ForkServer, at: npt.NDArray[np.int64], poller: zmq.Poller, stall_s: float) -> None:
-        self._fork_server, self._at, self._poller, self._stall_s = fork_server, at, poller, stall_s
+    def __init__(
+        self, fork_server: ForkServer, progress: npt.NDArray[np.int64], poller: zmq.Poller, stall_s: float
+    ) -> None:
+        self._fork_server, self._poller, self._stall_s = fork_server, poller, stall_s
+        self._shared_progress = progress
         self._links: dict[int, socket.socket] = {}  # by worker index
-        self._by_descriptor: dict[int, int] = {}
-        self._ready: set[int] = set()
-        self._progress: dict[int, tuple[int, int, float]] = {}  # by worker: its lease and record, and since when
-        self._failed_starts = 0
-        self._due_spawns: list[tuple[float, int]] = []
+        self._by_descriptor: dict[int, int] = {}  # worker index by descriptor of its link
+        self._ready: set[int] = set()  # workers that said Ready
+        self._last_moves: dict[
+            int, tuple[int, int, float]
+        ] = {}  # by worker index: lease, record, and the time it reached them
+        self._failed_starts = 0  # in a row
+        self._due_spawns: list[tuple[float, int]] = []  # time and worker index
         poller.register(fork_server.link.fileno(), zmq.POLLIN)
-        for index in range(len(at)):
+        for index in range(len(progress)):
             self._spawn(index)
 
     def receive(self, descriptor: int) -> Iterator[tuple[int, Event]]:
-        """What has happened, if a readable descriptor is the worker pool's: the worker's index, and what it said or became.
+        """Yield worker index and event for everything that a readable descriptor brings; nothing for a foreign descriptor.
 
         Raises:
-            NodeFailed: the fork server is gone, or workers die before they are ready, again and again.
+            NodeFailed: the fork server has ended, or MAX_FAILED_STARTS workers in a row died before they were ready.
         """
         if descriptor == self._fork_server.link.fileno():
             yield from self._receive_from_fork_server()
@@ -85,54 +92,54 @@ class WorkerPool:
             yield from self._receive_from_worker(self._by_descriptor[descriptor])
 
     def give(self, index: int, lease: Lease) -> None:
-        """Send a worker a lease; if it has died, its death will be heard of, and the lease is part of it."""
+        """Send a lease to a worker. If the worker is dead, its Death follows, and the scheduler leases the slice again."""
         try:
             self._links[index].send(encode(lease))
         except (BrokenPipeError, ConnectionResetError, KeyError):
-            log.debug("worker %d has died; its lease %d will be given to another", index, lease.id)
+            log.debug("worker %d has died; lease %d goes to another worker", index, lease.id)
 
-    def at(self, index: int) -> tuple[int, str]:
-        """The record a worker is at, NO_RECORD for none, and its stage, empty for none."""
-        record, stage = self._at[index].tolist()
+    def progress(self, index: int) -> tuple[int, str]:
+        """Return the record that a worker reads (NO_RECORD: none) and its stage (empty: none)."""
+        record, stage = self._shared_progress[index].tolist()
         return record, STAGES[stage] if 0 <= stage < len(STAGES) else ""
 
     def trace(self) -> bytes:
-        """Bytes that change whenever a worker moves on."""
-        return self._at.tobytes()
+        """Return bytes that change with every step of a worker."""
+        return self._shared_progress.tobytes()
 
     def spawn_due(self, now: float) -> None:
-        """Fork the workers that are due."""
+        """Spawn the workers whose pause is over."""
         due = [index for at, index in self._due_spawns if at <= now]
         self._due_spawns = [spawn for spawn in self._due_spawns if spawn[0] > now]
         for index in due:
             self._spawn(index)
 
     def kill_if_stalled(self, index: int, pid: int, lease: int | None, now: float) -> None:
-        """Kill a worker that has not moved on for too long: stopped, or hung in a read.
+        """Kill a worker that has been at one record for too long: it is stopped, or hangs in a read.
 
         Args:
-            index: which worker.
-            pid: its process; 0 if it is not known yet.
-            lease: the one it has in work; None if it has none.
-            now: seconds on a clock that never goes back.
+            index: the worker.
+            pid: its process; 0 if not known yet.
+            lease: number of the lease that it writes; None if it has none.
+            now: time in seconds, on a monotonic clock.
         """
         if lease is None:
-            self._progress.pop(index, None)
+            self._last_moves.pop(index, None)
             return
-        record, stage = self.at(index)
-        last = self._progress.get(index)
+        record, stage = self.progress(index)
+        last = self._last_moves.get(index)
         if last is None or last[:2] != (lease, record):
-            self._progress[index] = (lease, record, now)
+            self._last_moves[index] = (lease, record, now)
         elif now - last[2] > self._stall_s and pid:
             facts = {"worker": index, "pid": pid, "record": record, "stage": stage}
             log.warning(
                 "worker %d (pid %d) has been at record %d for %.0f s: killed", index, pid, record, now - last[2], extra=facts
             )  # fmt: skip
-            self._progress.pop(index)
-            os.kill(pid, signal.SIGKILL)
+            self._last_moves.pop(index)
+            os.kill(pid, signal.SIGKILL)  # SIGTERM would not reach a stopped process
 
     def close(self) -> None:
-        """End all workers and the fork server, and wait until they are gone."""
+        """Kill all workers, end the fork server, and wait until they are gone."""
         self._fork_server.close()
         for link in self._links.values():
             link.close()
@@ -157,9 +164,9 @@ class WorkerPool:
                 packet = link.recv(MAX_PACKET_BYTES)
             except BlockingIOError:
                 return
-            except ConnectionResetError:  # it died with a lease unread; what it had said before can still be read
+            except ConnectionResetError:  # it died with an unread lease; the packets before that can still be read
                 continue
-            if not packet:  # the fork server will tell how it died
+            if not packet:  # the worker ended; the fork server reports how
                 self._close_link(index)
                 return
             answer = decode_answer(packet)
@@ -173,16 +180,17 @@ class WorkerPool:
             case Forked() as forked:
                 yield forked.index, forked
             case Died(index, pid, code):
-                if index in self._links:
-                    yield from self._receive_from_worker(index)  # what it still said counts
+                if index in self._links:  # slices that it finished before it died count
+                    yield from self._receive_from_worker(index)
                 self._close_link(index)
                 yield index, self._reap(index, pid, code)
             case None:
-                raise NodeFailed("its fork server was killed, and with it the workers; start it again")
+                raise NodeFailed("its fork server was killed, and its workers with it; restart the node")
 
     def _reap(self, index: int, pid: int, code: int) -> Death:
-        record, self._at[index] = int(self._at[index, 0]), NO_RECORD
-        self._progress.pop(index, None)
+        """Log the death of a worker, schedule its replacement, and return the event."""
+        record, self._shared_progress[index] = int(self._shared_progress[index, 0]), NO_RECORD
+        self._last_moves.pop(index, None)
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         at = f" at record {record}" if record != NO_RECORD else ""
         facts = {"worker": index, "pid": pid, "record": record}
@@ -191,10 +199,9 @@ class WorkerPool:
         self._ready.discard(index)
         if self._failed_starts >= MAX_FAILED_STARTS:
             raise NodeFailed(f"{MAX_FAILED_STARTS} workers in a row ended before they were ready, by {how}")
-        now, pause_s = (
-            time.monotonic(),
-            RESPAWN_PAUSE_S * 2 ** (self._failed_starts - 1) if self._failed_starts else 0.0,
-        )
+        now = time.monotonic()
+        pause_s = RESPAWN_PAUSE_S * 2 ** (self._failed_starts - 1) if self._failed_starts else 0.0
         self._due_spawns.append((now + pause_s, index))
         self.spawn_due(now)
+        # SIGKILL and SIGTERM come from outside (an operator, the OOM killer, kill_if_stalled), so no record is at fault.
         return Death(crashed=code not in (-signal.SIGKILL, -signal.SIGTERM), record=record, how=how)

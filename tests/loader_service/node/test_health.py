@@ -1,4 +1,4 @@
-"""Each check, where all is well and where something is wrong."""
+"""Every check of a machine, with a result of each kind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOCAL = "tcp://127.0.0.1:5555"
 
 
 def test_a_dataset(dataset_dir: Path, tmp_path: Path) -> None:
-    """A sound one is named with its records, a missing one with what to do."""
+    """A sound dataset is reported with its records, a missing one with a remedy."""
     assert health.check_dataset(dataset_dir).state is State.OK
     assert "train (300 records), val (60 records)" in health.check_dataset(dataset_dir).found
     missing = health.check_dataset(tmp_path)
@@ -27,25 +27,25 @@ def test_a_dataset(dataset_dir: Path, tmp_path: Path) -> None:
 
 
 def test_samples(other_decoder: None) -> None:
-    """An installation that makes other samples fails, as its node would, with the versions of what makes them."""
+    """An installation that makes other samples fails the check, which lists the versions of its libraries."""
     check = health.check_samples()
     assert check.state is State.FAILED
     assert f"with numpy {np.__version__}, simplejpeg {simplejpeg.__version__}" in check.found
 
 
 def test_samples_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does one pass that does not decode at all."""
+    """An installation that cannot decode the built-in images fails the check."""
 
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no such thing as a JPEG")
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", fail)
     check = health.check_samples()
-    assert (check.state, "a built-in picture cannot be used" in check.found) == (State.FAILED, True)
+    assert (check.state, "a built-in image cannot be decoded" in check.found) == (State.FAILED, True)
 
 
 def test_more_workers_than_processors() -> None:
-    """One worker is always fine, ten thousand never."""
+    """One worker passes on any machine; 10,000 give a warning with a better number."""
     assert health.check_cpus(1).state is State.OK
     many = health.check_cpus(10_000)
     assert many.state is State.WARNING
@@ -53,7 +53,7 @@ def test_more_workers_than_processors() -> None:
 
 
 def test_a_cgroups_quota_counts(tmp_path: Path) -> None:
-    """Half a processor is half a processor, however many the machine has; version 1 and 2, ours and the root's."""
+    """A CPU quota of a cgroup limits the CPUs: of versions 1 and 2, at the root and in the own group."""
     root, membership = tmp_path / "cgroup", tmp_path / "membership"
     membership.write_text("1:cpu:/x\n0::/box\n")
     (root / "box").mkdir(parents=True)
@@ -71,7 +71,7 @@ def test_a_cgroups_quota_counts(tmp_path: Path) -> None:
 
 
 def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for a loader is enough, 64 MiB (a container's default) are not, and a missing directory is an error."""
+    """Room for one loader passes, 64 MiB (the default of a container) give a warning, and a missing directory fails."""
     for free_mib, state in ((111, State.OK), (64, State.WARNING)):
         usage = type("Usage", (), {"free": free_mib * 2**20})
         monkeypatch.setattr("shutil.disk_usage", lambda _, usage=usage: usage)
@@ -83,7 +83,7 @@ def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The soft limit is what counts; four for each worker, and some for clients."""
+    """The soft limit must allow four files per worker and some for clients."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
     assert health.check_descriptors(32).state is State.OK
     few = health.check_descriptors(33)
@@ -93,7 +93,7 @@ def test_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_keys(tmp_path: Path) -> None:
-    """None are needed on loopback; elsewhere they are, and others may not read them."""
+    """Keys are optional on loopback and required elsewhere, and only their owner may read them."""
     assert health.check_keys(None, LOCAL).state is State.OK
     assert health.check_keys(None, "tcp://0.0.0.0:5555").state is State.FAILED
     assert health.check_keys(None, "nonsense").state is State.FAILED
@@ -107,7 +107,7 @@ def test_keys(tmp_path: Path) -> None:
 
 
 def test_an_address_that_is_taken(node_address: str) -> None:
-    """A port that somebody has is no place for a node; any other is, and stays free."""
+    """A port in use fails the check; a free one passes and stays free."""
     assert health.check_address("tcp://127.0.0.1:*").state is State.OK
     taken = health.check_address(node_address)
     assert taken.state is State.FAILED

@@ -1,4 +1,4 @@
-"""Writers and requests that come when nobody waits for them any more: what they would write must reach nobody."""
+"""Late writers and late requests: their bytes must not reach any batch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ StartNode = Callable[..., Any]
 Eventually = Callable[[Callable[[], bool], str], None]
 
 OPTIONS: dict[str, Any] = {"batch_size": 16, "dtype": "float32", "prefetch": 6, "epochs": 4, "timeout_s": 20}
-SLOTS = 8  # prefetch, and the two that a loader always has beside it
-LOOKS = 50  # after each batch, to find the worker at work
+SLOTS = 8  # prefetch and SPARE_SLOTS
+LOOKS = 50  # attempts after each batch to find the worker while it writes
 
 
 def _digest(batch: Batch) -> bytes:
@@ -40,16 +40,16 @@ def _digests(address: str) -> list[bytes]:
 
 
 def _locked_parts(segment: Path) -> list[int]:
-    """Bytes of a segment's generations that some writer holds locked, as the kernel tells."""
+    """Return the offsets of a segment's parts that a writer has locked, read from /proc/locks."""
     inode = segment.stat().st_ino
     rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
     return [int(r[6]) for r in rows if r[1] == "OFDLCK" and int(r[5].rpartition(":")[2]) == inode and int(r[6]) >= PAGE_BYTES]  # fmt: skip
 
 
-def _stop_in_mid_slice(worker: psutil.Process, segment: Path, loader: Loader) -> list[bytes]:
-    """Stop the only worker at a moment when it holds a part; the digests of the batches that were taken until then."""
+def _stop_while_writing(worker: psutil.Process, segment: Path, loader: Loader) -> list[bytes]:
+    """Stop the only worker while it holds a part; return the digests of the batches taken until then."""
     taken = []
-    for batch in loader:  # each one frees a slot, which is asked for again
+    for batch in loader:  # each batch frees a slot, and the loader requests its slices again
         taken.append(_digest(batch))
         del batch
         for _ in range(LOOKS):
@@ -61,39 +61,39 @@ def _stop_in_mid_slice(worker: psutil.Process, segment: Path, loader: Loader) ->
             if _locked_parts(segment):
                 return taken
             worker.resume()
-    pytest.fail("the worker was never met in mid-slice")
+    pytest.fail("the worker was never found while it wrote a slice")
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients that give a silent node up after a second."""
+    """Make clients declare a silent node lost after a second."""
     monkeypatch.setattr(defaults, "NODE_SILENT_S", 1.0)
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_worker_that_wakes_in_mid_slice_changes_no_batch(
+def test_a_worker_that_wakes_while_writing_a_slice_changes_no_batch(
     start_node: StartNode, eventually: Eventually, my_segments: Callable[[], set[Path]], tmp_path: Path
 ) -> None:
-    """A node is stopped with one slice half written and others leased; when it wakes, every slot has become another's.
+    """A node that is stopped while it writes a slice, and resumes after all slots were reused, changes no batch.
 
-    The half-written slot must have been left alone (its lock), the others must be refused (their generations).
+    The lock protects the part that the worker was writing; the generations protect the parts of its other leases.
     """
     sleeper, elsewhere = start_node(workers=1), f"ipc://{tmp_path}/awake"
     undisturbed = _digests(sleeper.address)
     with Loader(f"{sleeper.address},{elsewhere}", transport="shm", **OPTIONS) as loader:
         (segment,) = my_segments()
-        got = _stop_in_mid_slice(sleeper.workers()[0], segment, loader)
+        got = _stop_while_writing(sleeper.workers()[0], segment, loader)
         psutil.Process(sleeper.process.pid).suspend()
         start_node(workers=1, bind=elsewhere)
         got += [
             _digest(next(loader)) for _ in range(2 * SLOTS)
-        ]  # by now the sleeper is given up, every slot used again
+        ]  # the sleeper is lost by now, and every slot was reused
         held = [next(loader) for _ in range(SLOTS - 2)]
         before = [_digest(batch) for batch in held]
-        assert _locked_parts(segment)  # still asleep, and still holding what it held
+        assert _locked_parts(segment)  # the stopped worker still holds its part
         sleeper.workers()[0].resume()
         psutil.Process(sleeper.process.pid).resume()
-        eventually(lambda: status(sleeper.address).leases == 0, "the sleeper has done what it was leased")
+        eventually(lambda: status(sleeper.address).leases == 0, "the sleeper has finished its leases")
         assert [_digest(batch) for batch in held] == before
         del held
         got += before + [_digest(batch) for batch in loader]
@@ -105,13 +105,13 @@ def test_a_worker_that_wakes_in_mid_slice_changes_no_batch(
 def test_a_killed_nodes_stopped_worker_never_wakes(
     start_node: StartNode, eventually: Eventually, my_segments: Callable[[], set[Path]], tmp_path: Path
 ) -> None:
-    """The orphan of a killed dispatcher, stopped in mid-slice, dies with it and lets go of its part: nothing is written late."""
+    """A worker that is stopped while it writes dies with its killed dispatcher, and its part is free again."""
     dying, elsewhere = start_node(workers=1), f"ipc://{tmp_path}/survivor"
     undisturbed = _digests(dying.address)
     with Loader(f"{dying.address},{elsewhere}", transport="shm", **OPTIONS) as loader:
         (segment,) = my_segments()
         orphan = dying.workers()[0]
-        got = _stop_in_mid_slice(orphan, segment, loader)
+        got = _stop_while_writing(orphan, segment, loader)
         dying.process.kill()
         eventually(lambda: not orphan.is_running() and not _locked_parts(segment), "the orphan and its lock are gone")
         start_node(workers=1, bind=elsewhere)
@@ -120,7 +120,7 @@ def test_a_killed_nodes_stopped_worker_never_wakes(
 
 
 class Client:
-    """A client by hand: what it says is said word for word."""
+    """A client that sends single messages."""
 
     def __init__(self, address: str) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -128,13 +128,13 @@ class Client:
         self._dealer.connect(address)
 
     def ask(self, message: messages.FromClient) -> messages.FromNode:
-        """Say something, and hear the answer."""
+        """Send a message and return the answer."""
         self._dealer.send(messages.encode(message))
         assert self._dealer.poll(10_000), f"no answer to {message}"
         return messages.decode_from_node(self._dealer.recv_multipart()[0])
 
     def close(self) -> None:
-        """Leave."""
+        """Close the connection."""
         self._dealer.close(linger=0)
         self._context.term()
 
@@ -150,7 +150,7 @@ def segment() -> Iterator[Segment]:
 def test_a_request_that_waited_for_a_node_which_is_gone_is_dropped_by_the_next(
     start_node: StartNode, segment: Segment
 ) -> None:
-    """A request names the instance it was meant for; another one at the same address writes nothing, and says so."""
+    """A request names an instance; another instance at the same address answers UnknownClient and writes nothing."""
     old = start_node(workers=1)
     by_hand = Client(old.address)
     welcome = by_hand.ask(messages.Hello(messages.PROTOCOL, "by hand"))

@@ -1,4 +1,4 @@
-"""The node's scheduler under everything that can happen, without a socket, a clock or a process."""
+"""The scheduler under every kind of event, without a socket, a clock or a process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _join(scheduler: Scheduler, client: bytes) -> None:
 
 
 def test_requests_go_to_the_emptiest_worker_up_to_the_depth() -> None:
-    """Each worker first gets one lease, then a second to wait; more stay in the queue."""
+    """Each worker gets one lease, then a second one that waits; further requests stay queued."""
     scheduler = _ready(2)
     _join(scheduler, b"a")
     grants = [g for n in range(6) for g in _grants(scheduler.requested(b"a", _request(n)))]
@@ -45,7 +45,7 @@ def test_requests_go_to_the_emptiest_worker_up_to_the_depth() -> None:
 
 
 def test_a_worker_that_is_not_ready_gets_nothing() -> None:
-    """Requests wait until a worker has its datasets open."""
+    """Requests wait until a worker is ready."""
     scheduler = Scheduler(1, 1)
     _join(scheduler, b"a")
     assert scheduler.requested(b"a", _request(1)) == []
@@ -53,7 +53,7 @@ def test_a_worker_that_is_not_ready_gets_nothing() -> None:
 
 
 def test_a_dead_workers_leases_go_to_another_in_order() -> None:
-    """Both of its leases are granted again, before anything that came later, and counted."""
+    """Both leases of a dead worker are granted again, before later requests, and counted."""
     scheduler = _ready(2)
     _join(scheduler, b"a")
     for number in range(8):
@@ -68,7 +68,7 @@ def test_a_dead_workers_leases_go_to_another_in_order() -> None:
 
 
 def test_a_killed_worker_never_makes_a_record_bad() -> None:
-    """However often workers are killed from outside, the request is leased again."""
+    """A request is leased again after any number of workers that were killed from outside."""
     scheduler = _ready(1)
     _join(scheduler, b"a")
     scheduler.requested(b"a", _request(1))
@@ -78,7 +78,7 @@ def test_a_killed_worker_never_makes_a_record_bad() -> None:
 
 
 def test_a_record_that_crashes_its_workers_is_named() -> None:
-    """After the third crash on one lease the client is told the record; the lease behind it goes on."""
+    """After the third crash on one lease its client gets a Failed with the record; the next lease is not affected."""
     scheduler = _ready(1)
     _join(scheduler, b"a")
     scheduler.requested(b"a", _request(1))
@@ -94,7 +94,7 @@ def test_a_record_that_crashes_its_workers_is_named() -> None:
 
 
 def test_a_client_that_left_gets_no_answers_and_its_slots_come_back() -> None:
-    """Leases of a client that is gone run out into nothing, and their send slots serve others."""
+    """A lease of a client that has left gets no answer, and its send slot serves another client."""
     scheduler = _ready(1, send_slots=1)
     scheduler.client_joined(b"a", "a")
     (grant,) = _grants(scheduler.requested(b"a", _request(1, place=None)))
@@ -107,7 +107,7 @@ def test_a_client_that_left_gets_no_answers_and_its_slots_come_back() -> None:
 
 
 def test_a_client_that_says_hello_again_starts_afresh() -> None:
-    """What it asked for before a reconnection is neither queued nor answered."""
+    """Requests from before a second Hello are neither queued nor answered."""
     scheduler = _ready(1)
     _join(scheduler, b"a")
     grants = [g for n in range(5) for g in _grants(scheduler.requested(b"a", _request(n)))]
@@ -117,7 +117,7 @@ def test_a_client_that_says_hello_again_starts_afresh() -> None:
 
 
 def test_a_place_without_shared_memory_is_refused() -> None:
-    """A client that attached nothing cannot have slices written to a place."""
+    """A request with a place is refused if its client has attached no segment."""
     scheduler = _ready(1)
     scheduler.client_joined(b"a", "a")
     (refusal,) = scheduler.requested(b"a", _request(1))
@@ -126,7 +126,7 @@ def test_a_place_without_shared_memory_is_refused() -> None:
 
 
 def test_costly_slices_do_not_starve_cheap_ones() -> None:
-    """Two clients, one with slices that take ten times as long: each gets about half of the workers' time."""
+    """Two clients, one with slices that take ten times as long, get about half of the workers' time each."""
     scheduler = _ready(2)
     _join(scheduler, b"cheap")
     _join(scheduler, b"costly")
@@ -149,7 +149,7 @@ def test_costly_slices_do_not_starve_cheap_ones() -> None:
 
 
 def test_a_client_that_never_takes_its_slices_does_not_take_all_send_slots() -> None:
-    """One client's unsent slices occupy its share of the slots, and the other goes on."""
+    """A client that reads nothing occupies only its share of the send slots, and another is served."""
     scheduler = _ready(2, send_slots=4)
     for client in (b"stuck", b"alive"):
         scheduler.client_joined(client, client.decode())
@@ -169,7 +169,7 @@ def test_a_client_that_never_takes_its_slices_does_not_take_all_send_slots() -> 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_every_request_is_answered_once_whatever_happens(seed: int) -> None:
-    """Workers die, clients leave and return: each request of a client that stays gets exactly one answer."""
+    """Each request of a client that stays gets exactly one answer while workers die and other clients leave and return."""
     rng = random.Random(seed)
     scheduler = _ready(3, send_slots=5)
     _join(scheduler, b"stays")

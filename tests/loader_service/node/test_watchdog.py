@@ -1,4 +1,4 @@
-"""A standstill is noticed once, and named."""
+"""The watchdog: when it reports a standstill, and the place that it names."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def _worker(state: WorkerState, stage: str = "", record: int = -1) -> WorkerStat
     return WorkerStatus(7, state, 0, 0, 0.0, StageSeconds(), stage, record)
 
 
-def test_a_standstill_is_told_once() -> None:
-    """After five seconds without a change, once; after a change, anew."""
+def test_a_standstill_is_reported_once() -> None:
+    """A standstill of five seconds is reported once, and again after progress and another standstill."""
     dog = Watchdog(5.0)
-    said = [dog.look(now, "a", 3) for now in (0.0, 4.9, 5.0, 6.0, 60.0)]
-    assert said == [None, None, 5.0, None, None]
+    reports = [dog.look(now, "a", 3) for now in (0.0, 4.9, 5.0, 6.0, 60.0)]
+    assert reports == [None, None, 5.0, None, None]
     assert [dog.look(now, "b", 3) for now in (61.0, 65.0, 66.5)] == [None, None, 5.5]
 
 
 def test_nothing_asked_is_no_standstill() -> None:
-    """A node without requests may rest for ever, and the five seconds begin with the first request."""
+    """A node without requests is never reported; the five seconds begin with the first request."""
     dog = Watchdog(5.0)
     assert [dog.look(now, "a", 0) for now in (0.0, 10.0, 100.0)] == [None, None, None]
     assert [dog.look(now, "a", 1) for now in (104.0, 105.0)] == [None, 5.0]
@@ -49,7 +49,7 @@ def test_nothing_asked_is_no_standstill() -> None:
         ),
     ],
 )
-def test_who_holds_it_up(workers: list[WorkerStatus], found: Culprit, sentence: str) -> None:
-    """A worker in a stage before one that has only a lease; else what all of them wait for."""
+def test_the_place_of_a_standstill(workers: list[WorkerStatus], found: Culprit, sentence: str) -> None:
+    """The place is a worker in a stage, else a worker with a lease, else the send slots or the start."""
     assert culprit(workers) == found
     assert str(found) == sentence

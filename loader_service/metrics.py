@@ -1,16 +1,16 @@
-"""What a node and a loader measure of themselves: frozen records, handed to hooks.
+"""Measurements of nodes and loaders, and the rates and the bottleneck that follow from them.
 
-A hook is any callable that takes a record: it may store, print or export it (see ``prometheus``), and must be quick. A
-node calls its hook twice a second, a loader calls its own once per batch. Names end in their unit; a field that only
-ever grows is a counter, whose differences are rates.
+**Metrics** are frozen records, which a node or loader passes to its hook. A hook is any callable that takes a record and
+returns quickly; it may store, print or export it (see ``prometheus.py``). A node calls its hook twice a second, a loader
+after each batch. The names of fields end in their unit. A counter only grows; its differences are rates.
 
-The bottleneck, by the first rule that applies to the time between the two answers:
+**Rates** compare two statuses of one node. The bottleneck is that of the first rule that applies to the time between:
 
-1. Nothing was made and nothing is asked for: **idle** without clients, else **trainer** (the clients have all they want).
-2. Nothing was made though something is asked for: the stage that most of the workers with a lease are in.
+1. No slice was made and none is requested: **idle** without clients, else **trainer** (the clients need nothing).
+2. No slice was made although some are requested: the stage that most workers are in.
 3. Workers were busy for at least BUSY of the time: the stage that took most of it, **read**, **decode** or **augment**.
-4. At least SENDING slices were on their way to clients, on average: **network**, or clients that are slow to take them.
-5. Otherwise workers had time to spare, so the clients did not ask for more: **trainer**.
+4. At least SENDING slices were being sent, on average: **network**, or clients that read slowly.
+5. Otherwise the workers had idle time, so the clients requested too little: **trainer**.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from loader_service.wire.messages import Status, WorkerState
 
 @dataclass(frozen=True)
 class Counter:
-    """What only grows: its meaning, and, where the value is a dict, the name of what its keys are."""
+    """The meaning of a field that only grows; ``label`` names the keys if its value is a dict."""
 
     help: str
     label: str = ""
@@ -36,7 +36,7 @@ class Counter:
 
 @dataclass(frozen=True)
 class Gauge:
-    """What goes up and down; else as a Counter."""
+    """The meaning of a field that rises and falls; ``label`` names the keys if its value is a dict."""
 
     help: str
     label: str = ""
@@ -44,27 +44,27 @@ class Gauge:
 
 @dataclass(frozen=True)
 class NodeMetrics:
-    """A node, as far as it can be counted."""
+    """The metrics of a node."""
 
     uptime_s: Annotated[float, Gauge("Seconds since the node started.")]
     samples: Annotated[int, Counter("Samples delivered to clients.")]
     delivered_bytes: Annotated[int, Counter("Bytes of samples delivered to clients.")]
-    clients: Annotated[dict[str, int], Gauge("Clients, by how they are reached.", "transport")]
-    workers: Annotated[dict[str, int], Gauge("Workers, by what they do.", "state")]
+    clients: Annotated[dict[str, int], Gauge("Clients, by transport.", "transport")]
+    workers: Annotated[dict[str, int], Gauge("Workers, by state.", "state")]
     queued_requests: Annotated[int, Gauge("Requests that wait for a worker or a send slot.")]
-    leases: Annotated[int, Gauge("Slices that workers have and have not finished.")]
-    send_slots: Annotated[int, Gauge("Slots for slices that go in frames.")]
-    send_slots_used: Annotated[int, Gauge("Those of them that hold a slice, in the making or on its way.")]
+    leases: Annotated[int, Gauge("Slices that workers hold and have not finished.")]
+    send_slots: Annotated[int, Gauge("Slots for slices in frames.")]
+    send_slots_used: Annotated[int, Gauge("Send slots that hold a slice, being written or being sent.")]
     stage_s: Annotated[dict[str, float], Counter("Seconds spent in each stage, summed over workers.", "stage")]
-    busy_s: Annotated[float, Counter("Seconds that workers worked, summed over them.")]
-    restarts: Annotated[int, Counter("Workers that ended and were replaced.")]
-    reassigned: Annotated[int, Counter("Leases that went to another worker.")]
-    bad_samples: Annotated[int, Counter("Times that a record was called bad.")]
-    refused_messages: Annotated[int, Counter("Messages that break the protocol, and were dropped.")]
+    busy_s: Annotated[float, Counter("Seconds that workers were busy, summed over workers.")]
+    restarts: Annotated[int, Counter("Workers that died and were replaced.")]
+    reassigned: Annotated[int, Counter("Leases that moved to another worker.")]
+    bad_samples: Annotated[int, Counter("Failures that named a bad record.")]
+    refused_messages: Annotated[int, Counter("Messages that broke the protocol and were dropped.")]
 
     @classmethod
     def of(cls, status: Status) -> NodeMetrics:
-        """The countable part of a node's status."""
+        """Return the metrics in a node's status."""
         return cls(
             uptime_s=status.uptime_s,
             samples=status.samples,
@@ -89,26 +89,26 @@ class NodeMetrics:
 
 @dataclass(frozen=True)
 class LoaderMetrics:
-    """A loader, as its caller sees it. ``waited_s`` and ``used_s`` together are the time since its first batch."""
+    """The metrics of a loader. ``waited_s`` and ``used_s`` add up to the time since the first call for a batch."""
 
     batches: Annotated[int, Counter("Batches returned to the caller.")]
     samples: Annotated[int, Counter("Samples returned to the caller.")]
     delivered_bytes: Annotated[int, Counter("Bytes of the samples returned to the caller.")]
-    waited_s: Annotated[float, Counter("Seconds that the caller waited for a batch, the first one included.")]
-    used_s: Annotated[float, Counter("Seconds between a batch's return and the call for the next.")]
-    slots: Annotated[dict[str, int], Gauge("Slots, by what they are in use for.", "state")]
-    duplicates_refused: Annotated[int, Counter("Answers for slices that were given up or already there.")]
-    reassigned: Annotated[int, Counter("Slices that were asked for again.")]
-    substituted: Annotated[int, Counter("Samples whose record was bad and whose pixels are another's.")]
+    waited_s: Annotated[float, Counter("Seconds that the caller waited for batches, including the first.")]
+    used_s: Annotated[float, Counter("Seconds between the return of a batch and the call for the next.")]
+    slots: Annotated[dict[str, int], Gauge("Slots, by state.", "state")]
+    duplicates_refused: Annotated[int, Counter("Answers for slices that were given up or received before.")]
+    reassigned: Annotated[int, Counter("Slices that were requested again.")]
+    substituted: Annotated[int, Counter("Samples of bad records, filled with the pixels of another record.")]
 
     @property
     def waiting_share(self) -> float:
-        """Which part of the time the caller waited for data: 0 .. 1."""
+        """Share of the time that the caller waited for data, 0..1."""
         return self.waited_s / max(self.waited_s + self.used_s, 1e-9)
 
 
 def _count(kinds: tuple[str, ...], found: list[str]) -> dict[str, int]:
-    """How often each kind was found, with zeros, so that no series comes and goes."""
+    """Count each kind, with zeros: a time series that disappears and returns breaks rates in Prometheus."""
     return {kind: found.count(kind) for kind in kinds}
 
 
@@ -117,31 +117,33 @@ LoaderHook = Callable[[LoaderMetrics], None]
 
 
 BUSY: Final = 0.75
-"""Below it a request finds an idle worker most of the time; in measurements busy pools lie above 0.9."""
+"""Share of the workers' time above which they are the bottleneck. Below it, most requests find an idle worker; pools that
+were the bottleneck measured above 0.9."""
 
 SENDING: Final = 0.75
-"""A connection that has something to carry three quarters of the time is as busy as such workers are."""
+"""Slices being sent, on average, above which the network is the bottleneck: a connection that is busy three quarters of
+the time, the same share as BUSY."""
 
 
 class Bottleneck(msgspec.Struct, frozen=True):
-    """What holds a node up, in one of the words above, and how that is known."""
+    """The bottleneck of a node: ``what`` is a word of the rules above, ``why`` the reason in a sentence."""
 
     what: str
     why: str
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """What a node did between two answers, per second.
+    """The rates of a node between two statuses.
 
     Fields:
-        interval_s: the time between them.
-        samples, delivered_bytes: delivered, per second.
-        workers: samples made per second, by each worker; in the order of ``Status.workers``.
-        clients: samples delivered per second, to each client; in the order of the second answer's ``clients``.
-        busy: which part of the workers' time was work, 0 .. 1.
-        stages: which part of that work went into each stage; ``other`` is what remains.
-        sending: how many slices were on their way in frames, on average.
-        bottleneck: see this module.
+        interval_s: seconds between the statuses.
+        samples, delivered_bytes: delivered per second.
+        workers: samples made per second by each worker, in the order of ``Status.workers``.
+        clients: samples delivered per second to each client, in the order of the second status.
+        busy: share of the workers' time that they were busy, 0..1.
+        stages: share of that busy time by stage, 0..1; ``other`` is the rest.
+        sending: slices being sent in frames, on average.
+        bottleneck: the bottleneck, by the rules at the top of this file.
     """
 
     interval_s: float
@@ -156,7 +158,7 @@ class Rates(msgspec.Struct, frozen=True):
 
     @classmethod
     def between(cls, before: Status | None, after: Status) -> Rates:
-        """The rates between two answers of one node; without a first one, or after a restart, since its start."""
+        """Return the rates between two statuses; without a first one, or if the node was restarted, those since its start."""
         if before is None or before.instance != after.instance:
             before = _at_start(after)
         seconds = max(after.uptime_s - before.uptime_s, 1e-3)
@@ -168,7 +170,7 @@ class Rates(msgspec.Struct, frozen=True):
         sending = (after.send_s - before.send_s) / seconds
         shares = {stage: s / max(busy_s, 1e-9) for stage, s in spent.items()}
         made = sum(w.samples for w in after.workers) - sum(w.samples for w in before.workers)
-        old = collections.Counter[str]()
+        old = collections.Counter[str]()  # samples by name; several clients may have the same name
         for client in before.clients:
             old[client.name] += client.samples
         return cls(
@@ -187,26 +189,27 @@ class Rates(msgspec.Struct, frozen=True):
 
 
 def _bottleneck(after: Status, *, made: bool, busy: float, shares: dict[str, float], sending: float) -> Bottleneck:
+    """Apply the rules at the top of this file, in their order."""
     if not made and not after.leases and not after.queued:
         if not after.clients:
             return Bottleneck("idle", "there are no clients")
-        return Bottleneck("trainer", "the clients have all they asked for")
+        return Bottleneck("trainer", "the clients have received all that they requested")
     if not made:
         stages = collections.Counter(w.stage for w in after.workers if w.stage)
         if not stages:
-            return Bottleneck("network", "no slice is in the making, and the send slots do not come back")
+            return Bottleneck("network", "no worker writes a slice, and no send slot becomes free")
         stage, workers = stages.most_common(1)[0]
-        return Bottleneck(stage, f"nothing comes out, and {workers} of {len(after.workers)} workers are in it")
+        return Bottleneck(
+            stage, f"no slice is finished, and {workers} of {len(after.workers)} workers are in this stage"
+        )
     if busy >= BUSY:
         stage = max(STAGES, key=lambda name: shares[name])
-        return Bottleneck(
-            stage, f"the workers are busy {busy:.0%} of the time, and {shares[stage]:.0%} of that is here"
-        )
+        return Bottleneck(stage, f"workers are busy {busy:.0%} of the time, {shares[stage]:.0%} of it in this stage")
     if sending >= SENDING:
         return Bottleneck(
-            "network", f"{sending:.1f} slices are on their way, on average; the workers are busy only {busy:.0%}"
+            "network", f"{sending:.1f} slices are being sent, on average; workers are busy only {busy:.0%} of the time"
         )
-    return Bottleneck("trainer", f"the workers are busy only {busy:.0%} of the time: nobody asks for more")
+    return Bottleneck("trainer", f"workers are busy only {busy:.0%} of the time: clients request no more")
 
 
 def _stages(status: Status) -> StageSeconds:
@@ -214,7 +217,7 @@ def _stages(status: Status) -> StageSeconds:
 
 
 def _at_start(status: Status) -> Status:
-    """The same node when it had done nothing yet."""
+    """Return the status that the node had at its start."""
     replace = msgspec.structs.replace
     workers = tuple(replace(w, samples=0, busy_s=0.0, stages=StageSeconds()) for w in status.workers)
     clients = tuple(replace(c, samples=0) for c in status.clients)

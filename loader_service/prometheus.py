@@ -1,12 +1,12 @@
-"""Metrics for Prometheus: a hook that serves the last record it was handed at ``/metrics``.
+"""An exporter for Prometheus: a hook that serves the last record of metrics at ``/metrics``.
 
 >>> from loader_service import Loader
 >>> from loader_service.prometheus import Exporter
 >>> with Exporter("127.0.0.1:9556", "loader") as exporter, Loader(hook=exporter) as loader:  # doctest: +SKIP
 ...     train(loader)
 
-Each field of a record is a metric ``loader_service_<prefix>_<field>``, in base units (``_s`` becomes ``_seconds``), and
-a counter ends in ``_total``.
+A field becomes the metric ``loader_service_<prefix>_<field>``. Its unit is spelled out (``_s`` becomes ``_seconds``), and
+the name of a counter ends in ``_total``, as Prometheus recommends.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _FAMILIES: Final[dict[Any, type[Family]]] = {Counter: CounterMetricFamily, Gauge
 
 
 class Exporter(Collector):
-    """A hook and a web server in a thread of its own. Whoever can reach the address can read it, and only read.
+    """A hook with an HTTP server in another thread. Everyone who can reach the address can read the metrics.
 
     Args:
-        address: HOST:PORT to listen at; port 0 picks one.
-        prefix: ``node`` or ``loader``, what the records are of.
+        address: HOST:PORT to listen at; port 0 chooses a free one.
+        prefix: ``node`` or ``loader``, the source of the records.
 
     Raises:
-        AddressError: the address is malformed, taken or not ours.
+        AddressError: the address is malformed, in use, or not one of this machine.
     """
 
     def __init__(self, address: str, prefix: str) -> None:
@@ -51,17 +51,18 @@ class Exporter(Collector):
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._server.server_port}/metrics"
 
     def __call__(self, metrics: NodeMetrics | LoaderMetrics) -> None:
-        """Take a record; it replaces the one before."""
+        """Store a record; it replaces the last one."""
         self._last = metrics
 
     def collect(self) -> Iterator[Family]:
-        """The last record's fields; called by the server's thread for each scrape."""
-        last = self._last
+        """Yield the fields of the last record. The server's thread calls this for each scrape."""
+        last = self._last  # read once: the caller's thread may replace it at any time
         if last is None:
             return
         for field, hint in get_type_hints(type(last), include_extras=True).items():
             (meaning,), value = hint.__metadata__, getattr(last, field)
             name = f"loader_service_{self._prefix}_{field}"
+            # The client library appends _total to counters.
             name = f"{name.removesuffix('_s')}_seconds" if name.endswith("_s") else name
             labels = [meaning.label] if meaning.label else []
             family = _FAMILIES[type(meaning)](name, meaning.help, labels=labels)

@@ -1,4 +1,4 @@
-"""What a node and a loader say about themselves, through hooks and properties."""
+"""The metrics of nodes and loaders, and the rates and the bottleneck that follow from them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from loader_service.types import StageSeconds
 from loader_service.wire.messages import ClientStatus, Status, WorkerState, WorkerStatus
 
 SAMPLE_BYTES = 224 * 224 * 3 + 8 + 12
-"""Pixels, label, draws."""
+"""Bytes of one sample: pixels, label, draws."""
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_a_hook_sees_every_batch(node_address: str, transport: str) -> None:
-    """One frozen record per batch; counters grow by what the batch held, and slots are accounted for."""
+    """A hook gets one record per batch; its counters grow by the batch, and its slots add up to all slots."""
     seen: list[LoaderMetrics] = []
     with Loader(
         node_address, batch_size=100, timeout_s=20, transport=transport, prefetch=2, hook=seen.append
@@ -39,14 +39,14 @@ def test_a_hook_sees_every_batch(node_address: str, transport: str) -> None:
 
 
 def test_waiting_share() -> None:
-    """Waiting and using make up the whole time; before anything happened nobody has waited."""
+    """The waiting share is waited time by all time, and 0 before the first batch."""
     nothing = LoaderMetrics(0, 0, 0, 0.0, 0.0, {}, 0, 0, 0)
     assert nothing.waiting_share == 0
     assert replace(nothing, waited_s=1.0, used_s=3.0).waiting_share == 0.25
 
 
 def test_a_node_counts_what_it_delivers(node_address: str) -> None:
-    """One epoch more is 300 samples and their bytes more, and every worker's seconds are in some stage."""
+    """One epoch adds 300 samples and their bytes, and the seconds of the stages are at most the busy seconds."""
     before = NodeMetrics.of(status(node_address))
     with Loader(node_address, batch_size=64, timeout_s=20) as loader:
         for _ in loader:
@@ -105,12 +105,12 @@ BEFORE = _status(10, [IDLE, IDLE])
     ],
 )
 def test_the_bottleneck(after: Status, what: str) -> None:
-    """Two seconds of two workers: the first rule that applies names what holds the node up."""
+    """The first rule that applies to two seconds of two workers names the bottleneck."""
     assert Rates.between(BEFORE, after).bottleneck.what == what
 
 
 def test_rates_are_differences() -> None:
-    """Per worker, per client and in all; where the workers' time went adds up to one."""
+    """Rates are differences by time, per worker, per client and in all; the shares of the stages add up to one."""
     before = _status(10, [_worker(100, 1.0), _worker(50, 1.0)], samples=150, delivered_bytes=1500, clients=())
     after = _status(
         14,
@@ -129,7 +129,7 @@ def test_rates_are_differences() -> None:
 
 @pytest.mark.parametrize("first", ["none", "another node"])
 def test_without_a_first_answer_rates_are_since_the_start(first: str) -> None:
-    """A node that was restarted in between has begun anew, and its sums are not taken from its predecessor's."""
+    """Without a first status, or after a restart of the node, rates cover the time since its start."""
     after = _status(4, [_worker(200, 2.0)], samples=200, clients=(ClientStatus("one", "shm", 0, 9, 200),))
     before = None if first == "none" else msgspec.structs.replace(BEFORE, instance="1" * 32, samples=10**6)
     rates = Rates.between(before, after)

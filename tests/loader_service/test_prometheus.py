@@ -1,4 +1,4 @@
-"""What Prometheus gets to see."""
+"""The exporter for Prometheus."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _scrape(url: str) -> list[str]:
 
 
 def test_the_last_record_is_served() -> None:
-    """Nothing before the first record; then each field in base units, counters with _total, dicts by their label."""
+    """The exporter serves each field of the last record, in base units, counters with _total, dicts by label."""
     with Exporter("127.0.0.1:0", "loader") as exporter:
         assert _scrape(exporter.url) == []
         exporter(METRICS)
@@ -48,7 +48,7 @@ def test_the_last_record_is_served() -> None:
 
 
 def test_a_closed_exporter_gives_its_port_back() -> None:
-    """Another can listen at once where one has stopped; and not before."""
+    """An address is in use until its exporter is closed, and free at once afterwards."""
     with Exporter("127.0.0.1:0", "node") as first:
         address = first.url.removeprefix("http://").removesuffix("/metrics")
         with pytest.raises(AddressError, match=r"metrics cannot be served there \(Address already in use\)"):
@@ -57,7 +57,7 @@ def test_a_closed_exporter_gives_its_port_back() -> None:
 
 
 @pytest.mark.parametrize("address", ["9555", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:99999", "a:1/b"])
-def test_what_is_no_address(address: str) -> None:
-    """A sentence that shows what one looks like, or what is wrong with it."""
+def test_a_malformed_address_is_an_error(address: str) -> None:
+    """A malformed address raises AddressError."""
     with pytest.raises(AddressError, match="cannot be used"):
         Exporter(address, "node")

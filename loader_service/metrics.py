@@ -158,17 +158,19 @@ class Rates(msgspec.Struct, frozen=True):
 
     @classmethod
     def between(cls, before: Status | None, after: Status) -> Rates:
-        """Return the rates between two statuses; without a first one, or if the node was restarted, those since its start."""
+        """Return the rates between two statuses; without a first one, or after a restart, those since the node's start."""
         if before is None or before.instance != after.instance:
             before = _at_start(after)
-        seconds = max(after.uptime_s - before.uptime_s, 1e-3)
+        seconds = max(after.uptime_s - before.uptime_s, 1e-3)  # never 0, also for two statuses at once
         busy_s = sum(w.busy_s for w in after.workers) - sum(w.busy_s for w in before.workers)
         took = _stages(after) - _stages(before)
         spent = {stage: getattr(took, stage) for stage in STAGES}
+        # Busy time outside of the stages: locks, packets, Python. Clocks differ a little, so never below 0.
         spent["other"] = max(0.0, busy_s - sum(spent.values()))
         busy = busy_s / (seconds * max(1, len(after.workers)))
-        sending = (after.send_s - before.send_s) / seconds
+        sending = (after.send_s - before.send_s) / seconds  # slice-seconds per second: slices, on average
         shares = {stage: s / max(busy_s, 1e-9) for stage, s in spent.items()}
+        # Made, not delivered: a slice that waits to be sent shows that workers are not the bottleneck.
         made = sum(w.samples for w in after.workers) - sum(w.samples for w in before.workers)
         old = collections.Counter[str]()  # samples by name; several clients may have the same name
         for client in before.clients:

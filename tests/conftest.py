@@ -92,7 +92,7 @@ def make_dataset() -> MakeDataset:
 
 @pytest.fixture(scope="session")
 def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Provide a directory with ``train.lmdb`` (300 raw records, 3 classes) and ``val.lmdb`` (60); tests must not change it."""
+    """Provide a directory with ``train.lmdb`` (300 raw records, 3 classes) and ``val.lmdb`` (60), for reading only."""
     directory = tmp_path_factory.mktemp("dataset")
     _make_dataset(directory / "train.lmdb", TRAIN_RECORDS)
     _make_dataset(directory / "val.lmdb", VAL_RECORDS)

@@ -144,7 +144,7 @@ class Dispatcher:
                 self._context, self._settings.bind, self._settings.keys, insecure=self._settings.insecure
             )
         except BaseException:
-            self._context.destroy(linger=0)
+            self._context.destroy(linger=0)  # a context with an open socket would block at its garbage collection
             raise
 
     def run(self, on_ready: Callable[[Dispatcher], None], hook: NodeHook | None = None) -> None:
@@ -158,16 +158,18 @@ class Dispatcher:
             NodeFailed: workers cannot start.
         """
         sweep()  # segments of clients that were killed on this machine
+        # A handler only sets a flag and wakes the poll; the loop itself cleans up.
         previous = {s: signal.signal(s, lambda *_: self.stop()) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             announced, next_tick = False, 0.0
             while not self._stopping:
                 for descriptor, _ in self._poller.poll(TICK_MS):
                     self._handle(descriptor)
+                # A client that connected earlier is queued; only people and scripts wait for the announcement.
                 if not announced and any(w.ready for w in self._scheduler.workers):
                     announced = True
                     on_ready(self)
-                if (now := time.monotonic()) >= next_tick:
+                if (now := time.monotonic()) >= next_tick:  # busy polls return earlier than TICK_MS
                     self._tick(now)
                     next_tick = now + TICK_MS / 1000
                     if hook:
@@ -219,7 +221,7 @@ class Dispatcher:
                 frames = self._router.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
-            # A lane is known by one more byte; whatever it says counts for its client.
+            # ROUTER prepends the routing identity: 16 bytes for a client, one more for each of its lanes.
             client, lane = frames[0][: messages.CLIENT_ID_BYTES], frames[0][messages.CLIENT_ID_BYTES :]
             try:
                 if len(frames) != 2:
@@ -234,7 +236,7 @@ class Dispatcher:
                 self._send(frames[0], messages.Pong())
             else:
                 self._answer(client, message)
-            if client in self._scheduler.clients:
+            if client in self._scheduler.clients:  # any message counts as a sign of life
                 self._last_heard[client] = time.monotonic()
 
     def _refuse(self, client: bytes, flaw: str) -> None:
@@ -245,6 +247,7 @@ class Dispatcher:
 
     def _answer(self, client: bytes, message: messages.FromClient) -> None:
         known = client in self._scheduler.clients
+        # The order matters: the cases above `not known` are open to unknown clients, those below are not.
         match message:
             case messages.Hello() if not known and len(self._scheduler.clients) >= MAX_CLIENTS:
                 self._refuse(client, f"the node has {MAX_CLIENTS} clients already")
@@ -273,6 +276,8 @@ class Dispatcher:
             return
         nonce = segment.nonce
         segment.close()
+        # The client compares the nonce with its own. If they differ, it saw another segment of that name, and it sends no
+        # place; so the node need not check.
         self._do(self._scheduler.client_attached(client, name))
         self._send(client, messages.Attached(name, nonce))
 
@@ -325,7 +330,7 @@ class Dispatcher:
             )
             self._forget(client)
             sweep()  # it was probably killed, and its segment is an orphan
-        for worker in self._scheduler.workers:
+        for worker in self._scheduler.workers:  # a worker's first task is the one that it writes
             self._worker_pool.kill_if_stalled(worker.index, worker.pid, next(iter(worker.tasks), None), now)
         self._report_standstill(now)
 
@@ -365,7 +370,7 @@ class Dispatcher:
     def _grant(self, worker: int, lease: int, task: Task) -> None:
         request = task.request
         if task.slot is None:
-            assert request.place is not None
+            assert request.place is not None  # the scheduler gives a slot to every other task
             segment, place = task.client.segment, request.place
         else:
             own = self._send_buffers.place(task)
@@ -378,6 +383,7 @@ class Dispatcher:
         if task.slot is None:
             self._send(task.client.id, messages.Filled(task.request.id))
             return
+        # If a send fails, the generator is dropped, and with it the hold on the slot: the slot is freed by itself.
         for frames in self._send_buffers.messages(task):
             if not self._post(messages.lane_id(task.client.id, task.request.lane), frames):
                 return
@@ -388,6 +394,7 @@ class Dispatcher:
     def _post(self, client: bytes, frames: list[Any]) -> bool:
         """Send frames to a client or one of its lanes. If it is gone, forget the client and return False."""
         owner = client[: messages.CLIENT_ID_BYTES]
+        # libzmq drops what it queued for a lost client, so its slices are lost; the client will request them again.
         return sockets.try_send(self._router, [client, *frames], on_gone=lambda: self._forget(owner))
 
     def _forget(self, client: bytes) -> None:

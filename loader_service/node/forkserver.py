@@ -71,9 +71,8 @@ class ForkServer:
 
 def _serve(link: socket.socket, worker_main: WorkerMain, dispatcher: int) -> None:
     """Run the fork server: fork on demand, report deaths, and end with the dispatcher."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C goes to the whole process group; only the dispatcher acts on it
+    # Ctrl-C and `kill -- -PGID` reach the whole process group; only the dispatcher acts on them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with_parent(dispatcher)
     children: dict[int, tuple[int, int]] = {}  # by pidfd: index, pid
@@ -84,7 +83,7 @@ def _serve(link: socket.socket, worker_main: WorkerMain, dispatcher: int) -> Non
 
 
 def _fork_on_demand(link: socket.socket, worker_main: WorkerMain, children: dict[int, tuple[int, int]]) -> None:
-    poller = select.poll()
+    poller = select.poll()  # the link, and a pidfd per worker: no SIGCHLD handler and no polling with waitpid
     poller.register(link, select.POLLIN)
     while True:
         for descriptor, _ in poller.poll():

@@ -95,8 +95,9 @@ def available_cpus(root: Path = CGROUP, membership: Path = Path("/proc/self/cgro
     # In a container the own cgroup is mounted at the root; on a host it lies below.
     for path in {root / "cpu.max", root / own / "cpu.max"}:
         if path.exists():
-            quota, period = path.read_text().split()
+            quota, period = path.read_text().split()  # microseconds of CPU time per period, or "max"
             cpus = min(cpus, int(quota) / int(period)) if quota != "max" else cpus
+    # Version 1 has a file for each; a quota of -1 is none.
     quota_path, period_path = root / "cpu" / "cpu.cfs_quota_us", root / "cpu" / "cpu.cfs_period_us"
     if quota_path.exists() and (limit := int(quota_path.read_text())) > 0:
         cpus = min(cpus, limit / int(period_path.read_text()))

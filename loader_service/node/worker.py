@@ -82,7 +82,7 @@ def survey(data: Path) -> dict[Split, DatasetFacts]:
             continue
         with Records(path) as records:
             manifest = records.manifest
-            _check_golden(records)
+            _check_golden(records)  # before the node starts: clients refuse a node with another hash
             facts[split] = DatasetFacts(
                 count=manifest.count,
                 class_names=manifest.class_names,
@@ -161,11 +161,11 @@ class Worker:
         start = time.perf_counter()
         try:
             claim = self._write(lease)
-        except RecordError as error:
+        except RecordError as error:  # the record is bad; the client decides whether to exclude it
             return Bad(lease.id, error.record, str(error), self._source(lease.split, error.record))
-        except (SharedMemoryError, ValueError, KeyError) as error:
+        except (SharedMemoryError, ValueError, KeyError) as error:  # the request is wrong, not a record
             return Bad(lease.id, NO_RECORD, str(error))
-        finally:
+        finally:  # also after an error: a worker without a lease must not look as if it read a record
             stages = self._stopwatch.stop()
             self._record[0] = NO_RECORD
         if claim is not Claim.OURS:
@@ -190,9 +190,10 @@ class Worker:
         """Return a segment by its name, mapped once and kept: a new mapping would fault every page in again."""
         if not name:
             return self._own
-        segment = self._segments.pop(name, None)
+        segment = self._segments.pop(name, None)  # and inserted again below, so that the order is by last use
         if segment is None:
             segment = Segment.attach(name)
+            # A client that has left is not reported to workers; its segments close when newer ones need the room.
             while len(self._segments) >= _MAX_SEGMENTS:
                 self._segments.popitem(last=False)[1].close()
         self._segments[name] = segment

@@ -71,9 +71,8 @@ class WorkerPool:
         self._links: dict[int, socket.socket] = {}  # by worker index
         self._by_descriptor: dict[int, int] = {}  # worker index by descriptor of its link
         self._ready: set[int] = set()  # workers that said Ready
-        self._last_moves: dict[
-            int, tuple[int, int, float]
-        ] = {}  # by worker index: lease, record, and the time it reached them
+        # By worker index: the lease and record that it was last seen at, and the time when it reached them.
+        self._last_moves: dict[int, tuple[int, int, float]] = {}
         self._failed_starts = 0  # in a row
         self._due_spawns: list[tuple[float, int]] = []  # time and worker index
         poller.register(fork_server.link.fileno(), zmq.POLLIN)
@@ -195,6 +194,7 @@ class WorkerPool:
         at = f" at record {record}" if record != NO_RECORD else ""
         facts = {"worker": index, "pid": pid, "record": record}
         log.warning("worker %d (pid %d) ended by %s%s; a new one takes its place", index, pid, how, at, extra=facts)
+        # Only deaths before Ready count: a worker that was ready may have died of a record, and the next one will start.
         self._failed_starts = 0 if index in self._ready else self._failed_starts + 1
         self._ready.discard(index)
         if self._failed_starts >= MAX_FAILED_STARTS:

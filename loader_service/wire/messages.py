@@ -72,6 +72,7 @@ SegmentName = Annotated[str, Meta(pattern=r"^loader-service-[0-9a-f]{32}\Z")]
 Nonce = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
+# forbid_unknown_fields: a field that this version does not know is an error, not ignored; PROTOCOL tells versions apart.
 class _Message(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=True):
     """The base of all messages: a map with the type's tag under ``t``."""
 
@@ -298,6 +299,7 @@ class _Version(msgspec.Struct):
 FromClient = Hello | Attach | Request | Ping | Pong | Bye | StatusQuery
 FromNode = Welcome | Attached | Pixels | Filled | Failed | UnknownClient | Ping | Pong | Status
 
+# Decoders are made once: each compiles its union of types.
 _encoder = msgspec.msgpack.Encoder()
 _from_client = msgspec.msgpack.Decoder(FromClient)
 _from_node = msgspec.msgpack.Decoder(FromNode)

@@ -85,9 +85,7 @@ def test_a_worker_that_wakes_while_writing_a_slice_changes_no_batch(
         got = _stop_while_writing(sleeper.workers()[0], segment, loader)
         psutil.Process(sleeper.process.pid).suspend()
         start_node(workers=1, bind=elsewhere)
-        got += [
-            _digest(next(loader)) for _ in range(2 * SLOTS)
-        ]  # the sleeper is lost by now, and every slot was reused
+        got += [_digest(next(loader)) for _ in range(2 * SLOTS)]  # the sleeper is lost by then, and every slot reused
         held = [next(loader) for _ in range(SLOTS - 2)]
         before = [_digest(batch) for batch in held]
         assert _locked_parts(segment)  # the stopped worker still holds its part

@@ -102,7 +102,7 @@ def test_a_killed_worker_is_replaced_and_its_slices_are_made_again(
 
 
 def test_workers_may_die_again_and_again(start_node: StartNode, eventually: Eventually) -> None:
-    """A dispatcher handles many deaths, in either order of the events: end of the worker's link, report of the fork server."""
+    """The dispatcher handles deaths in either order of their two events: the end of the link, the fork server's report."""
     node = start_node(workers=2)
 
     def recovered(deaths: int) -> bool:

@@ -159,7 +159,7 @@ def test_a_name_that_is_not_a_segments_is_refused(tmp_path: Path) -> None:
 
 
 def test_too_large_a_segment_says_what_is_needed_and_leaves_nothing() -> None:
-    """Too little memory raises an error with need, have and remedy when a segment is created, not SIGBUS when it is written."""
+    """Too little memory raises an error with need, have and remedy at creation, not SIGBUS at the first write."""
     before = set(DIRECTORY.iterdir())
     with pytest.raises(SharedMemoryError, match=r"need \d+ MiB, have \d+ MiB.*--shm-size") as caught:
         Segment.create(1 << 50, 1)

@@ -1,4 +1,4 @@
-"""The chaos tool in its short form: every kind of fault once, and the account is settled."""
+"""A short run of the chaos tool with every kind of fault."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_fault_once_and_nothing_is_lost(dataset_dir: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("faults", ["", "none-such", "link-cut,none-such"])
 def test_an_unknown_fault_is_named(faults: str) -> None:
-    """A kind that does not exist is an option's error, with the list of those that do."""
+    """An unknown kind of fault is an option error that lists the known kinds."""
     ended = _chaos("--faults", faults)
     assert ended.returncode == 2
     assert re.search(r"there are worker-killed,", ended.stderr.replace("\n", " "))

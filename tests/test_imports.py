@@ -1,4 +1,4 @@
-"""Who may import whom, and what nobody may do: the rules of ARCHITECTURE.md, read off every file's syntax tree."""
+"""The rules of imports and of forbidden calls, checked on the syntax tree of every file."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ ONLY_NAMES = ("pickle.UnpicklingError",)  # what torch.load raises when it refus
 
 @cache
 def modules() -> dict[str, ast.Module]:
-    """Every first-party module's name and syntax tree."""
+    """Return the syntax tree of every first-party module, by name."""
     found = {}
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -79,12 +79,12 @@ def modules() -> dict[str, ast.Module]:
 
 
 def under(name: str, prefix: str) -> bool:
-    """Whether a module is ``prefix`` or lies in it."""
+    """Return whether a module is ``prefix`` or lies in it."""
     return name == prefix or name.startswith(prefix + ".")
 
 
 def imported(module: str, node: ast.AST) -> list[str]:
-    """What an import statement names, in full: `from a import b` is a.b where that is a module, else a."""
+    """Return the modules that an import statement names: `from a import b` is a.b if that is a module, else a."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if not isinstance(node, ast.ImportFrom):
@@ -96,19 +96,19 @@ def imported(module: str, node: ast.AST) -> list[str]:
 
 
 def imports(module: str, tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Every imported name below ``tree``, with its line."""
+    """Yield every imported name below ``tree``, with its line."""
     for node in ast.walk(tree):
         for name in imported(module, node):
             yield name, getattr(node, "lineno", 0)
 
 
 def first_party(name: str) -> bool:
-    """Whether an imported name is ours."""
+    """Return whether an imported name belongs to this project."""
     return name.split(".")[0] in PACKAGES
 
 
 def renamed(node: ast.AST) -> list[str]:
-    """What an import statement gives a shorter name: a.b of `from a import b`, a.b of `import a as b`."""
+    """Return the full names behind the short names of an import: a.b of `from a import b`, a.b of `import a as b`."""
     if isinstance(node, ast.ImportFrom):
         return [f"{node.module}.{alias.name}" for alias in node.names]
     return (
@@ -117,14 +117,14 @@ def renamed(node: ast.AST) -> list[str]:
 
 
 def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
-    """Every call below ``tree`` whose callee is a dotted name."""
+    """Yield every call below ``tree`` whose callee is a dotted name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
             yield ast.unparse(node.func), node
 
 
 def functions(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every function below ``tree``."""
+    """Yield every function below ``tree``."""
     return (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
 
 
@@ -143,7 +143,7 @@ def test_each_part_imports_only_what_it_may() -> None:
 
 @pytest.mark.parametrize("package", ONLY_IN)
 def test_a_third_party_package_stays_where_it_belongs(package: str) -> None:
-    """Sockets, databases and tensors each have one home."""
+    """Only the packages in ONLY_IN import sockets, databases and tensors."""
     wrong = [
         f"{module}, line {line}"
         for module, tree in modules().items()
@@ -154,7 +154,7 @@ def test_a_third_party_package_stays_where_it_belongs(package: str) -> None:
 
 
 def test_data_and_wire_meet_in_two_places_alone() -> None:
-    """Whoever knows pictures knows no network, and the other way round, but for those who join the two."""
+    """Only the modules in KNOW_DATA_AND_WIRE import both data and wire."""
     both = {
         module
         for module, tree in modules().items()
@@ -179,7 +179,7 @@ def test_the_state_machines_are_pure() -> None:
 
 
 def test_no_first_party_import_hides_in_a_function() -> None:
-    """A deferred import of our own would hide a cycle."""
+    """First-party imports stand at the top of a file: a deferred one would hide a cycle."""
     wrong = [
         f"{module}, line {line}, imports {name}"
         for module, tree in modules().items()
@@ -191,7 +191,7 @@ def test_no_first_party_import_hides_in_a_function() -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """Modules with all their imports done are taken away until none is left."""
+    """The imports have no cycle: modules without unresolved imports can be removed until none is left."""
     waiting = {
         module: {name for name, _ in imports(module, tree) if name in modules() and name != module}
         for module, tree in modules().items()
@@ -202,7 +202,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 
 def test_nothing_is_read_by_executing_it() -> None:
-    """No pickle in any spelling, no eval or exec, and torch.load reads weights only."""
+    """No module uses pickle, eval or exec, and torch.load reads weights only."""
     wrong = []
     for module, tree in modules().items():
         wrong += [
@@ -220,7 +220,7 @@ def test_nothing_is_read_by_executing_it() -> None:
 
 
 def test_nobody_sleeps_to_poll() -> None:
-    """Waiting is done on a socket, a queue or a condition, which wake when something happens."""
+    """No module calls sleep: it waits on a socket, a queue or a condition instead."""
     wrong = [
         f"{module}, line {call.lineno}"
         for module, tree in modules().items()
@@ -231,7 +231,7 @@ def test_nobody_sleeps_to_poll() -> None:
 
 
 def test_seeds_are_never_added() -> None:
-    """`seed + epoch` would make (0, 1) the same stream as (1, 0)."""
+    """No module adds to a seed: `seed + epoch` would make (0, 1) the same stream as (1, 0)."""
 
     def is_seed(node: ast.AST) -> bool:
         name = getattr(node, "id", getattr(node, "attr", ""))
@@ -247,7 +247,7 @@ def test_seeds_are_never_added() -> None:
 
 
 def test_no_error_is_dropped_in_silence() -> None:
-    """Only an error that is named may pass without a word."""
+    """No module catches all exceptions and ignores them."""
     wrong = [
         f"{module}, line {node.lineno}"
         for module, tree in modules().items()
@@ -261,6 +261,6 @@ def test_no_error_is_dropped_in_silence() -> None:
 
 @pytest.mark.parametrize("entry", ["loader_service", "loader_service.cli"])
 def test_a_loader_machine_needs_no_torch(entry: str) -> None:
-    """Neither a node nor a client brings torch into the process."""
+    """A node and a client run without importing torch."""
     program = f"import sys, {entry}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""Two hosts with addresses of their own, as network namespaces: the link between them is cut, loses packets, is slow."""
+"""Two hosts, as network namespaces, with a link between them that is cut, loses packets, or is slow."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tools.chaos.account import EpochResult, results
 from tools.chaos.journal import read_saved
 
 ROOT = Path(__file__).parent.parent
-TAP_LINK = ROOT.parent / "shared" / "recipes" / "tap-link.py"  # a slow link, where the kernel has no netem
+TAP_LINK = ROOT.parent / "shared" / "recipes" / "tap-link.py"  # makes a slow link on kernels without netem
 SEED = 7
 WAIT_S = 40.0
 
 
 def _eventually(condition: Callable[[], bool], what: str) -> None:
-    """Wait until a condition holds, and leave the processor to those who shall bring it about."""
+    """Wait until a condition holds, without using a CPU that the other processes need."""
     clock, deadline = threading.Event(), time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < deadline, f"not within {WAIT_S} s: {what}"
@@ -46,7 +46,7 @@ class Host:
     address: str
 
     def run(self, *command: str) -> str:
-        """Run a command on this host; what it prints."""
+        """Run a command on this host, and return its output."""
         return _run("ip", "netns", "exec", self.name, *command)
 
     def start(self, *arguments: str, log: Path) -> subprocess.Popen[str]:
@@ -61,7 +61,7 @@ def _make_host(stack: ExitStack, name: str, address: str) -> Host:
         pytest.skip("network namespaces need root and iproute2")
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     if made.returncode:
-        pytest.skip(f"network namespaces are not permitted here, or taken: {made.stderr.strip()}")
+        pytest.skip(f"network namespaces are not permitted here, or the names are in use: {made.stderr.strip()}")
     stack.callback(_run, "ip", "netns", "del", name)
     _run("ip", "-n", name, "link", "set", "lo", "up")
     return Host(name, address)
@@ -69,7 +69,7 @@ def _make_host(stack: ExitStack, name: str, address: str) -> Host:
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[Host, Host]]:
-    """A node's host and a client's, with a cable between them: ``veth`` at either end."""
+    """Provide a node's host and a client's, with a link between them: a pair of ``veth`` devices."""
     with ExitStack() as stack:
         pair = [_make_host(stack, f"ls{os.getpid()}{end}", f"10.79.0.{1 + at}") for at, end in enumerate("ab")]
         try:
@@ -79,17 +79,17 @@ def hosts() -> Iterator[tuple[Host, Host]]:
                 _run(*f"ip -n {host.name} addr add {host.address}/24 dev veth".split())
                 _run(*f"ip -n {host.name} link set veth up".split())
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"no cable can be laid between namespaces here: {error.stderr.strip()}")
+            pytest.skip(f"namespaces cannot be linked here: {error.stderr.strip()}")
         yield pair[0], pair[1]
 
 
 @pytest.fixture
 def slow_hosts() -> Iterator[tuple[Host, Host]]:
-    """The same, with 10 ms each way and one packet in a hundred lost: by a process that carries the packets."""
+    """Provide two hosts with a delay of 10 ms each way and a loss of 1 %: a process forwards the packets."""
     if not TAP_LINK.exists():
-        pytest.skip("there is no tap-link.py beside this repository")
+        pytest.skip("tap-link.py is not installed")
     if not Path("/dev/net/tun").exists():
-        pytest.skip("there is no /dev/net/tun here")
+        pytest.skip("/dev/net/tun does not exist here")
     with ExitStack() as stack:
         pair = _make_host(stack, "fa", "10.78.0.1"), _make_host(stack, "fb", "10.78.0.2")  # tap-link's own names
         carrier = subprocess.Popen([sys.executable, str(TAP_LINK), "0.01", "0.01", "60"])
@@ -99,7 +99,7 @@ def slow_hosts() -> Iterator[tuple[Host, Host]]:
 
 
 class Training:
-    """A node on one host, and an epoch loop on the other; how far it has come, and what became of it."""
+    """A node on one host and an epoch loop on the other, with its progress and its result."""
 
     def __init__(self, hosts: tuple[Host, Host], data: Path, folder: Path) -> None:
         self._data, self._folder = data, folder
@@ -114,31 +114,31 @@ class Training:
         )
 
     def batches(self) -> int:
-        """How many batches the loop has had."""
+        """Return the number of batches that the loop has received."""
         saved = read_saved(self._folder)
         return saved.lines if saved else 0
 
-    def go_on(self, batches: int = 5) -> None:
-        """Wait until there are some more batches."""
+    def wait_for_more(self, batches: int = 5) -> None:
+        """Wait until the loop has received more batches."""
         goal = self.batches() + batches
         _eventually(lambda: self.batches() >= goal or self._client.poll() is not None, f"{goal} batches")
-        assert self._client.poll() is None, self.said()
+        assert self._client.poll() is None, self.log()
 
-    def said(self) -> str:
-        """What the client said."""
+    def log(self) -> str:
+        """Return the client's log."""
         return (self._folder / "client.log").read_text()
 
     def finish(self) -> list[EpochResult]:
-        """Let the loop end its epoch, and compare all of them with an undisturbed run."""
+        """Let the loop finish its epoch, and compare all epochs with those of an undisturbed run."""
         self._client.send_signal(signal.SIGTERM)
         self._client.communicate(timeout=WAIT_S)
-        assert self._client.returncode == 0, self.said()
+        assert self._client.returncode == 0, self.log()
         self._node.terminate()
         self._node.communicate(timeout=WAIT_S)
         return results(self._data, SEED, self._folder)
 
     def close(self) -> None:
-        """End both."""
+        """Kill the node and the loop."""
         for process in (self._client, self._node):
             process.kill()
             process.communicate()
@@ -146,7 +146,7 @@ class Training:
 
 @pytest.fixture
 def train(dataset_dir: Path, tmp_path: Path) -> Iterator[Callable[..., Training]]:
-    """``train(hosts)`` starts a node and a loop that feeds on it."""
+    """Provide ``train(hosts)``, which starts a node and an epoch loop that reads from it."""
     with ExitStack() as stack:
 
         def start(hosts: tuple[Host, Host]) -> Training:
@@ -158,22 +158,22 @@ def train(dataset_dir: Path, tmp_path: Path) -> Iterator[Callable[..., Training]
 
 
 def test_a_cut_cable_costs_nothing(hosts: tuple[Host, Host], train: Callable[..., Training]) -> None:
-    """Pulled out for longer than the connection lives, and put in again: each id once, the same bytes."""
+    """A link that is down for longer than a connection survives costs nothing: each id once, the same bytes."""
     training = train(hosts)
-    training.go_on()
+    training.wait_for_more()
     hosts[0].run("ip", "link", "set", "veth", "down")
-    _eventually(lambda: "is lost" in training.said(), f"the client gives the node up within {NODE_SILENT_S:.0f} s")
+    _eventually(lambda: "is lost" in training.log(), f"the client declares the node lost within {NODE_SILENT_S:.0f} s")
     hosts[0].run("ip", "link", "set", "veth", "up")
-    training.go_on(20)
+    training.wait_for_more(20)
     epochs = training.finish()
     assert all(epoch.flawless for epoch in epochs)
     assert sum(epoch.account.reassigned for epoch in epochs) > 0
 
 
 def test_dropped_packets_cost_nothing(hosts: tuple[Host, Host], train: Callable[..., Training]) -> None:
-    """One packet in ten is dropped, at either end: each id once, the same bytes."""
+    """A loss of 10 % of the packets at either end costs nothing: each id once, the same bytes."""
     if shutil.which("iptables") is None:
-        pytest.skip("packets are dropped by iptables, which is not here")
+        pytest.skip("iptables, which drops the packets, is not installed")
     rule = ["INPUT", "-i", "veth", "-m", "statistic", "--mode", "random", "--probability", "0.1", "-j", "DROP"]
     for host in hosts:
         try:
@@ -181,17 +181,17 @@ def test_dropped_packets_cost_nothing(hosts: tuple[Host, Host], train: Callable[
         except subprocess.CalledProcessError as error:
             pytest.skip(f"iptables cannot drop packets at random here: {error.stderr.strip()}")
     training = train(hosts)
-    training.go_on(20)
+    training.wait_for_more(20)
     assert all(epoch.flawless for epoch in training.finish())
     for host in hosts:
         table = host.run("iptables", "-nvxL", "INPUT").splitlines()
-        assert int(table[2].split()[0]) > 0  # packets that met the rule
+        assert int(table[2].split()[0]) > 0  # packets that matched the rule
 
 
 def test_a_slow_link_that_loses_packets_costs_nothing(
     slow_hosts: tuple[Host, Host], train: Callable[..., Training]
 ) -> None:
-    """20 ms there and back, and one packet in a hundred lost: each id once, the same bytes."""
+    """A round trip of 20 ms and a loss of 1 % cost nothing: each id once, the same bytes."""
     here, there = slow_hosts
 
     def reachable() -> bool:
@@ -199,5 +199,5 @@ def test_a_slow_link_that_loses_packets_costs_nothing(
 
     _eventually(reachable, "the link is up")
     training = train(slow_hosts)
-    training.go_on(10)
+    training.wait_for_more(10)
     assert all(epoch.flawless for epoch in training.finish())

@@ -63,7 +63,7 @@ def prove() -> Installation:
     if made.golden != BUILTIN_GOLDEN:
         raise NodeFailed(
             f"its golden hash of the built-in images is {made.golden} with {made}, but {BUILTIN_GOLDEN} is expected: "
-            "clients would refuse its samples; install the versions in constraints.txt"
+            "clients would refuse the samples; install the versions in constraints.txt"
         )
     return made
 

@@ -12,8 +12,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import settings
 
-from loader_service.data.centred import centre_of, encode_centred
-from loader_service.data.codecs import Codec, encode
+from loader_service.data.codecs import Codec, centre_of, encode, encode_centred
 from loader_service.data.manifest import Manifest, Statistics
 from loader_service.data.writer import Writer
 from loader_service.types import RECORD_SIDE_PX

@@ -1,7 +1,12 @@
-"""The payloads of records: what ``raw`` and ``jpeg`` are; for ``centered`` see :mod:`centred`.
+"""The payloads of records: what ``raw`` and ``jpeg`` are.
 
 A stored value is HEADER, then the payload. ``raw`` is (side, side, 3) uint8 RGB in C order, and ``jpeg`` a JPEG of the same
 pixels; how wide records are, the manifest says.
+
+``centered`` is mean subtraction as stored pixels, without losing any of them: (side, side, 3) little-endian int16 in C order,
+pixel minus the training split's mean image, in units of 1 / 2**FRACTION_BITS grey levels. The mean is rounded to that unit
+first, so that adding it again gives the pixel exactly; it is within 1/256 of a grey level of the manifest's. The largest
+difference, 255 * 128, fits into 16 bits.
 """
 
 from __future__ import annotations
@@ -15,7 +20,6 @@ import simplejpeg
 import xxhash
 
 from loader_service.data import kernel
-from loader_service.data.centred import FRACTION_BITS
 from loader_service.data.kernel import Window
 from loader_service.types import RECORD_SIDE_PX
 
@@ -27,6 +31,8 @@ SHAPE: Final = (RECORD_SIDE_PX, RECORD_SIDE_PX, 3)
 
 Codec = Literal["raw", "jpeg", "centered"]
 CODECS: Final[dict[Codec, int]] = {"raw": 0, "jpeg": 1, "centered": 2}
+FRACTION_BITS: Final = 7
+
 SUBSAMPLINGS: Final = ("420", "422", "444")
 """Of a jpeg's colours: how ``encode`` can store them."""
 
@@ -54,7 +60,7 @@ def header(label: int, codec: Codec, payload: bytes | memoryview) -> bytes:
 
 
 def encode(pixels: Pixels, codec: Literal["raw", "jpeg"], parameters: dict[str, int | str] | None = None) -> bytes:
-    """The payload of a record; for ``centered`` see :func:`centred.encode_centred`.
+    """The payload of a record; for ``centered`` see :func:`encode_centred`.
 
     Args:
         pixels: (side, side, 3) uint8, RGB.
@@ -115,6 +121,52 @@ def decode(
             raise ValueError(f"the JPEG decodes to {pixels.shape}, not {shape}")
         return pixels
     raise ValueError(f"codec number {codec} is unknown")
+
+
+def centre_of(mean_image: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
+    """What is subtracted, in the payload's units.
+
+    Args:
+        mean_image: (side, side, 3) float32, 0..255.
+
+    Returns:
+        (side, side, 3) int16, 0 .. 255 * 2**FRACTION_BITS; scaling by a power of two is exact, so it is the same anywhere.
+    """
+    return np.rint(np.ldexp(np.clip(mean_image, 0, 255), FRACTION_BITS)).astype(np.int16)
+
+
+def encode_centred(pixels: npt.NDArray[np.uint8], centre: npt.NDArray[np.int16]) -> bytes:
+    """The payload of a record.
+
+    Args:
+        pixels: (side, side, 3) uint8, RGB.
+        centre: of :func:`centre_of`.
+    """
+    scaled = np.left_shift(pixels.astype(np.int16), FRACTION_BITS)
+    return np.subtract(scaled, centre).astype("<i2", copy=False).tobytes()
+
+
+def decode_centred(
+    payload: bytes | memoryview, centre: npt.NDArray[np.int16], into: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8]:
+    """The pixels of a payload: (side, side, 3) uint8, RGB.
+
+    Args:
+        payload: a record's, as it is stored.
+        centre: of :func:`centre_of`, for the mean image that was subtracted.
+        into: (centre.size,) uint8, where they are written; a new array if None.
+
+    Raises:
+        ValueError: the payload has another length.
+    """
+    if len(payload) != 2 * centre.size:
+        raise ValueError(f"a centered payload has {2 * centre.size} bytes, this one {len(payload)}")
+    stored = np.frombuffer(payload, "<i2").reshape(centre.shape)
+    out = (np.empty(centre.size, np.uint8) if into is None else into).reshape(centre.shape)
+    scaled = np.add(stored, centre)
+    np.right_shift(scaled, FRACTION_BITS, out=scaled)
+    np.copyto(out, scaled, casting="unsafe")
+    return out
 
 
 def raw_value(side: int = RECORD_SIDE_PX) -> npt.NDArray[np.uint8]:

@@ -19,8 +19,17 @@ import xxhash
 
 from loader_service.data import kernel
 from loader_service.data.augment import augment_records, complete_view
-from loader_service.data.centred import centre_of, decode_centred, encode_centred
-from loader_service.data.codecs import CODECS, HEADER, Codec, Pixels, decode, raw_value
+from loader_service.data.codecs import (
+    CODECS,
+    HEADER,
+    Codec,
+    Pixels,
+    centre_of,
+    decode,
+    decode_centred,
+    encode_centred,
+    raw_value,
+)
 from loader_service.data.draws import draw
 from loader_service.data.fill import empty_slice, fill, slice_sources
 from loader_service.data.manifest import Statistics

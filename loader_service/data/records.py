@@ -30,8 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from loader_service.data.centred import centre_of, decode_centred
-from loader_service.data.codecs import CODECS, HEADER, Codec, Pixels, decode
+from loader_service.data.codecs import CODECS, HEADER, Codec, Pixels, centre_of, decode, decode_centred
 from loader_service.data.kernel import Window
 from loader_service.data.manifest import Manifest
 from loader_service.data.readahead import ReadAhead

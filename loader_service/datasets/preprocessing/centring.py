@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from loader_service.data.centred import centre_of, encode_centred
+from loader_service.data.codecs import centre_of, encode_centred
 from loader_service.data.manifest import Manifest
 from loader_service.data.records import Records
 from loader_service.data.writer import Writer

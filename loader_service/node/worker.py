@@ -21,9 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from loader_service.data import golden
-from loader_service.data.fill import fill
+from loader_service.data.fill import Stopwatch, fill
 from loader_service.data.records import Records
-from loader_service.data.stopwatch import Stopwatch
 from loader_service.errors import DatasetInvalid, DatasetNotFound, NodeFailed, RecordError, SharedMemoryError
 from loader_service.node.packets import MAX_PACKET_BYTES, Bad, Done, Lease, Ready, decode_lease, encode
 from loader_service.types import BUILTIN_GOLDEN, DRAWS, DatasetFacts, Installation, SampleLayout, Slice, Split

@@ -1,8 +1,22 @@
-"""Writing an environment: beside its final name, and under it only when it is whole."""
+"""Writing an environment: beside its final name, and under it only when it is whole.
+
+How far an unfinished environment is, its writer keeps in a sub-database beside the records, in their transactions:
+
+======== ============================= ==========================================================================
+database key                           value
+======== ============================= ==========================================================================
+progress number of the step, 8 bytes   :class:`Step` as MessagePack: what one commit added
+progress ``state``                     the caller's bytes, as of the last commit
+======== ============================= ==========================================================================
+
+A step repeats its records' 16-byte headers, so that to go on takes a glance at a few pages and no pass over the records.
+The sub-database is emptied in the transaction that writes the manifest.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,11 +28,11 @@ import lmdb
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from loader_service.data import golden
 from loader_service.data.codecs import CODECS, DEFAULT_PARAMETERS, HEADER, Codec, header
-from loader_service.data.manifest import FORMAT, Manifest, Rejected, Statistics, fingerprint
-from loader_service.data.partial import PROGRESS, Progress, load, partial_path, store
+from loader_service.data.manifest import FORMAT, MAX_CLASSES, Manifest, Rejected, Statistics, fingerprint
 from loader_service.data.records import DATABASES, KEY, Records
 from loader_service.errors import DatasetError, DatasetInvalid
 
@@ -27,6 +41,11 @@ _MAP_BYTES: Final = 2**42
 
 _COMMIT_RECORDS: Final = 256
 """Records per transaction of a writer that nobody else commits: 48 MiB of raw pixels, so that memory stays flat."""
+
+PROGRESS: Final = b"progress"
+_IDENTITY: Final = re.compile(r"[0-9a-f]{16,64}")
+_STATE: Final = b"state"
+_HEADER_DTYPE: Final = np.dtype({"names": ["label"], "formats": ["<u4"], "itemsize": HEADER.size})
 
 
 class Writer:
@@ -279,3 +298,113 @@ def _publish(partial: Path, path: Path) -> None:
         os.close(descriptor)
     if old.exists():
         shutil.rmtree(old)
+
+
+def partial_path(path: Path, identity: str) -> Path:
+    """Where the environment of an identity lies until it is finished: hidden, beside its final name."""
+    if not _IDENTITY.fullmatch(identity):
+        raise ValueError(f"a writer's identity is 16 to 64 hexadecimal digits, not {identity!r}")
+    return path.with_name(f".{path.name}.{identity}.partial")
+
+
+def partials(path: Path) -> dict[Path, int]:
+    """All unfinished environments of a final name, and how many records each has to go on from."""
+    return {partial: _kept(partial) for partial in path.parent.glob(f".{path.name}.*.partial")}
+
+
+def _kept(partial: Path) -> int:
+    try:
+        with Records(partial) as records:  # whole: it lacks its name only
+            return len(records)
+    except DatasetError:
+        done = load(partial, MAX_CLASSES)
+        return done.count if done else 0
+
+
+class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one commit added: the headers of its records, one after another, and what was rejected meanwhile."""
+
+    headers: bytes
+    rejected: list[Rejected]
+
+
+class Progress:
+    """What all steps add up to.
+
+    Fields:
+        count: number of records.
+        class_counts: of them, by label.
+        headers: digest of their headers.
+        rejected: what became no record, in order.
+        state: the caller's.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.count = 0
+        self.class_counts = [0] * classes
+        self.headers = xxhash.xxh3_128()
+        self.rejected: list[Rejected] = []
+        self.state = b""
+
+    def add(self, step: Step) -> None:
+        """Take a step in.
+
+        Raises:
+            ValueError: its headers are no headers.
+        """
+        labels = np.frombuffer(step.headers, _HEADER_DTYPE)["label"]
+        counts = np.bincount(labels, minlength=len(self.class_counts))
+        if len(counts) > len(self.class_counts):
+            raise ValueError(f"a label is beyond the last of {len(self.class_counts)} classes")
+        self.class_counts = (np.array(self.class_counts, np.int64) + counts).tolist()
+        self.count += len(labels)
+        self.headers.update(step.headers)
+        self.rejected += step.rejected
+
+
+def store(txn: Any, progress: Any, headers: bytes, rejected: Sequence[Rejected], state: bytes) -> None:
+    """Add a step to the transaction that holds its records.
+
+    Args:
+        txn: a write transaction.
+        progress: the sub-database.
+        headers: the step's.
+        rejected: the step's.
+        state: replaces the last step's.
+    """
+    if headers or rejected:
+        entries = txn.stat(progress)["entries"]
+        number = max(0, entries - 1)  # all entries but the state are steps
+        txn.put(KEY.pack(number), msgspec.msgpack.encode(Step(headers, list(rejected))), db=progress)
+    txn.put(_STATE, state, db=progress)
+
+
+def load(path: Path, classes: int) -> Progress | None:
+    """What an unfinished environment holds; None if it is damaged or has nothing to go on from.
+
+    Args:
+        path: its directory.
+        classes: how many classes its labels may name.
+    """
+    try:
+        env = lmdb.open(str(path), readonly=True, lock=False, max_dbs=3, create=False)
+    except lmdb.Error:
+        return None
+    try:
+        need = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        if (path / "data.mdb").stat().st_size < need:  # reading past the end of a mapped file is a SIGBUS
+            return None
+        records, sources, progress = (env.open_db(name, create=False) for name in (b"records", b"sources", PROGRESS))
+        done = Progress(classes)
+        with env.begin() as txn:
+            for key, value in txn.cursor(progress):
+                if key == _STATE:
+                    done.state = bytes(value)
+                else:
+                    done.add(msgspec.msgpack.decode(value, type=Step))
+            whole = txn.stat(records)["entries"] == txn.stat(sources)["entries"] == done.count
+    except (lmdb.Error, msgspec.MsgspecError, ValueError):
+        return None
+    finally:
+        env.close()
+    return done if whole and done.count else None

@@ -17,9 +17,8 @@ import msgspec
 
 from loader_service.data.codecs import Codec
 from loader_service.data.manifest import Manifest, Statistics
-from loader_service.data.partial import partial_path, partials
 from loader_service.data.records import Records
-from loader_service.data.writer import Writer
+from loader_service.data.writer import Writer, partial_path, partials
 from loader_service.datasets.preprocessing.pool import Pool, Result
 from loader_service.datasets.preprocessing.sources import Item
 from loader_service.datasets.progress import Progress

@@ -13,9 +13,8 @@ import pytest
 
 from loader_service.data.codecs import encode, header
 from loader_service.data.manifest import Manifest, Rejected, Statistics
-from loader_service.data.partial import partial_path, partials
 from loader_service.data.records import Records
-from loader_service.data.writer import Writer, adopt
+from loader_service.data.writer import Writer, adopt, partial_path, partials
 from loader_service.errors import DatasetInvalid
 
 MakeDataset = Callable[..., Manifest]

@@ -18,8 +18,8 @@ from typing import Final, NamedTuple
 import pytest
 from click.testing import Result
 
-from loader_service.data.partial import partials
 from loader_service.data.records import Records
+from loader_service.data.writer import partials
 from loader_service.datasets.preprocessing.build import COMMIT_BYTES
 from loader_service.datasets.verify import verify
 

@@ -315,9 +315,6 @@ typedef struct {
 } Window;
 enum { MAX_SIDE = 1024 };
 static void make_tables(void) {}
-TARGET_JPEG static void make_pixels_of_3(uint8_t *out, const Window *w) { make_pixels(out, 3, w); }
-TARGET_JPEG static void make_pixels_of_4(uint8_t *out, const Window *w) { make_pixels(out, 4, w); }
-
 static int runs(void) { return 0; }
 static int decode_window(const Py_buffer *payload, uint8_t *out, int item, const Window *w)
 {

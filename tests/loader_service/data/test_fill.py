@@ -275,7 +275,7 @@ def test_at_is_the_record_being_worked_on(records: Records) -> None:
 
 
 @pytest.mark.parametrize("codec", ["raw", "jpeg"])
-def test_the_stages_make_up_the_whole(make_dataset: Any, tmp_path: Path, codec: str) -> None:
+def test_the_stages_make_up_the_whole(make_dataset: MakeDataset, tmp_path: Path, codec: str) -> None:
     """Read, decode and augment add up to the time that a slice takes; raw records are never decoded, jpeg ones mostly."""
     make_dataset(tmp_path / "train.lmdb", 128, codec)
     watch = Stopwatch()

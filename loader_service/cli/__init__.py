@@ -1,4 +1,4 @@
-"""The command line: start, status, top, keygen, doctor; preprocess, verify, inspect, export.
+"""The command line: start, status, top, doctor, keygen; preprocess, verify, inspect, export.
 
 Exit codes: 0 done, 2 an option that cannot work, 3 the dataset, 4 the network, 5 shared memory, 6 a saved state,
 7 the node itself; see ``errors``. Where options come from: ``options``.
@@ -9,16 +9,25 @@ from __future__ import annotations
 import click
 
 from loader_service import __version__
-from loader_service.cli.datasets import export, inspect, verify
-from loader_service.cli.doctor import doctor
-from loader_service.cli.options import VARIABLES, Group
-from loader_service.cli.preprocess import preprocess
-from loader_service.cli.start import keygen, start
-from loader_service.cli.status import status, top
+from loader_service.cli.options import VARIABLES, Group, LazyCommands
 
 
 @click.group(
     cls=Group,
+    # In the order of --help: run a node, watch it, set it up; then the commands for datasets.
+    commands=LazyCommands(
+        {
+            "start": "loader_service.cli.start",
+            "status": "loader_service.cli.status",
+            "top": "loader_service.cli.status",
+            "doctor": "loader_service.cli.doctor",
+            "keygen": "loader_service.cli.start",
+            "preprocess": "loader_service.cli.datasets",
+            "verify": "loader_service.cli.datasets",
+            "inspect": "loader_service.cli.datasets",
+            "export": "loader_service.cli.datasets",
+        }
+    ),
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
@@ -28,7 +37,3 @@ from loader_service.cli.status import status, top
 @click.version_option(__version__)
 def main() -> None:
     """Serve batches of augmented images to training jobs: every sample exactly once, whatever dies."""
-
-
-for _command in (start, status, top, keygen, doctor, preprocess, verify, inspect, export):
-    main.add_command(_command)

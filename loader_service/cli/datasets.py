@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
+import msgspec
 
 from loader_service import defaults
 from loader_service.cli.job import Job
@@ -112,6 +114,7 @@ def preprocess(
     val_fraction: float | None,
     val_list: Path | None,
     classes: str,
+    json: bool,
     **options: Any,
 ) -> None:
     """Make OUT/train.lmdb and OUT/val.lmdb of the pictures in SRC.
@@ -121,7 +124,11 @@ def preprocess(
     a table (.csv, .tsv, .jsonl) of path and label. Folders and archives may also lie behind a URL (s3://, gs://, https://).
     """
     names = tuple(name.strip() for name in classes.split(",") if name.strip())
-    run.preprocess(out, run.Options(Inputs(src, layout, val, val_fraction, val_list, names), **options))
+    inputs = Inputs(src, layout, val, val_fraction, val_list, names)
+    # With --json, stdout holds the JSON alone.
+    manifests = run.preprocess(out, run.Options(inputs, **options), partial(click.echo, err=json))
+    if json and manifests:
+        click.echo(msgspec.json.encode({split: run.split_facts(manifest) for split, manifest in manifests.items()}))
 
 
 @click.command(cls=DatasetCommand)
@@ -141,10 +148,11 @@ def verify(path: Path) -> None:
 @option("--json", is_flag=True, help="Print the summary as JSON.")
 def inspect(path: Path, pictures: Path | None, json: bool) -> None:
     """Show what is in the environment at PATH."""
-    for line in inspecting.inspect(path, pictures, as_json=json):
-        click.echo(line)
-    for name in inspecting.PICTURES if pictures else ():
-        click.echo(f"{pictures}/{name}", err=True)
+    summary = inspecting.summarise(path)
+    written = inspecting.write_pictures(path, pictures) if pictures else []
+    click.echo(msgspec.json.encode(summary) if json else "\n".join(inspecting.describe(summary)))
+    for picture in written:
+        click.echo(picture, err=True)
 
 
 @click.command(cls=DatasetCommand)
@@ -152,10 +160,10 @@ def inspect(path: Path, pictures: Path | None, json: bool) -> None:
 @argument("out", type=click.Path(path_type=Path))
 @option(
     "--format",
-    type=click.Choice(["folder", "webdataset"]),
-    default="folder",
+    type=click.Choice([form.value for form in exporting.ExportFormat]),
+    default=exporting.ExportFormat.FOLDER.value,
     help="An image folder, or WebDataset shards.",
 )
-def export(path: Path, out: Path, format: Literal["folder", "webdataset"]) -> None:  # noqa: A002
+def export(path: Path, out: Path, format: str) -> None:  # noqa: A002
     """Write every record of the environment at PATH into OUT, as files CLASS/NUMBER or as shards of samples."""
-    click.echo(f"{out}: {exporting.export(path, out, format):,} records")
+    click.echo(f"{out}: {exporting.export(path, out, exporting.ExportFormat(format)):,} records")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Final
+from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,14 @@ from loader_service.data.records import Records, Values
 from loader_service.errors import RecordError
 from loader_service.types import DRAWS, STAGES, SampleLayout, Slice, SliceId, StageSeconds
 
-READ, DECODE, AUGMENT = range(len(STAGES))
-NO_STAGE: Final = -1
+
+class Stage(IntEnum):
+    """The stages of making a slice. The numbers, which other processes read, are the indices of ``types.STAGES``."""
+
+    READ = 0
+    DECODE = 1
+    AUGMENT = 2
+    NONE = -1
 
 
 class Stopwatch:
@@ -27,7 +33,7 @@ class Stopwatch:
     It costs a fifth of a microsecond per change of stage: three changes per slice of raw records, three per jpeg record.
 
     Args:
-        shown: (1,) int64; holds the number of the stage that is being worked at, or NO_STAGE, for others to see.
+        shown: (1,) int64; holds the number of the stage that is being worked at, or Stage.NONE, for others to see.
     """
 
     __slots__ = ("_seconds", "_shown", "_since", "_stage")
@@ -35,24 +41,24 @@ class Stopwatch:
     def __init__(self, shown: npt.NDArray[np.int64] | None = None) -> None:
         self._shown = np.empty(1, np.int64) if shown is None else shown
         self._seconds = [0.0] * len(STAGES)
-        self._stage, self._since = NO_STAGE, 0.0
-        self._shown[0] = NO_STAGE
+        self._stage, self._since = Stage.NONE, 0.0
+        self._shown[0] = Stage.NONE
 
-    def enter(self, stage: int) -> None:
-        """A stage begins (or, with NO_STAGE, nothing that is measured); the one before ends."""
+    def enter(self, stage: Stage) -> None:
+        """A stage begins (or, with Stage.NONE, nothing that is measured); the one before ends."""
         now = time.perf_counter()
-        if self._stage != NO_STAGE:
+        if self._stage != Stage.NONE:
             self._seconds[self._stage] += now - self._since
         self._stage, self._since = stage, now
         self._shown[0] = stage
 
-    def spent(self, stage: int) -> float:
+    def spent(self, stage: Stage) -> float:
         """Seconds in a stage since the last stop, but for the one that runs."""
         return self._seconds[stage]
 
     def stop(self) -> StageSeconds:
         """End the stage that runs; what each has taken since the last stop."""
-        self.enter(NO_STAGE)
+        self.enter(Stage.NONE)
         seconds = StageSeconds(*self._seconds)
         self._seconds = [0.0] * len(STAGES)
         return seconds
@@ -108,26 +114,26 @@ def fill(
         ValueError: the slice is not within the epoch.
     """
     watch = stopwatch or Stopwatch()
-    watch.enter(AUGMENT)  # deciding what to read, and where to cut it
+    watch.enter(Stage.AUGMENT)  # deciding what to read, and where to cut it
     numbers = slice_sources(len(records), what)
     draws = draw(what.view, what.seed, what.epoch, what.start, what.count, records.side)
     out.draws.view(np.uint8)[...] = draws.view(np.uint8)  # as bytes: NumPy's own copy would leave the padding as it was
     mean = records.mean_pair if out.images.dtype != np.uint8 else None
-    watch.enter(READ)
+    watch.enter(Stage.READ)
     records.ahead.ask(numbers)
-    watch.enter(AUGMENT)
-    read_s = watch.spent(READ)
+    watch.enter(Stage.AUGMENT)
+    read_s = watch.spent(Stage.READ)
     with records.values() as values:
         if records.manifest.codec == "raw":
-            watch.enter(READ)
+            watch.enter(Stage.READ)
             stored = values.stored(numbers, at)
-            watch.enter(AUGMENT)
+            watch.enter(Stage.AUGMENT)
             made = augment_records(out.images, stored, draws, out.labels, numbers, at, mean, record_side=records.side)
             if made < what.count:
                 raise values.refusal(int(numbers[made]))
         else:
             _fill_decoded(out, values, records.side, draws, numbers, at, mean, watch)
-    records.ahead.learn(what.count, watch.spent(READ) - read_s)
+    records.ahead.learn(what.count, watch.spent(Stage.READ) - read_s)
     if (strange := np.flatnonzero(out.labels >= len(records.manifest.class_names))).size:
         i = strange[0]
         raise RecordError(records.path, int(numbers[i]), f"its label {out.labels[i]} is beyond the last class")
@@ -149,11 +155,11 @@ def _fill_decoded(
     for i, number in enumerate(numbers.tolist()):
         if at is not None:
             at[0] = number
-        watch.enter(READ)
+        watch.enter(Stage.READ)
         found = values.read(number)
-        watch.enter(DECODE)
+        watch.enter(Stage.DECODE)
         values.unpack(number, found, value, windows[i])
-        watch.enter(AUGMENT)
+        watch.enter(Stage.AUGMENT)
         one = slice(i, i + 1)
         augment_records(
             out.images[one], [value.data], draws[one], out.labels[one], numbers[one], at, mean, record_side=side

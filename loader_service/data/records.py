@@ -39,7 +39,7 @@ from loader_service.errors import DatasetInvalid, DatasetNotFound, DatasetUnfini
 KEY: Final = struct.Struct(">Q")
 DATABASES: Final = (b"records", b"sources", b"manifest")
 
-Found = tuple[int, int, int, memoryview]
+StoredRecord = tuple[int, int, int, memoryview]
 """A record as it lies: label, codec number, checksum, payload."""
 
 
@@ -177,7 +177,7 @@ class Values:
             raise RecordError(self._path, number, "there is no such record")
         return value
 
-    def read(self, number: int) -> Found:
+    def read(self, number: int) -> StoredRecord:
         """Label, codec number, checksum and payload of one record; the payload is a view of LMDB's pages.
 
         Raises:
@@ -205,7 +205,9 @@ class Values:
         except ValueError as error:
             raise RecordError(self._path, number, str(error)) from error
 
-    def unpack(self, number: int, found: Found, into: npt.NDArray[np.uint8], window: Window | None = None) -> None:
+    def unpack(
+        self, number: int, found: StoredRecord, into: npt.NDArray[np.uint8], window: Window | None = None
+    ) -> None:
         """Make the raw record that a record of another codec stands for.
 
         Args:

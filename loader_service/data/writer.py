@@ -93,10 +93,10 @@ class Writer:
     def _open(self) -> None:
         """Open the partial environment; one that is there but damaged is begun anew."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        done = load(self._partial, len(self._class_names)) if self._partial.exists() else None
+        done = _load_committed(self._partial, len(self._class_names)) if self._partial.exists() else None
         if done is None and self._partial.exists():
             shutil.rmtree(self._partial)
-        done = done or Progress(len(self._class_names))
+        done = done or Committed(len(self._class_names))
         self.state, self.rejected = done.state, done.rejected
         self._count, self._class_counts, self._digest = done.count, done.class_counts, done.headers
         self._committed_count = done.count
@@ -186,7 +186,7 @@ class Writer:
         """
         try:
             if self._identity is not None:
-                store(self._txn, self._progress, b"".join(self._new_headers), self._new_rejected, state)
+                _store_step(self._txn, self._progress, b"".join(self._new_headers), self._new_rejected, state)
             self._txn.commit()
             self._txn = self._env.begin(write=True)
         except lmdb.Error as error:
@@ -317,7 +317,7 @@ def _kept(partial: Path) -> int:
         with Records(partial) as records:  # whole: it lacks its name only
             return len(records)
     except DatasetError:
-        done = load(partial, MAX_CLASSES)
+        done = _load_committed(partial, MAX_CLASSES)
         return done.count if done else 0
 
 
@@ -328,7 +328,7 @@ class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rejected: list[Rejected]
 
 
-class Progress:
+class Committed:
     """What all steps add up to.
 
     Fields:
@@ -362,7 +362,7 @@ class Progress:
         self.rejected += step.rejected
 
 
-def store(txn: Any, progress: Any, headers: bytes, rejected: Sequence[Rejected], state: bytes) -> None:
+def _store_step(txn: Any, progress: Any, headers: bytes, rejected: Sequence[Rejected], state: bytes) -> None:
     """Add a step to the transaction that holds its records.
 
     Args:
@@ -379,7 +379,7 @@ def store(txn: Any, progress: Any, headers: bytes, rejected: Sequence[Rejected],
     txn.put(_STATE, state, db=progress)
 
 
-def load(path: Path, classes: int) -> Progress | None:
+def _load_committed(path: Path, classes: int) -> Committed | None:
     """What an unfinished environment holds; None if it is damaged or has nothing to go on from.
 
     Args:
@@ -395,7 +395,7 @@ def load(path: Path, classes: int) -> Progress | None:
         if (path / "data.mdb").stat().st_size < need:  # reading past the end of a mapped file is a SIGBUS
             return None
         records, sources, progress = (env.open_db(name, create=False) for name in (b"records", b"sources", PROGRESS))
-        done = Progress(classes)
+        done = Committed(classes)
         with env.begin() as txn:
             for key, value in txn.cursor(progress):
                 if key == _STATE:

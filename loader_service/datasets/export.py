@@ -12,9 +12,10 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from io import BytesIO
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from PIL import Image
 
@@ -26,11 +27,19 @@ from loader_service.errors import OptionError, RecordError
 SHARD_RECORDS: Final = 1000
 """Records per WebDataset shard: 20 MB to 150 MB, a size that streams well."""
 
+
+class ExportFormat(Enum):
+    """The kinds of files that records are exported to; the values are those of ``--format``."""
+
+    FOLDER = "folder"
+    WEBDATASET = "webdataset"
+
+
 Put = Callable[[int, str, str, bytes], None]
 """Stores one record: its number, its class's name, its file's suffix, its file's bytes."""
 
 
-def export(path: Path, out: Path, form: Literal["folder", "webdataset"]) -> int:
+def export(path: Path, out: Path, form: ExportFormat) -> int:
     """Write every record of the environment at ``path`` into a new folder, which appears when it is whole.
 
     Returns:
@@ -53,7 +62,7 @@ def export(path: Path, out: Path, form: Literal["folder", "webdataset"]) -> int:
     return len(records)
 
 
-def write_records(records: Records, out: Path, form: Literal["folder", "webdataset"]) -> None:
+def write_records(records: Records, out: Path, form: ExportFormat) -> None:
     """Write every record's file into a new folder.
 
     Raises:
@@ -61,7 +70,9 @@ def write_records(records: Records, out: Path, form: Literal["folder", "webdatas
     """
     out.mkdir()
     names = folder_names(records.manifest.class_names)
-    storing = folder(out) if form == "folder" else shards(out, {name: label for label, name in enumerate(names)})
+    storing = (
+        folder(out) if form is ExportFormat.FOLDER else shards(out, {name: label for label, name in enumerate(names)})
+    )
     with storing as put, Progress("export", len(records), "records") as progress, records.values() as values:
         for number in range(len(records)):
             label, codec, _, payload = values.read(number)

@@ -13,7 +13,6 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from loader_service.data.manifest import Manifest
 from loader_service.data.records import Records
 from loader_service.datasets.sheets import colour_sheet, mean_picture, record_sheet, sample_sheet
 
@@ -31,7 +30,7 @@ PICTURES: Final = {
 }
 
 
-class Summary(msgspec.Struct, frozen=True):
+class DatasetSummary(msgspec.Struct, frozen=True):
     """What an environment holds, for programs. ``size`` is the records' side in pixels.
 
     ``deviations`` are the square roots of the covariance's eigenvalues in grey levels, largest first, as AlexNet's authors
@@ -53,25 +52,20 @@ class Summary(msgspec.Struct, frozen=True):
     made_by: dict[str, str]
 
 
-def inspect(path: Path, pictures: Path | None = None, *, as_json: bool = False) -> list[str]:
-    """Summarise an environment, and write PICTURES of it into a folder if one is named.
-
-    Returns:
-        The summary's lines: for a person, or JSON in one line.
-    """
+def write_pictures(path: Path, folder: Path) -> list[Path]:
+    """Draw PICTURES of the environment at ``path`` and return the files that were written into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
     with Records(path) as records:
-        summary = summarise(path, records.manifest)
-        if pictures is not None:
-            pictures.mkdir(parents=True, exist_ok=True)
-            for name, make in PICTURES.items():
-                make(records).save(pictures / name)
-    return [msgspec.json.encode(summary).decode()] if as_json else describe(summary).splitlines()
+        for name, draw in PICTURES.items():
+            draw(records).save(folder / name)
+    return [folder / name for name in PICTURES]
 
 
-def summarise(path: Path, manifest: Manifest) -> Summary:
-    """The facts of an environment, from its manifest."""
-    statistics = manifest.statistics
-    return Summary(
+def summarise(path: Path) -> DatasetSummary:
+    """Return the facts of the environment at ``path``, read from its manifest."""
+    with Records(path) as records:
+        manifest, statistics = records.manifest, records.statistics
+    return DatasetSummary(
         path=str(path),
         fingerprint=manifest.fingerprint,
         count=manifest.count,
@@ -87,8 +81,8 @@ def summarise(path: Path, manifest: Manifest) -> Summary:
     )
 
 
-def describe(summary: Summary) -> str:
-    """The same for a person."""
+def describe(summary: DatasetSummary) -> list[str]:
+    """Return a summary as lines of text."""
     facts = {
         "records": f"{summary.count:,} of {summary.size} x {summary.size} pixels, {summary.codec}, {summary.bytes_on_disk / 1e6:,.0f} MB",
         "classes": f"{len(summary.class_counts):,}",
@@ -100,7 +94,7 @@ def describe(summary: Summary) -> str:
     }
     lines = [summary.path, *(f"  {name:<18} {text}" for name, text in facts.items())]
     lines += [f"    {count:>8,}  {reason}" for reason, count in list(summary.rejected.items())[:SHOWN_REASONS]]
-    return "\n".join([*lines, "", *histogram(summary.class_counts)])
+    return [*lines, "", *histogram(summary.class_counts)]
 
 
 def histogram(counts: dict[str, int]) -> list[str]:

@@ -132,7 +132,7 @@ class Worker:
         facts: the facts of each split that the node sends to clients; a split that was replaced since is not served.
         own: the node's send slots, inherited.
         progress: (2,) int64 in memory shared with the dispatcher: the record that is read now (NO_RECORD: none) and the
-            index of the stage (-1: none).
+            index of the stage (Stage.NONE: none).
     """
 
     def __init__(

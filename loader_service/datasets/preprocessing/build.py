@@ -41,7 +41,7 @@ REJECTED: Final = "rejected.jsonl"
 """Beside the environments: split, source and reason of every file that became no record."""
 
 
-class Task(msgspec.Struct, frozen=True):
+class SplitTask(msgspec.Struct, frozen=True):
     """What is to become one environment.
 
     Fields:
@@ -66,7 +66,7 @@ class Task(msgspec.Struct, frozen=True):
     max_bad: float
 
 
-def open_writer(task: Task) -> Writer:
+def open_writer(task: SplitTask) -> Writer:
     """The task's writer, which goes on where an interrupted run of the same task was."""
     return Writer(
         task.path,
@@ -77,7 +77,7 @@ def open_writer(task: Task) -> Writer:
     )
 
 
-def build(task: Task, writer: Writer, pool: Pool) -> Manifest:
+def build(task: SplitTask, writer: Writer, pool: Pool) -> Manifest:
     """Make an environment, or the rest of it, and return its manifest.
 
     A commit holds whole chunks of the pool, with the sums of their pixels. As every item before it has become either a
@@ -130,7 +130,7 @@ def _take(writer: Writer, result: Result, progress: Progress) -> None:
     progress.advance(len(result.items), bad=bad)
 
 
-def clear_unfinished(task: Task, replace: bool) -> None:
+def clear_unfinished(task: SplitTask, replace: bool) -> None:
     """Remove unfinished environments of other tasks under the same name.
 
     Args:

@@ -15,7 +15,7 @@ from typing import IO, Final
 
 import msgspec
 
-from loader_service.datasets.preprocessing.layouts import Found, Pairs, find
+from loader_service.datasets.preprocessing.layouts import FoundSplits, Pairs, find
 from loader_service.datasets.preprocessing.plan import split_listed, split_off
 from loader_service.datasets.preprocessing.remote import Url, list_remote, open_remote
 from loader_service.datasets.preprocessing.sources import Listing, label_pairs
@@ -112,7 +112,7 @@ def _split_by_list(listing: Listing, path: Path) -> tuple[Listing, Listing]:
     return train, val
 
 
-def _validation(root: Path | Url, found: Found, train: Listing, classes: Sequence[str]) -> Listing:
+def _validation(root: Path | Url, found: FoundSplits, train: Listing, classes: Sequence[str]) -> Listing:
     return label_pairs(root, _chosen(found.val or [], classes), train.class_names, found.form)
 
 
@@ -128,7 +128,7 @@ def _chosen(pairs: Pairs, classes: Sequence[str]) -> Pairs:
 
 
 def plain(source: Path | Url, scratch: Path) -> Path | Url:
-    """The source itself or, where it is a compressed archive, its decompressed twin in ``scratch``.
+    """The source itself or, where it is a compressed archive, its decompressed path in ``scratch``.
 
     Raises:
         DatasetInvalid: it cannot be read or decompressed.
@@ -149,7 +149,7 @@ def plain(source: Path | Url, scratch: Path) -> Path | Url:
 
 
 def _fetched(source: Url, scratch: Path) -> Path:
-    """The decompressed twin of an archive behind a URL, decompressed while it is read."""
+    """The decompressed path of an archive behind a URL, decompressed while it is read."""
     (listed,) = list_remote(source) or (None,)
     if listed is None:
         raise DatasetInvalid(str(source), "there is no such archive")
@@ -173,11 +173,11 @@ def _opener(head: bytes) -> Opener | None:
 
 def _unpacked(file: IO[bytes], opener: Opener, stem: Path, stamp_ns: int) -> Path:
     """Decompress into a new file whose time of change is the archive's own, so that a second run knows its files again."""
-    twin = stem.with_name(f"{stem.name}.{secrets.token_hex(4)}.unpacked")
-    with opener(file) as packed, twin.open("wb") as unpacked:
+    path = stem.with_name(f"{stem.name}.{secrets.token_hex(4)}.unpacked")
+    with opener(file) as packed, path.open("wb") as unpacked:
         shutil.copyfileobj(packed, unpacked, 2**20)
-    os.utime(twin, ns=(stamp_ns, stamp_ns))
-    return twin
+    os.utime(path, ns=(stamp_ns, stamp_ns))
+    return path
 
 
 @contextmanager

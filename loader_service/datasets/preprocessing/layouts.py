@@ -49,15 +49,15 @@ CLASS_DIGITS: Final = 6
 """Numbers that name classes are padded, so that sorted names are sorted numbers."""
 
 
-class Found(NamedTuple):
+class FoundSplits(NamedTuple):
     """Files with their classes' names, by split; ``val`` is None where the layout holds one split."""
 
     train: Pairs
     val: Pairs | None
-    form: Form = "picture"
+    form: Form = Form.PICTURE
 
 
-def find(source: Path | Url, layout: str = "auto") -> Found:
+def find(source: Path | Url, layout: str = "auto") -> FoundSplits:
     """The splits that a source holds.
 
     Args:
@@ -71,7 +71,7 @@ def find(source: Path | Url, layout: str = "auto") -> Found:
         if isinstance(source, Url):
             raise DatasetInvalid(str(source), "a table must lie on this machine, as the files that it names")
         if source.is_file():
-            return Found(read_table(source), None)
+            return FoundSplits(read_table(source), None)
     files = list_files(source)
     for name, look in LAYOUTS.items():
         if layout in ("auto", name) and (found := look(source, files)) is not None:
@@ -79,32 +79,32 @@ def find(source: Path | Url, layout: str = "auto") -> Found:
     raise DatasetInvalid(str(source), f"it does not look like the layout {layout!r}")
 
 
-def find_tree(_source: Path | Url, files: Sequence[File]) -> Found:
+def find_tree(_source: Path | Url, files: Sequence[File]) -> FoundSplits:
     """The layout ``tree``: whatever is in no other."""
     train, val = split_files(files)
-    return Found(_by_name(train), None if val is None else _by_name(val))
+    return FoundSplits(_by_name(train), None if val is None else _by_name(val))
 
 
-def find_imagenet(source: Path | Url, files: Sequence[File]) -> Found | None:
+def find_imagenet(source: Path | Url, files: Sequence[File]) -> FoundSplits | None:
     """The layout ``imagenet``: ImageNet's own archives."""
     train = subtree(files, "ILSVRC2012_img_train")
     if not train:
         return None
     val = subtree(files, "ILSVRC2012_img_val")
-    return Found(_by_name(train), _by_table(source, val, files) if val else None)
+    return FoundSplits(_by_name(train), _by_table(source, val, files) if val else None)
 
 
-def find_kaggle(source: Path | Url, files: Sequence[File]) -> Found | None:
+def find_kaggle(source: Path | Url, files: Sequence[File]) -> FoundSplits | None:
     """The layout ``kaggle``."""
     for prefix in ("", "ILSVRC/"):
         train = subtree(files, f"{prefix}Data/CLS-LOC/train")
         if train:
             val = subtree(files, f"{prefix}Data/CLS-LOC/val")
-            return Found(_by_name(train), _by_table(source, val, files) if val else None)
+            return FoundSplits(_by_name(train), _by_table(source, val, files) if val else None)
     return None
 
 
-def find_webdataset(source: Path | Url, files: Sequence[File]) -> Found | None:
+def find_webdataset(source: Path | Url, files: Sequence[File]) -> FoundSplits | None:
     """The layout ``webdataset``: a sample is all files whose names agree up to the first dot of their last part."""
     classes = {_key(file): file for file in files if file.name.endswith(".cls")}
     if not classes:
@@ -116,10 +116,10 @@ def find_webdataset(source: Path | Url, files: Sequence[File]) -> Found | None:
     ]
     val = [pair for pair in pairs if pair[0].name.startswith(VALIDATION_FOLDERS)]
     train = [pair for pair in pairs if not pair[0].name.startswith(VALIDATION_FOLDERS)]
-    return Found(train, val) if train and val else Found(pairs, None)
+    return FoundSplits(train, val) if train and val else FoundSplits(pairs, None)
 
 
-def find_cifar(source: Path | Url, files: Sequence[File]) -> Found | None:
+def find_cifar(source: Path | Url, files: Sequence[File]) -> FoundSplits | None:
     """The layout ``cifar``: each record is a byte of label and a planar picture."""
     by_name = {PurePosixPath(file.name).name: file for file in files}
     if "data_batch_1.bin" not in by_name or "batches.meta.txt" not in by_name:
@@ -132,10 +132,10 @@ def find_cifar(source: Path | Url, files: Sequence[File]) -> Found | None:
         for p in _cifar(source, file, names)
     ]
     val = _cifar(source, by_name["test_batch.bin"], names) if "test_batch.bin" in by_name else None
-    return Found(train, val, "cifar")
+    return FoundSplits(train, val, Form.CIFAR)
 
 
-LAYOUTS: Final[dict[str, Callable[[Path | Url, Sequence[File]], Found | None]]] = {
+LAYOUTS: Final[dict[str, Callable[[Path | Url, Sequence[File]], FoundSplits | None]]] = {
     "cifar": find_cifar,
     "webdataset": find_webdataset,
     "imagenet": find_imagenet,

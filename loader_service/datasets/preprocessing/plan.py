@@ -112,18 +112,18 @@ def memory_bytes() -> int:
     return min(machine + [int(limit) for limit in limits if limit.isdigit()])
 
 
-def room_bytes(count: int, codec: Codec, size: int) -> int:
+def disk_bytes(count: int, codec: Codec, size: int) -> int:
     """About how many bytes ``count`` records of ``size`` pixels take on disk while they are made."""
     return math.ceil(1.02 * count * record_bytes(codec, size))
 
 
-def check_room(out: Path, count: int, codec: Codec, size: int) -> None:
+def check_disk_space(out: Path, count: int, codec: Codec, size: int) -> None:
     """See that there is room for ``count`` records of ``size`` pixels.
 
     Raises:
         PreprocessingFailed: there is not.
     """
-    need, free = room_bytes(count, codec, size), shutil.disk_usage(out).free
+    need, free = disk_bytes(count, codec, size), shutil.disk_usage(out).free
     if need > free:
         raise PreprocessingFailed(
             f"{out} has {free / 1e9:.1f} GB free, and {count:,} {codec} records need about {need / 1e9:.1f} GB: "

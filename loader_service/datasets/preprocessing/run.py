@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from loader_service.data.picture import LIBRARY, RECIPE
 from loader_service.data.records import Records
 from loader_service.data.writer import Writer, adopt
 from loader_service.datasets.preprocessing.build import (
-    Task,
+    SplitTask,
     build,
     clear_unfinished,
     existing,
@@ -25,12 +25,14 @@ from loader_service.datasets.preprocessing.build import (
     open_writer,
     report_rejected,
 )
-from loader_service.datasets.preprocessing.centring import centre_records, raw_twin, twin_path
+from loader_service.datasets.preprocessing.centered import centre_records, raw_path, raw_task
 from loader_service.datasets.preprocessing.inputs import Inputs, list_splits, scratch_folder
-from loader_service.datasets.preprocessing.plan import check_room, choose_codec, identity, room_bytes, shuffled
+from loader_service.datasets.preprocessing.plan import check_disk_space, choose_codec, disk_bytes, identity, shuffled
 from loader_service.datasets.preprocessing.pool import Pool
 from loader_service.datasets.preprocessing.sources import Listing
 from loader_service.errors import OptionError, PreprocessingFailed
+
+Report = Callable[[str], None]
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -46,11 +48,19 @@ class Options(msgspec.Struct, frozen=True):
     file_timeout: float
     replace: bool
     dry_run: bool
-    json: bool
 
 
-def preprocess(out: Path, options: Options) -> None:
-    """Make both environments, unless they are there already."""
+def preprocess(out: Path, options: Options, report: Report) -> dict[str, Manifest]:
+    """Make both environments, unless they are there already.
+
+    Args:
+        out: their folder.
+        options: what to make, and how.
+        report: called with one line of text for each environment.
+
+    Returns:
+        Their manifests, by split; empty for a dry run.
+    """
     source = options.inputs.source
     if isinstance(source, Path) and source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise OptionError("OUT", str(out), f"a folder that is not inside of {source}, where the pictures are")
@@ -61,23 +71,22 @@ def preprocess(out: Path, options: Options) -> None:
         codec = choose_codec(options.codec, count, options.size)
         click.echo(
             f"{len(train.items):,} files of {len(train.class_names):,} classes for training, "
-            f"{count - len(train.items):,} for validation; {codec} records, about {room_bytes(count, codec, options.size) / 1e9:.2g} GB.",
+            f"{count - len(train.items):,} for validation; {codec} records, about {disk_bytes(count, codec, options.size) / 1e9:.2g} GB.",
             err=True,
         )
         if options.dry_run:
-            return
+            return {}
         manifests: dict[str, Manifest] = {}
         for split, listing in listings.items():
             to_come = len(listing.items) + (len(val.items) if val and split == "train" else 0)
-            task = plan(listing, out / f"{split}.lmdb", codec, options, manifests.get("train"))
-            manifests[split] = make(task, options, to_come)
-            shutil.rmtree(twin_path(task.path), ignore_errors=True)
+            task = plan_split(listing, out / f"{split}.lmdb", codec, options, manifests.get("train"))
+            manifests[split] = make_split(task, options, to_come, report)
+            shutil.rmtree(raw_path(task.path), ignore_errors=True)
         report_rejected(out, manifests)
-    if options.json:
-        click.echo(msgspec.json.encode({split: facts(manifest) for split, manifest in manifests.items()}))
+    return manifests
 
 
-def plan(listing: Listing, path: Path, codec: Codec, options: Options, train: Manifest | None) -> Task:
+def plan_split(listing: Listing, path: Path, codec: Codec, options: Options, train: Manifest | None) -> SplitTask:
     """The task of one split; ``train`` is the manifest whose statistics it takes over."""
     parameters = dict(DEFAULT_PARAMETERS[codec])
     if codec == "jpeg":
@@ -89,7 +98,7 @@ def plan(listing: Listing, path: Path, codec: Codec, options: Options, train: Ma
         "seed": str(options.seed),
         "statistics": f"of {train.fingerprint}" if train else "own",
     }
-    return Task(
+    return SplitTask(
         path=path,
         items=shuffled(listing.items, options.seed),
         class_names=listing.class_names,
@@ -102,50 +111,46 @@ def plan(listing: Listing, path: Path, codec: Codec, options: Options, train: Ma
     )
 
 
-def make(task: Task, options: Options, to_come: int) -> Manifest:
+def make_split(task: SplitTask, options: Options, to_come: int, report: Report) -> Manifest:
     """Make one environment unless it is there; room is looked for on disk for ``to_come`` records."""
     path, found = task.path, existing(task.path)
     if found is not None and found.made_by.get("input") == task.made_by["input"]:
-        click.echo(
-            f"{path}: {found.count:,} records are there already, fingerprint {found.fingerprint}", err=options.json
-        )
+        report(f"{path}: {found.count:,} records are there already, fingerprint {found.fingerprint}")
         return found
     if path.exists() and not options.replace:
         raise PreprocessingFailed(
             f"{path} is there and was made from something else: name another folder, or say --replace."
         )
     clear_unfinished(task, options.replace)
-    manifest = adopt(path, task.made_by["input"]) or run(task, options, to_come)
+    manifest = adopt(path, task.made_by["input"]) or write_split(task, options, to_come, report)
     bad = f", {len(manifest.rejected):,} files rejected" if manifest.rejected else ""
-    click.echo(
-        f"{path}: {manifest.count:,} {task.codec} records{bad}, fingerprint {manifest.fingerprint}", err=options.json
-    )
+    report(f"{path}: {manifest.count:,} {task.codec} records{bad}, fingerprint {manifest.fingerprint}")
     return manifest
 
 
-def run(task: Task, options: Options, to_come: int) -> Manifest:
+def write_split(task: SplitTask, options: Options, to_come: int, report: Report) -> Manifest:
     """Make what is not made yet of one environment."""
     if task.codec == "centered":
-        return run_centred(task, options, to_come)
-    with open_writer(task) as writer, telling_what_is_kept(writer):
-        check_room(task.path.parent, to_come - len(writer), task.codec, task.size)
+        return write_centered_split(task, options, to_come, report)
+    with open_writer(task) as writer, reporting_kept_work(writer):
+        check_disk_space(task.path.parent, to_come - len(writer), task.codec, task.size)
         workers = min(options.workers, len(task.items))
         with Pool(workers, task.codec, task.parameters, options.file_timeout, task.size) as pool:
             return build(task, writer, pool)
 
 
-def run_centred(task: Task, options: Options, to_come: int) -> Manifest:
+def write_centered_split(task: SplitTask, options: Options, to_come: int, report: Report) -> Manifest:
     """The same for ``centered`` records: raw ones first."""
-    twin = raw_twin(task)
-    if not twin.path.exists():
-        check_room(task.path.parent, to_come, task.codec, task.size)
-    make(twin, options, 0)
-    with Records(twin.path) as raw, open_writer(task) as writer, telling_what_is_kept(writer):
+    raw_records = raw_task(task)
+    if not raw_records.path.exists():
+        check_disk_space(task.path.parent, to_come, task.codec, task.size)
+    make_split(raw_records, options, 0, report)
+    with Records(raw_records.path) as raw, open_writer(task) as writer, reporting_kept_work(writer):
         return centre_records(task, writer, raw)
 
 
 @contextmanager
-def telling_what_is_kept(writer: Writer) -> Iterator[None]:
+def reporting_kept_work(writer: Writer) -> Iterator[None]:
     """Where the block fails or is stopped, say that the same command goes on, if it does."""
     try:
         yield
@@ -155,7 +160,7 @@ def telling_what_is_kept(writer: Writer) -> Iterator[None]:
         raise
 
 
-def facts(manifest: Manifest) -> dict[str, object]:
+def split_facts(manifest: Manifest) -> dict[str, object]:
     """What --json says of an environment."""
     return {
         "records": manifest.count,

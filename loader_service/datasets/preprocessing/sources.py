@@ -11,8 +11,9 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import IO, Final, Literal
+from typing import IO, Final
 
 import msgspec
 
@@ -27,7 +28,12 @@ VALIDATION_FOLDERS: Final = ("val", "valid", "validation", "test")
 WORDNET_FILE: Final = re.compile(r"(n[0-9]{8})_[^/]+")
 """ImageNet's files name their class: n01440764_10026.JPEG."""
 
-Form = Literal["picture", "cifar"]
+
+class Form(Enum):
+    """The encodings of an item's bytes: an image file, or the 3,072 planar RGB bytes of a CIFAR record."""
+
+    PICTURE = "picture"
+    CIFAR = "cifar"
 
 
 class File(msgspec.Struct, frozen=True):
@@ -55,7 +61,7 @@ class Item(msgspec.Struct, frozen=True, array_like=True):
         source: its name in the dataset, unique within its split.
         label: its class's number.
         path, stamp_ns, offset, size: as those of a :class:`File`.
-        form: ``picture`` is a picture file; ``cifar`` the 3,072 planar RGB bytes of a CIFAR record.
+        form: the encoding of its bytes.
     """
 
     source: str
@@ -64,7 +70,7 @@ class Item(msgspec.Struct, frozen=True, array_like=True):
     stamp_ns: int
     offset: int
     size: int
-    form: Form = "picture"
+    form: Form = Form.PICTURE
 
 
 class Listing(msgspec.Struct, frozen=True):
@@ -140,7 +146,7 @@ def label_pairs(
     root: Path | Url,
     pairs: Sequence[tuple[File, str]],
     class_names: Sequence[str] | None = None,
-    form: Form = "picture",
+    form: Form = Form.PICTURE,
 ) -> Listing:
     """Files with their classes' names as items; see :func:`label_files`."""
     own = sorted({name for _, name in pairs})

@@ -25,7 +25,7 @@ from loader_service.data.codecs import CODECS, decode, encode, header, raw_bytes
 from loader_service.data.picture import load_picture
 from loader_service.datasets.preprocessing import messages
 from loader_service.datasets.preprocessing.layouts import CIFAR_SIDE_PX
-from loader_service.datasets.preprocessing.sources import Item, read_bytes
+from loader_service.datasets.preprocessing.sources import Form, Item, read_bytes
 from loader_service.errors import PictureError, PreprocessingFailed
 
 CIFAR_HEADER: Final = b"P6 %d %d 255\n" % (CIFAR_SIDE_PX, CIFAR_SIDE_PX)
@@ -85,7 +85,7 @@ def work(memory: mmap.mmap, setup: messages.Setup, job: messages.Job) -> message
 def make(item: Item, setup: messages.Setup) -> tuple[bytes | memoryview, npt.NDArray[np.uint8]]:
     """The payload of one item, and the pixels that a reader will decode from it."""
     content = read_bytes(item.path, item.source, item.offset, item.size)
-    if item.form == "cifar":
+    if item.form is Form.CIFAR:
         content = CIFAR_HEADER + np.frombuffer(content, np.uint8).reshape(3, -1).T.tobytes()  # planes to pixels
     pixels = load_picture(content, source=item.source, side=setup.side)
     if setup.codec == "raw":

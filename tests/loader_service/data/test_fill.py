@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from loader_service.data.augment import complete_view
 from loader_service.data.codecs import RAW_BYTES
 from loader_service.data.draws import draw
-from loader_service.data.fill import DECODE, NO_STAGE, READ, Stopwatch, empty_slice, fill, slice_numbers
+from loader_service.data.fill import Stage, Stopwatch, empty_slice, fill, slice_numbers
 from loader_service.data.manifest import Manifest
 from loader_service.data.records import KEY, Records
 from loader_service.errors import RecordError
@@ -300,17 +300,17 @@ def test_the_stage_is_shown_while_it_lasts() -> None:
     shown = np.zeros(1, np.int64)
     watch = Stopwatch(shown)
     seen = [int(shown[0])]
-    for stage in (READ, DECODE):
+    for stage in (Stage.READ, Stage.DECODE):
         watch.enter(stage)
         seen.append(int(shown[0]))
     watch.stop()
-    assert [*seen, int(shown[0])] == [NO_STAGE, READ, DECODE, NO_STAGE]
+    assert [*seen, int(shown[0])] == [Stage.NONE, Stage.READ, Stage.DECODE, Stage.NONE]
 
 
 def test_it_starts_anew_after_a_stop() -> None:
     """Each slice has its own seconds, and they add up field by field."""
     watch = Stopwatch()
-    watch.enter(READ)
+    watch.enter(Stage.READ)
     first = watch.stop()
     assert first.read > 0
     assert watch.stop() == StageSeconds()

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loader_service.datasets.preprocessing.plan import (
-    check_room,
+    check_disk_space,
     choose_codec,
+    disk_bytes,
     identity,
     memory_bytes,
     record_bytes,
-    room_bytes,
     shuffled,
     split_off,
 )
@@ -71,12 +71,12 @@ def test_auto_chooses_by_memory() -> None:
 
 def test_room_is_looked_for_before_the_start(tmp_path: Path) -> None:
     """What cannot fit on the disk is refused with both figures."""
-    check_room(tmp_path, 10, "raw", 256)
-    assert room_bytes(10, "raw", 256) > 10 * 256 * 256 * 3 > room_bytes(10, "jpeg", 256) > 0
+    check_disk_space(tmp_path, 10, "raw", 256)
+    assert disk_bytes(10, "raw", 256) > 10 * 256 * 256 * 3 > disk_bytes(10, "jpeg", 256) > 0
     with pytest.raises(
         PreprocessingFailed, match=r"GB free, and 1,000,000,000,000 raw records need about .* or take --codec jpeg"
     ):
-        check_room(tmp_path, 10**12, "raw", 256)
+        check_disk_space(tmp_path, 10**12, "raw", 256)
 
 
 def test_the_identity_is_of_all_that_decides_the_records() -> None:

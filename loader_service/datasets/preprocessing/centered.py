@@ -11,27 +11,27 @@ from loader_service.data.codecs import centre_of, encode_centred
 from loader_service.data.manifest import Manifest
 from loader_service.data.records import Records
 from loader_service.data.writer import Writer
-from loader_service.datasets.preprocessing.build import COMMIT_BYTES, COMMIT_S, Task
+from loader_service.datasets.preprocessing.build import COMMIT_BYTES, COMMIT_S, SplitTask
 from loader_service.datasets.progress import Progress
 
 
-def raw_twin(task: Task) -> Task:
+def raw_task(task: SplitTask) -> SplitTask:
     """The task of the raw records that ``task``'s are made from; they lie hidden beside them, for as long as that takes."""
-    return msgspec.structs.replace(task, path=twin_path(task.path), codec="raw", parameters={})
+    return msgspec.structs.replace(task, path=raw_path(task.path), codec="raw", parameters={})
 
 
-def twin_path(path: Path) -> Path:
+def raw_path(path: Path) -> Path:
     """Where the raw records lie."""
     return path.with_name(f".{path.stem}.raw.lmdb")
 
 
-def centre_records(task: Task, writer: Writer, raw: Records) -> Manifest:
+def centre_records(task: SplitTask, writer: Writer, raw: Records) -> Manifest:
     """Write what is not written yet of the centred records, and return their manifest.
 
     Args:
         task: of the ``centered`` environment.
         writer: its writer.
-        raw: the environment of :func:`raw_twin`; its statistics hold for both, since no pixel changes.
+        raw: the environment of :func:`raw_task`; its statistics hold for both, since no pixel changes.
     """
     centre = centre_of(raw.statistics.mean_image)
     committed_s = time.monotonic()

@@ -1,1 +1,1 @@
-"""From a record to a slice of augmented images, as a pure function. Knows no network."""
+"""Records, and the pure function that makes a slice of augmented images from them. Nothing here uses the network."""

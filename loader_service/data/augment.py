@@ -1,6 +1,6 @@
-"""Pixels of a record to pixels of a sample: crop, flip, colour shift, mean subtraction.
+"""Augmentation: crop, flip, colour shift and mean subtraction, from the pixels of a record to those of a sample.
 
-The plain NumPy form, here, defines what the bytes are; the compiled ones (see ``kernel``) make the same.
+The NumPy form in this file defines the bytes. The compiled forms (see ``kernel``) make the same bytes; tests compare them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from loader_service.types import RECORD_SIDE_PX, Images, View
 
 
 def complete_view(view: View, statistics: Statistics) -> View:
-    """Fill in what a view leaves to the dataset: the side of ``whole``, and of the jitter the basis.
+    """Return a view with the fields filled in that depend on the dataset: the side of ``whole`` and the jitter's basis.
 
-    That is eigenvector times eigenvalue, in grey levels (paper section 4.1).
-
-    The paper's formula makes sense for values in 0..1, where ImageNet's eigenvalues are .2281, .0212 and .0060; the
-    shift is then scaled by 255 to grey levels: a standard deviation of about 5.8 along the first axis.
+    The basis is eigenvector times eigenvalue, in grey levels (paper section 4.1). The paper's formula makes sense for
+    values in 0..1, where ImageNet's eigenvalues are .2281, .0212 and .0060. Scaled by 255 to grey levels, the standard
+    deviation along the first axis is about 5.8.
 
     Raises:
         ValueError: the crop is larger than the records.
@@ -46,24 +45,24 @@ def augment_records(
     record_side: int = RECORD_SIDE_PX,
     form: str | None = None,
 ) -> int:
-    """Write the samples and labels of raw records, until one is not a raw record. All arrays are C-contiguous.
+    """Write the samples and labels of raw records; stop at the first record that is not raw. All arrays are C-contiguous.
 
     Args:
-        images: (n, side, side, 3) or (n, samples, side, side, 3); uint8, or float16 or float32 where ``mean`` is given.
-        values: the n records as they are stored, header and payload.
-        draws: (n,) or (n, samples) DRAWS that fit the crop; memory that nobody else writes.
-        labels: (n,) int64, written.
-        numbers: (n,) int64, the records' numbers.
-        at: (1,) int64; holds the number of the record being read, before its first byte is.
+        images: output, (n, side, side, 3) or (n, samples, side, side, 3); uint8 without ``mean``, else float16 or float32.
+        values: the n stored records, header and payload.
+        draws: (n,) or (n, samples) DRAWS that fit the crop, in memory that no other process writes.
+        labels: output, (n,) int64.
+        numbers: (n,) int64, the record numbers.
+        at: (1,) int64, set to the number of each record before its first byte is read.
         mean: (2, record_side, record_side, 3) float32, the mean image and its mirror image (see :attr:`Records.mean_pair`).
-        record_side: of the records, in pixels.
-        form: of :data:`kernel.FORMS`; the chosen one if None.
+        record_side: side of the records, in pixels.
+        form: one of :data:`kernel.FORMS`; the chosen one if None.
 
     Returns:
-        How many records were made; fewer than n if the next one is not a raw record.
+        Number of records written; less than n if the next record is not raw.
 
     Raises:
-        ValueError: an array has another size, or a draw lies outside of the record; nothing was written.
+        ValueError: an array has another size, or a draw does not fit the record; nothing was written.
     """
     form = form or kernel.chosen()
     if form != "numpy":
@@ -73,7 +72,7 @@ def augment_records(
     size, shape = raw_bytes(record_side), (record_side, record_side, 3)
     for i, value in enumerate(values):
         if at is not None:
-            at[0] = numbers[i]
+            at[0] = numbers[i]  # before the first read: a page that the disk cannot read kills the process
         if len(value) != HEADER.size + size or value[4] != CODECS["raw"]:
             return i
         labels[i] = HEADER.unpack_from(value)[0]
@@ -90,7 +89,7 @@ def augment_records(
 
 
 def check_draws(draws: npt.NDArray[np.void], side: int, record_side: int) -> None:
-    """Refuse draws that do not fit a crop of ``side`` pixels in records of ``record_side``; ValueError names the first."""
+    """Raise ValueError for the first draw that does not fit a crop of ``side`` pixels in records of ``record_side``."""
     last = record_side - side
     y, x, shift = draws["y"], draws["x"], draws["shift"]
     wrong = (y < 0) | (y > last) | (x < 0) | (x > last) | ((shift < -MAX_SHIFT) | (shift > MAX_SHIFT)).any(axis=-1)
@@ -100,16 +99,16 @@ def check_draws(draws: npt.NDArray[np.void], side: int, record_side: int) -> Non
 
 
 def augment(out: Pixels, pixels: Pixels, draw: npt.NDArray[np.void] | np.void) -> None:
-    """Write one sample.
+    """Write one sample: crop, flip, then add the colour shift with saturation.
 
     Args:
-        out: (side, side, 3) uint8, written whole; C-contiguous.
-        pixels: (record side, record side, 3) uint8, a record; C-contiguous.
-        draw: one DRAWS: the crop's place, flip and colour shift. The shift is added with saturation.
+        out: output, (side, side, 3) uint8, C-contiguous.
+        pixels: (record side, record side, 3) uint8, the record's pixels, C-contiguous.
+        draw: one DRAWS, the sample's crop position, flip and colour shift.
     """
     side = out.shape[0]
     y, x = int(draw["y"]), int(draw["x"])
-    flat = out.reshape(side, side * 3)  # whole rows, so that NumPy's inner loops are long ones
+    flat = out.reshape(side, side * 3)  # (side, side * 3): NumPy's inner loops then run over whole rows
     if draw["flip"]:
         out[...] = pixels[y : y + side, x : x + side][:, ::-1]
         source = flat
@@ -120,7 +119,8 @@ def augment(out: Pixels, pixels: Pixels, draw: npt.NDArray[np.void] | np.void) -
         if source is not flat:
             flat[...] = source
         return
-    # Saturating addition in uint8: clip first, then add; the negative part likewise.
+    # Saturating addition without leaving uint8: lower the pixels that would overflow, then add; likewise downwards.
+    # One shift has one sign per channel, so one of the two steps changes nothing. Shapes: (side * 3,).
     up = np.tile(np.maximum(shift, 0).astype(np.uint8), side)
     down = np.tile(np.maximum(-shift, 0).astype(np.uint8), side)
     np.minimum(source, 255 - up, out=flat)
@@ -135,13 +135,13 @@ def centre(
     mean_image: npt.NDArray[np.float32],
     draw: npt.NDArray[np.void] | np.void,
 ) -> None:
-    """Subtract the mean's window from a finished sample: the window that was cropped, flipped as it was.
+    """Subtract the mean image from a finished sample, with the sample's crop window and flip.
 
     Args:
-        out: (side, side, 3) float16, the nearest to what float32 has, or float32.
+        out: output, (side, side, 3) float32, or float16 rounded to nearest from float32.
         sample: (side, side, 3) uint8, already cropped, flipped and shifted.
         mean_image: (record side, record side, 3) float32.
-        draw: the sample's DRAWS.
+        draw: one DRAWS, the sample's own.
     """
     side = sample.shape[0]
     y, x = int(draw["y"]), int(draw["x"])

@@ -1,12 +1,16 @@
-"""The payloads of records: what ``raw`` and ``jpeg`` are.
+"""The codecs: encoding and decoding the payloads of records.
 
-A stored value is HEADER, then the payload. ``raw`` is (side, side, 3) uint8 RGB in C order, and ``jpeg`` a JPEG of the same
-pixels; how wide records are, the manifest says.
+A stored value is HEADER, then the payload. The manifest gives the records' side. There are three codecs:
 
-``centered`` is mean subtraction as stored pixels, without losing any of them: (side, side, 3) little-endian int16 in C order,
-pixel minus the training split's mean image, in units of 1 / 2**FRACTION_BITS grey levels. The mean is rounded to that unit
-first, so that adding it again gives the pixel exactly; it is within 1/256 of a grey level of the manifest's. The largest
-difference, 255 * 128, fits into 16 bits.
+======== =====================================================================================================
+raw      (side, side, 3) uint8 RGB in C order
+jpeg     a JPEG of these pixels
+centered (side, side, 3) little-endian int16 in C order: pixel minus the training split's mean image, in units of
+         1 / 2**FRACTION_BITS grey levels
+======== =====================================================================================================
+
+``centered`` is lossless. The mean is rounded to the unit first, so adding it back gives the exact pixel; the rounded mean
+is within 1/256 of a grey level of the manifest's. The largest difference, 255 * 128, fits into 16 bits.
 """
 
 from __future__ import annotations
@@ -24,17 +28,20 @@ from loader_service.data.kernel import Window
 from loader_service.types import RECORD_SIDE_PX
 
 HEADER: Final = struct.Struct("<IBxxxQ")
-"""label, codec number, xxh3-64 of the payload: 16 bytes."""
+"""Label, codec number, xxh3-64 of the payload: 16 bytes."""
 
 SHAPE: Final = (RECORD_SIDE_PX, RECORD_SIDE_PX, 3)
-"""Of a record of the usual side."""
+"""Shape of a record of the default side."""
 
 Codec = Literal["raw", "jpeg", "centered"]
 CODECS: Final[dict[Codec, int]] = {"raw": 0, "jpeg": 1, "centered": 2}
+"""Number of each codec in HEADER."""
+
 FRACTION_BITS: Final = 7
+"""255 * 2**7 is the largest power-of-two scaling of a grey level that fits into int16."""
 
 SUBSAMPLINGS: Final = ("420", "422", "444")
-"""Of a jpeg's colours: how ``encode`` can store them."""
+"""Chroma subsamplings that :func:`encode` can write."""
 
 DEFAULT_PARAMETERS: Final[dict[Codec, dict[str, int | str]]] = {
     "raw": {},
@@ -46,26 +53,29 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def raw_bytes(side: int) -> int:
-    """Bytes of a ``raw`` payload of ``side`` x ``side`` pixels."""
+    """Return the bytes of a ``raw`` payload of ``side`` x ``side`` pixels."""
     return 3 * side * side
 
 
 RAW_BYTES: Final = raw_bytes(RECORD_SIDE_PX)
-"""Of a record of the usual side."""
+"""Bytes of a ``raw`` payload of the default side."""
 
 
 def header(label: int, codec: Codec, payload: bytes | memoryview) -> bytes:
-    """What stands before a payload."""
+    """Return the 16 bytes of HEADER for a payload."""
     return HEADER.pack(label, CODECS[codec], xxhash.xxh3_64_intdigest(payload))
 
 
 def encode(pixels: Pixels, codec: Literal["raw", "jpeg"], parameters: dict[str, int | str] | None = None) -> bytes:
-    """The payload of a record; for ``centered`` see :func:`encode_centred`.
+    """Return the ``raw`` or ``jpeg`` payload of a record; for ``centered`` see :func:`encode_centred`.
 
     Args:
         pixels: (side, side, 3) uint8, RGB.
         codec: ``raw`` or ``jpeg``.
-        parameters: for jpeg ``quality`` (1..100) and ``subsampling`` ("420", "422", "444"); the default is 90, "420".
+        parameters: for jpeg, ``quality`` (1..100) and ``subsampling`` ("420", "422", "444"); the default is 90, "420".
+
+    Raises:
+        ValueError: the array has another shape or dtype.
     """
     side = pixels.shape[0]
     if pixels.shape != (side, side, 3) or pixels.dtype != np.uint8:
@@ -91,17 +101,18 @@ def decode(
     side: int = RECORD_SIDE_PX,
     window: Window | None = None,
 ) -> Pixels:
-    """The pixels of a payload that needs no mean: (side, side, 3) uint8, RGB; of ``raw`` a view, not a copy.
+    """Decode a ``raw`` or ``jpeg`` payload to (side, side, 3) uint8 RGB; of ``raw`` this is a view, not a copy.
 
     Args:
-        payload: a record's, as it is stored.
-        codec: of :data:`CODECS`, ``raw`` or ``jpeg``.
-        into: (raw_bytes(side),) uint8, where a ``jpeg`` is decoded to; a new array if None.
-        side: of the record, in pixels.
-        window: what is needed of a ``jpeg``: other pixels may be anything. None: all of it, which libjpeg-turbo decodes.
+        payload: the stored payload.
+        codec: number of ``raw`` or ``jpeg`` in :data:`CODECS`.
+        into: (raw_bytes(side),) uint8, the buffer that a ``jpeg`` is decoded into; a new array if None.
+        side: side of the record, in pixels.
+        window: the part of a ``jpeg`` that is needed; pixels outside of it are undefined. None decodes the whole JPEG, by
+            libjpeg-turbo.
 
     Raises:
-        ValueError: the payload is not what the codec says, in the window or elsewhere.
+        ValueError: the payload is damaged or of another codec, in the window or outside of it.
     """
     size, shape = raw_bytes(side), (side, side, 3)
     if codec == CODECS["raw"]:
@@ -109,7 +120,7 @@ def decode(
             raise ValueError(f"a raw payload has {size} bytes, this one {len(payload)}")
         return np.frombuffer(payload, np.uint8).reshape(shape)
     if codec == CODECS["jpeg"]:
-        # Into a buffer of this size even where none is given: a JPEG that says it is huge is then refused.
+        # Always decode into a buffer of the record's size: simplejpeg then refuses a JPEG that claims to be huge.
         buffer = np.empty(size, np.uint8) if into is None else into
         if window is not None and kernel.decode_window(payload, buffer, (side, side), window):
             return buffer.reshape(shape)
@@ -124,23 +135,24 @@ def decode(
 
 
 def centre_of(mean_image: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
-    """What is subtracted, in the payload's units.
+    """Return the mean image in the units of a ``centered`` payload.
 
     Args:
         mean_image: (side, side, 3) float32, 0..255.
 
     Returns:
-        (side, side, 3) int16, 0 .. 255 * 2**FRACTION_BITS; scaling by a power of two is exact, so it is the same anywhere.
+        (side, side, 3) int16, 0 .. 255 * 2**FRACTION_BITS. Scaling by a power of two is exact, so every machine gets the
+        same values.
     """
     return np.rint(np.ldexp(np.clip(mean_image, 0, 255), FRACTION_BITS)).astype(np.int16)
 
 
 def encode_centred(pixels: npt.NDArray[np.uint8], centre: npt.NDArray[np.int16]) -> bytes:
-    """The payload of a record.
+    """Return the ``centered`` payload of a record.
 
     Args:
         pixels: (side, side, 3) uint8, RGB.
-        centre: of :func:`centre_of`.
+        centre: (side, side, 3) int16 from :func:`centre_of`.
     """
     scaled = np.left_shift(pixels.astype(np.int16), FRACTION_BITS)
     return np.subtract(scaled, centre).astype("<i2", copy=False).tobytes()
@@ -149,12 +161,12 @@ def encode_centred(pixels: npt.NDArray[np.uint8], centre: npt.NDArray[np.int16])
 def decode_centred(
     payload: bytes | memoryview, centre: npt.NDArray[np.int16], into: npt.NDArray[np.uint8] | None = None
 ) -> npt.NDArray[np.uint8]:
-    """The pixels of a payload: (side, side, 3) uint8, RGB.
+    """Decode a ``centered`` payload to (side, side, 3) uint8 RGB.
 
     Args:
-        payload: a record's, as it is stored.
-        centre: of :func:`centre_of`, for the mean image that was subtracted.
-        into: (centre.size,) uint8, where they are written; a new array if None.
+        payload: the stored payload.
+        centre: (side, side, 3) int16 from :func:`centre_of`, for the mean image that was subtracted.
+        into: (centre.size,) uint8, the output buffer; a new array if None.
 
     Raises:
         ValueError: the payload has another length.
@@ -163,19 +175,19 @@ def decode_centred(
         raise ValueError(f"a centered payload has {2 * centre.size} bytes, this one {len(payload)}")
     stored = np.frombuffer(payload, "<i2").reshape(centre.shape)
     out = (np.empty(centre.size, np.uint8) if into is None else into).reshape(centre.shape)
-    scaled = np.add(stored, centre)
+    scaled = np.add(stored, centre)  # int16; in a sound payload it is the pixel times 2**FRACTION_BITS
     np.right_shift(scaled, FRACTION_BITS, out=scaled)
-    np.copyto(out, scaled, casting="unsafe")
+    np.copyto(out, scaled, casting="unsafe")  # a damaged payload wraps around; its checksum tells
     return out
 
 
 def raw_value(side: int = RECORD_SIDE_PX) -> npt.NDArray[np.uint8]:
-    """Memory for one raw record, header and payload: (16 + raw_bytes(side),) uint8.
+    """Return memory for one raw record, header and payload: (16 + raw_bytes(side),) uint8.
 
-    Its payload lies 16 bytes beyond a multiple of 32 on purpose: to a buffer that is aligned to 32 bytes libjpeg-turbo
-    writes past the caches, which is 8 % slower for pixels that are read at once.
+    The payload lies 16 bytes past a multiple of 32 on purpose. Into a buffer aligned to 32 bytes, libjpeg-turbo writes with
+    non-temporal stores, which bypass the caches: 8 % slower when the pixels are read at once.
     """
     size = HEADER.size + raw_bytes(side)
     memory = np.empty(size + 32, np.uint8)
-    start = -memory.ctypes.data % 32
+    start = -memory.ctypes.data % 32  # the header starts at a multiple of 32, and has 16 bytes
     return memory[start : start + size]

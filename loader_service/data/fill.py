@@ -1,4 +1,4 @@
-"""The pure function at the heart of it all: a slice's bytes from (dataset, view, seed, epoch, start, count)."""
+"""The pure function behind every guarantee: a slice's bytes from (dataset, view, seed, epoch, start, count)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loader_service.types import DRAWS, STAGES, SampleLayout, Slice, SliceId, St
 
 
 class Stage(IntEnum):
-    """The stages of making a slice. The numbers, which other processes read, are the indices of ``types.STAGES``."""
+    """The stages of making a slice. Other processes read the numbers: they are indices into ``types.STAGES``."""
 
     READ = 0
     DECODE = 1
@@ -28,12 +28,12 @@ class Stage(IntEnum):
 
 
 class Stopwatch:
-    """Adds up the seconds spent in each stage; entering a stage leaves the one before.
+    """A stopwatch that adds up the seconds spent in each stage; entering a stage leaves the previous one.
 
     It costs a fifth of a microsecond per change of stage: three changes per slice of raw records, three per jpeg record.
 
     Args:
-        shown: (1,) int64; holds the number of the stage that is being worked at, or Stage.NONE, for others to see.
+        shown: (1,) int64, set to the current stage or Stage.NONE; in shared memory, so that the node can report it.
     """
 
     __slots__ = ("_seconds", "_shown", "_since", "_stage")
@@ -45,7 +45,7 @@ class Stopwatch:
         self._shown[0] = Stage.NONE
 
     def enter(self, stage: Stage) -> None:
-        """A stage begins (or, with Stage.NONE, nothing that is measured); the one before ends."""
+        """End the current stage and begin another; Stage.NONE only ends the current one."""
         now = time.perf_counter()
         if self._stage != Stage.NONE:
             self._seconds[self._stage] += now - self._since
@@ -53,11 +53,11 @@ class Stopwatch:
         self._shown[0] = stage
 
     def spent(self, stage: Stage) -> float:
-        """Seconds in a stage since the last stop, but for the one that runs."""
+        """Return the seconds in a stage since the last stop, without the stage that is still running."""
         return self._seconds[stage]
 
     def stop(self) -> StageSeconds:
-        """End the stage that runs; what each has taken since the last stop."""
+        """End the current stage; return the seconds of each since the last stop, and reset them."""
         self.enter(Stage.NONE)
         seconds = StageSeconds(*self._seconds)
         self._seconds = [0.0] * len(STAGES)
@@ -65,11 +65,14 @@ class Stopwatch:
 
 
 def slice_numbers(count: int, what: SliceId) -> npt.NDArray[np.int64]:
-    """The record numbers of a slice's positions: (what.count,) int64.
+    """Return the record numbers at a slice's positions: (what.count,) int64.
 
     Args:
-        count: the dataset's number of records.
-        what: which positions, in which order.
+        count: number of records in the dataset.
+        what: the slice's identity: positions, seed, epoch and order.
+
+    Raises:
+        ValueError: the positions are not within the epoch.
     """
     if what.view.order == "shuffled":
         return records_at(count, what.seed, what.epoch, what.start, what.count)
@@ -79,7 +82,10 @@ def slice_numbers(count: int, what: SliceId) -> npt.NDArray[np.int64]:
 
 
 def slice_sources(count: int, what: SliceId) -> npt.NDArray[np.int64]:
-    """The records whose pixels a slice shows: its positions' own, but for those that are excluded: (what.count,) int64."""
+    """Return the records that a slice's pixels come from: (what.count,) int64.
+
+    They are the positions' own records, except that excluded records are replaced (see :func:`order.substitute`).
+    """
     numbers = slice_numbers(count, what)
     if not what.excluded:
         return numbers
@@ -103,21 +109,23 @@ def fill(
     """Write a slice.
 
     Args:
-        out: where to; its dtype decides between pixels (uint8) and pixels minus the mean's window (float16, float32).
+        out: the output arrays; their dtype selects pixels (uint8) or pixels minus the mean image (float16, float32).
         records: the dataset.
-        what: which slice, its view complete (see :func:`complete_view`).
-        at: (1,) int64; holds the record being worked on, so that a death names its record.
-        stopwatch: told of each stage as it begins; left running in the last one.
+        what: identity of the slice, with a complete view (see :func:`augment.complete_view`).
+        at: (1,) int64, set to the record being processed, so that the node can name it if this process dies.
+        stopwatch: stopwatch of the stages; its last stage is left running.
 
     Raises:
-        RecordError: a record cannot be read or decoded; what was written so far is not a slice.
+        RecordError: a record cannot be read or decoded; the output is incomplete.
         ValueError: the slice is not within the epoch.
     """
     watch = stopwatch or Stopwatch()
-    watch.enter(Stage.AUGMENT)  # deciding what to read, and where to cut it
-    numbers = slice_sources(len(records), what)
-    draws = draw(what.view, what.seed, what.epoch, what.start, what.count, records.side)
-    out.draws.view(np.uint8)[...] = draws.view(np.uint8)  # as bytes: NumPy's own copy would leave the padding as it was
+    watch.enter(Stage.AUGMENT)  # order and draws count as augmentation
+    numbers = slice_sources(len(records), what)  # (count,) int64
+    draws = draw(what.view, what.seed, what.epoch, what.start, what.count, records.side)  # (count, *draws_shape)
+    # Copy as bytes: assigning the structs would leave the old padding bytes in the slot. `draws` itself stays private:
+    # the kernel checks it once, and a client could change the copy in shared memory afterwards.
+    out.draws.view(np.uint8)[...] = draws.view(np.uint8)
     mean = records.mean_pair if out.images.dtype != np.uint8 else None
     watch.enter(Stage.READ)
     records.ahead.ask(numbers)
@@ -134,8 +142,8 @@ def fill(
         else:
             _fill_decoded(out, values, records.side, draws, numbers, at, mean, watch)
     records.ahead.learn(what.count, watch.spent(Stage.READ) - read_s)
-    if (strange := np.flatnonzero(out.labels >= len(records.manifest.class_names))).size:
-        i = strange[0]
+    if (unknown := np.flatnonzero(out.labels >= len(records.manifest.class_names))).size:
+        i = unknown[0]
         raise RecordError(records.path, int(numbers[i]), f"its label {out.labels[i]} is beyond the last class")
 
 
@@ -149,8 +157,11 @@ def _fill_decoded(
     mean: npt.NDArray[np.float32] | None,
     watch: Stopwatch,
 ) -> None:
-    """Decode of each record what its samples need to a raw one, which is cut while it lies in the cache."""
-    value = raw_value(side)
+    """Write the samples of ``jpeg`` or ``centered`` records: decode one record, augment it while it is in the cache, repeat.
+
+    Of each record only the window that its samples need is decoded.
+    """
+    value = raw_value(side)  # one raw record, overwritten by each
     windows = _windows(draws, out.images.shape[-2])
     for i, number in enumerate(numbers.tolist()):
         if at is not None:
@@ -167,15 +178,15 @@ def _fill_decoded(
 
 
 def _windows(draws: npt.NDArray[np.void], side: int) -> list[Window]:
-    """Of each record, the part in which all of its crops lie; draws are (n,) or (n, samples)."""
-    tops, lefts = (np.atleast_2d(draws[axis].T).T.astype(np.int64) for axis in ("y", "x"))
+    """Return for each record the smallest window that contains all of its crops; draws are (n,) or (n, samples)."""
+    tops, lefts = (np.atleast_2d(draws[axis].T).T.astype(np.int64) for axis in ("y", "x"))  # (n, samples)
     top, left = tops.min(axis=1), lefts.min(axis=1)
     height, width = tops.max(axis=1) - top + side, lefts.max(axis=1) - left + side
     return list(zip(top.tolist(), left.tolist(), height.tolist(), width.tolist(), strict=True))
 
 
 def empty_slice(layout: SampleLayout, count: int) -> Slice:
-    """New arrays for a slice of ``count`` samples, for use outside of slots."""
+    """Return new arrays for a slice of ``count`` samples, for use outside of shared-memory slots."""
     return Slice(
         images=np.empty((count, *layout.view.shape), layout.dtype),
         labels=np.empty(count, np.int64),

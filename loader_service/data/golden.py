@@ -1,8 +1,8 @@
-"""The golden hashes: by which a node shows that it makes the same bytes as everybody else.
+"""The golden hashes, by which a node proves that it makes the same bytes as every other node.
 
-The built-in one belongs to the code: small pictures through every codec, view and dtype, and an order, in a few
-milliseconds. So it also tells what no dataset at hand shows: a raw one says nothing of how JPEGs are decoded. A dataset's
-own is of sixteen of its samples, and its reference stands in the manifest.
+The built-in hash belongs to the code. It covers small built-in images through every codec, view and dtype, and an order;
+it takes a few milliseconds. It also covers what a given dataset does not use: a raw dataset says nothing about the decoder
+of JPEGs. The hash of a dataset covers sixteen of its samples; the manifest holds the reference.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _DATASET_VIEWS = ("train", "center")
 SIDE_PX: Final = 40
 PICTURES: Final = 3
 _UPPER_HALF: Final = (0, 0, SIDE_PX // 2, SIDE_PX)
-"""Of a picture: decoded again, as a part, where the form in use does so. So the hash tells of both decoders."""
+"""Window of an image that is decoded a second time, in part where the kernel can, so that the hash covers both decoders."""
 
 _MANY: Final = 65_537
-"""Records whose order is no table, by one: a Feistel network's, which walks far."""
+"""One more record than an order's table may have. Cycle walking in 2**17 is then longest, about two steps a position."""
 
 _DTYPES: Final[tuple[Dtype, ...]] = ("uint8", "float16", "float32")
 
@@ -71,12 +71,12 @@ _JPEGS: Final = (
     "+myw=vGa6ZdF2N$+;sU@VVs+`Y(kH(tH*=5BiGMgKWZs^#bDEH?U>kBmTBv)O7p6J<S==?dHP1jTfk%e#pkBJ^2(Z)yEiY{xQT(uUG%|Y!=;DB_4"
     "afNy^Z?$>+0>QdE3NUp1eD=`}ETuxyp6s>gFl6qC6&<YyHapGX%f>9KNvi08n?O*YW>10pEaag#"
 )
-"""The pictures as JPEGs of quality 60, their colours stored at 4:2:0, 4:2:2 and 4:4:4: one after another, deflated, in
-base 85. As bytes, since encoders may differ where decoders must not."""
+"""The images as JPEGs of quality 60 with chroma at 4:2:0, 4:2:2 and 4:4:4: concatenated, deflated, in base 85. They are
+stored as bytes because encoders may differ between libraries; decoders must not."""
 
 
 def picture(number: int) -> Pixels:
-    """A built-in picture: (SIDE_PX, SIDE_PX, 3) uint8, smooth, without symmetry, from black to nearly white."""
+    """Return a built-in image: (SIDE_PX, SIDE_PX, 3) uint8, smooth, without symmetry, from black to nearly white."""
     y, x, channel = np.ogrid[:SIDE_PX, :SIDE_PX, :3]
     wave = (9 * y + 5 * x + 110 * channel + 90 * number + x * y // 8) % 510
     pixels: Pixels = np.minimum(wave, 510 - wave).astype(np.uint8)
@@ -84,19 +84,19 @@ def picture(number: int) -> Pixels:
 
 
 def jpegs() -> list[bytes]:
-    """The built-in pictures as JPEG files."""
+    """Return the built-in images as JPEG files."""
     whole = zlib.decompress(base64.b85decode(_JPEGS))
     ends = np.cumsum(_JPEG_BYTES).tolist()
     return [whole[end - size : end] for end, size in zip(ends, _JPEG_BYTES, strict=True)]
 
 
 def installation() -> Installation:
-    """The built-in hash as this process makes it, with its libraries and its form of the inner loops.
+    """Compute the built-in hash in this process; return it with the libraries and the kernel form that made it.
 
-    It is ``spec.BUILTIN_GOLDEN`` wherever this version makes the bytes that it must.
+    A correct installation gives ``types.BUILTIN_GOLDEN``.
 
     Raises:
-        ValueError: a built-in JPEG is not decoded at all.
+        ValueError: a built-in JPEG cannot be decoded.
     """
     digest = xxhash.xxh3_128()
     statistics = _statistics()
@@ -113,10 +113,10 @@ def installation() -> Installation:
 
 
 def of_dataset(records: Records) -> str:
-    """The hash of sixteen fixed samples of this dataset.
+    """Compute the hash of sixteen fixed samples of a dataset.
 
     Raises:
-        RecordError: one of them cannot be read or decoded.
+        RecordError: one of their records cannot be read or decoded.
     """
     digest = xxhash.xxh3_128()
     count = min(SAMPLES, len(records))
@@ -130,13 +130,14 @@ def of_dataset(records: Records) -> str:
 
 
 def _add(digest: xxhash.xxh3_128, out: Slice) -> None:
+    # The draws field by field: their padding bytes are no part of the hash.
     for array in (out.images, out.labels, *(out.draws[field] for field in ("y", "x", "flip", "shift"))):
         digest.update(array.tobytes())
 
 
 def _made(values: list[memoryview], view: View, dtype: Dtype, mean: npt.NDArray[np.float32]) -> Slice:
-    """A slice of the built-in pictures, the first of which is excluded: as :func:`fill` makes one."""
-    what = SliceId(view, _SEED, _EPOCH, 0, PICTURES, (0,))
+    """Return a slice of the built-in images, made as :func:`fill` does."""
+    what = SliceId(view, _SEED, _EPOCH, 0, PICTURES, (0,))  # record 0 is excluded, so the hash covers substitution
     sources = slice_sources(PICTURES, what)
     out = empty_slice(SampleLayout(view, dtype), PICTURES)
     out.draws[...] = draw(view, what.seed, what.epoch, what.start, what.count, SIDE_PX)
@@ -147,7 +148,7 @@ def _made(values: list[memoryview], view: View, dtype: Dtype, mean: npt.NDArray[
 
 
 def _values(codec: Codec, statistics: Statistics) -> list[memoryview]:
-    """The pictures as raw records, header and payload, through a codec."""
+    """Return the built-in images as raw records, header and payload, after a round trip through a codec."""
     centre = centre_of(statistics.mean_image)
     values = []
     for number, jpeg in enumerate(jpegs()):
@@ -166,7 +167,7 @@ def _values(codec: Codec, statistics: Statistics) -> list[memoryview]:
 
 
 def _statistics() -> Statistics:
-    """A mean image whose every window is another, and ImageNet's colours."""
+    """Return statistics with a mean image whose windows all differ, and the colours of ImageNet."""
     y, x, channel = np.ogrid[:SIDE_PX, :SIDE_PX, :3]
     values = np.array([0.2281, 0.0212, 0.0060])
     vectors = np.array([[0.5675, 0.7192, 0.4009], [0.5808, -0.0045, -0.8140], [0.5836, -0.6948, 0.4203]])

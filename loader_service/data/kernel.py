@@ -1,18 +1,17 @@
-"""Which form of the inner loops this process runs: compiled for its CPU, or plain NumPy.
+"""The kernel: the inner loops, in the best form that this machine can run.
 
-====== ==========================================================================================
-form   where
-====== ==========================================================================================
+====== ===========================================================================================
+form   requirement
+====== ===========================================================================================
 avx512 x86-64 with AVX-512 VBMI (Ice Lake, Zen 4 and later)
 avx2   x86-64 with AVX2
 neon   arm64
-c      anywhere the extension was compiled
-numpy  everywhere; what the bytes are by definition, and what serves where no compiler was at hand
-====== ==========================================================================================
+c      the compiled extension
+numpy  none; it defines the bytes, and is the fallback where the extension was not compiled
+====== ===========================================================================================
 
-The vector forms of x86-64 also decode JPEGs themselves, no more of them than a crop needs; with the others libjpeg-turbo
-decodes whole ones. All forms make the same bytes. The environment variable LOADER_SERVICE_KERNEL names another form than
-the best.
+The vector forms of x86-64 also decode JPEGs themselves, only as far as a crop needs; with the other forms libjpeg-turbo
+decodes whole images. All forms make the same bytes. The environment variable LOADER_SERVICE_KERNEL selects another form.
 """
 
 from __future__ import annotations
@@ -37,22 +36,23 @@ except ImportError:
     _jpeg = None  # type: ignore[assignment]
 
 compiled: Final = _kernel
-"""The extension; None where there is none, and then "numpy" is the only form."""
+"""The extension module; None if it was not compiled, and then "numpy" is the only form."""
 
 VARIABLE: Final = "LOADER_SERVICE_KERNEL"
 
 FORMS: Final[tuple[str, ...]] = (*(compiled.forms() if compiled else ()), "numpy")
-"""The forms that this machine can run, the best first."""
+"""The forms that this machine can run, best first."""
 
 _DECODING_FORMS: Final = ("avx512", "avx2")
+"""Forms that decode parts of JPEGs. "c" and "numpy" never do, so that choosing them tests libjpeg-turbo's path."""
 
 Window = tuple[int, int, int, int]
-"""A part of a record: top, left, height and width, in pixels."""
+"""A part of an image: top, left, height and width, in pixels."""
 
 
 @cache
 def chosen() -> str:
-    """The form in use: the best, or the one that the environment names.
+    """Return the form in use: the best one, or the one that the environment variable names.
 
     Raises:
         OptionError: the environment names a form that this machine cannot run.
@@ -64,47 +64,48 @@ def chosen() -> str:
 
 
 def decodes_windows() -> bool:
-    """Whether the form in use decodes parts of JPEGs."""
+    """Return True if the form in use decodes parts of JPEGs."""
     return chosen() in _DECODING_FORMS and _jpeg is not None and _jpeg.runs_here()
 
 
 def decode_window(
     payload: bytes | memoryview, into: npt.NDArray[np.uint8], size: tuple[int, int], window: Window
 ) -> bool:
-    """Decode no more of a JPEG than a window of it, if the form in use can and the JPEG is such as records are.
+    """Decode one window of a JPEG, if the form in use can and the JPEG is of the common kind (see _jpeg.c).
 
     Args:
-        payload: the JPEG, of this size or anything else.
-        into: uint8, the whole picture's pixels of 3 bytes, or of 4 with 255 as the last: within the window they become
-            what libjpeg-turbo makes of them, beside it anything; above and below it nothing is written.
-        size: height and width of the picture, in pixels.
-        window: what is needed.
+        payload: a JPEG; it may be damaged, or of another size.
+        into: uint8, buffer for the whole image, 3 bytes a pixel, or 4 with 255 as the last. Pixels within the window get
+            the values that libjpeg-turbo gives; the rest of the window's rows is undefined; other rows are not written.
+        size: height and width of the image, in pixels.
+        window: the part that is needed.
 
     Returns:
-        Whether the window is there. If not, ``into`` may have been written, and libjpeg-turbo tells what the payload is.
+        True if the window was decoded. If False, ``into`` may have been partly written: let libjpeg-turbo decode the
+        payload, or say what is wrong with it.
 
     Raises:
-        ValueError: the window does not lie within the picture, or ``into`` has another size.
+        ValueError: the window does not lie within the image, or ``into`` has another size.
     """
     return decodes_windows() and _jpeg.decode(payload, into, *size, *window)
 
 
 def add(pixels: npt.NDArray[np.uint8], total: npt.NDArray[np.uint16], products: npt.NDArray[np.int64]) -> None:
-    """Add a picture to sums, in place.
+    """Add an image to sums, in place.
 
     Args:
         pixels: (side, side, 3) uint8, C-contiguous.
-        total: (side, side, 3) uint16, C-contiguous: pixel by pixel; of 257 pictures at most.
-        products: (3, 3) int64: of each product of two channels, over all pixels.
+        total: (side, side, 3) uint16, C-contiguous, sum of each pixel; it holds 257 images before it overflows.
+        products: (3, 3) int64, sum over all pixels of the product of each two channels.
 
     Raises:
-        ValueError: they are not of these shapes.
+        ValueError: an array has another shape.
     """
     if chosen() == "numpy":
         if pixels.shape != total.shape:
             raise ValueError(f"pixels of {pixels.shape} cannot be added to a sum of {total.shape}")
         np.add(total, pixels, out=total)
-        flat = pixels.reshape(-1, 3).astype(np.float64)  # exact: below 2**53
+        flat = pixels.reshape(-1, 3).astype(np.float64)  # exact: sums stay below 2**53
         products += (flat.T @ flat).astype(np.int64)
     else:
         assert compiled is not None
@@ -112,14 +113,14 @@ def add(pixels: npt.NDArray[np.uint8], total: npt.NDArray[np.uint16], products: 
 
 
 def copy(out: npt.NDArray[np.uint8], content: npt.NDArray[np.uint8]) -> None:
-    """Copy a frame to where it is read by others: past this CPU's caches where it can, without the GIL.
+    """Copy a frame to memory that another device or process reads, without the GIL and past the CPU's caches if possible.
 
     Args:
-        out: (n,) uint8, C-contiguous.
-        content: (n,) uint8, C-contiguous; overlaps ``out`` nowhere.
+        out: output, (n,) uint8, C-contiguous.
+        content: (n,) uint8, C-contiguous; must not overlap ``out``.
 
     Raises:
-        ValueError: they are not of one size.
+        ValueError: the sizes differ.
     """
     if chosen() == "numpy":
         if out.shape != content.shape:

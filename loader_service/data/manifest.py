@@ -1,4 +1,4 @@
-"""The manifest: what an environment says of itself, its statistics among it, and the fingerprint made of that."""
+"""The manifest, which describes an environment and holds its statistics, and the fingerprint made from it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from loader_service.data.codecs import Codec
 from loader_service.types import MAX_SIDE_PX, MIN_SIDE_PX, mean_bytes
 
 FORMAT: Final = 1
+"""Version of the on-disk format that this code reads and writes."""
+
 MAX_CLASSES: Final = 2**20
+"""Bound on what a file may make this process allocate."""
 
 Floats = Annotated[tuple[float, ...], msgspec.Meta(max_length=9)]
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the training split's pixels say about colour; computed from exact integer sums.
+    """The colour statistics of the training split, computed from exact integer sums.
 
     Fields:
-        mean_image: (side, side, 3) float32, the mean of each pixel, 0..255; as wide as the records.
+        mean_image: (side, side, 3) float32, the mean of each pixel, 0..255; side is the records' side.
         channel_means: (3,) float64, 0..255.
         covariance: (3, 3) float64, of RGB values in 0..1 over all pixels.
         eigenvalues: (3,) float64, of the covariance, the largest first.
@@ -40,22 +43,22 @@ class Statistics:
 
     @property
     def side(self) -> int:
-        """How wide and high the records are, in pixels."""
+        """Width and height of the records, in pixels."""
         return len(self.mean_image)
 
 
 class Rejected(msgspec.Struct, frozen=True):
-    """A source that became no record, and why."""
+    """A source that became no record, with the reason."""
 
     source: str
     reason: str
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an environment says of itself.
+    """The description of an environment, stored in it as MessagePack.
 
-    ``fingerprint`` covers the logical records and the statistics, not the file's bytes; ``golden`` is the hash of
-    sixteen fixed samples, by which a node shows that it would make the same bytes. ``size`` is the records' side in pixels.
+    ``fingerprint`` covers the logical records and the statistics, not the file's bytes. ``golden`` is the hash of sixteen
+    fixed samples (see ``golden``). ``size`` is the records' side in pixels.
     """
 
     format: int
@@ -87,7 +90,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     def flaw(self) -> str:
-        """What is wrong with this manifest beyond its types; empty if nothing."""
+        """Return what is wrong with this manifest beyond its types, as part of a sentence; "" if nothing is."""
         if self.format != FORMAT:
             return f"it is of format {self.format}, and this version reads format {FORMAT}: preprocess the images again"
         if not MIN_SIDE_PX <= self.size <= MAX_SIDE_PX:
@@ -103,7 +106,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def fingerprint(manifest: Manifest, headers_digest: bytes) -> str:
-    """The identity of a dataset: equal fingerprints mean equal samples. 32 hexadecimal digits."""
+    """Return the identity of a dataset, 32 hexadecimal digits: equal fingerprints mean equal samples.
+
+    Args:
+        manifest: the dataset's manifest; its own fingerprint and golden hash do not count.
+        headers_digest: result of :func:`digest_headers`; a header has its payload's checksum, so this covers the pixels.
+    """
     digest = xxhash.xxh3_128(b"loader-service dataset 1\n")
     digest.update(
         msgspec.msgpack.encode((manifest.format, manifest.count, manifest.size, manifest.codec, manifest.class_names))
@@ -116,7 +124,7 @@ def fingerprint(manifest: Manifest, headers_digest: bytes) -> str:
 
 
 def digest_headers(headers: Iterator[bytes] | Sequence[bytes]) -> bytes:
-    """The digest of all record headers that :func:`fingerprint` takes."""
+    """Return the digest of all record headers, in the order of the records, for :func:`fingerprint`."""
     digest = xxhash.xxh3_128()
     for header in headers:
         digest.update(header)

@@ -1,8 +1,8 @@
-"""The order of an epoch: which record stands at a position, for any position on its own.
+"""The order of an epoch: the record at any position, computed without the positions before it.
 
 Up to TABLE_MAX records the order is an exact shuffle, kept as a table for the epochs in use. Beyond that it is a
-cycle-walking Feistel network over [0, N) (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), so that
-a billion records cost neither memory nor a pass. Both are keyed by stream 0 of (seed, epoch); see ``draws``.
+cycle-walking Feistel network over [0, N) (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), so a billion
+records need neither memory nor a pass over them. Both are keyed by stream 0 of (seed, epoch); see ``draws``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TABLE_MAX: Final = 65_536
 """Largest dataset whose order is a table: its sort takes about 5 ms once an epoch, and 512 KiB."""
 
 ROUNDS: Final = 8
-"""Feistel rounds; four already make a pseudorandom permutation of wide blocks (Luby and Rackoff), narrow ones need more."""
+"""Feistel rounds. Four make a pseudorandom permutation of wide blocks (Luby and Rackoff); narrow blocks need more."""
 
 _Words = npt.NDArray[np.uint64]
 
@@ -28,18 +28,21 @@ _Words = npt.NDArray[np.uint64]
 def records_at(
     count: int, seed: int, epoch: int, start: int, n: int, *, form: str | None = None
 ) -> npt.NDArray[np.int64]:
-    """The record numbers at positions start .. start + n - 1 of a shuffled epoch.
+    """Return the record numbers at positions start .. start + n - 1 of a shuffled epoch.
 
     Args:
-        count: the dataset's number of records.
-        seed: 0 .. 2**64 - 1.
-        epoch: 0 .. 2**64 - 1.
+        count: number of records in the dataset.
+        seed: seed of the run, 0 .. 2**64 - 1.
+        epoch: epoch, 0 .. 2**64 - 1.
         start: first position; start + n must not exceed count.
-        n: how many.
-        form: of :data:`kernel.FORMS`; the chosen one if None.
+        n: number of positions.
+        form: one of :data:`kernel.FORMS`; the chosen one if None.
 
     Returns:
         (n,) int64.
+
+    Raises:
+        ValueError: the positions are not within the epoch.
     """
     if not 0 <= start <= start + n <= count:
         raise ValueError(f"positions {start} to {start + n} are not within an epoch of {count}")
@@ -56,17 +59,18 @@ def records_at(
 
 
 def substitute(count: int, seed: int, epoch: int, position: int, excluded: npt.NDArray[np.int64]) -> int:
-    """The record that stands in at a position whose own is bad.
+    """Return the record that replaces the excluded record of a position.
 
-    The position's sixteen words of stream 2 name a record each, and the first that is not excluded is taken; where all
-    sixteen are, the next one after the last named. So it depends on the exclusions alone, not on how they came about.
+    Each of the position's sixteen words of stream 2 names a candidate; the first that is not excluded is taken. If all
+    sixteen are excluded, the search continues at the record after the last candidate. The result depends on the set of
+    exclusions only, not on the order in which they were found.
 
     Args:
-        count: the dataset's number of records.
-        seed: of the run.
-        epoch: of the position.
+        count: number of records in the dataset.
+        seed: seed of the run.
+        epoch: epoch of the position.
         position: 0 .. count - 1.
-        excluded: (k,) int64, ascending.
+        excluded: (k,) int64, the excluded records, ascending.
 
     Raises:
         ValueError: every record is excluded.
@@ -86,14 +90,17 @@ def substitute(count: int, seed: int, epoch: int, position: int, excluded: npt.N
 
 @lru_cache(maxsize=8)
 def _table(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """An exact shuffle: positions sorted by one random word each. A stable sort of integers gives one answer everywhere."""
+    """Return an exact shuffle, (count,) int64: record numbers sorted by one random word each.
+
+    A stable sort of integers has one result, whatever NumPy's algorithm.
+    """
     table = np.argsort(raw_words(seed, epoch, STREAM_ORDER, 0, count), kind="stable").astype(np.int64)
-    table.flags.writeable = False
+    table.flags.writeable = False  # callers get views of the cached table
     return table
 
 
 def _walk(values: _Words, count: int, keys: _Words) -> _Words:
-    """Permute [0, 2**bits) until each value falls below count; fewer than two steps on average."""
+    """Permute each value within [0, 2**bits) until it falls below count; fewer than two steps on average."""
     bits = (count - 1).bit_length()
     values = _permute(values, bits, keys)
     outside = np.flatnonzero(values >= count)
@@ -104,7 +111,7 @@ def _walk(values: _Words, count: int, keys: _Words) -> _Words:
 
 
 def _permute(values: _Words, bits: int, keys: _Words) -> _Words:
-    """One bijection of [0, 2**bits): rounds alternately mix each half into the other."""
+    """Apply one bijection of [0, 2**bits): each round mixes one half of the bits into the other, alternately."""
     low_bits = np.uint64(bits - bits // 2)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
     high_mask = (np.uint64(1) << np.uint64(bits // 2)) - np.uint64(1)
@@ -118,7 +125,7 @@ def _permute(values: _Words, bits: int, keys: _Words) -> _Words:
 
 
 def _mix(half: _Words, key: np.uint64) -> _Words:
-    """A keyed hash of up to 32 bits to 32 bits: the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """Hash up to 32 bits to 32 bits with a key: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
     z = half + key
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

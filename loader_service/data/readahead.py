@@ -1,18 +1,20 @@
-"""Reading ahead: the records of a slice are asked of the disk all at once, before the first of them is looked at.
+"""Read-ahead: ask the disk for all records of a slice at once, before the first of them is read.
 
-LMDB reads by touching pages: one record after another, a few pages at a time, each waited for. A disk gives several times
-as much if it is asked for many things at a time, and for no more than is wanted. So where reading takes long, the kernel
-is told beforehand where each record of a slice lies in the file. It is only told: what is read is read through LMDB, so a
-wrong hint costs time and nothing else.
+LMDB reads by touching mapped pages: one record after another, a few pages at a time, and it waits for each. A disk delivers
+several times as much if it gets many requests at a time, for no more than is needed. So when reads are slow, this module
+gives the operating system the file ranges of a slice's records with posix_fadvise(WILLNEED). This is only a hint: the
+records are then read through LMDB, so a wrong hint costs time and nothing else.
 
-Where a record lies LMDB tells only by touching it. So its tree is walked here, by LMDB's documented page format (version
-1 of its data, 64-bit; lmdb.h, mdb.c: MDB_page, MDB_node, MDB_db):
+LMDB tells the place of a record only by touching it. So this module walks LMDB's tree itself, with pread, by the page
+format (data version 1, 64-bit; lmdb.h, mdb.c: MDB_page, MDB_node, MDB_db):
 
-====== ================================================================================================
-page   number 8 bytes, 2 unused, flags 2, lower 2, upper 2; then, up to ``lower``, each node's place, 2 each
-node   low half of its size or child 2, high half 2, flags (of a branch: the child's top bits) 2, key's size 2; then the key
-value  after the key; if it is big, the number of the page that it begins on, after that page's header
-====== ================================================================================================
+====== ======================================================================================================
+page   number (8 bytes), unused (2), flags (2), lower (2), upper (2); then the offsets of the nodes (2 each), up
+       to ``lower``
+node   low half of the size or child page (2), high half (2), flags, or in a branch the child's top bits (2), key
+       size (2); then the key
+value  after the key; for a big value, the number of its first page, where the value follows the page header
+====== ======================================================================================================
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 SLOW_S: Final = 20e-6
-"""A record that takes longer to read was not in memory: there, LMDB takes 2 us for 22 KB and 5 us for 192 KB."""
+"""A record that takes longer to read came from the disk; from memory LMDB takes 2 us for 22 KB and 5 us for 192 KB."""
 
 SLICES: Final = 64
-"""Slices that are read ahead once reading has been slow. Then it is tried without: asking costs 15 us a record."""
+"""Slices that are read ahead after a slow one. The next is then tried without, because asking costs 15 us a record."""
 
 _PAGE: Final = struct.Struct("<8x2xHHH")
 _NODE: Final = struct.Struct("<HHHH")
@@ -38,16 +40,16 @@ _PLACE: Final = struct.Struct("<H")
 _NUMBER: Final = struct.Struct("<Q")
 _DATABASE: Final = struct.Struct("<IHHQQQQQ")
 _BRANCH, _LEAF, _BIG = 1, 2, 1
-_DEEPEST: Final = 32  # LMDB's own limit
+_DEEPEST: Final = 32  # LMDB's limit on the depth of a tree (CURSOR_STACK); it also ends a cycle in a damaged file
 
 
 class ReadAhead:
-    """What one process knows about reading one environment.
+    """The read-ahead of one process for one environment.
 
     Args:
-        path: of the environment's data file.
-        database: the entry of the records' sub-database, as the main database holds it.
-        page_bytes: of the environment.
+        path: the environment's data file.
+        database: value of the records' sub-database in the main database, an MDB_db.
+        page_bytes: page size of the environment.
     """
 
     def __init__(self, path: Path, database: bytes, page_bytes: int) -> None:
@@ -56,18 +58,18 @@ class ReadAhead:
         self._page_bytes = page_bytes
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.close = weakref.finalize(self, os.close, self._file)
-        self._left = 1  # the first slice tells whether more is to be asked for
+        self._left = 1  # slices still to read ahead; the first one measures whether more are needed
 
     @property
     def is_wanted(self) -> bool:
-        """Whether the next slice is to be asked for: nothing is known yet, or reading has been slow of late."""
+        """True if the next slice should be read ahead: nothing was measured yet, or a recent slice was slow."""
         return self._left > 0
 
     def ask(self, numbers: npt.NDArray[np.int64]) -> None:
-        """Ask the disk for many records, and do not wait; nothing if reading is fast anyway.
+        """Ask the disk for records without waiting for them; do nothing while reads are fast.
 
         Args:
-            numbers: (n,) int64, the records'.
+            numbers: (n,) int64, the record numbers.
         """
         if not self.is_wanted:
             return
@@ -77,12 +79,12 @@ class ReadAhead:
                 os.posix_fadvise(self._file, *place, os.POSIX_FADV_WILLNEED)
 
     def learn(self, records: int, seconds: float) -> None:
-        """Take into account how long a slice's records took to read."""
+        """Note how long the records of a slice took to read; a slow slice turns read-ahead on for SLICES slices."""
         if seconds > SLOW_S * records:
             self._left = SLICES
 
     def place(self, number: int) -> tuple[int, int] | None:
-        """Where in the file a record lies: offset and bytes, in whole pages; None if it cannot be told."""
+        """Return offset and length in the file of a big record's pages; None for a small, missing or unknown record."""
         key = number.to_bytes(8, "big")
         at = self._root
         try:
@@ -94,16 +96,19 @@ class ReadAhead:
                     at = low | high << 16 | node_flags << 32
                     continue
                 if not flags & _LEAF or page[begin : begin + key_bytes] != key or not node_flags & _BIG:
-                    return None  # no such record, or one that is smaller than a page and is here already
+                    return None  # no such record, or a small one: it lies in this leaf, which was just read
                 (first,) = _NUMBER.unpack_from(page, begin + key_bytes)
                 return first * self._page_bytes, _PAGE.size + (low | high << 16)
-        except (struct.error, OSError, IndexError):  # no tree that this file knows: LMDB will say what is wrong
+        except (struct.error, OSError, IndexError):  # a damaged tree: LMDB reports it when it reads the record
             return None
         return None
 
     @staticmethod
     def _node(page: bytes, nodes: int, key: bytes) -> tuple[int, int, int, int, int]:
-        """The last node whose key is not above the one sought (a branch's first stands for any): its header, its key's place."""
+        """Find the last node whose key is not above ``key`` by binary search; return its header and its key's offset.
+
+        The first node is never compared: in a branch its key is empty and stands for all smaller keys.
+        """
         low, high = 0, nodes
         while high - low > 1:
             middle = (low + high) // 2

@@ -10,8 +10,8 @@ sources  record number, 8 bytes BE   the source's name, UTF-8
 manifest ``manifest``                :class:`Manifest` as MessagePack; written last, so none means unfinished
 ======== =========================== =====================================================================
 
-Payloads are told in :mod:`codecs`. Environments are opened without LMDB's lock file: a finished environment never changes,
-so readers need none and read-only mounts work.
+See :mod:`codecs` for the payloads. Environments are opened without LMDB's lock file: a finished environment never changes,
+so readers need no locks, and read-only mounts work.
 """
 
 from __future__ import annotations
@@ -40,17 +40,23 @@ KEY: Final = struct.Struct(">Q")
 DATABASES: Final = (b"records", b"sources", b"manifest")
 
 StoredRecord = tuple[int, int, int, memoryview]
-"""A record as it lies: label, codec number, checksum, payload."""
+"""A stored record: label, codec number, checksum, payload."""
 
 
 class Records:
     """A finished environment, open for reading.
 
-    Opening checks that the file is as long as its tree says and that the manifest is whole; records are checked as they
-    are read. Use one instance per process: LMDB environments do not survive a fork.
+    Opening checks that the file is as long as its tree needs and that the manifest is complete. Records are checked when
+    they are read. Use one instance per process: an LMDB environment must not be used after a fork.
+
+    Args:
+        path: directory of the environment.
+        manifest: given by the writer only, which has not stored one yet; None reads the stored manifest.
 
     Raises:
-        DatasetNotFound, DatasetUnfinished, DatasetInvalid: see their sentences.
+        DatasetNotFound: there is no environment at ``path``.
+        DatasetUnfinished: it has no manifest.
+        DatasetInvalid: it is damaged, or of another format.
     """
 
     def __init__(self, path: Path | str, *, manifest: Manifest | None = None) -> None:
@@ -60,7 +66,6 @@ class Records:
         self._env = _open_environment(self.path)
         try:
             self._records, self._sources, manifest_db = _open_databases(self._env, self.path)
-            # A manifest is given only by the writer, which has not stored one yet.
             self.manifest = manifest or _read_manifest(self._env, manifest_db, self.path)
             with self._env.begin() as txn:
                 entries = txn.stat(self._records)["entries"]
@@ -83,40 +88,40 @@ class Records:
         self.close()
 
     def close(self) -> None:
-        """Close the environment; views of its pages must be gone."""
+        """Close the environment; no views of its pages may remain, because closing unmaps them."""
         self.ahead.close()
         self._env.close()
 
     @property
     def side(self) -> int:
-        """How wide and high the records are, in pixels."""
+        """Width and height of the records, in pixels."""
         return self.manifest.size
 
     @cached_property
     def mean_pair(self) -> npt.NDArray[np.float32]:
-        """The mean image and its mirror image: (2, side, side, 3) float32; a mirrored sample's window is of the second."""
+        """The mean image and its mirror image, (2, side, side, 3) float32; mirrored samples take their window of the second."""
         mean = self.statistics.mean_image
         return np.ascontiguousarray(np.stack((mean, mean[:, ::-1])))
 
     @cached_property
     def _centre(self) -> npt.NDArray[np.int16] | None:
-        """What ``centered`` records lack; None for other codecs."""
+        """The mean image that ``centered`` records lack, (side, side, 3) int16; None for other codecs."""
         return centre_of(self.statistics.mean_image) if self.manifest.codec == "centered" else None
 
     @contextmanager
     def values(self) -> Iterator[Values]:
-        """A read transaction: the values it gives are views of LMDB's pages and die with it."""
+        """Open a read transaction; its values are views of LMDB's pages, valid until it ends."""
         with self._env.begin(db=self._records, buffers=True) as txn:
             yield Values(self.path, txn, self.manifest, self._centre)
 
     def pixels(self, number: int) -> tuple[int, Pixels]:
-        """Label and pixels, (side, side, 3) uint8 RGB, of one record; a copy."""
+        """Return label and pixels of one record: int, and (side, side, 3) uint8 RGB, a copy."""
         with self.values() as values:
             label, codec, _, payload = values.read(number)
             return label, values.decode(number, payload, codec).copy()
 
     def check(self, number: int) -> None:
-        """Compare one record with its checksum.
+        """Check one record's checksum and label, and that it can be decoded.
 
         Raises:
             RecordError: it is missing, damaged, or of a class that does not exist.
@@ -130,7 +135,11 @@ class Records:
             values.decode(number, payload, codec)
 
     def source(self, number: int) -> str:
-        """The name of the file that a record was made from."""
+        """Return the name of the file that a record was made from.
+
+        Raises:
+            RecordError: the environment holds none.
+        """
         with self._env.begin(db=self._sources) as txn:
             name = txn.get(KEY.pack(number))
         if name is None:
@@ -138,14 +147,14 @@ class Records:
         return bytes(name).decode("utf-8", "replace")
 
     def headers(self) -> Iterator[bytes]:
-        """The 16-byte headers of all records, in order; what the fingerprint is made of."""
+        """Iterate over the 16-byte headers of all records, in order; the fingerprint is made from them."""
         with self._env.begin(db=self._records, buffers=True) as txn, txn.cursor() as cursor:
             for _, value in cursor:
                 yield bytes(value[: HEADER.size])
 
 
 class Values:
-    """The records' values within one read transaction."""
+    """The records of an environment within one read transaction."""
 
     __slots__ = ("_centre", "_codec", "_get", "_path", "_side")
 
@@ -154,12 +163,12 @@ class Values:
         self._codec, self._side = manifest.codec, manifest.size
 
     def stored(self, numbers: npt.NDArray[np.int64], at: npt.NDArray[np.int64] | None = None) -> list[memoryview]:
-        """The values of many records, header and payload, as views of LMDB's pages.
+        """Return the values of many records, header and payload, as views of LMDB's pages.
 
         Args:
-            numbers: (n,) int64, the records'.
-            at: (1,) int64; holds the number that is being looked up: py-lmdb touches every page of a value it finds, so
-                this is where a disk that cannot read one kills the process.
+            numbers: (n,) int64, the record numbers.
+            at: (1,) int64, set to each number before it is looked up. py-lmdb touches every page of a value it finds, so
+                a page that the disk cannot read kills the process (SIGBUS) here.
 
         Raises:
             RecordError: there is no such record.
@@ -178,7 +187,7 @@ class Values:
         return value
 
     def read(self, number: int) -> StoredRecord:
-        """Label, codec number, checksum and payload of one record; the payload is a view of LMDB's pages.
+        """Return label, codec number, checksum and payload of one record; the payload is a view of LMDB's pages.
 
         Raises:
             RecordError: there is no such record, or it is too short for a header.
@@ -197,7 +206,7 @@ class Values:
         into: npt.NDArray[np.uint8] | None = None,
         window: Window | None = None,
     ) -> Pixels:
-        """:func:`codecs.decode`, for every codec, with the record named when it fails."""
+        """Decode a payload of any codec, as :func:`codecs.decode` does; RecordError names the record if that fails."""
         try:
             if codec == CODECS["centered"] and self._centre is not None:
                 return decode_centred(payload, self._centre, into)
@@ -208,16 +217,16 @@ class Values:
     def unpack(
         self, number: int, found: StoredRecord, into: npt.NDArray[np.uint8], window: Window | None = None
     ) -> None:
-        """Make the raw record that a record of another codec stands for.
+        """Decode a record into a raw record, header and pixels.
 
         Args:
-            number: the record's.
-            found: what :meth:`read` gave for it.
-            into: (16 + raw_bytes(side),) uint8, written with header and pixels; see :func:`codecs.raw_value`.
-            window: what is needed of the pixels (see :func:`codecs.decode`); None: all.
+            number: record number.
+            found: the stored record, from :meth:`read`.
+            into: output, (16 + raw_bytes(side),) uint8; see :func:`codecs.raw_value`.
+            window: the part of the pixels that is needed (see :func:`codecs.decode`); None for all.
 
         Raises:
-            RecordError: it cannot be decoded, or its codec is not its dataset's.
+            RecordError: the record cannot be decoded, or its codec is not the dataset's.
         """
         label, codec, checksum, payload = found
         if codec != CODECS[self._codec]:
@@ -226,15 +235,15 @@ class Values:
         self.decode(number, payload, codec, into[HEADER.size :], window)
 
     def refusal(self, number: int) -> RecordError:
-        """Why a record is not a raw one."""
+        """Return the error that says why a record is not a sound raw record."""
         _, codec, _, payload = self.read(number)
         if codec == CODECS["raw"]:
-            self.decode(number, payload, codec)
+            self.decode(number, payload, codec)  # raises: the payload has another size
         return self.foreign(number, codec, "raw")
 
     def foreign(self, number: int, codec: int, needed: Codec) -> RecordError:
-        """The error of a record whose codec is not its dataset's."""
-        return RecordError(self._path, number, f"its codec number is {codec}, where the manifest says {needed}")
+        """Return the error of a record whose codec is not the dataset's."""
+        return RecordError(self._path, number, f"its codec number is {codec}, but the manifest says {needed}")
 
 
 def _open_environment(path: Path) -> Any:
@@ -244,7 +253,7 @@ def _open_environment(path: Path) -> Any:
         raise DatasetInvalid(path, f"LMDB cannot open it ({error})") from error
     need = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
     have = (path / "data.mdb").stat().st_size
-    if have < need:  # reading past the end of a mapped file is a SIGBUS, not an error
+    if have < need:  # reading past the end of a mapped file is a SIGBUS, which kills the process
         env.close()
         raise DatasetInvalid(path, f"data.mdb is truncated: it has {have} bytes of {need}")
     return env

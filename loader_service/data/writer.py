@@ -1,6 +1,6 @@
-"""Writing an environment: beside its final name, and under it only when it is whole.
+"""The writer of environments: it writes under a hidden name, and renames the environment when it is complete.
 
-How far an unfinished environment is, its writer keeps in a sub-database beside the records, in their transactions:
+The writer keeps its progress in a sub-database of the unfinished environment, in the same transactions as the records:
 
 ======== ============================= ==========================================================================
 database key                           value
@@ -9,8 +9,8 @@ progress number of the step, 8 bytes   :class:`Step` as MessagePack: what one co
 progress ``state``                     the caller's bytes, as of the last commit
 ======== ============================= ==========================================================================
 
-A step repeats its records' 16-byte headers, so that to go on takes a glance at a few pages and no pass over the records.
-The sub-database is emptied in the transaction that writes the manifest.
+A step repeats its records' 16-byte headers, so resuming reads a few pages instead of all records. The sub-database is
+emptied in the transaction that writes the manifest: an environment has either a manifest or progress, never both.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from loader_service.data.records import DATABASES, KEY, Records
 from loader_service.errors import DatasetError, DatasetInvalid
 
 _MAP_BYTES: Final = 2**42
-"""Largest environment, 4 TiB: address space only, the file grows as it is written."""
+"""Largest environment, 4 TiB: this reserves address space only, the file grows as it is written."""
 
 _COMMIT_RECORDS: Final = 256
-"""Records per transaction of a writer that nobody else commits: 48 MiB of raw pixels, so that memory stays flat."""
+"""Records per transaction of a writer without identity: 48 MiB of raw pixels. LMDB keeps a transaction's pages in memory."""
 
 PROGRESS: Final = b"progress"
 _IDENTITY: Final = re.compile(r"[0-9a-f]{16,64}")
@@ -49,24 +49,23 @@ _HEADER_DTYPE: Final = np.dtype({"names": ["label"], "formats": ["<u4"], "itemsi
 
 
 class Writer:
-    """Writes one environment, record by record, and puts it under its name when it is finished.
+    """A context manager that writes one environment, record by record, and gives it its name when it is finished.
 
-    Until :meth:`finish` the environment lies beside ``path`` under a hidden name; leaving the block without having
-    finished removes it. A finished environment that stood under the name before is replaced: whoever has it open goes
-    on reading the old one.
+    Until :meth:`finish` the environment lies next to ``path`` under a hidden name. Leaving the block without finishing
+    removes it. An older environment at ``path`` is replaced; processes that have it open continue to read the old one.
 
-    A writer with an identity can be interrupted at any moment, by SIGKILL, a full disk or a power cut: what was given to
-    it up to the last :meth:`commit` stays, under a name made of the identity, and the next writer with that identity goes
-    on from there. It then has ``len(writer)`` records and ``writer.rejected`` already, and ``writer.state`` is what was
-    last committed with them. Only one process at a time may write under one identity; the caller sees to that.
+    A writer with an identity can be interrupted at any moment, by SIGKILL, a full disk or a power cut. Everything up to the
+    last :meth:`commit` stays, under a name made from the identity, and the next writer with that identity resumes: it has
+    ``len(writer)`` records, ``writer.rejected`` and ``writer.state`` as of that commit. Only one process at a time may
+    write under one identity; the caller must ensure it.
 
     Args:
-        path: the environment's final name.
-        codec: of :data:`codecs.CODECS`; what the payloads given to :meth:`put` are.
-        codec_parameters: as for :func:`codecs.encode`.
-        class_names: by label.
-        identity: 16 to 64 hexadecimal digits that stand for everything that decides the records, the other arguments
-            included; None if what is left unfinished is of no use.
+        path: final name of the environment.
+        codec: codec of the payloads given to :meth:`put`, one of :data:`codecs.CODECS`.
+        codec_parameters: parameters of the codec, as for :func:`codecs.encode`.
+        class_names: class names by label.
+        identity: 16 to 64 hexadecimal digits, a hash of everything that decides the records, including the other
+            arguments; None if an unfinished environment is useless.
 
     Raises:
         DatasetInvalid: LMDB cannot write, for instance because the disk is full.
@@ -91,7 +90,7 @@ class Writer:
         self._finished = False
 
     def _open(self) -> None:
-        """Open the partial environment; one that is there but damaged is begun anew."""
+        """Open the partial environment; replace it by an empty one if it is damaged."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         done = _load_committed(self._partial, len(self._class_names)) if self._partial.exists() else None
         if done is None and self._partial.exists():
@@ -115,7 +114,7 @@ class Writer:
         was_there = self._partial.exists()
         try:
             self._open()
-        except BaseException as error:  # signals too: nobody else cleans up where the block has not been entered
+        except BaseException as error:  # signals too: __exit__ is not called if __enter__ fails
             if not was_there:
                 self._remove()
             if isinstance(error, lmdb.Error):
@@ -129,7 +128,7 @@ class Writer:
             self._remove()
 
     def _remove(self) -> None:
-        """Remove what is of no use to anybody."""
+        """Remove the partial environment unless a later writer can resume from it."""
         if not self.kept:
             shutil.rmtree(self._partial, ignore_errors=True)
 
@@ -138,7 +137,7 @@ class Writer:
 
     @property
     def kept(self) -> bool:
-        """Whether records would stay, for a writer with the same identity, if this one ended now."""
+        """True if committed records stay for a writer with the same identity when this one ends."""
         return self._identity is not None and self._committed_count > 0
 
     def put(self, label: int, payload: bytes | memoryview, source: str) -> int:
@@ -146,16 +145,16 @@ class Writer:
 
         Args:
             label: 0 .. number of classes - 1.
-            payload: what :func:`codecs.encode` made.
-            source: the name of the file that it was made from.
+            payload: encoded pixels, from :func:`codecs.encode` or :func:`codecs.encode_centred`.
+            source: name of the file that the record was made from.
         """
         return self.put_record(b"".join((header(label, self._codec, payload), payload)), source)
 
     def put_record(self, record: bytes | memoryview, source: str) -> int:
-        """The same for a record that has its :func:`codecs.header` already."""
+        """Append a record that starts with its :func:`codecs.header`, and return its number."""
         label, codec, _ = HEADER.unpack_from(record)
         if codec != CODECS[self._codec]:
-            raise ValueError(f"records here are {self._codec}; this one is of the codec number {codec}")
+            raise ValueError(f"this environment holds {self._codec} records; this one has the codec number {codec}")
         key = KEY.pack(self._count)
         try:
             self._txn.put(key, record, db=self._records, append=True)
@@ -173,16 +172,16 @@ class Writer:
         return self._count - 1
 
     def reject(self, source: str, reason: str) -> None:
-        """Note a source that became no record, and why."""
+        """Note a source that became no record, with the reason."""
         bad = Rejected(source, reason)
         self.rejected.append(bad)
         self._new_rejected.append(bad)
 
     def commit(self, state: bytes = b"") -> None:
-        """Make everything so far survive this process; with an identity, also the machine.
+        """Commit everything so far: it survives this process and, with an identity, a power cut.
 
         Args:
-            state: what the caller needs to go on from here, instead of what it committed before.
+            state: bytes that the caller needs to resume from here; they replace those of the last commit.
         """
         try:
             if self._identity is not None:
@@ -198,15 +197,19 @@ class Writer:
         self.uncommitted_bytes = 0
 
     def _failed(self, what: str, error: lmdb.Error) -> DatasetInvalid:
-        kept = f"; its first {self._committed_count:,} records are kept, to go on from" if self.kept else ""
+        kept = f"; its first {self._committed_count:,} records are kept, to resume from" if self.kept else ""
         return DatasetInvalid(self.path, f"LMDB {what} ({error}){kept}")
 
     def finish(self, statistics: Statistics, *, made_by: Mapping[str, str]) -> Manifest:
         """Write the manifest, flush everything to the disk, and give the environment its name.
 
         Args:
-            statistics: the training split's, also for a validation split; as wide as their mean image are the records.
+            statistics: statistics of the training split, also for a validation split; their mean image has the records'
+                side.
             made_by: how and with which libraries the records were made.
+
+        Raises:
+            DatasetInvalid: there are no records, the manifest would be inconsistent, or LMDB cannot write.
         """
         self.commit(self.state)
         try:
@@ -218,7 +221,7 @@ class Writer:
                 manifest = msgspec.structs.replace(manifest, golden=golden.of_dataset(records))
             self._env = _open_for_writing(self._partial, durable=self._identity is not None)
             manifest_db, progress = self._env.open_db(b"manifest"), self._env.open_db(PROGRESS)
-            with self._env.begin(write=True) as txn:  # from here on it is whole, and nothing to go on from
+            with self._env.begin(write=True) as txn:  # one transaction: complete, and no longer resumable
                 txn.put(b"manifest", msgspec.msgpack.encode(manifest), db=manifest_db)
                 txn.drop(progress)
             self._env.sync(True)
@@ -259,11 +262,11 @@ class Writer:
 
 
 def adopt(path: Path, identity: str) -> Manifest | None:
-    """Put an environment under its name whose writer had finished it, but died before it could do that itself.
+    """Give a complete environment its name, if its writer died just before it did so.
 
     Args:
-        path: the environment's final name.
-        identity: the writer's.
+        path: final name of the environment.
+        identity: identity of the writer.
 
     Returns:
         Its manifest; None if there is no such environment.
@@ -279,13 +282,17 @@ def adopt(path: Path, identity: str) -> Manifest | None:
 
 
 def _open_for_writing(path: Path, *, durable: bool) -> Any:
+    # Without an identity nothing is resumed after a crash, so the fsync of each commit can be left out.
     return lmdb.open(
         str(path), map_size=_MAP_BYTES, max_dbs=len(DATABASES) + 1, sync=durable, metasync=durable, readahead=False
     )
 
 
 def _publish(partial: Path, path: Path) -> None:
-    """Put a whole environment under a name that may be taken: rename cannot replace a directory that is not empty."""
+    """Give a complete environment its name, and remove an older environment of that name.
+
+    rename() cannot replace a directory that is not empty, so the old one moves aside first.
+    """
     (partial / "lock.mdb").unlink(missing_ok=True)
     old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
     if path.exists():
@@ -293,7 +300,7 @@ def _publish(partial: Path, path: Path) -> None:
     partial.rename(path)
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(descriptor)  # the names are on the disk before the old environment is deleted
     finally:
         os.close(descriptor)
     if old.exists():
@@ -301,20 +308,24 @@ def _publish(partial: Path, path: Path) -> None:
 
 
 def partial_path(path: Path, identity: str) -> Path:
-    """Where the environment of an identity lies until it is finished: hidden, beside its final name."""
+    """Return the hidden name, next to the final one, of an unfinished environment.
+
+    Raises:
+        ValueError: the identity is not 16 to 64 hexadecimal digits.
+    """
     if not _IDENTITY.fullmatch(identity):
         raise ValueError(f"a writer's identity is 16 to 64 hexadecimal digits, not {identity!r}")
     return path.with_name(f".{path.name}.{identity}.partial")
 
 
 def partials(path: Path) -> dict[Path, int]:
-    """All unfinished environments of a final name, and how many records each has to go on from."""
+    """Return all unfinished environments of a final name, and how many committed records each holds."""
     return {partial: _kept(partial) for partial in path.parent.glob(f".{path.name}.*.partial")}
 
 
 def _kept(partial: Path) -> int:
     try:
-        with Records(partial) as records:  # whole: it lacks its name only
+        with Records(partial) as records:  # complete, only not renamed yet
             return len(records)
     except DatasetError:
         done = _load_committed(partial, MAX_CLASSES)
@@ -322,21 +333,21 @@ def _kept(partial: Path) -> int:
 
 
 class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one commit added: the headers of its records, one after another, and what was rejected meanwhile."""
+    """The content of one commit: the concatenated headers of its records, and the sources rejected since the last one."""
 
     headers: bytes
     rejected: list[Rejected]
 
 
 class Committed:
-    """What all steps add up to.
+    """The sum of all steps of an unfinished environment.
 
     Fields:
         count: number of records.
-        class_counts: of them, by label.
-        headers: digest of their headers.
-        rejected: what became no record, in order.
-        state: the caller's.
+        class_counts: number of records by label.
+        headers: digest of all record headers.
+        rejected: sources that became no record, in order.
+        state: bytes of the caller, as of the last commit.
     """
 
     def __init__(self, classes: int) -> None:
@@ -347,10 +358,10 @@ class Committed:
         self.state = b""
 
     def add(self, step: Step) -> None:
-        """Take a step in.
+        """Add a step.
 
         Raises:
-            ValueError: its headers are no headers.
+            ValueError: its headers are damaged, or have labels beyond the classes.
         """
         labels = np.frombuffer(step.headers, _HEADER_DTYPE)["label"]
         counts = np.bincount(labels, minlength=len(self.class_counts))
@@ -366,25 +377,25 @@ def _store_step(txn: Any, progress: Any, headers: bytes, rejected: Sequence[Reje
     """Add a step to the transaction that holds its records.
 
     Args:
-        txn: a write transaction.
-        progress: the sub-database.
-        headers: the step's.
-        rejected: the step's.
-        state: replaces the last step's.
+        txn: the write transaction.
+        progress: the sub-database PROGRESS.
+        headers: concatenated headers of the step's records.
+        rejected: sources rejected in this step.
+        state: bytes of the caller; they replace those of the last step.
     """
     if headers or rejected:
         entries = txn.stat(progress)["entries"]
-        number = max(0, entries - 1)  # all entries but the state are steps
+        number = max(0, entries - 1)  # every entry but the state is a step
         txn.put(KEY.pack(number), msgspec.msgpack.encode(Step(headers, list(rejected))), db=progress)
     txn.put(_STATE, state, db=progress)
 
 
 def _load_committed(path: Path, classes: int) -> Committed | None:
-    """What an unfinished environment holds; None if it is damaged or has nothing to go on from.
+    """Return the progress of an unfinished environment; None if it is damaged or empty.
 
     Args:
-        path: its directory.
-        classes: how many classes its labels may name.
+        path: directory of the environment.
+        classes: number of classes; a label beyond them counts as damage.
     """
     try:
         env = lmdb.open(str(path), readonly=True, lock=False, max_dbs=3, create=False)
@@ -392,7 +403,7 @@ def _load_committed(path: Path, classes: int) -> Committed | None:
         return None
     try:
         need = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-        if (path / "data.mdb").stat().st_size < need:  # reading past the end of a mapped file is a SIGBUS
+        if (path / "data.mdb").stat().st_size < need:  # reading past the end of a mapped file kills with SIGBUS
             return None
         records, sources, progress = (env.open_db(name, create=False) for name in (b"records", b"sources", PROGRESS))
         done = Committed(classes)

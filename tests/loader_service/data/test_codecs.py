@@ -283,5 +283,5 @@ def test_a_record_of_another_codec_is_named(tmp_path: Path, make_dataset: MakeDa
     make_dataset(tmp_path / "d", 2, "centered")
     with Records(tmp_path / "d") as records, records.values() as values:
         found = (0, 1, 0, memoryview(b"x"))
-        with pytest.raises(RecordError, match="its codec number is 1, where the manifest says centered"):
+        with pytest.raises(RecordError, match="its codec number is 1, but the manifest says centered"):
             values.unpack(0, found, np.empty(16 + RAW_BYTES, np.uint8))

@@ -276,7 +276,7 @@ def png(width: int, height: int, rows: bytes = bytes(999), depth: int = 8) -> by
 
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", "it is empty"),
-    "text": (lambda: b"this is not a picture at all", "in no known picture format"),
+    "text": (lambda: b"this is not a picture at all", "in no known image format"),
     "web page": (lambda: b"<!DOCTYPE html><title>404</title>", "a web page"),
     "pdf": (lambda: b"%PDF-1.7 ...", "a PDF"),
     "postscript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is a program"),

@@ -59,7 +59,7 @@ def test_the_manifest_says_what_was_written(tmp_path: Path, statistics: Statisti
 def test_a_record_of_another_codec_is_refused(tmp_path: Path) -> None:
     """A whole record's header is believed only where it is the environment's codec; nothing is written of another."""
     with Writer(tmp_path / "d", codec="raw", class_names=("no", "yes")) as writer:
-        with pytest.raises(ValueError, match="records here are raw; this one is of the codec number 1"):
+        with pytest.raises(ValueError, match="this environment holds raw records; this one has the codec number 1"):
             writer.put_record(header(0, "jpeg", GREY) + GREY, "a.png")
         assert len(writer) == 0
         assert writer.put_record(header(1, "raw", GREY) + GREY, "a.png") == 0
@@ -239,7 +239,7 @@ def test_after_a_full_disk_the_writer_goes_on(tmp_path: Path, statistics: Statis
                 writer.commit()
             return writer.finish(statistics, made_by={})
 
-    with files_end_at(2_000_000), pytest.raises(DatasetInvalid, match=r"its first \d records are kept, to go on from"):
+    with files_end_at(2_000_000), pytest.raises(DatasetInvalid, match=r"its first \d records are kept, to resume from"):
         write()
     (count,) = partials(tmp_path / "d").values()
     assert 0 < count < 20

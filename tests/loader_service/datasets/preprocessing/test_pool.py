@@ -40,7 +40,7 @@ def expected(items: list[Item], album: Path) -> list[tuple[str, bytes | str]]:
 
     def record(item: Item) -> bytes | str:
         if item.source.endswith(".txt"):
-            return "it is in no known picture format"
+            return "it is in no known image format"
         payload = load_picture(album / "train" / item.source).tobytes()
         return header(item.label, "raw", payload) + payload
 

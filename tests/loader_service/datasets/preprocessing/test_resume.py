@@ -119,7 +119,7 @@ def test_a_full_disk_is_survived(
     with full_disk():
         stopped = preprocess(large_album, tmp_path, "--codec=raw")
     assert stopped.exit_code == 3
-    assert "records are kept, to go on from" in stopped.output
+    assert "records are kept, to resume from" in stopped.output
     assert "Traceback" not in stopped.output
     again = preprocess(large_album, tmp_path, "--codec=raw")
     assert again.exit_code == 0

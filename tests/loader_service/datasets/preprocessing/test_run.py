@@ -106,8 +106,8 @@ def test_a_bad_file_is_skipped_and_named(album: Path, tmp_path: Path, preprocess
     result = preprocess(album, tmp_path)
     with Records(tmp_path / "train.lmdb") as records:
         rejected = {bad.source: bad.reason for bad in records.manifest.rejected}
-    assert rejected == {f"{name}/notes.txt": "it is in no known picture format" for name in ("ant", "bee", "cat")}
-    assert "rejected bee/notes.txt: it is in no known picture format" in result.output
+    assert rejected == {f"{name}/notes.txt": "it is in no known image format" for name in ("ant", "bee", "cat")}
+    assert "rejected bee/notes.txt: it is in no known image format" in result.output
     assert "3 files rejected" in result.output
     lines = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert {line["source"]: line["reason"] for line in lines} == rejected

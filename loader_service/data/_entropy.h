@@ -1,5 +1,12 @@
-/* Huffman-coded blocks of baseline JPEG (ITU T.81, annex F). A look-up gives up to two coefficients at once: how many zeros
- * stand before each, its value, and how many bits both take. */
+/* Entropy decoding of baseline JPEG (ITU T.81, annex F): Huffman-coded bits to blocks of 64 coefficients.
+ *
+ * Entry points: make_huffman() builds a table from a DHT segment; read_block() reads one block. A table look-up of LOOK_BITS
+ * bits gives up to two coefficients at once: the zeros before each, their values, and the bits that both take.
+ *
+ * Memory safety: read_block() does not check for the end of the input. The caller appends SPARE_BYTES zeros to the coded
+ * bytes, more than one unit can consume, and compares the position with the end after each unit. Every write to a block
+ * goes through PLACES, which maps each index that damaged codes can reach to one of the block's 65 items. Symbols are
+ * checked when a table is made, so that no value has more than 11 bits. */
 
 #ifndef LOADER_SERVICE_ENTROPY_H
 #define LOADER_SERVICE_ENTROPY_H
@@ -9,14 +16,15 @@
 #include <string.h>
 
 enum {
-    LOOK_BITS = 11,          /* of a look-up: a table is 16 KB. Measured: 11 to 13 are alike */
+    LOOK_BITS = 11,          /* bits of a look-up: a table is 16 KB. Measured: 11 to 13 are equally fast */
     BLOCK_ITEMS = 64,
-    END_OF_BLOCK = 128,      /* a run that leads out of any block */
-    NO_COEFFICIENT = 255,    /* a run that stands for none: as a step, 255 + 1 is 0 in eight bits */
-    SPARE_BYTES = 2048,      /* more than the six blocks of a unit can take: 6 * 64 symbols of 27 bits */
+    END_OF_BLOCK = 128,      /* as a run: leads out of any block */
+    NO_COEFFICIENT = 255,    /* as a run: no second coefficient. As a step, 255 + 1 wraps to 0 in eight bits */
+    SPARE_BYTES = 2048,      /* more than the six blocks of a unit can take: 6 * 64 symbols of 27 bits are 1,296 bytes */
 };
 
-/* Where coefficients stand in a block; those that lead out of it are dropped into its 65th item. */
+/* Place of each coefficient in a block. Indices beyond the block map to its 65th item, which is never used. The array covers
+ * every index that a k below 64 plus the runs of one entry can reach. */
 static uint8_t PLACES[BLOCK_ITEMS + 2 * END_OF_BLOCK + NO_COEFFICIENT];
 
 static const uint8_t ZIGZAG[BLOCK_ITEMS] = {
@@ -36,11 +44,11 @@ static void make_places(void)
 
 typedef struct {
     uint64_t word;           /* the next bits, the first one on top */
-    const uint8_t *next;     /* the first byte that is not wholly in it */
-    unsigned left;           /* how many bits of it count */
+    const uint8_t *next;     /* the first byte that is not completely in `word` */
+    unsigned left;           /* number of valid bits in `word` */
 } Bits;
 
-/* At least 56 bits are there afterwards; eight bytes are read at `next`. */
+/* Fill up to at least 56 valid bits. Reads eight bytes at `next`, whatever is left: see SPARE_BYTES. */
 ALWAYS_INLINE void refill(Bits *b)
 {
     uint64_t bytes;
@@ -58,9 +66,10 @@ ALWAYS_INLINE void drop(Bits *b, unsigned n)
 
 /* ---- tables ---- */
 
-/* One word, which stays in a register, from the lowest byte: bits of both coefficients, bits of the first one, run before
- * the first one, run before the second one; then two bytes for each value. No bits: longer than a look-up; then the second
- * byte has the bits of its code, and the third one its symbol, or both are 0 where the code alone is longer. */
+/* A table entry in one word, which stays in a register. From the lowest byte: bits of both coefficients, bits of the first,
+ * run before the first, run before the second; then two bytes for each value. If the first byte is 0, the coefficient needs
+ * more bits than a look-up has: the second byte then has the bits of its code and the third its symbol, or both are 0 if
+ * the code alone is longer. */
 typedef uint64_t Entry;
 
 ALWAYS_INLINE unsigned byte_of(Entry e, int i) { return (uint8_t)(e >> 8 * i); }
@@ -73,15 +82,15 @@ ALWAYS_INLINE Entry entry(unsigned bits, unsigned bits_first, unsigned run, unsi
 }
 
 typedef struct {
-    uint8_t counts[16], symbols[256]; /* as in the file: by these a table is known again */
-    int n;                   /* symbols; 0: there is no table */
+    uint8_t counts[16], symbols[256]; /* as in the file: an equal table is not built again */
+    int n;                   /* number of symbols; 0: no table */
     int is_ac;
-    uint32_t ends[17];       /* by length: the first code that is longer, as 16 bits */
+    uint32_t ends[17];       /* by length: the first longer code, left-aligned in 16 bits */
     int firsts[17];          /* by length: index of a symbol minus its code */
     Entry entries[1 << LOOK_BITS];
 } Huffman;
 
-/* What a symbol and the bits after it stand for. */
+/* The entry of one coefficient: its symbol and the value bits after it. */
 ALWAYS_INLINE Entry single(const Huffman *h, unsigned symbol, unsigned length, unsigned bits)
 {
     const unsigned size = symbol & 15, run = !h->is_ac ? 0 : symbol == 0 ? END_OF_BLOCK : symbol >> 4;
@@ -89,14 +98,14 @@ ALWAYS_INLINE Entry single(const Huffman *h, unsigned symbol, unsigned length, u
     return entry(length + size, length + size, run, NO_COEFFICIENT, value, 0);
 }
 
-/* Whether baseline JPEG of 8 bits knows a symbol. */
+/* 1 if baseline JPEG of 8 bits has this symbol. */
 static int is_symbol(unsigned symbol, int is_ac)
 {
     const unsigned size = symbol & 15;
     return !is_ac ? symbol <= 11 : size > 0 ? size <= 10 : symbol == 0x00 || symbol == 0xF0;
 }
 
-/* All look-ups that begin with one code. */
+/* Fill all entries whose look-up begins with one code. */
 static void add_singles(Huffman *h, unsigned symbol, unsigned length, uint32_t code)
 {
     const unsigned size = symbol & 15;
@@ -108,7 +117,7 @@ static void add_singles(Huffman *h, unsigned symbol, unsigned length, uint32_t c
                                                : single(h, symbol, length, i >> (LOOK_BITS - length - size));
 }
 
-/* To each look-up the coefficient that follows within its bits, if one does. */
+/* Add to each entry the second coefficient, if it fits completely into the look-up's remaining bits. */
 static void add_seconds(Huffman *h)
 {
     static Entry singles[1 << LOOK_BITS];
@@ -125,7 +134,7 @@ static void add_seconds(Huffman *h)
     }
 }
 
-/* Make a table of `n` symbols, unless it is the one that was made last; 0 if it is none that libjpeg would take. */
+/* Make a table of `n` symbols, unless `h` already is this table. Returns 0 if libjpeg would refuse it. */
 static int make_huffman(Huffman *h, const uint8_t counts[16], const uint8_t *symbols, int n, int is_ac)
 {
     if (h->n == n && memcmp(h->counts, counts, 16) == 0 && memcmp(h->symbols, symbols, (size_t)n) == 0)
@@ -138,7 +147,7 @@ static int make_huffman(Huffman *h, const uint8_t counts[16], const uint8_t *sym
         const uint32_t step = 1u << (16 - length);
         h->firsts[length] = (int)i - (int)(code / step);
         for (unsigned end = i + counts[length - 1]; i < end; i++, code += step) {
-            if (code + step > 0xFFFF || !is_symbol(symbols[i], is_ac)) /* a code of ones alone is none */
+            if (code + step > 0xFFFF || !is_symbol(symbols[i], is_ac)) /* T.81 reserves the code of all ones */
                 return 0;
             add_singles(h, symbols[i], length, code);
         }
@@ -154,7 +163,7 @@ static int make_huffman(Huffman *h, const uint8_t counts[16], const uint8_t *sym
 
 /* ---- blocks ---- */
 
-/* What is longer than a look-up, which found `e`; no bits if there is no such code. */
+/* The entry of a coefficient that is longer than a look-up, whose entry is `e`; 0 if there is no such code. */
 static __attribute__((noinline)) Entry long_entry(const Huffman *h, uint64_t word, Entry e)
 {
     unsigned length = byte_of(e, 1), symbol = byte_of(e, 2);
@@ -176,7 +185,7 @@ ALWAYS_INLINE Entry next_entry(const Huffman *h, uint64_t word)
     return __builtin_expect(byte_of(e, 0) > 0, 1) ? e : long_entry(h, word, e);
 }
 
-/* One or two coefficients; the next one's number. The second one may belong to the next block, and is then left there. */
+/* Read one or two coefficients; return the index of the next. A second one that belongs to the next block is not read. */
 TARGET_JPEG ALWAYS_INLINE unsigned read_pair(Bits *b, const Huffman *ac, int16_t *block, unsigned k)
 {
     const Entry e = next_entry(ac, b->word);
@@ -193,8 +202,8 @@ TARGET_JPEG ALWAYS_INLINE unsigned read_pair(Bits *b, const Huffman *ac, int16_t
     return k + (uint8_t)(byte_of(e, 3) + 1);
 }
 
-/* Read coefficients into a block of zeros, in natural order, with a 65th item. 0 if they are not as they should be; that
- * the bits have not ended before, the caller sees to. */
+/* Read the coefficients of one block, in natural order, into `block`: 65 zeros, the last one for dropped coefficients.
+ * Returns 0 if a code is unknown or leads out of the block. The caller checks that the input did not end before. */
 TARGET_JPEG static int read_block(Bits *bits, const Huffman *dc, const Huffman *ac, int16_t *block, int *last_dc)
 {
     Bits b = *bits; /* in registers */
@@ -204,7 +213,7 @@ TARGET_JPEG static int read_block(Bits *bits, const Huffman *dc, const Huffman *
     *last_dc += value_of(e, 0);
     block[0] = (int16_t)*last_dc;
     unsigned k = 1;
-    do { /* 56 bits are enough for a look-up that finds something, and 27 bits after it; for 27 bits twice, just so */
+    do { /* 56 bits are enough for two calls, which consume at most 27 bits each (16 of code, 11 of value) */
         refill(&b);
         k = read_pair(&b, ac, block, k);
         if (k >= BLOCK_ITEMS)

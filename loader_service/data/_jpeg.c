@@ -1,12 +1,22 @@
-/* A JPEG's pixels, of no more of it than a crop needs: the bytes that libjpeg-turbo makes of the whole.
+/* A JPEG decoder that makes only the pixels that a crop needs, with the same bytes that libjpeg-turbo makes of the whole.
  *
- * This decodes what records are, and most photographs that records are made of, and nothing else: baseline, 8 bits, YCbCr at 4:2:0, 4:2:2 or 4:4:4, one scan,
- * without restarts. At anything else, and at the first thing that is not as it should be, it says so and has nothing more
- * to say: the caller then asks libjpeg-turbo, which alone decides what is an error. So a picture is good or bad as a whole,
- * on every machine and for every crop: all coefficients are read, up to the mark of the end, but only those that the crop
- * needs are made into pixels.
+ * Entry points: decode() decodes a window of a JPEG into a buffer for the whole image and returns True, or False if this is
+ * not a JPEG for this decoder; runs_here() tells whether the CPU has AVX2 and BMI2. kernel.decode_window() calls them.
  *
- * The tables and planes are the process's own, for the next picture's are nearly always the same; the GIL guards them. */
+ * It decodes the JPEGs that records and most photographs are: baseline, 8 bits, YCbCr at 4:2:0, 4:2:2 or 4:4:4, one scan,
+ * no restart markers. At anything else, and at the first damage, it returns False without a reason: the caller then asks
+ * libjpeg-turbo, which alone decides what is an error. All coefficients are read, up to the end-of-image marker, but only
+ * the blocks that the crop needs become pixels. So an image is good or bad as a whole, whatever the crop and the machine.
+ *
+ * Memory safety, whatever the input bytes are:
+ * - decode() checks the buffer's size and that the window lies within the image, before anything else.
+ * - Segments are read within their length, which is checked against the end of the payload. The frame's size must be the
+ *   size that the caller gave, at most MAX_SIDE, so that planes of a fixed size are large enough.
+ * - Coded bytes are copied to D.coded, followed by SPARE_BYTES zeros; the position is checked after each unit (_entropy.h).
+ * - Vectors may read past a row's samples: planes have MARGIN bytes on both sides. They never write past a row of the
+ *   output: the last pixels of the image's rows go through a buffer.
+ *
+ * Tables and planes are static, because the next image nearly always has the same tables; the GIL guards them. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -23,22 +33,22 @@
 #include "_pixels.h"
 
 enum {
-    MIN_SIDE = 16,           /* libjpeg upsamples the colours of narrower pictures in another way */
-    MAX_SIDE = 1024,         /* spec.MAX_SIDE_PX */
-    MARGIN = 64,             /* bytes beside a plane's rows, which vectors may read */
+    MIN_SIDE = 16,           /* libjpeg upsamples the chroma of narrower images by another rule */
+    MAX_SIDE = 1024,         /* types.MAX_SIDE_PX */
+    MARGIN = 64,             /* bytes on both sides of a plane's rows, which vectors may read */
     STRIDE = MAX_SIDE + 2 * MARGIN,
-    MAX_BYTES = 1 << 22,     /* of a picture: more than the largest at quality 100 */
-    BLOCK_STRIDE = 80,       /* items between blocks: whole vectors, and one for what is dropped */
+    MAX_BYTES = 1 << 22,     /* of a JPEG: more than the largest at quality 100 */
+    BLOCK_STRIDE = 80,       /* items between blocks: 64, one for dropped coefficients, rounded up to whole vectors */
 };
 
 typedef struct {
-    int h, v;                /* samples in a unit of the picture, in blocks */
+    int h, v;                /* blocks per unit (MCU), across and down */
     const int16_t *quantisation;
     Huffman *dc, *ac;
     int last_dc;
 } Component;
 
-/* A picture's size in pixels, and what is needed of it: rows [top, bottom) and columns [left, right). */
+/* An image's size in pixels, and the window that is needed: rows [top, bottom) and columns [left, right). */
 typedef struct {
     int height, width;
     int top, left, bottom, right;
@@ -49,19 +59,19 @@ static struct {
     int16_t quantisation[4][BLOCK_ITEMS]; /* in natural order */
     int has_quantisation[4], has_frame;
     Huffman huffman[2][4];   /* DC and AC */
-    int has_huffman[2][4];   /* in this picture */
+    int has_huffman[2][4];   /* 1 if this image defines it: a table of an earlier image must not serve */
     uint8_t table_of[3];
     int16_t blocks[6 * BLOCK_STRIDE] __attribute__((aligned(32)));
     uint8_t coded[MAX_BYTES + SPARE_BYTES];
     uint8_t planes[3][(MAX_SIDE + 16) * STRIDE] __attribute__((aligned(64)));
 } D;
 
-/* ---- headers: each function takes a segment's content, and returns 0 at anything that is not expected ---- */
+/* ---- headers: each function takes the content of a segment, and returns 0 at anything that is not expected ---- */
 
 static int read_quantisation(const uint8_t *p, const uint8_t *end)
 {
     for (; p < end; p += 1 + BLOCK_ITEMS) {
-        if (end - p < 1 + BLOCK_ITEMS || *p > 3)
+        if (end - p < 1 + BLOCK_ITEMS || *p > 3) /* above 3: 16-bit items, or a bad index */
             return 0;
         for (int i = 0; i < BLOCK_ITEMS; i++)
             D.quantisation[*p][ZIGZAG[i]] = p[1 + i];
@@ -73,7 +83,7 @@ static int read_quantisation(const uint8_t *p, const uint8_t *end)
 static int read_huffman(const uint8_t *p, const uint8_t *end)
 {
     while (p < end) {
-        if (end - p < 17 || (*p & ~0x13) != 0)
+        if (end - p < 17 || (*p & ~0x13) != 0) /* class 0 or 1, index 0 to 3 */
             return 0;
         const int is_ac = *p >> 4, index = *p & 3;
         int n = 0;
@@ -96,18 +106,18 @@ static int read_frame(const uint8_t *p, const uint8_t *end, const Window *w)
         const uint8_t *c = p + 6 + 3 * i;
         D.components[i].h = c[1] >> 4;
         D.components[i].v = c[1] & 15;
-        if (c[0] != i + 1 || c[2] > 3 || (i > 0 && c[1] != 0x11))
+        if (c[0] != i + 1 || c[2] > 3 || (i > 0 && c[1] != 0x11)) /* JFIF's ids; one block of chroma a unit */
             return 0;
         D.table_of[i] = c[2];
     }
     D.has_frame = 1;
     const int luma = p[7];
-    return luma == 0x22 || luma == 0x21 || luma == 0x11;
+    return luma == 0x22 || luma == 0x21 || luma == 0x11; /* 4:2:0, 4:2:2, 4:4:4 */
 }
 
 static int read_scan(const uint8_t *p, const uint8_t *end)
 {
-    if (!D.has_frame || end - p != 10 || p[0] != 3 || p[7] != 0 || p[8] != 63 || p[9] != 0)
+    if (!D.has_frame || end - p != 10 || p[0] != 3 || p[7] != 0 || p[8] != 63 || p[9] != 0) /* not progressive */
         return 0;
     for (int i = 0; i < 3; i++) {
         const int id = p[1 + 2 * i], dc = p[2 + 2 * i] >> 4, ac = p[2 + 2 * i] & 15;
@@ -123,15 +133,15 @@ static int read_scan(const uint8_t *p, const uint8_t *end)
     return 1;
 }
 
-/* A segment that says nothing of the pixels. JFIF's tells that the colours are YCbCr, as they are without a word. */
+/* 1 for a segment that does not change the pixels. A JFIF segment says YCbCr, which is also the default without one. */
 static int may_skip(int marker, const uint8_t *p, const uint8_t *end)
 {
     if (marker == 0xE0)
         return end - p >= 14 && memcmp(p, "JFIF\0\1", 6) == 0;
-    return marker == 0xFE || (marker > 0xE0 && marker <= 0xEF && marker != 0xEE); /* not Adobe's, which may tell otherwise */
+    return marker == 0xFE || (marker > 0xE0 && marker <= 0xEF && marker != 0xEE); /* not Adobe's, which may say RGB */
 }
 
-/* Where the coded blocks begin; NULL if this is not a picture for us. */
+/* Read all segments up to the scan; return the start of the coded bytes, or NULL if this decoder cannot decode the image. */
 static const uint8_t *read_headers(const uint8_t *p, const uint8_t *end, const Window *w)
 {
     memset(D.has_quantisation, 0, sizeof D.has_quantisation);
@@ -158,7 +168,8 @@ static const uint8_t *read_headers(const uint8_t *p, const uint8_t *end, const W
     return NULL;
 }
 
-/* The coded bytes without the zeros after each 0xFF; no marker may interrupt them but that of the end. Their number, or -1. */
+/* Copy the coded bytes to D.coded without the zero after each 0xFF; return their number. Returns -1 if a marker other than
+ * end-of-image interrupts them. */
 static ptrdiff_t unstuff(const uint8_t *p, const uint8_t *end)
 {
     uint8_t *out = D.coded;
@@ -175,13 +186,14 @@ static ptrdiff_t unstuff(const uint8_t *p, const uint8_t *end)
         if (mark[1] != 0)
             break;
     }
-    memset(out, 0, SPARE_BYTES);
+    memset(out, 0, SPARE_BYTES); /* read_block() may read past the end; read_blocks() notices it afterwards */
     return p[-1] == 0xD9 ? out - D.coded : -1;
 }
 
 /* ---- blocks ---- */
 
-/* The unit of all components' blocks at (row, column) to their planes; 0 if one cannot be made as libjpeg-turbo does. */
+/* Transform the blocks of the unit at (row, column) into the planes. Returns 0 if a block's samples would differ from
+ * libjpeg-turbo's. */
 TARGET_JPEG static int make_unit(int row, int column)
 {
     const int16_t *tables[6];
@@ -195,7 +207,7 @@ TARGET_JPEG static int make_unit(int row, int column)
                 outs[n] = D.planes[i] + (8 * (row * c->v + y)) * STRIDE + MARGIN + 8 * (column * c->h + x);
             }
     }
-    for (int i = 0; i < n; i += 2) { /* the last of three blocks is made twice */
+    for (int i = 0; i < n; i += 2) { /* two at a time; the last of three blocks is paired with itself */
         const int other = i + 1 < n ? i + 1 : i;
         if (!inverse_dct(D.blocks + i * BLOCK_STRIDE, D.blocks + other * BLOCK_STRIDE, tables[i], tables[other], outs[i],
                          outs[other], STRIDE))
@@ -204,14 +216,15 @@ TARGET_JPEG static int make_unit(int row, int column)
     return 1;
 }
 
-/* Read all blocks, make those that a window needs; 0 if the coded bytes are not just these blocks. */
+/* Read all blocks and transform those that the window needs; 0 if the n coded bytes are damaged, too few or too many. */
 TARGET_JPEG static int read_blocks(ptrdiff_t n, const Window *w)
 {
     const int width = 8 * D.components[0].h, height = 8 * D.components[0].v, blocks = 2 + width * height / 64;
     Bits bits = {.next = D.coded};
     memset(D.blocks, 0, sizeof D.blocks);
     for (int row = 0; row * height < w->height; row++) {
-        const int needed = row * height < w->bottom + 2 && (row + 1) * height > w->top - 2; /* colours reach two pixels far */
+        /* + 2 and - 2: upsampled chroma depends on samples up to two pixels away */
+        const int needed = row * height < w->bottom + 2 && (row + 1) * height > w->top - 2;
         for (int column = 0; column * width < w->width; column++) {
             int16_t *block = D.blocks;
             for (int i = 0; i < 3; i++) {
@@ -220,20 +233,21 @@ TARGET_JPEG static int read_blocks(ptrdiff_t n, const Window *w)
                     if (!read_block(&bits, c->dc, c->ac, block, &c->last_dc))
                         return 0;
             }
-            if (bits.next - D.coded - bits.left / 8 > n)
+            if (bits.next - D.coded - bits.left / 8 > n) /* before the spare bytes run out: once per unit is enough */
                 return 0;
             if (needed && column * width < w->right + 2 && (column + 1) * width > w->left - 2 && !make_unit(row, column))
                 return 0;
             memset(D.blocks, 0, sizeof *D.blocks * BLOCK_STRIDE * (size_t)blocks);
         }
     }
-    const ptrdiff_t rest = 8 * (n - (bits.next - D.coded)) + bits.left;
+    const ptrdiff_t rest = 8 * (n - (bits.next - D.coded)) + bits.left; /* bits after the last block: padding to a byte */
     return rest >= 0 && rest < 8;
 }
 
 /* ---- pixels ---- */
 
-/* The row of a component's samples at a picture's row, and the other one that it takes a quarter of, or NULL. */
+/* The row of samples of component i for row y of the image. *far is the second row of vertical upsampling, with a weight
+ * of 1/4, or NULL if the component has all rows. */
 static const uint8_t *sample_row(int i, int y, const Window *w, const uint8_t **far)
 {
     const uint8_t *plane = D.planes[i] + MARGIN;
@@ -245,7 +259,7 @@ static const uint8_t *sample_row(int i, int y, const Window *w, const uint8_t **
     return plane + near * STRIDE;
 }
 
-/* What is beyond the ends of rows is what is at their ends. */
+/* Repeat the first and last chroma sample of each row beyond its ends, as libjpeg does for the pixels at the edges. */
 static void extend_rows(const Window *w)
 {
     const int width = (w->width + 1) / 2, height = D.components[0].v == 2 ? (w->height + 1) / 2 : w->height;
@@ -274,6 +288,7 @@ TARGET_JPEG ALWAYS_INLINE void make_pixels(uint8_t *out, int item, const Window 
             for (int i = 0; i < 2; i++)
                 c[i] = halved ? upsampled(near[i + 1] + x / 2, far[i + 1] == NULL ? NULL : far[i + 1] + x / 2)
                               : _mm256_loadu_si256((const __m256i *)(near[i + 1] + x));
+            /* A whole step may overwrite pixels right of the window, but never beyond the image's row. */
             write_pixels(x + STEP_PX <= w->width ? at : last, item, luma, c[0], c[1]);
             if (x + STEP_PX > w->width)
                 memcpy(at, last, (size_t)(item * (w->width - x)));
@@ -360,7 +375,7 @@ static PyObject *runs_here(PyObject *module, PyObject *args)
 
 static PyMethodDef METHODS[] = {
     {"decode", decode, METH_VARARGS, decode_doc},
-    {"runs_here", runs_here, METH_NOARGS, "runs_here(): whether this machine's processor can run it."},
+    {"runs_here", runs_here, METH_NOARGS, "runs_here(): True if this CPU can run decode()."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,4 +1,4 @@
-"""The decoder of parts of JPEGs; see _jpeg.c. Sizes and places are checked before anything is written."""
+"""The decoder of parts of JPEGs; see _jpeg.c. It checks sizes and windows before it writes anything."""
 
 from typing import Any
 

@@ -1,8 +1,13 @@
-/* The compiled kernel: raw records to samples, frames to slots, and positions to record numbers, a slice at a call.
+/* The compiled kernel: the inner loops of the loader, one slice per call.
  *
- * What the bytes are is defined by the NumPy forms in augment.py and order.py, which tests compare with these bit for
- * bit. Nothing that is passed in is believed: buffers' sizes and draws are checked before the first byte is written,
- * records as they are reached. Work is done without the GIL. */
+ * Entry points (see METHODS): augment() makes samples from raw records, copy() copies a frame to a slot, add() adds an image
+ * to the sums of preprocessing, walk() computes record numbers of positions, forms() lists the forms that this CPU can run.
+ * The NumPy forms in augment.py, kernel.py and order.py define the bytes; tests compare these forms with them bit for bit.
+ *
+ * Memory safety: no argument is trusted. Sizes, item sizes and layout of all buffers, and all draws, are checked before the
+ * first byte is written; a record's length and codec are checked when it is reached. Row functions read and write exactly
+ * their bytes (_rows.h). The buffers are held while the work runs without the GIL; `draws` must be memory that no other
+ * process can write, or it could change after the check. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -15,32 +20,32 @@
 #include "_rows.h"
 
 enum {
-    MAX_SIDE = 1024,         /* spec.MAX_SIDE_PX: records are squares of at most so many pixels of 3 bytes */
-    HEADER_BYTES = 16,       /* little endian: u32 label, u8 codec, 3 bytes of padding, u64 checksum */
+    MAX_SIDE = 1024,         /* types.MAX_SIDE_PX: largest side of a record, in pixels of 3 bytes */
+    HEADER_BYTES = 16,       /* codecs.HEADER, little endian: u32 label, u8 codec, 3 bytes of padding, u64 checksum */
     CODEC_RAW = 0,
     CACHE_LINE = 64,         /* bytes */
 
-    /* How far ahead rows are fetched, which a crop needs: its rows are too short, and its pages too many, for the
-     * processor to see where it goes. Measured: source and destination gain 5 % each; 4 to 16 rows are alike. */
+    /* Rows that are prefetched ahead. A crop's rows are too short, and on too many pages, for the hardware prefetcher.
+     * Measured: 5 % more samples each for source and destination; 4 to 16 rows are equally fast. */
     SOURCE_AHEAD = 8,
     OUT_AHEAD = 4,
 };
 
-/* spec.DRAWS */
+/* types.DRAWS */
 typedef struct {
     int16_t y, x;
     uint8_t flip, padding;
     int16_t shift[3];
 } Draw;
-_Static_assert(sizeof(Draw) == 12, "spec.DRAWS has items of 12 bytes");
+_Static_assert(sizeof(Draw) == 12, "types.DRAWS has items of 12 bytes");
 
-/* Where a sample comes from and goes to. */
+/* Source and destination of one sample. */
 typedef struct {
     const uint8_t *from;     /* the crop's first pixel in its record */
-    const uint8_t *next;     /* the next sample's: only fetched ahead, never believed to be there */
-    void *out;               /* side x side x 3 of uint8, or of float or float16 where there is a mean */
-    ptrdiff_t item;          /* bytes of one */
-    const float *mean;       /* the mean's window in the same orientation, rows of `row` floats; NULL for uint8 */
+    const uint8_t *next;     /* that of the next sample: only prefetched, so it need not be readable */
+    void *out;               /* side x side x 3 of uint8, or of float or float16 with a mean */
+    ptrdiff_t item;          /* bytes of one output item: 1, 2 or 4 */
+    const float *mean;       /* the mean's window in the sample's orientation, rows of `row` floats; NULL for uint8 */
     ptrdiff_t side;
     ptrdiff_t row;           /* bytes in a row of the record */
     int mirrored;
@@ -53,7 +58,7 @@ typedef void Stream(uint8_t *out, const uint8_t *in, ptrdiff_t n);
 
 /* ---- one sample ---- */
 
-/* The source goes on to the next sample; it waits in the second-level cache. */
+/* Prefetch the source row SOURCE_AHEAD rows ahead into the second-level cache; past the last row, a row of the next sample. */
 ALWAYS_INLINE void fetch_source(const Sample *s, ptrdiff_t r)
 {
     const ptrdiff_t ahead = r + SOURCE_AHEAD;
@@ -92,14 +97,15 @@ ALWAYS_INLINE void make_sample(Row *row, Halves *halves, const Sample *s)
     }
 }
 
-/* Whether a sample is whole cache lines, two rows at a time. */
+/* 1 if two rows of a sample are whole cache lines: non-temporal stores need that. */
 static inline int can_stream(const Sample *s)
 {
     return s->mean == NULL && s->side % 2 == 0 && 6 * s->side % CACHE_LINE == 0 && (uintptr_t)s->out % CACHE_LINE == 0;
 }
 
-/* The same, written past the caches: what is overwritten is not read first, and the records' pages stay in them.
- * Nobody reads a sample here again: a device, a socket or another process does. Measured: 12 % more samples. */
+/* make_sample() with non-temporal stores: the destination's lines are not read before they are overwritten, and the
+ * records' pages stay in the caches. This process does not read a sample again; a device, a socket or another process
+ * does. Measured: 12 % more samples. */
 ALWAYS_INLINE void stream_sample(Row *row, Stream *stream, const Sample *s)
 {
     const ptrdiff_t n = 3 * s->side;
@@ -113,7 +119,7 @@ ALWAYS_INLINE void stream_sample(Row *row, Stream *stream, const Sample *s)
     }
 }
 
-/* ---- the forms, the best first ---- */
+/* ---- the forms, best first ---- */
 
 static void sample_c(const Sample *s) { make_sample(row_c, halves_c, s); }
 static int always(void) { return 1; }
@@ -159,9 +165,9 @@ enum { N_FORMS = sizeof FORMS / sizeof *FORMS };
 
 typedef struct {
     const Form *form;
-    Py_buffer images, draws, labels, numbers, at, mean; /* at and mean: obj is NULL where not given */
+    Py_buffer images, draws, labels, numbers, at, mean; /* at and mean: obj is NULL if not given */
     Py_buffer *values;
-    Py_ssize_t n, held;      /* records; how many of their values are held */
+    Py_ssize_t n, held;      /* number of records; number of values whose buffers are held */
     Py_ssize_t samples;      /* per record */
     ptrdiff_t side;          /* of a crop, in pixels */
     ptrdiff_t record_side;   /* of a record */
@@ -188,7 +194,7 @@ static void make_record(const Slice *s, Py_ssize_t record)
             .row = 3 * s->record_side,
             .mirrored = draw->flip != 0,
         };
-        if (s->mean.obj != NULL) { /* the mean image, then its mirror image: the window is mirrored by its place */
+        if (s->mean.obj != NULL) { /* mean image and mirror image: a mirrored window starts at the mirrored column */
             ptrdiff_t x = draw->flip ? s->record_side - s->side - draw->x : draw->x;
             ptrdiff_t y = draw->y + (draw->flip ? s->record_side : 0);
             sample.mean = (const float *)s->mean.buf + 3 * (y * s->record_side + x);
@@ -198,13 +204,14 @@ static void make_record(const Slice *s, Py_ssize_t record)
     }
 }
 
-/* Make records until one is not raw; returns how many were made. */
+/* Make the samples of records until one is not raw; return the number of records made. */
 static Py_ssize_t make_slice(const Slice *s)
 {
     const Py_ssize_t value_bytes = HEADER_BYTES + 3 * s->record_side * s->record_side;
     for (Py_ssize_t i = 0; i < s->n; i++) {
         if (s->at.obj != NULL) {
-            /* Before its first byte is read: a page that cannot be read kills the process here. */
+            /* Store the number before the first byte is read: a page that cannot be read kills the process here, and the
+             * node then names the record. The fence keeps the compiler from moving the store. */
             *(volatile int64_t *)s->at.buf = ((const int64_t *)s->numbers.buf)[i];
             __atomic_signal_fence(__ATOMIC_SEQ_CST);
         }
@@ -269,7 +276,7 @@ static int get_images(Slice *s, PyObject *images, int floats)
         return -1;
     const Py_ssize_t item = s->images.itemsize;
     if (floats ? item != 4 && item != 2 : item != 1) {
-        PyErr_Format(PyExc_ValueError, "images has items of %zd bytes; they are of 1, and of 2 or 4 where a mean is given", item);
+        PyErr_Format(PyExc_ValueError, "images has items of %zd bytes; needed are 1, or 2 or 4 with a mean", item);
         return -1;
     }
     const Py_ssize_t *shape = s->images.shape + s->images.ndim - 3;
@@ -331,7 +338,7 @@ static PyObject *augment(PyObject *module, PyObject *args)
 
 /* ---- frames ---- */
 
-/* Past the caches, as samples are and for the same reasons, where the CPU can. */
+/* Copy with non-temporal stores if the CPU can, for the same reasons as stream_sample(). */
 static void copy_bytes(uint8_t *out, const uint8_t *in, size_t n)
 {
 #if defined(__x86_64__)
@@ -376,7 +383,7 @@ static PyObject *copy(PyObject *module, PyObject *args)
 
 /* ---- sums ---- */
 
-/* A row of n pixels: to their sums, and to those of the products of their channels. */
+/* Add a row of n pixels to the sums of pixels, and to the sums of products of channels. */
 ALWAYS_INLINE void add_row(const uint8_t *in, ptrdiff_t n, uint16_t *total, int64_t products[9])
 {
     int16_t planes[3][MAX_SIDE];
@@ -387,7 +394,7 @@ ALWAYS_INLINE void add_row(const uint8_t *in, ptrdiff_t n, uint16_t *total, int6
         total[i] = (uint16_t)(total[i] + in[i]);
     for (int a = 0; a < 3; a++)
         for (int b = a; b < 3; b++) {
-            int32_t sum = 0; /* MAX_SIDE * 255 * 255 at most */
+            int32_t sum = 0; /* at most MAX_SIDE * 255 * 255, so 32 bits are enough */
             for (ptrdiff_t i = 0; i < n; i++)
                 sum += planes[a][i] * planes[b][i];
             products[3 * a + b] += sum;
@@ -493,7 +500,7 @@ static PyObject *walk(PyObject *module, PyObject *args)
         const uint64_t *key = keys.buf;
         for (uint64_t i = 0; i < n; i++) {
             uint64_t value = start + i;
-            do { /* a bijection of [0, 2 ** bits), again until the value falls below count: two times at most, on average */
+            do { /* apply the bijection of [0, 2 ** bits) until the value falls below count: twice at most, on average */
                 uint64_t low = value & low_mask, high = value >> low_bits;
                 for (uint64_t r = 0; r < rounds; r++)
                     if (r % 2 == 0)
@@ -534,7 +541,7 @@ static PyMethodDef METHODS[] = {
     {"copy", copy, METH_VARARGS, copy_doc},
     {"add", add, METH_VARARGS, add_doc},
     {"walk", walk, METH_VARARGS, walk_doc},
-    {"forms", forms, METH_NOARGS, "forms(): the names of the forms that this machine can run, the best first."},
+    {"forms", forms, METH_NOARGS, "forms(): names of the forms that this machine can run, best first."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,4 +1,4 @@
-"""The compiled forms; see _kernel.c. Arrays are C-contiguous, and checked for size before they are written."""
+"""The compiled kernel; see _kernel.c. It takes C-contiguous arrays, and checks their sizes before it writes anything."""
 
 from typing import Any
 

@@ -1,5 +1,13 @@
-/* Coefficients to pixels, as libjpeg-turbo's default does it: the accurate integer inverse DCT (jidctint), "fancy"
- * upsampling of the colours, and JFIF's YCbCr to RGB; the same sixteen- and thirty-two-bit steps, so the same bytes. */
+/* Coefficients to pixels: the inverse DCT, chroma upsampling and colour conversion of libjpeg-turbo's defaults, with AVX2.
+ *
+ * Entry points: inverse_dct() makes the samples of two blocks; upsampled() doubles chroma samples; write_pixels() converts
+ * 32 pixels from YCbCr to RGB. The algorithms are libjpeg-turbo's: the accurate integer inverse DCT (jidctint), "fancy"
+ * upsampling (jdsample), and JFIF's YCbCr to RGB (jdcolor), with the same 16- and 32-bit steps. So the bytes are the same;
+ * tests/loader_service/data/test_codecs.py compares them.
+ *
+ * Memory safety: all functions read and write whole vectors. inverse_dct() writes 8 rows of 8 bytes per block; upsampled()
+ * reads from near - 1 to near + 16, and likewise at `far`; write_pixels() writes 32 * item bytes. The caller provides planes
+ * with margins, and a buffer for the last pixels of a row. */
 
 #ifndef LOADER_SERVICE_PIXELS_H
 #define LOADER_SERVICE_PIXELS_H
@@ -9,19 +17,19 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { STEP_PX = 32 };       /* pixels that are coloured at a step */
+enum { STEP_PX = 32 };       /* pixels that one call of write_pixels() makes */
 
-/* ---- the inverse DCT, of two blocks at once: one in each half of a vector ---- */
+/* ---- the inverse DCT, of two blocks at once: one in each 128-bit half of a vector ---- */
 
 #define PAIR(a, b) _mm256_set1_epi32((int)((uint32_t)(uint16_t)(a) | (uint32_t)(uint16_t)(b) << 16))
 
-/* Constants of the algorithm of Loeffler, Ligtenberg and Moschytz, times 2 ** 13. */
+/* Constants of the algorithm of Loeffler, Ligtenberg and Moschytz (1989), times 2 ** 13. */
 enum {
     F_0_298 = 2446, F_0_390 = 3196, F_0_541 = 4433, F_0_765 = 6270, F_0_899 = 7373, F_1_175 = 9633,
     F_1_501 = 12299, F_1_847 = 15137, F_1_961 = 16069, F_2_053 = 16819, F_2_562 = 20995, F_3_072 = 25172,
 };
 
-/* Half of the columns: sums of products in 32 bits, of items that stand side by side. */
+/* One dimension of four of the eight columns: 32-bit sums of products of interleaved 16-bit items. */
 TARGET_JPEG ALWAYS_INLINE void half_pass(__m256i out[8], __m256i sum04, __m256i difference04, __m256i v26, __m256i v71,
                                          __m256i v53, __m256i sums, int descale)
 {
@@ -46,7 +54,7 @@ TARGET_JPEG ALWAYS_INLINE void half_pass(__m256i out[8], __m256i sum04, __m256i 
     }
 }
 
-/* One dimension: v[i] are the eight columns' items i. */
+/* One dimension of the transform; v[i] holds item i of the eight columns. */
 TARGET_JPEG ALWAYS_INLINE void pass(__m256i v[8], int descale)
 {
     const __m256i zero = _mm256_setzero_si256();
@@ -92,8 +100,9 @@ TARGET_JPEG ALWAYS_INLINE void store_rows(uint8_t *out, ptrdiff_t stride, __m128
     _mm_storel_epi64((__m128i *)(out + stride), _mm_unpackhi_epi64(rows, rows));
 }
 
-/* Two blocks of 64 coefficients, with their quantisation tables, to 8 x 8 samples each. 0 where a coefficient of the first
- * row is eight times what pixels give: if it is alone in its column, libjpeg-turbo's sixteen bits overflow as ours do not. */
+/* Transform two blocks of 64 coefficients, with their quantisation tables, to 8 x 8 samples each. Returns 0 if a coefficient
+ * of the first row is eight times what any pixels give: if it is alone in its column, libjpeg-turbo takes a shortcut whose
+ * 16 bits overflow, and the bytes would differ. */
 TARGET_JPEG static int inverse_dct(const int16_t *block, const int16_t *block2, const int16_t *table, const int16_t *table2,
                                     uint8_t *out, uint8_t *out2, ptrdiff_t stride)
 {
@@ -102,10 +111,10 @@ TARGET_JPEG static int inverse_dct(const int16_t *block, const int16_t *block2, 
         v[i] = _mm256_mullo_epi16(both(block + 8 * i, block2 + 8 * i), both(table + 8 * i, table2 + 8 * i));
     if (!_mm256_testz_si256(_mm256_add_epi16(v[0], _mm256_set1_epi16(8192)), _mm256_set1_epi16((int16_t)0xC000)))
         return 0;
-    pass(v, 11);
+    pass(v, 11); /* columns; keeps 2 fraction bits, as jidctint's PASS1_BITS */
     transpose(v);
-    pass(v, 18);
-    /* v[i] are now columns: to bytes, and to rows, two of them in each half of rows[i] */
+    pass(v, 18); /* rows; removes them, and the DCT's factor of 8 */
+    /* v[i] is now column i. Pack to bytes and transpose back, to two rows in each half of rows[i]. */
     __m256i quarters[4], rows[4];
     for (int i = 0; i < 2; i++) {
         const __m256i even = _mm256_packs_epi16(v[4 * i], v[4 * i + 2]), odd = _mm256_packs_epi16(v[4 * i + 1], v[4 * i + 3]);
@@ -118,7 +127,7 @@ TARGET_JPEG static int inverse_dct(const int16_t *block, const int16_t *block2, 
         rows[2 * i + 1] = _mm256_unpackhi_epi32(quarters[2 * i], quarters[2 * i + 1]);
     }
     for (int i = 0; i < 4; i++) {
-        const __m256i row = _mm256_xor_si256(rows[i], _mm256_set1_epi8(-128)); /* plus 128 */
+        const __m256i row = _mm256_xor_si256(rows[i], _mm256_set1_epi8(-128)); /* adds 128, JPEG's level shift */
         store_rows(out + 2 * i * stride, stride, _mm256_castsi256_si128(row));
         store_rows(out2 + 2 * i * stride, stride, _mm256_extracti128_si256(row, 1));
     }
@@ -127,21 +136,22 @@ TARGET_JPEG static int inverse_dct(const int16_t *block, const int16_t *block2, 
 
 /* ---- colours ---- */
 
-/* 16 samples as 16-bit items. */
+/* Load 16 samples as 16-bit items. */
 TARGET_JPEG ALWAYS_INLINE __m256i widened(const uint8_t *at)
 {
     return _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)at));
 }
 
-/* Three quarters of a row's samples and one of the next row's, times four. */
+/* 3 * near + 1 * far: the vertical step of h2v2 fancy upsampling, times four. */
 TARGET_JPEG ALWAYS_INLINE __m256i row_sum(const uint8_t *near, const uint8_t *far)
 {
     const __m256i n = widened(near);
     return _mm256_add_epi16(_mm256_add_epi16(n, _mm256_add_epi16(n, n)), widened(far));
 }
 
-/* 32 pixels' samples of 16 that stand in `near`, and of the row beside it where there are half as many rows (`far`; else
- * NULL): of each two pixels the left one takes a quarter of the sample to the left, the right one of that to the right. */
+/* Upsample 16 chroma samples at `near` to 32 pixels. With half as many rows, `far` is the same place in the nearer
+ * neighbour row; else NULL. Of each two pixels, the left one is 3/4 its sample plus 1/4 the sample to the left, the right
+ * one 3/4 plus 1/4 the sample to the right. The rounding constants (8 and 7, 1 and 2) are libjpeg's ordered dither. */
 TARGET_JPEG ALWAYS_INLINE __m256i upsampled(const uint8_t *near, const uint8_t *far)
 {
     __m256i here, left, right, even, odd;
@@ -162,14 +172,14 @@ TARGET_JPEG ALWAYS_INLINE __m256i upsampled(const uint8_t *near, const uint8_t *
     return _mm256_or_si256(even, _mm256_slli_epi16(odd, 8));
 }
 
-/* (2 x * factor / 2 ** 16, rounded half up) / 2: the fraction of a colour's factor, in 16 bits. */
+/* x * factor / 2 ** 16 with libjpeg-turbo's rounding, in 16 bits: (2 x * factor / 2 ** 16 + 1) / 2. */
 TARGET_JPEG ALWAYS_INLINE __m256i fraction(__m256i twice, int factor)
 {
     const __m256i product = _mm256_mulhi_epi16(twice, _mm256_set1_epi16((int16_t)factor));
     return _mm256_srai_epi16(_mm256_add_epi16(product, _mm256_set1_epi16(1)), 1);
 }
 
-/* 16 pixels: red, green and blue as 16-bit items, not yet clipped. */
+/* Convert 16 pixels to red, green and blue as 16-bit items, not yet clipped. */
 TARGET_JPEG ALWAYS_INLINE void colours(__m256i rgb[3], __m256i y, __m256i cb, __m256i cr)
 {
     const __m256i half = _mm256_set1_epi32(1 << 15), weights = PAIR(-22554, 18734); /* -.34414 and 1 - .71414 */
@@ -185,7 +195,7 @@ TARGET_JPEG ALWAYS_INLINE void colours(__m256i rgb[3], __m256i y, __m256i cb, __
     rgb[2] = _mm256_add_epi16(y, _mm256_add_epi16(cb2, fraction(cb2, -14942))); /* 1.77200 - 2 */
 }
 
-/* Which pixel's byte of channel c stands where in the third k of 16 pixels. */
+/* Shuffle of channel c into third k of 16 interleaved RGB pixels; 0x80 writes 0. */
 static uint8_t PLACES_RGB[3][3][16];
 
 static void make_places_rgb(void)
@@ -195,7 +205,7 @@ static void make_places_rgb(void)
             PLACES_RGB[j / 16][c][j % 16] = (uint8_t)(j % 3 == c ? j / 3 : 0x80);
 }
 
-/* 32 pixels of red, green, blue and 255, from 16 in each half of three vectors. */
+/* Write 32 pixels as red, green, blue, 255. */
 TARGET_JPEG ALWAYS_INLINE void write_fours(uint8_t *out, const __m256i rgb[3])
 {
     const __m256i full = _mm256_set1_epi8(-1);
@@ -212,7 +222,7 @@ TARGET_JPEG ALWAYS_INLINE void write_fours(uint8_t *out, const __m256i rgb[3])
     }
 }
 
-/* 32 pixels of 3 bytes, or of 4, whose last is 255. */
+/* Convert 32 pixels and write them with `item` bytes each: 3, or 4 with 255 as the last. */
 TARGET_JPEG ALWAYS_INLINE void write_pixels(uint8_t *out, int item, __m256i y, __m256i cb, __m256i cr)
 {
     const __m256i zero = _mm256_setzero_si256();

@@ -1,12 +1,15 @@
-/* One row of a sample, in the forms that CPUs can run: crop, mirror and colour shift in one pass.
+/* One row of a sample in each kernel form: crop, mirror and colour shift in one pass.
  *
- * A row function reads the n bytes (n / 3 pixels) at `in` and writes n bytes to `out`:
+ * Entry points: row_c, row_avx2, row_avx512 and row_neon read the n bytes (n / 3 pixels) at `in` and write n bytes to `out`:
  *
- *     out[3 i + c] = clip(in[3 j + c] + shift[c], 0, 255)      j = i, or n / 3 - 1 - i where mirrored
+ *     out[3 i + c] = clip(in[3 j + c] + shift[c], 0, 255)      j = i, or n / 3 - 1 - i if mirrored
  *
- * It reads and writes exactly these bytes: a neighbouring sample may belong to another process. The vector forms step
- * by whole pixels, so that one pattern of shifts and one shuffle serve every step, and mirroring costs what copying
- * does. The last step overlaps the one before it, and writes the same bytes there.
+ * halves_c and halves_avx2 subtract the mean and convert to float16; stream_avx512 copies past the caches.
+ *
+ * Memory safety: a row function reads and writes exactly these bytes, because the neighbouring sample may belong to another
+ * process, and the record may end at the end of mapped memory. Rows shorter than a vector step go to row_c. The vector
+ * forms step by whole pixels, so that one shift pattern and one shuffle serve every step, and mirroring is as fast as
+ * copying. The last step overlaps the one before it and writes the same bytes there.
  */
 
 #ifndef LOADER_SERVICE_ROWS_H
@@ -18,7 +21,8 @@
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-/* A colour shift as two saturating steps, of which one is 0 in each channel; repeated, for vectors of pixels. */
+/* A colour shift as two saturating steps, add `up` and subtract `down`; one of them is 0 in each channel. Repeated to fill
+ * vectors of pixels. */
 typedef struct {
     uint8_t up[64], down[64];
 } Shift;
@@ -44,7 +48,7 @@ ALWAYS_INLINE void row_c(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mirro
         }
 }
 
-/* The nearest float16, ties to even, as NumPy and CPUs have it. */
+/* Convert to the nearest float16, ties to even, bit for bit as NumPy and F16C do. */
 ALWAYS_INLINE uint16_t to_half(float value)
 {
     uint32_t bits, rest;
@@ -52,17 +56,17 @@ ALWAYS_INLINE uint16_t to_half(float value)
     const uint32_t size = bits & 0x7fffffff;
     float small;
     memcpy(&small, &size, sizeof small);
-    small += 0.5f; /* whose last bit is the smallest float16: the sum is rounded to it */
+    small += 0.5f; /* the last bit of 0.5f is 2^-24, the smallest float16: this addition rounds to it */
     memcpy(&rest, &small, sizeof rest);
     const uint32_t subnormal = rest - 0x3f000000;
     const uint32_t normal = (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13;
     uint32_t half = size < 0x38800000 ? subnormal : normal; /* 2^-14 */
-    half = size < 0x47800000 ? half : 0x7c00;               /* 2^16: infinite */
-    half = size > 0x7f800000 ? 0x7e00 : half;               /* not a number */
+    half = size < 0x47800000 ? half : 0x7c00;               /* from 2^16 on: infinite */
+    half = size > 0x7f800000 ? 0x7e00 : half;               /* NaN */
     return (uint16_t)(bits >> 16 & 0x8000) | (uint16_t)half;
 }
 
-/* n pixels' values minus the mean's, as float16. */
+/* Write n pixel values minus the mean's as float16. */
 ALWAYS_INLINE void halves_c(uint16_t *out, const uint8_t *pixels, const float *mean, ptrdiff_t n)
 {
     for (ptrdiff_t i = 0; i < n; i++)
@@ -76,7 +80,7 @@ ALWAYS_INLINE void halves_c(uint16_t *out, const uint8_t *pixels, const float *m
 #define TARGET_AVX2 __attribute__((target("avx2,f16c")))
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vbmi,avx2,f16c")))
 
-/* Not all compilers know __builtin_cpu_supports("f16c"). */
+/* By cpuid, because not all compilers know __builtin_cpu_supports("f16c"). */
 static inline int has_f16c(void)
 {
     unsigned a, b, c, d;
@@ -95,8 +99,8 @@ TARGET_AVX2 static inline void halves_avx2(uint16_t *out, const uint8_t *pixels,
     halves_c(out + i, pixels + i, mean + i, n - i);
 }
 
-/* Ten pixels a step, five in each half of a vector: shuffles do not cross halves. The halves' loads overlap by two
- * bytes, at 0 and 14, so that no byte outside of the 30 is read: half 0 ends, and half 14 begins, with a byte too many. */
+/* Ten pixels a step, five in each half of a vector, because byte shuffles do not cross the halves. The halves are loaded at
+ * bytes 0 and 14 and overlap by two, so that no byte outside of the 30 is read; each has one byte that is not used. */
 TARGET_AVX2 static inline void row_avx2(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mirrored, const Shift *shift)
 {
     enum { STEP = 30 };
@@ -122,7 +126,7 @@ TARGET_AVX2 static inline void row_avx2(uint8_t *out, const uint8_t *in, ptrdiff
         v = _mm256_shuffle_epi8(v, order);
         v = _mm256_subs_epu8(_mm256_adds_epu8(v, ups), downs);
         __m128i high = _mm256_extracti128_si256(v, 1);
-        /* 16, 8 and 8 bytes for 15 and 15: each store puts the last byte of the one before it right. */
+        /* Stores of 16, 8 and 8 bytes for 15 and 15: each store overwrites the wrong last byte of the one before it. */
         _mm_storeu_si128((__m128i *)(out + done), _mm256_castsi256_si128(v));
         _mm_storel_epi64((__m128i *)(out + done + 15), high);
         _mm_storel_epi64((__m128i *)(out + done + 22), _mm_srli_si128(high, 7));
@@ -154,7 +158,7 @@ TARGET_AVX512 static inline void row_avx512(uint8_t *out, const uint8_t *in, ptr
     }
 }
 
-/* n bytes to whole cache lines, written past the caches; until finish_streams() others may not see them. */
+/* Copy n bytes to whole cache lines with non-temporal stores. Other cores may not see them before finish_streams(). */
 TARGET_AVX512 static inline void stream_avx512(uint8_t *out, const uint8_t *in, ptrdiff_t n)
 {
     for (ptrdiff_t i = 0; i < n; i += 64)

@@ -1,4 +1,4 @@
-"""``python -m tools.export`` is ``loader-service export``."""
+"""The entry ``python -m tools.export``; it is the same as ``loader-service export``."""
 
 import sys
 

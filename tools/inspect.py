@@ -1,4 +1,4 @@
-"""``python -m tools.inspect`` is ``loader-service inspect``."""
+"""The entry ``python -m tools.inspect``; it is the same as ``loader-service inspect``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``python -m tools.preprocess`` is ``loader-service preprocess``."""
+"""The entry ``python -m tools.preprocess``; it is the same as ``loader-service preprocess``."""
 
 import sys
 

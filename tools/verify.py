@@ -1,4 +1,4 @@
-"""``python -m tools.verify`` is ``loader-service verify``."""
+"""The entry ``python -m tools.verify``; it is the same as ``loader-service verify``."""
 
 import sys
 

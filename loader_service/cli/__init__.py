@@ -1,7 +1,7 @@
-"""The command line: start, status, top, doctor, keygen; preprocess, verify, inspect, export.
+"""The command line ``loader-service``: start, status, top, doctor, keygen; preprocess, verify, inspect, export.
 
-Exit codes: 0 done, 2 an option that cannot work, 3 the dataset, 4 the network, 5 shared memory, 6 a saved state,
-7 the node itself; see ``errors``. Where options come from: ``options``.
+Exit codes: 0 success, 2 invalid option, 3 dataset, 4 network, 5 shared memory, 6 saved state, 7 node failure; see
+``errors``. Option values come from flags, environment variables and a configuration file; see ``options``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from loader_service.cli.options import VARIABLES, Group, LazyCommands
 
 @click.group(
     cls=Group,
-    # In the order of --help: run a node, watch it, set it up; then the commands for datasets.
+    # In the order of --help: run, watch and set up a node; then the dataset commands.
     commands=LazyCommands(
         {
             "start": "loader_service.cli.start",
@@ -36,4 +36,4 @@ from loader_service.cli.options import VARIABLES, Group, LazyCommands
 )
 @click.version_option(__version__)
 def main() -> None:
-    """Serve batches of augmented images to training jobs: every sample exactly once, whatever dies."""
+    """Serve batches of augmented images to training jobs, every sample exactly once per epoch."""

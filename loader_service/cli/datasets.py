@@ -1,4 +1,4 @@
-"""``loader-service preprocess``, ``verify``, ``inspect`` and ``export``: make datasets of pictures, and look into them."""
+"""``loader-service preprocess``, ``verify``, ``inspect`` and ``export``: make a dataset from images, and examine it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from loader_service.types import MAX_SIDE_PX, MIN_SIDE_PX, RECORD_SIDE_PX
 
 
 class DatasetCommand(Job, Command):
-    """A command that works on a dataset until it is done."""
+    """A command that processes a dataset: a Job whose options can be set in the configuration file."""
 
 
 class _Source(click.Path):
-    """A path that is there, or a URL."""
+    """The type of an argument that is an existing path or a URL."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return Url(value) if URL.fullmatch(str(value)) else super().convert(value, param, ctx)
@@ -44,39 +44,39 @@ _SOURCE = _Source(path_type=Path, exists=True)
     "--layout",
     type=click.Choice(["auto", *LAYOUTS, "table"]),
     default="auto",
-    help="How SRC is laid out; found out where it can be.",
+    help="Layout of SRC; auto detects it.",
 )
 @option("--val", type=_SOURCE, help="Source of the validation split.")
 @option(
     "--val-fraction",
     type=click.FloatRange(0, 1, max_open=True),
-    help="Share of each class to take for validation; 0 for none. "
-    f"[default: {VALIDATION_SHARE}, where SRC holds no validation split]",
+    help="Fraction of each class to use for validation; 0 for none. "
+    f"[default: {VALIDATION_SHARE}, if SRC has no validation split]",
 )
 @option(
     "--val-list",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="File that names the pictures to take for validation, as CLASS/name.jpg, one a line; the rest is for training.",
+    help="File that lists the images of the validation split, one CLASS/name.jpg per line; the rest is for training.",
 )
-@option("--classes", default="", help="Take only these classes; names with commas between them.")
+@option("--classes", default="", help="Use only these classes: names, separated by commas.")
 @option(
     "--codec",
     type=click.Choice(["raw", "jpeg", "centered", "auto"]),
     default="auto",
-    help="Of the records; centered has the mean image subtracted, exactly, in 16 bits. "
-    "auto takes raw if all of them fit into half of the memory.",
+    help="Codec of the records: raw pixels, jpeg, or centered (mean image subtracted, lossless, 16 bits). "
+    "auto selects raw if all records fit into half of the memory, else jpeg.",
 )
 @option(
     "--quality",
     type=click.IntRange(1, 100),
     default=DEFAULT_PARAMETERS["jpeg"]["quality"],
-    help="Of jpeg records.",
+    help="Quality of jpeg records.",
 )
 @option(
     "--size",
     type=click.IntRange(MIN_SIDE_PX, MAX_SIDE_PX),
     default=RECORD_SIDE_PX,
-    help="How wide and high records are, in pixels; crops are 7/8 of it unless a loader is told otherwise.",
+    help="Width and height of the records in pixels; crops are 7/8 of it by default.",
 )
 @option(
     "--workers",
@@ -89,23 +89,23 @@ _SOURCE = _Source(path_type=Path, exists=True)
     "--seed",
     type=click.IntRange(0, 2**64 - 1),
     default=0,
-    help="Of the order and of --val-fraction.",
+    help="Seed of the order of records and of --val-fraction.",
 )
 @option(
     "--max-bad",
     type=click.FloatRange(0, 1),
     default=0.1,
-    help="Share of bad files at which to give up.",
+    help="Stop if more than this fraction of the files is bad.",
 )
 @option(
     "--file-timeout",
     type=click.FloatRange(0, min_open=True),
     default=60.0,
-    help="Seconds that one file may take.",
+    help="Seconds after which a file that is still being decoded counts as bad.",
 )
-@option("--dry-run", is_flag=True, help="Only say what would be done.")
-@option("--json", is_flag=True, help="A summary on stdout, as JSON.")
-@option("--replace", is_flag=True, help="Replace a dataset in OUT that was made from something else.")
+@option("--dry-run", is_flag=True, help="Show what would be done, and stop.")
+@option("--json", is_flag=True, help="Print a summary as JSON.")
+@option("--replace", is_flag=True, help="Replace a dataset in OUT that was made from other input or options.")
 def preprocess(
     src: Path | Url,
     out: Path,
@@ -117,11 +117,12 @@ def preprocess(
     json: bool,
     **options: Any,
 ) -> None:
-    """Make OUT/train.lmdb and OUT/val.lmdb of the pictures in SRC.
+    """Convert the images in SRC to OUT/train.lmdb and OUT/val.lmdb.
 
-    SRC is a folder or a tar archive of CLASS/name.jpg, or of such folders below train/ and val/ (or valid/, validation/,
-    test/); ImageNet's archives in a folder, as distributed or from Kaggle; WebDataset shards; CIFAR-10's binary batches; or
-    a table (.csv, .tsv, .jsonl) of path and label. Folders and archives may also lie behind a URL (s3://, gs://, https://).
+    SRC is a folder or tar archive with CLASS/name.jpg, or with train/ and val/ (or valid/, validation/, test/) that contain
+    such folders; a folder with ImageNet's archives, as distributed or from Kaggle; WebDataset shards; CIFAR-10's binary
+    batches; or a table (.csv, .tsv, .jsonl) of path and label. Folders and archives can also be URLs (s3://, gs://,
+    https://). An interrupted run resumes if the same command runs again.
     """
     names = tuple(name.strip() for name in classes.split(",") if name.strip())
     inputs = Inputs(src, layout, val, val_fraction, val_list, names)
@@ -134,7 +135,11 @@ def preprocess(
 @click.command(cls=DatasetCommand)
 @argument("path", type=click.Path(path_type=Path))
 def verify(path: Path) -> None:
-    """Check every record of the environment at PATH, and what its manifest says; print its fingerprint."""
+    """Check all records of the dataset at PATH.
+
+    Checks every record, the counts, the statistics and the golden samples against the manifest. Prints the fingerprint; the
+    exit code is 0 only if the dataset is sound.
+    """
     click.echo(verifying.verify(path))
 
 
@@ -143,11 +148,14 @@ def verify(path: Path) -> None:
 @option(
     "--pictures",
     type=click.Path(path_type=Path, file_okay=False),
-    help=f"Write {', '.join(inspecting.PICTURES)} here.",
+    help=f"Write {', '.join(inspecting.PICTURES)} to this directory.",
 )
 @option("--json", is_flag=True, help="Print the summary as JSON.")
 def inspect(path: Path, pictures: Path | None, json: bool) -> None:
-    """Show what is in the environment at PATH."""
+    """Show a summary of the dataset at PATH.
+
+    Prints the counts, classes, colour statistics and rejected files.
+    """
     summary = inspecting.summarise(path)
     written = inspecting.write_pictures(path, pictures) if pictures else []
     click.echo(msgspec.json.encode(summary) if json else "\n".join(inspecting.describe(summary)))
@@ -162,8 +170,8 @@ def inspect(path: Path, pictures: Path | None, json: bool) -> None:
     "--format",
     type=click.Choice([form.value for form in exporting.ExportFormat]),
     default=exporting.ExportFormat.FOLDER.value,
-    help="An image folder, or WebDataset shards.",
+    help="Format of the export: an image folder (CLASS/NUMBER.png or .jpg), or WebDataset shards.",
 )
 def export(path: Path, out: Path, format: str) -> None:  # noqa: A002
-    """Write every record of the environment at PATH into OUT, as files CLASS/NUMBER or as shards of samples."""
+    """Write all records of the dataset at PATH as files to OUT."""
     click.echo(f"{out}: {exporting.export(path, out, exporting.ExportFormat(format)):,} records")

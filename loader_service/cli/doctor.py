@@ -1,4 +1,4 @@
-"""``loader-service doctor``: whether a node would run here, and well."""
+"""``loader-service doctor``: check that a node can run on this machine, and run well."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ from loader_service.node.health import Check, State
     type=click.IntRange(1, 1024),
     default=defaults.WORKERS,
     show_default="one per CPU",
-    help="Worker processes that the node is to have.",
+    help="Worker processes of the planned node.",
 )
-@option("--bind", default=defaults.ADDRESS, help="Address that the node is to listen at.")
-@option("--keys", type=click.Path(path_type=Path), help="Directory of the node's keys.")
+@option("--bind", default=defaults.ADDRESS, help="Address that the planned node listens on.")
+@option("--keys", type=click.Path(path_type=Path), help="Directory of the planned node's keys.")
 def doctor(data: Path, workers: int, bind: str, keys: Path | None) -> None:
-    """Tell whether a node would run here, and well: one line per check; exit code 1 if one has failed."""
+    """Check that a node can run on this machine.
+
+    Prints one line per check: ok, warning or failed, with a remedy. The exit code is 1 if a check failed.
+    """
     checks = [
         check_pillow(),
         check_kernel(),
@@ -48,23 +51,24 @@ def doctor(data: Path, workers: int, bind: str, keys: Path | None) -> None:
 
 
 def check_pillow() -> Check:
-    """Whether PIL is the build that the house preprocesses with."""
+    """Check that the installed PIL is the reference build for preprocessing, and the only one."""
     versions = {}
     for name in ("pillow-simd", "pillow"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found = " and ".join(f"{name} {version}" for name, version in versions.items()) or "no PIL is installed"
+    found = " and ".join(f"{name} {version}" for name, version in versions.items()) or "not installed"
     wanted = "pillow-simd" if platform.machine() == "x86_64" else "pillow"
     if versions.keys() == {wanted}:
         return Check("PIL", State.OK, found)
-    remedy = f"preprocess with {wanted} alone, since others resize more slowly and to other bytes: `make setup`"
+    # Both packages install the module PIL: the one installed last wins, whatever the metadata says.
+    remedy = f"other builds are slower and resize to other bytes: `make setup` installs {wanted} alone"
     return Check("PIL", State.WARNING, found, remedy)
 
 
 def check_kernel() -> Check:
-    """Whether crop and jitter run compiled, with the processor's vector instructions, and how JPEGs are decoded."""
+    """Check that the kernel runs in its best form; report how far JPEGs are decoded."""
     what = "kernel"
     try:
         form = kernel.chosen()
@@ -72,10 +76,9 @@ def check_kernel() -> Check:
         return Check(what, State.FAILED, str(error), f"unset {kernel.VARIABLE}")
     best = kernel.FORMS[0]
     if form != best:
-        return Check(what, State.WARNING, f"{form}, where {best} could run", f"unset {kernel.VARIABLE}")
+        return Check(what, State.WARNING, f"{form}; this machine can run {best}", f"unset {kernel.VARIABLE}")
     if form == "numpy":
-        return Check(
-            what, State.WARNING, "plain NumPy, ten times slower", "install a C compiler, then `make clean setup`"
-        )
-    part = "as far as a crop needs" if kernel.decodes_windows() else "whole"
-    return Check(what, State.OK, f"{form}; JPEGs are decoded {part}")
+        remedy = "install a C compiler, then run `make clean setup`"
+        return Check(what, State.WARNING, "not compiled; NumPy is ten times slower", remedy)
+    part = "only the part that a crop needs" if kernel.decodes_windows() else "whole images"
+    return Check(what, State.OK, f"{form}; JPEG decoding: {part}")

@@ -1,7 +1,7 @@
-"""Commands that work until they are done: how their errors and signals end.
+"""Commands that run to completion: their errors and signals become messages and exit codes.
 
-A deliberate error is shown as its sentence and ends with its exit code; Ctrl-C ends with 130 and SIGTERM with 143, both
-after every ``with`` block has been left, so that nothing stays behind.
+A LoaderServiceError prints its message and ends with its exit code. Ctrl-C ends with 130 and SIGTERM with 143, both after
+all ``with`` blocks have cleaned up.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Job(click.Command):
     """A command whose errors and signals become exit codes; see the module."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it."""
+        """Run the command; turn errors and signals into exit codes."""
         signal.signal(signal.SIGTERM, _leave)
         try:
             return super().invoke(ctx)
         except LoaderServiceError as error:
             click.echo(f"{ctx.command_path}: {error}", err=True)
             ctx.exit(error.exit_code)
-        except OSError as error:  # a disk that is full, a folder that may not be written
+        except OSError as error:  # for example a full disk, or a folder without write permission
             what = f"{error.filename}: " if error.filename else ""
             click.echo(f"{ctx.command_path}: {what}{error.strerror or error}", err=True)
             ctx.exit(LoaderServiceError.exit_code)
@@ -38,4 +38,4 @@ class Job(click.Command):
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+    raise SystemExit(128 + number)  # an exception, so that `with` and `finally` blocks run

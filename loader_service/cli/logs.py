@@ -1,4 +1,4 @@
-"""How log lines look: for people, or one JSON object per line for programs."""
+"""The format of log lines: text for people, or one JSON object per line for programs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import msgspec
 FORMATS: Final = ("text", "json")
 LEVELS: Final = ("debug", "info", "warning", "error")
 
+# logging stores the caller's `extra` as attributes of the record, among its own: these are its own. Python 3.12 adds
+# taskName; the other two are set by formatters.
 _STANDARD: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per record: ``time`` (ISO 8601, UTC), ``level``, ``logger``, ``message``, ``fields``.
+    """A formatter that writes one JSON object per record: ``time`` (ISO 8601, UTC), ``level``, ``logger``, ``message``, ``fields``.
 
-    ``fields`` are what the caller gave as ``extra``, such as the worker and the record that a line is about;
-    ``exception`` is there if one was logged.
+    ``fields`` holds what the caller passed as ``extra``, for example the worker and the record that the line is about.
+    ``exception`` holds the traceback, if one was logged.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """A record as JSON, in one line."""
+        """Return a record as JSON in one line."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -37,7 +39,12 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(style: str, level: str) -> None:
-    """Send all log lines to standard error, in one of FORMATS, from one of LEVELS upwards."""
+    """Send log lines to standard error.
+
+    Args:
+        style: one of FORMATS.
+        level: minimum level, one of LEVELS.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         JsonFormatter()

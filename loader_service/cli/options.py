@@ -1,12 +1,14 @@
-"""Where an option's value comes from: flag, environment variable, configuration file, default; in this order.
+"""The values of options: flag, environment variable, configuration file, default, in this order of precedence.
 
-Written once, for every command, by the rule of this file:
+The same rule holds for every command:
 
-- the flag ``--log-format`` of ``start`` is the variable ``LOADER_SERVICE_START_LOG_FORMAT`` (a switch is on for ``1`` or
-  ``true``) and the key ``log-format`` in the table ``[start]`` of the configuration file; an argument such as ADDRESS
-  likewise;
-- the file is the one that ``--config`` or ``LOADER_SERVICE_CONFIG`` names, else ``loader-service.toml`` in the working
-  directory, if there is one. It is checked whole: a table or key that means nothing is an error, not a surprise.
+- The flag ``--log-format`` of ``start`` is also the environment variable ``LOADER_SERVICE_START_LOG_FORMAT`` (a switch is on
+  for ``1`` or ``true``) and the key ``log-format`` in the table ``[start]`` of the configuration file. So are arguments such
+  as ADDRESS.
+- The configuration file is named by ``--config`` or ``LOADER_SERVICE_CONFIG``, else it is ``loader-service.toml`` in the
+  working directory, if that exists. The whole file is checked: an unknown table or key is an error.
+
+This module also holds the classes of commands and of the group of commands.
 """
 
 from __future__ import annotations
@@ -24,19 +26,21 @@ import click
 from loader_service.errors import LoaderServiceError, OptionError
 
 VARIABLES: Final = "LOADER_SERVICE"
-"""What the name of every environment variable begins with."""
+"""Prefix of all environment variables."""
 
 CONFIG_FILE: Final = Path("loader-service.toml")
+"""Configuration file in the working directory, read if it exists and no other is named."""
 
 option = partial(click.option, show_default=True, show_envvar=True)
 hidden_option = partial(click.option, hidden=True, allow_from_autoenv=False)
+"""Declares an option between a program and the node that it starts; it must not come from the user's environment."""
 
 
 class Argument(click.Argument):
-    """An argument that, as an option does, also listens to the environment."""
+    """An argument that, like an option, can be set by an environment variable."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        """The value of this argument's variable, if it is set."""
+        """Return the value of the argument's environment variable, if it is set."""
         self.envvar = variable(ctx, self)
         return super().resolve_envvar_value(ctx)
 
@@ -45,7 +49,7 @@ argument = partial(click.argument, cls=Argument)
 
 
 class Command(click.Command):
-    """A command whose options can stand in a configuration file."""
+    """A command whose options can be set in a configuration file."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,22 +59,22 @@ class Command(click.Command):
                 type=click.Path(dir_okay=False, path_type=Path),
                 envvar=f"{VARIABLES}_CONFIG",
                 show_envvar=True,
-                show_default=f"{CONFIG_FILE}, where it exists",
-                is_eager=True,
+                show_default=f"{CONFIG_FILE}, if it exists",
+                is_eager=True,  # before the other options are given their defaults
                 expose_value=False,
                 callback=_read_config,
-                help="TOML file with values for options.",
+                help="TOML file with option values.",
             )
         )
 
 
 class LazyCommands(MutableMapping[str, click.Command]):
-    """Commands by name; a command's module is imported when the command is first looked up.
+    """A mapping from names to commands that imports a command's module when the command is first looked up.
 
-    The commands for datasets import PIL and rich, 100 ms of processor time that ``start`` does not need.
+    The dataset commands import PIL and rich: more than 100 ms of CPU time that ``start`` does not need.
 
     Args:
-        modules: module of each command by name, in the order of --help; the command bears its name there.
+        modules: module of each command by name, in the order of --help. In its module, the command has the same name.
     """
 
     def __init__(self, modules: Mapping[str, str]) -> None:
@@ -101,16 +105,16 @@ class LazyCommands(MutableMapping[str, click.Command]):
 
 
 class Group(click.Group):
-    """Shows deliberate errors as their sentence and ends with their exit code."""
+    """A group of commands. A LoaderServiceError prints its message and ends with its exit code."""
 
     command_class = Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
-        """Return the commands' names in the order in which they were given, which is that of --help."""
+        """Return the names of the commands in the order of --help."""
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command that was named."""
+        """Run a command; turn errors and Ctrl-C into exit codes."""
         try:
             return super().invoke(ctx)
         except LoaderServiceError as error:
@@ -121,7 +125,7 @@ class Group(click.Group):
 
 
 def variable(ctx: click.Context, parameter: click.Parameter) -> str:
-    """The environment variable of a command's parameter."""
+    """Return the name of the environment variable of a command's parameter."""
     if parameter.envvar and not isinstance(parameter, Argument):
         return str(parameter.envvar)
     assert parameter.name is not None
@@ -129,7 +133,7 @@ def variable(ctx: click.Context, parameter: click.Parameter) -> str:
 
 
 def keys(command: click.Command) -> dict[str, click.Parameter]:
-    """What may stand in a command's table of the configuration file, by name: its public options and arguments."""
+    """Return the keys of a command's table in the configuration file: its public options and arguments, by name."""
     found = {}
     for parameter in command.params:
         if isinstance(parameter, click.Option) and parameter.hidden:
@@ -141,7 +145,7 @@ def keys(command: click.Command) -> dict[str, click.Parameter]:
 
 
 def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
-    """Make a file's values the defaults of the command that runs."""
+    """Use the values of the configuration file as defaults of the command that runs."""
     if path is None and not CONFIG_FILE.exists():
         return
     path = path or CONFIG_FILE
@@ -163,13 +167,17 @@ def _parsed(path: Path) -> dict[str, Any]:
 def _checked(
     tables: dict[str, Any], path: Path, group: click.Group, ctx: click.Context
 ) -> dict[str, dict[str, str | int | float | bool]]:
-    """The values of each command, by the names of its parameters."""
+    """Check the whole configuration file; return the values of each command by the names of its parameters.
+
+    Raises:
+        OptionError: a table, key or value is not valid; the error names it.
+    """
     checked: dict[str, dict[str, str | int | float | bool]] = {}
     for name, table in tables.items():
         if name not in group.commands:
-            raise OptionError(f"{path}: {name}", table, f"a table for a command: {', '.join(sorted(group.commands))}")
+            raise OptionError(f"{path}: {name}", table, f"a table of a command: {', '.join(sorted(group.commands))}")
         if not isinstance(table, dict):
-            raise OptionError(f"{path}: {name}", table, f"a table, [{name}], with the command's options in it")
+            raise OptionError(f"{path}: {name}", table, f"a table, [{name}], with the command's options")
         known = keys(group.commands[name])
         checked[name] = {}
         for key, value in table.items():

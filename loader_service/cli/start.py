@@ -1,4 +1,4 @@
-"""``loader-service start`` and ``keygen``: a node, and the keys that let others reach it."""
+"""``loader-service start`` and ``keygen``: run a node, and make the keys with which other machines reach it."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ log = logging.getLogger("loader_service.node")
 @option(
     "--bind",
     default=defaults.ADDRESS,
-    help="Address to listen at: tcp://HOST:PORT (port * picks one) or ipc://PATH.",
+    help="Address to listen on: tcp://HOST:PORT (port * picks a free one) or ipc://PATH.",
 )
 @option(
     "--keys",
     type=click.Path(path_type=Path),
-    help="Directory of this node's keys (see keygen); needed where others can reach it.",
+    help="Directory of the node's keys (see keygen); required if other machines can reach the address.",
 )
-@option("--insecure", is_flag=True, help="Let other machines reach the node without keys.")
+@option("--insecure", is_flag=True, help="Serve other machines without keys and encryption.")
 @option(
     "--io-threads",
     type=click.IntRange(1, 64),
     default=defaults.CONNECTIONS,
-    show_default="one per 4 CPUs, 4 at most",
+    show_default="one per 4 CPUs, at most 4",
     help="Threads that send slices to other machines.",
 )
-@option("--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there, at /metrics.")
-@option("--log-format", type=click.Choice(logs.FORMATS), default="text", help="How log lines look.")
-@option("--log-level", type=click.Choice(logs.LEVELS), default="info", help="The least grave lines that are shown.")
-@hidden_option("--parent", type=int, help="End when this process, the starter, does.")
-@hidden_option("--quiet", is_flag=True, help="Say nothing but warnings.")
+@option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics at http://HOST:PORT/metrics.")
+@option("--log-format", type=click.Choice(logs.FORMATS), default="text", help="Format of log lines.")
+@option("--log-level", type=click.Choice(logs.LEVELS), default="info", help="Minimum log level.")
+@hidden_option("--parent", type=int, help="Process id of the starter; the node ends when that process ends.")
+@hidden_option("--quiet", is_flag=True, help="Print warnings only.")
 def start(
     data: Path,
     workers: int,
@@ -98,7 +98,7 @@ def start(
 
 
 class _Metrics:
-    """A hook that starts to serve when it is first called: a node may have no threads before it has forked."""
+    """A metrics hook that starts its server at the first call: a node may have no threads before it has forked workers."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -107,7 +107,7 @@ class _Metrics:
     def __call__(self, metrics: NodeMetrics) -> None:
         if self._exporter is None:
             self._exporter = Exporter(self._address, "node")
-            log.info("metrics are at %s", self._exporter.url, extra={"url": self._exporter.url})
+            log.info("serving metrics at %s", self._exporter.url, extra={"url": self._exporter.url})
         self._exporter(metrics)
 
     def __enter__(self) -> _Metrics:
@@ -121,12 +121,11 @@ class _Metrics:
 @click.command(cls=Command)
 @argument("directory", type=click.Path(path_type=Path))
 def keygen(directory: Path) -> None:
-    """Make the keys of a node and of a client in DIRECTORY."""
+    """Write the keys of a node and its clients to DIRECTORY."""
     for path in generate(directory):
-        click.echo(f"made {path}")
-    click.echo(
-        f"node: start --keys {directory}; clients: server_key={directory}/node.key, client_key={directory}/client.secret"
-    )
+        click.echo(f"wrote {path}")
+    click.echo(f"node:    loader-service start --keys {directory}")
+    click.echo(f"clients: server_key={directory}/node.key, client_key={directory}/client.secret")
 
 
 def _announcement(dispatcher: Dispatcher, facts: dict[Split, DatasetFacts], workers: int) -> str:

@@ -1,4 +1,4 @@
-"""``loader-service status`` and ``top``: how a node is, once or live."""
+"""``loader-service status`` and ``top``: show the state and rates of a node, once or live."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from loader_service.wire.messages import Status
 
 
 def _node_options(function: Callable[..., None]) -> Callable[..., None]:
-    """What it takes to ask a node: its address, patience, and keys where it has them."""
-    for decorate in (
+    """Add the options of a connection to a node: address, timeout and keys."""
+    for decorate in (  # applied in this order, so --help lists them in the reverse one
         option("--client-key", help="File with this client's secret key."),
-        option("--server-key", help="File with the node's public key, for a node that has keys."),
+        option("--server-key", help="File with the node's public key, if the node has keys."),
         option("--timeout", type=click.FloatRange(min=0), default=5.0, help="Seconds to wait for an answer."),
         argument("address", default=defaults.ADDRESS),
     ):
@@ -41,10 +41,13 @@ def _node_options(function: Callable[..., None]) -> Callable[..., None]:
     "--interval",
     type=click.FloatRange(min=0),
     default=0.5,
-    help="Seconds over which rates are measured; 0 asks once, for rates since the node's start.",
+    help="Seconds over which rates are measured; 0 gives the averages since the node's start.",
 )
 def status(json: bool, interval: float, **node: Any) -> None:
-    """Show how the node at ADDRESS is; exit code 4 if there is none."""
+    """Show the state and rates of the node at ADDRESS.
+
+    The exit code is 4 if no node answers.
+    """
     ask = _asker(**node)
     before = ask() if interval else None
     if before:
@@ -61,11 +64,14 @@ def status(json: bool, interval: float, **node: Any) -> None:
 
 @click.command(cls=Command)
 @_node_options
-@option("--interval", type=click.FloatRange(min=0.1), default=1.0, help="Seconds between two looks.")
+@option("--interval", type=click.FloatRange(min=0.1), default=1.0, help="Seconds between updates.")
 def top(interval: float, **node: Any) -> None:
-    """Watch the node at ADDRESS until Ctrl-C; exit code 4 if there is none at the start."""
+    """Watch the node at ADDRESS live, until Ctrl-C.
+
+    The exit code is 4 if no node answers at the start.
+    """
     ask = _asker(**node)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it, too, gives the cursor back
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave by an exception: Live shows the cursor
     try:
         before = ask()
         screen = _screen(before, Rates.between(None, before))
@@ -73,7 +79,7 @@ def top(interval: float, **node: Any) -> None:
             while not threading.Event().wait(interval):
                 try:
                     after = ask()
-                except NoNodeError as error:  # it may be restarted, and then goes on being watched
+                except NoNodeError as error:  # keep the last screen: the node may be restarted
                     live.update(Group(screen, Text(str(error), style="bold red")), refresh=True)
                     continue
                 screen = _screen(after, Rates.between(before, after))
@@ -90,7 +96,7 @@ def _asker(address: str, timeout: float, server_key: str | None, client_key: str
 
 
 def _screen(answer: Status, rates: Rates) -> Group:
-    """Everything about a node, for people."""
+    """Return everything about a node as one renderable."""
     return Group(*map(Text, _lines(answer, rates)), _tables(answer, rates))
 
 
@@ -98,8 +104,8 @@ def _lines(answer: Status, rates: Rates) -> list[str]:
     return [
         f"node {answer.instance[:8]} at {answer.address}, version {answer.version}, up {answer.uptime_s:.0f} s",
         *(f"  {split}: {fingerprint}" for split, fingerprint in answer.splits.items()),
-        f"{answer.leases} leases out, {answer.queued} requests queued, "
-        f"{answer.send_slots_used} of {answer.send_slots} send slots used; {answer.reassigned} reassigned, "
+        f"{answer.leases} active leases, {answer.queued} queued requests, "
+        f"{answer.send_slots_used} of {answer.send_slots} send slots in use; {answer.reassigned} leases reassigned, "
         f"{answer.restarts} workers restarted, {answer.bad_samples} bad samples, {answer.refused} messages refused",
         f"{rates.samples:,.0f} samples/s, {rates.delivered_bytes / 1e6:,.1f} MB/s; workers busy {rates.busy:.0%}: "
         + ", ".join(f"{stage} {share:.0%}" for stage, share in rates.stages.items()),

@@ -1,4 +1,4 @@
-"""The command line's reference, compared with the commands."""
+"""The command-line reference docs/cli.md agrees with the commands."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "cli.md"
 
 
 def test_it_is_up_to_date() -> None:
-    """docs/cli.md is what the commands say now; else: python -m tools.reference > docs/cli.md."""
+    """docs/cli.md equals the generated reference; if not, run: python -m tools.reference > docs/cli.md."""
     assert DOCUMENT.read_text(encoding="utf-8") == reference()
 
 
 @pytest.mark.parametrize("name", sorted(main.commands))
 def test_every_option_of_every_command_is_in_it(name: str) -> None:
-    """Each public option has a row with its flag and its environment variable in its command's section."""
+    """Each public option has a row with its flag and environment variable in the section of its command."""
     section = DOCUMENT.read_text(encoding="utf-8").split(f"\n## {name}\n", 1)[1].split("\n## ", 1)[0]
     options = [p for p in main.commands[name].params if isinstance(p, click.Option) and not p.hidden]
     flags = {flag for option in options for flag in option.opts} - {"--config"}

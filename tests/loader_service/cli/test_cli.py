@@ -1,4 +1,4 @@
-"""The command line: what it prints and how it ends."""
+"""The command line prints what scripts and people need, and ends with meaningful exit codes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,28 @@ from loader_service.cli import main
 from loader_service.prometheus import Exporter
 
 
+def test_commands_are_listed_in_a_sensible_order() -> None:
+    """--help lists the commands of nodes, then those of datasets, each with a whole summary."""
+    lines = CliRunner().invoke(main, ["--help"]).output.partition("Commands:\n")[2].splitlines()
+    names = [line.split()[0] for line in lines]
+    assert (
+        names
+        == [*["start", "status", "top", "doctor", "keygen", "preprocess", "verify", "inspect", "export"]]
+        == list(main.commands)
+    )
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
+def test_starting_a_node_imports_no_dataset_command() -> None:
+    """The entry point and `start` leave rich and the preprocessing modules out, which would slow down every start."""
+    program = (
+        "import sys, loader_service.cli as cli; cli.main.commands['start']; "
+        "print([m for m in ('rich', 'loader_service.datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "[]\n"
+
+
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "loader_service", *arguments], capture_output=True, text=True, timeout=30, check=False
@@ -21,14 +43,14 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_status_as_json(node_address: str) -> None:
-    """The JSON has what scripts rely on."""
+    """The JSON has the fields that scripts rely on."""
     answer = json.loads(_run("status", node_address, "--json").stdout)
     assert {"instance", "workers", "clients", "reassigned", "restarts", "leases", "splits"} <= set(answer)
     assert [{"pid", "state"} <= set(worker) for worker in answer["workers"]] == [True, True]
 
 
 def test_status_for_people(node_address: str) -> None:
-    """The table names the node and its workers."""
+    """The text shows the node and a table of its workers."""
     done = _run("status", node_address)
     assert done.returncode == 0
     assert "worker" in done.stdout
@@ -47,7 +69,7 @@ def test_status_for_people(node_address: str) -> None:
     ids=str,
 )
 def test_errors_are_a_sentence_and_an_exit_code(arguments: tuple[str, ...], code: int, sentence: str) -> None:
-    """No traceback for anything a user can do."""
+    """A user's mistake gives one sentence and an exit code, never a traceback."""
     done = _run(*arguments)
     assert done.returncode == code
     assert sentence in done.stderr
@@ -55,21 +77,21 @@ def test_errors_are_a_sentence_and_an_exit_code(arguments: tuple[str, ...], code
 
 
 def test_a_port_that_is_taken(node_address: str, dataset_dir: Path) -> None:
-    """A second node at one address says so and ends with the network's code."""
+    """A second node on the same address names it and ends with the network's exit code."""
     done = _run("start", "--data", str(dataset_dir), "--bind", node_address)
     assert done.returncode == 4
     assert "cannot be bound" in done.stderr
 
 
 def test_a_node_that_would_be_refused(other_decoder: None, dataset_dir: Path) -> None:
-    """One that makes other samples than its clients will demand does not start."""
+    """A node whose samples differ from those that clients demand does not start."""
     done = CliRunner().invoke(main, ["start", "--data", str(dataset_dir), "--bind", "tcp://127.0.0.1:*"])
     assert done.exit_code == 7
     assert "clients would refuse the samples" in done.stderr
 
 
 def test_metrics_where_somebody_is(dataset_dir: Path) -> None:
-    """A node that cannot serve its metrics does not start, and says why."""
+    """A node that cannot serve its metrics reports the reason and does not start."""
     with Exporter("127.0.0.1:0", "node") as taken:
         address = taken.url.removeprefix("http://").removesuffix("/metrics")
         done = _run("start", "--data", str(dataset_dir), "--bind", "tcp://127.0.0.1:*", "--metrics", address)

@@ -1,4 +1,4 @@
-"""What the doctor prints, and how it ends."""
+"""The doctor prints one line per check and ends with a meaningful exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loader_service.data import kernel
 
 
 def test_a_sound_machine(dataset_dir: Path) -> None:
-    """One line per check, each with its state, and exit code 0 where none has failed."""
+    """Every check prints one line with its state; without a failure the exit code is 0."""
     command = ["doctor", "--data", str(dataset_dir), "--workers", "1", "--bind", "tcp://127.0.0.1:*"]
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
@@ -24,7 +24,7 @@ def test_a_sound_machine(dataset_dir: Path) -> None:
 
 
 def test_a_failed_check(tmp_path: Path) -> None:
-    """What has failed says so at the line's start, and the exit code is 1."""
+    """A failed check's line starts with "failed", and the exit code is 1."""
     done = CliRunner().invoke(main, ["doctor", "--data", str(tmp_path), "--bind", "tcp://127.0.0.1:*"])
     assert done.exit_code == 1
     assert "failed   dataset: there is no dataset at" in done.output
@@ -32,7 +32,7 @@ def test_a_failed_check(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "state"), [("numpy", "warning"), ("abacus", "failed")])
 def test_the_kernel(name: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The slowest form is a warning, and one that cannot run a failure."""
+    """The slowest kernel form is a warning; an unknown form is a failure."""
     monkeypatch.setenv(kernel.VARIABLE, name)
     kernel.chosen.cache_clear()
     try:
@@ -42,16 +42,16 @@ def test_the_kernel(name: str, state: str, monkeypatch: pytest.MonkeyPatch) -> N
         kernel.chosen.cache_clear()
 
 
-@pytest.mark.parametrize(("in_part", "said"), [(True, "as far as a crop needs"), (False, "whole")])
+@pytest.mark.parametrize(("in_part", "said"), [(True, "only the part that a crop needs"), (False, "whole images")])
 def test_how_jpegs_are_decoded(in_part: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the form it says whether a worker decodes JPEGs in part."""
+    """The kernel's line also reports whether workers decode JPEGs in part."""
     monkeypatch.setattr(kernel, "FORMS", ("avx2", "numpy"))
     monkeypatch.setattr(kernel, "chosen", lambda: "avx2")
     monkeypatch.setattr(kernel, "decodes_windows", lambda: in_part)
-    assert check_kernel().found == f"avx2; JPEGs are decoded {said}"
+    assert check_kernel().found == f"avx2; JPEG decoding: {said}"
 
 
 def test_two_pils(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock Pillow beside pillow-simd, or none at all, is a warning."""
+    """Stock Pillow and pillow-simd installed together are a warning."""
     monkeypatch.setattr("importlib.metadata.version", lambda name: "12")
     assert (check_pillow().state, check_pillow().found) == ("warning", "pillow-simd 12 and pillow 12")

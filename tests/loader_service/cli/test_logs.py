@@ -1,4 +1,4 @@
-"""Log lines for programs and for people."""
+"""Log lines have a JSON format for programs and a text format for people."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _root_as_before() -> Iterator[None]:
 
 
 def test_a_json_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Time, level, logger, message, and the fields that the caller gave; one line, whatever is in it."""
+    """A JSON line has time, level, logger, message and the caller's fields, and stays one line whatever the message."""
     logs.set_up("json", "info")
     log = logging.getLogger("loader_service.test")
     log.warning("worker %d\nis gone", 3, extra={"worker": 3, "path": Path("x")})
@@ -46,7 +46,7 @@ def test_a_json_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_exception_is_part_of_the_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """A traceback does not tear a JSON line apart."""
+    """A traceback stays within its JSON line."""
     logs.set_up("json", "info")
     try:
         raise ValueError("oh")
@@ -57,7 +57,7 @@ def test_an_exception_is_part_of_the_line(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_line_for_people(capsys: pytest.CaptureFixture[str]) -> None:
-    """Time, logger and message, from the level upwards."""
+    """A text line has time, logger and message; lines below the level are left out."""
     logs.set_up("text", "warning")
     log = logging.getLogger("loader_service.test")
     log.info("nobody sees this")
@@ -67,7 +67,7 @@ def test_a_line_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_node_that_logs_json(dataset_dir: Path) -> None:
-    """Every line that such a node says is a JSON object; a worker's death has the worker in its fields."""
+    """Every log line of a node is a JSON object, and that of a worker's death names the worker in its fields."""
     command = [sys.executable, "-m", "loader_service", "start", "--data", str(dataset_dir), "--workers", "1"]
     command += ["--bind", "tcp://127.0.0.1:*", "--metrics", "127.0.0.1:0", "--log-format", "json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as node:

@@ -1,4 +1,4 @@
-"""Where an option's value comes from, and what is wrong with a configuration file."""
+"""Options take values from flag, environment, file and default; errors in a configuration file are named."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Run = Callable[..., Result]
 @option("--insecure", is_flag=True)
 @hidden_option("--parent", type=int)
 def serve(**options: object) -> None:
-    """Print what it was given."""
+    """Print the values of all options."""
     click.echo(" ".join(f"{name}={value}" for name, value in sorted(options.items())))
 
 
 @click.group(cls=Group, context_settings={"auto_envvar_prefix": VARIABLES})
 def group() -> None:
-    """A command line like ours."""
+    """A group of commands with the same classes as loader-service."""
 
 
 group.add_command(serve)
@@ -35,7 +35,7 @@ group.add_command(serve)
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """``run(*arguments, config="...", **environment)``: in a folder whose loader-service.toml has that text."""
+    """``run(*arguments, config="...", **environment)``: run ``serve`` in a folder with that loader-service.toml."""
     monkeypatch.chdir(tmp_path)
 
     def invoke(*arguments: str, config: str | None = None, **environment: str) -> Result:
@@ -48,7 +48,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_flag_before_variable_before_file_before_default(run: Run) -> None:
-    """Each place in turn is overruled by the one before it."""
+    """A flag overrides the variable, the variable overrides the file, the file overrides the default."""
     config = "[serve]\nworkers = 2\n"
     assert "workers=1" in run().output
     assert "workers=2" in run(config=config).output
@@ -57,7 +57,7 @@ def test_flag_before_variable_before_file_before_default(run: Run) -> None:
 
 
 def test_arguments_and_switches_likewise(run: Run) -> None:
-    """An argument has a variable and a key, and a switch is true in either."""
+    """Arguments and switches can be set by a variable or a key, like options with values."""
     config = '[serve]\naddress = "file"\ninsecure = true\nlog-format = "json"\n'
     assert run(config=config).output == "address=file insecure=True log_format=json parent=None workers=1\n"
     assert "address=variable insecure=False" in run(config=config, SERVE_ADDRESS="variable", SERVE_INSECURE="0").output
@@ -65,7 +65,7 @@ def test_arguments_and_switches_likewise(run: Run) -> None:
 
 
 def test_another_file(run: Run, tmp_path: Path) -> None:
-    """--config or its variable names a file, and then the working directory's is not read."""
+    """If --config or its variable names a file, the file in the working directory is not read."""
     other = tmp_path / "other.toml"
     other.write_text("[serve]\nworkers = 5\n", encoding="utf-8")
     broken = "this is no TOML"
@@ -84,7 +84,7 @@ def test_another_file(run: Run, tmp_path: Path) -> None:
         ("[serve]\nworkers = [1]", "expected a string, a number, true or false"),
         (
             "[sevre]\nworkers = 2",
-            "loader-service.toml: sevre={'workers': 2} cannot work: expected a table for a command",
+            "loader-service.toml: sevre={'workers': 2} cannot work: expected a table of a command",
         ),
         ("workers = 2", "loader-service.toml: workers=2 cannot work"),
         ("serve = 2", "expected a table, [serve]"),
@@ -92,7 +92,7 @@ def test_another_file(run: Run, tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_named(run: Run, config: str, sentence: str) -> None:
-    """File, table and key stand in the sentence, and the exit code is an option's; never a traceback."""
+    """An error names file, table and key and ends with exit code 2, never with a traceback."""
     done = run(config=config)
     assert done.exit_code == 2
     assert sentence in done.output
@@ -100,12 +100,12 @@ def test_what_is_wrong_is_named(run: Run, config: str, sentence: str) -> None:
 
 
 def test_a_file_that_is_not_there(run: Run) -> None:
-    """A file that was named must be readable."""
+    """A named file that cannot be read is an error."""
     done = run("--config", "gone.toml")
     assert done.exit_code == 2
     assert "expected a file that can be read (No such file or directory)" in done.output
 
 
 def test_hidden_options_have_no_variable(run: Run) -> None:
-    """What is between a starter and its node cannot leak in from outside."""
+    """Hidden options, which a starter passes to its node, ignore the environment."""
     assert "parent=None" in run(SERVE_PARENT="1").output

@@ -1,4 +1,4 @@
-"""What `status` and `top` show of a node."""
+"""`status` and `top` show a node's state, its rates and its bottleneck."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loader_service.cli import main
 
 
 def test_rates_and_the_bottleneck_as_json(node_address: str) -> None:
-    """Beside the node's own answer, what it did per second, and one word for what holds it up."""
+    """The JSON has the node's answer, its rates per second, and one word for the bottleneck."""
     done = CliRunner().invoke(main, ["status", node_address, "--json", "--interval", "0.1"])
     answer = json.loads(done.output)
     assert answer["rates"]["interval_s"] > 0.09
@@ -31,7 +31,7 @@ def test_rates_and_the_bottleneck_as_json(node_address: str) -> None:
 
 
 def test_a_slow_trainer_is_named(node_address: str) -> None:
-    """A client that has all it wants, and does not ask for more, is what the node waits for."""
+    """If a client has all the batches it wants and asks for no more, the bottleneck is the trainer."""
     with Loader(node_address, batch_size=32, epochs=100, timeout_s=20) as loader:
         next(loader)
         done = CliRunner().invoke(main, ["status", node_address, "--interval", "0.3"])
@@ -40,7 +40,7 @@ def test_a_slow_trainer_is_named(node_address: str) -> None:
 
 
 def _read_until(terminal: int, wanted: str) -> str:
-    """What a program writes to its terminal, until ``wanted`` is in it."""
+    """Return what a program writes to its terminal, up to and including ``wanted``."""
     got = b""
     while wanted not in got.decode(errors="replace"):
         assert select.select([terminal], [], [], 20)[0], got.decode(errors="replace")
@@ -50,7 +50,7 @@ def _read_until(terminal: int, wanted: str) -> str:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_top_until_it_is_told_to_stop(node_address: str, number: signal.Signals) -> None:
-    """It shows the node, goes on showing it, ends with 0 at Ctrl-C and gives the cursor back."""
+    """`top` keeps showing the node, ends with 0 at Ctrl-C or SIGTERM, and shows the cursor again."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "loader_service", "top", node_address, "--interval", "0.1"]
     with subprocess.Popen(command, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"}) as process:
@@ -65,7 +65,7 @@ def test_top_until_it_is_told_to_stop(node_address: str, number: signal.Signals)
 
 
 def test_top_outlives_its_node(start_node: Callable[..., Any]) -> None:
-    """While the node is away the last picture stays, with a line that says so."""
+    """While the node is away, `top` keeps the last screen and adds a line that says so."""
     node = start_node()
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "loader_service", "top", node.address, "--interval", "0.1", "--timeout", "0.2"]
@@ -80,14 +80,14 @@ def test_top_outlives_its_node(start_node: Callable[..., Any]) -> None:
 
 
 def test_top_without_a_node() -> None:
-    """None at the start is an error, as it is for status."""
+    """A missing node at the start is an error, for `top` as for `status`."""
     done = CliRunner().invoke(main, ["top", "tcp://127.0.0.1:9", "--timeout", "0.2"])
     assert done.exit_code == 4
     assert "no node answered within 0.2 s" in done.output
 
 
 def test_ctrl_c_while_it_waits() -> None:
-    """A question that nobody answers can be given up, with the shell's code for it and without a traceback."""
+    """Ctrl-C while `status` waits for an answer ends it with exit code 130 and without a traceback."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
         command = [sys.executable, "-m", "loader_service", "status", address, "--timeout", "60"]

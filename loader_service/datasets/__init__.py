@@ -1,1 +1,1 @@
-"""Datasets on disk: make them from pictures, verify, inspect and export them."""
+"""Datasets on disk: make them from images, verify, inspect and export them."""

@@ -1,7 +1,7 @@
-"""Export an environment to files: an image folder or WebDataset shards.
+"""Export of an environment to files: an image folder or WebDataset shards.
 
-A jpeg record becomes its own JPEG, byte for byte; a raw record becomes a PNG, pixel for pixel. So what is exported and
-preprocessed again has the same pixels where records are raw. OUT appears when it is whole.
+A jpeg record becomes its own JPEG, byte for byte. A raw or centered record becomes a PNG with the same pixels. So raw
+records that are exported and preprocessed again keep their pixels. OUT appears when it is complete.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from loader_service.datasets.progress import Progress
 from loader_service.errors import OptionError, RecordError
 
 SHARD_RECORDS: Final = 1000
-"""Records per WebDataset shard: 20 MB to 150 MB, a size that streams well."""
+"""Records per WebDataset shard: 20 MB to 150 MB, a good size for streaming."""
 
 
 class ExportFormat(Enum):
-    """The kinds of files that records are exported to; the values are those of ``--format``."""
+    """The formats of an export; the values are those of ``--format``."""
 
     FOLDER = "folder"
     WEBDATASET = "webdataset"
 
 
 Put = Callable[[int, str, str, bytes], None]
-"""Stores one record: its number, its class's name, its file's suffix, its file's bytes."""
+"""A function that stores one record: number, class name, file suffix, file bytes."""
 
 
 def export(path: Path, out: Path, form: ExportFormat) -> int:
-    """Write every record of the environment at ``path`` into a new folder, which appears when it is whole.
+    """Write every record of the environment at ``path`` into a new folder, which appears when it is complete.
 
     Returns:
-        How many records were written.
+        Number of records written.
 
     Raises:
-        OptionError: ``out`` is there already.
+        OptionError: ``out`` exists already.
         RecordError: a record is damaged.
     """
     if out.exists():
-        raise OptionError("OUT", str(out), "a folder that is not there yet")
+        raise OptionError("OUT", str(out), "a folder that does not exist yet")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -58,7 +58,7 @@ def export(path: Path, out: Path, form: ExportFormat) -> int:
             write_records(records, partial, form)
         partial.rename(out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already where all went well
+        shutil.rmtree(partial, ignore_errors=True)  # after success it was renamed, so there is nothing to remove
     return len(records)
 
 
@@ -88,20 +88,21 @@ def write_records(records: Records, out: Path, form: ExportFormat) -> None:
 
 
 def folder_names(class_names: tuple[str, ...]) -> list[str]:
-    """Names that are safe as folders; they sort as the labels do where the classes' own do and need no change.
+    """Return a safe folder name for each class.
 
-    A name from a manifest is not believed to be one of a file: what could lead out of the folder is replaced.
+    A manifest's names are not trusted: characters that could lead out of the folder are replaced. Names that need no change
+    keep their order, so that preprocessing the export gives the same labels.
     """
     names = [re.sub(r"[/\\\0]", "_", name)[:200].strip() or "_" for name in class_names]
     names = [f"_{name}" if name.startswith(".") else name for name in names]
-    if len(set(names)) < len(names):
+    if len(set(names)) < len(names):  # replacing made two names equal: put the label first
         names = [f"{label:06d}_{name}" for label, name in enumerate(names)]
     return names
 
 
 @contextmanager
 def folder(out: Path) -> Iterator[Put]:
-    """Stores records as ``out/CLASS/NUMBER.SUFFIX``."""
+    """Yield a function that stores records as ``out/CLASS/NUMBER.SUFFIX``."""
 
     def put(number: int, name: str, suffix: str, content: bytes) -> None:
         path = out / name / f"{number:08d}.{suffix}"
@@ -113,7 +114,7 @@ def folder(out: Path) -> Iterator[Put]:
 
 @contextmanager
 def shards(out: Path, labels: dict[str, int]) -> Iterator[Put]:
-    """Stores records as samples NUMBER.SUFFIX and NUMBER.cls in shards ``out/000000.tar`` and so on."""
+    """Yield a function that stores records as NUMBER.SUFFIX and NUMBER.cls in shards ``out/000000.tar``, ``000001.tar``, ..."""
     shard: tarfile.TarFile | None = None
 
     def put(number: int, name: str, suffix: str, content: bytes) -> None:

@@ -1,7 +1,7 @@
-"""Inspect an environment: summarise it, and draw contact sheets of it.
+"""Inspection of an environment: a summary, and images of its content.
 
-The figures one wants to see before trusting a dataset: classes and their sizes, what was rejected, colour statistics beside
-ImageNet's, records, augmented samples, the mean image, the directions of the colour jitter.
+The summary has the sizes of the classes, the rejected files, and the colour statistics next to those of ImageNet. The images
+show records, augmented samples, the mean image and the directions of the colour jitter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loader_service.data.records import Records
 from loader_service.datasets.sheets import colour_sheet, mean_picture, record_sheet, sample_sheet
 
 SHOWN_CLASSES: Final = 20
-"""With more classes only the smallest and the largest are shown."""
+"""With more classes, the histogram shows only the smallest and the largest."""
 
 BAR_COLUMNS: Final = 40
 SHOWN_REASONS: Final = 10
@@ -28,14 +28,21 @@ PICTURES: Final = {
     "mean.png": mean_picture,
     "colours.png": colour_sheet,
 }
+"""The images that :func:`write_pictures` draws, by file name."""
 
 
 class DatasetSummary(msgspec.Struct, frozen=True):
-    """What an environment holds, for programs. ``size`` is the records' side in pixels.
+    """The facts of an environment.
 
-    ``deviations`` are the square roots of the covariance's eigenvalues in grey levels, largest first, as AlexNet's authors
-    gave them: 121.78, 37.09, 19.72 for ImageNet; ``direction`` is the leading eigenvector, (.5635, .5762, .5920) there;
-    ``channel_means`` were 127.3, 119.7, 104.9.
+    Fields:
+        size: side of the records, in pixels.
+        class_counts: number of records by class name.
+        rejected: number of rejected files by reason, most frequent first.
+        channel_means: R, G, B, 0..255; for ImageNet 127.3, 119.7, 104.9.
+        deviations: standard deviations along the eigenvectors of the covariance, in grey levels, largest first; for ImageNet,
+            AlexNet's authors give 121.78, 37.09, 19.72.
+        direction: the leading eigenvector; for ImageNet (.5635, .5762, .5920).
+        made_by: how and with which libraries the records were made.
     """
 
     path: str
@@ -98,7 +105,7 @@ def describe(summary: DatasetSummary) -> list[str]:
 
 
 def histogram(counts: dict[str, int]) -> list[str]:
-    """A bar for each class, the smallest first; of many classes the smallest and the largest."""
+    """Return one line with a bar per class, smallest class first; of many classes only the smallest and the largest."""
     order = sorted(counts, key=lambda name: (counts[name], name))
     if len(order) > SHOWN_CLASSES:
         half = SHOWN_CLASSES // 2

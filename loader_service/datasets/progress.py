@@ -1,4 +1,4 @@
-"""Progress that a person can watch: a bar on a terminal, else a line every few seconds. Written to stderr."""
+"""Progress on stderr: a bar on a terminal, else one line every few seconds."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 LINE_EVERY_S: Final = 5.0
-"""Between plain lines: seldom enough for a log, often enough to see that it lives."""
+"""Seconds between plain lines: rare enough for a log, frequent enough to show that the process is alive."""
 
 
 class Progress:
-    """Counts things done, some of them bad.
+    """A context manager that counts finished items, some of them bad, and shows the count and the rate.
 
     Args:
-        what: what is going on, for instance ``train``.
-        total: how many things there are.
-        unit: what they are, in the plural.
-        done: how many were done before.
-        bad: how many of those were bad.
+        what: name of the task, for example ``train``.
+        total: number of items.
+        unit: name of the items, in the plural.
+        done: number of items that were finished before.
+        bad: number of those that were bad.
     """
 
     def __init__(self, what: str, total: int, unit: str, *, done: int = 0, bad: int = 0) -> None:
@@ -55,7 +55,7 @@ class Progress:
             self._line(final=True)
 
     def advance(self, count: int = 1, *, bad: int = 0) -> None:
-        """Count things done; ``bad`` of them could not be used."""
+        """Count finished items; ``bad`` is the number of those that could not be used."""
         self._done += count
         self._bad += bad
         if self._bar is not None:
@@ -64,7 +64,7 @@ class Progress:
             self._line()
 
     def say(self, text: str) -> None:
-        """Show a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:

@@ -1,4 +1,4 @@
-"""Pictures of a dataset: contact sheets, the mean image, the directions of colour. All are (height, width, 3) uint8."""
+"""Images that show a dataset: contact sheets, the mean image, the directions of colour. All are (height, width, 3) uint8."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ COLUMNS: Final = 8
 TILES: Final = 48
 SAMPLE_EPOCHS: Final = COLUMNS - 1
 DEVIATIONS: Final = (-1.0, -0.5, 0.0, 0.5, 1.0)
-"""Steps along each colour direction, in its standard deviations."""
+"""Steps along each colour direction, in standard deviations."""
 
 
 def sheet(tiles: Sequence[npt.NDArray[np.uint8]], captions: Sequence[str], columns: int = COLUMNS) -> Image.Image:
-    """Tiles in rows, each shrunk to TILE_PX with its caption below.
+    """Arrange tiles in rows, each resized to TILE_PX with its caption below.
 
     Args:
-        tiles: square pictures, (side, side, 3) uint8, of any sides.
-        captions: one for each tile.
-        columns: tiles in a row.
+        tiles: square images, (side, side, 3) uint8; sides may differ.
+        captions: one caption per tile.
+        columns: number of tiles in a row.
     """
     rows = -(-len(tiles) // columns)
     out = Image.new("RGB", (columns * (TILE_PX + 2), rows * (TILE_PX + CAPTION_PX)), "white")
@@ -38,21 +38,21 @@ def sheet(tiles: Sequence[npt.NDArray[np.uint8]], captions: Sequence[str], colum
     for i, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
         x, y = i % columns * (TILE_PX + 2), i // columns * (TILE_PX + CAPTION_PX)
         out.paste(Image.fromarray(tile).resize((TILE_PX, TILE_PX), Image.Resampling.BICUBIC), (x, y))
-        text = caption.encode("ascii", "replace").decode()[: TILE_PX // 6]  # the built-in font has no other letters
+        text = caption.encode("ascii", "replace").decode()[: TILE_PX // 6]  # the built-in font has ASCII only
         draw.text((x + 2, y + TILE_PX), text, fill="black")
     return out
 
 
 def record_sheet(records: Records) -> Image.Image:
-    """The first records, with class names."""
+    """Return a sheet of the first records with their class names."""
     numbers = range(min(TILES, len(records)))
     labelled = [records.pixels(number) for number in numbers]
     return sheet([pixels for _, pixels in labelled], [records.manifest.class_names[label] for label, _ in labelled])
 
 
 def sample_sheet(records: Records) -> Image.Image:
-    """What training sees: in each row a record, then samples of it from several epochs."""
-    # In the records' own order, so that a position is its record in every epoch.
+    """Return a sheet of training samples: each row has a record, then samples of it from several epochs."""
+    # Sequential order: a position then has the same record in every epoch.
     view = complete_view(View(crop=0, order="sequential"), records.statistics)
     count = min(TILES // COLUMNS, len(records))
     epochs = []
@@ -69,18 +69,18 @@ def sample_sheet(records: Records) -> Image.Image:
 
 
 def _drawn(draws: np.void) -> str:
-    """A sample's draws in short: row, column, whether it was mirrored, the colour shift."""
+    """Return a sample's draws as a caption: row, column, "m" if mirrored, colour shift."""
     mirrored = "m" if draws["flip"] else ""
     return f"{draws['y']},{draws['x']}{mirrored} {'/'.join(f'{shift:+d}' for shift in draws['shift'])}"
 
 
 def mean_picture(records: Records) -> Image.Image:
-    """The mean image, rounded."""
+    """Return the mean image, rounded to uint8."""
     return Image.fromarray(np.rint(records.statistics.mean_image).astype(np.uint8))
 
 
 def colour_sheet(records: Records) -> Image.Image:
-    """The first record, moved along each eigenvector of the colour covariance (paper section 4.1)."""
+    """Return a sheet of the first record, shifted along each eigenvector of the colour covariance (paper section 4.1)."""
     _, pixels = records.pixels(0)
     statistics = records.statistics
     tiles, captions = [], []

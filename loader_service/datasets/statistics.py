@@ -1,4 +1,4 @@
-"""The colour statistics of a dataset, from exact integer sums: the same however the work was split, on any machine.
+"""The colour statistics of a dataset, from exact integer sums: the same on any machine, however the work is split.
 
 The mean image is the paper's (section 2: "subtracting the mean activity over the training set from each pixel"); the
 eigenvectors and eigenvalues of the RGB covariance are those of its colour jitter (section 4.1), of values in 0..1.
@@ -24,7 +24,7 @@ Matrix = list[list[float]]
 
 
 class _Stored(msgspec.Struct, frozen=True, array_like=True):
-    """Sums on disk: the pictures, (side, side, 3) little-endian uint64, and the nine sums of products, row by row."""
+    """Sums on disk: the pixels' as (side, side, 3) little-endian uint64, and the nine sums of products, row by row."""
 
     count: int
     image: bytes
@@ -32,39 +32,49 @@ class _Stored(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Sums:
-    """What the statistics are made of, of pictures of ``side`` pixels; sums of parts add up to the sums of the whole."""
+    """The exact sums behind the statistics; the sums of parts add up to the sums of the whole.
+
+    Args:
+        side: side of the images, in pixels.
+    """
 
     def __init__(self, side: int = RECORD_SIDE_PX) -> None:
         self.count = 0
         self.image = np.zeros((side, side, 3), np.uint64)
-        self.products = np.zeros((3, 3), np.int64)  # of 2**31 pictures at most
+        self.products = np.zeros((3, 3), np.int64)  # enough for 2**31 images of 256 x 256 pixels
 
     def add(self, count: int, image: npt.NDArray[np.unsignedinteger], products: npt.NDArray[np.int64]) -> None:
-        """Add a part: ``count`` pictures, the (side, side, 3) sum of their pixels, and of their colour products."""
+        """Add a part.
+
+        Args:
+            count: number of images.
+            image: (side, side, 3), sum of their pixels.
+            products: (3, 3) int64, sum over all pixels of the product of each two channels.
+        """
         self.count += count
         self.image += image
         self.products += products
 
     def add_picture(self, pixels: npt.NDArray[np.uint8]) -> None:
-        """Add one picture, (side, side, 3) uint8."""
+        """Add one image, (side, side, 3) uint8."""
         image, products = np.zeros(pixels.shape, np.uint16), np.zeros((3, 3), np.int64)
         kernel.add(pixels, image, products)
         self.add(1, image, products)
 
     def to_bytes(self) -> bytes:
-        """These sums as bytes, for :meth:`from_bytes`."""
+        """Return these sums as bytes, for :meth:`from_bytes`."""
         return msgspec.msgpack.encode(
             _Stored(self.count, self.image.astype("<u8").tobytes(), self.products.ravel().tolist())
         )
 
     @classmethod
     def from_bytes(cls, data: bytes, side: int = RECORD_SIDE_PX) -> Sums:
-        """The sums that :meth:`to_bytes` stored, of pictures of ``side`` pixels.
+        """Return the sums that :meth:`to_bytes` stored, of images of ``side`` pixels.
 
         Raises:
             ValueError: the bytes are not such sums.
         """
-        stored = msgspec.msgpack.decode(data, type=_Stored)  # its errors are ValueErrors
+        stored = msgspec.msgpack.decode(data, type=_Stored)  # msgspec's errors are ValueErrors
         sums = cls(side)
         sums.count = stored.count
         sums.image = np.frombuffer(stored.image, "<u8").reshape(sums.image.shape).astype(np.uint64)
@@ -72,10 +82,10 @@ class Sums:
         return sums
 
     def statistics(self) -> Statistics:
-        """The statistics of all pictures that were added; at least one."""
-        n = self.count * self.image.shape[0] * self.image.shape[1]
-        sums = [int(s) for s in self.image.sum(axis=(0, 1))]
-        # Exact until the one rounding at the end, which no two machines do differently.
+        """Return the statistics of all images added so far; there must be at least one."""
+        n = self.count * self.image.shape[0] * self.image.shape[1]  # pixels per channel
+        sums = [int(s) for s in self.image.sum(axis=(0, 1))]  # (3,)
+        # Exact fractions, rounded once at the end: every machine gets the same float.
         covariance = [
             [
                 float(Fraction(int(self.products[i, j]) * n - sums[i] * sums[j], (n * GREY_LEVELS) ** 2))
@@ -94,10 +104,10 @@ class Sums:
 
 
 def eigen(matrix: Matrix) -> tuple[list[float], Matrix]:
-    """Eigenvalues, largest first, and eigenvectors of a symmetric positive semidefinite 3 x 3 matrix.
+    """Return eigenvalues, largest first, and eigenvectors of a symmetric positive semidefinite 3 x 3 matrix.
 
-    Column k of the vectors belongs to value k, and its component of largest magnitude is positive. Jacobi's method in
-    plain Python: additions, products, quotients and square roots round alike everywhere, LAPACK's results do not.
+    Column k of the vectors belongs to value k, and its component of largest magnitude is positive. This is Jacobi's method
+    in plain Python: IEEE additions, products, quotients and square roots give the same bits everywhere; LAPACK does not.
     """
     a = [row[:] for row in matrix]
     v = [[float(i == j) for j in range(3)] for i in range(3)]
@@ -112,7 +122,7 @@ def eigen(matrix: Matrix) -> tuple[list[float], Matrix]:
 
 
 def _rotate(a: Matrix, v: Matrix, p: int, q: int) -> None:
-    """One Jacobi rotation, in place: makes a[p][q] zero and turns the vectors along."""
+    """Apply one Jacobi rotation in place: make a[p][q] zero and rotate the vectors with it."""
     if a[p][q] == 0.0:
         return
     if abs(a[p][q]) < 1e-20 * math.sqrt(abs(a[p][p] * a[q][q])):
@@ -134,5 +144,5 @@ def _rotate(a: Matrix, v: Matrix, p: int, q: int) -> None:
 
 
 def _signed(vector: list[float]) -> list[float]:
-    """The vector or its opposite: the one whose component of largest magnitude is positive."""
+    """Return the vector or its negative, so that the component of largest magnitude is positive."""
     return vector if max(vector, key=abs) > 0 else [-x for x in vector]

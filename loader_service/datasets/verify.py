@@ -1,7 +1,7 @@
-"""Verify that an environment is what its manifest says.
+"""Verification of an environment against its manifest.
 
-Every record's checksum, label and decodability, source names, counts, the statistics, the golden samples and the
-fingerprint.
+It checks every record's checksum, label, decoding and source name, then the counts, the statistics, the golden samples and
+the fingerprint.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from loader_service.datasets.statistics import Sums
 from loader_service.errors import DatasetInvalid, RecordError
 
 SHOWN_BAD: Final = 10
-"""So many bad records are named; all are counted."""
+"""Number of bad records that are named; all are counted."""
 
 PARTS: Final = ("mean_image", "channel_means", "covariance", "eigenvalues", "eigenvectors")
 
 
 def verify(path: Path) -> str:
-    """Check an environment and return its fingerprint.
+    """Check an environment and return its fingerprint; report progress and bad records on stderr.
 
     Raises:
-        DatasetNotFound, DatasetUnfinished, DatasetInvalid: what is wrong with it.
+        DatasetNotFound: there is no environment at ``path``.
+        DatasetUnfinished: it has no manifest.
+        DatasetInvalid: something does not match; the error says what.
     """
     with Records(path) as records:
         sums, counts = check_records(records)
@@ -40,7 +42,7 @@ def verify(path: Path) -> str:
             )
         check_statistics(path, manifest, sums.statistics())
         if golden.of_dataset(records) != manifest.golden:
-            raise DatasetInvalid(path, "this machine makes other golden samples of it than its manifest says")
+            raise DatasetInvalid(path, "its golden samples, made on this machine, differ from those in its manifest")
         plain = msgspec.structs.replace(manifest, fingerprint="", golden="")
         if (found := fingerprint(plain, digest_headers(records.headers()))) != manifest.fingerprint:
             raise DatasetInvalid(path, f"its fingerprint is {found}, its manifest says {manifest.fingerprint}")
@@ -48,7 +50,7 @@ def verify(path: Path) -> str:
 
 
 def check_records(records: Records) -> tuple[Sums, list[int]]:
-    """The sums of all pixels and the number of records of each class.
+    """Check all records; return the sums of their pixels and the number of records of each class.
 
     Raises:
         DatasetInvalid: some records are bad; the first are named.
@@ -75,10 +77,10 @@ def check_records(records: Records) -> tuple[Sums, list[int]]:
 
 
 def check_statistics(path: Path, manifest: Manifest, own: Statistics) -> None:
-    """Compare the manifest's statistics with those of the records, or see that another split's have their form.
+    """Compare the manifest's statistics with those of the records; check the consistency of another split's statistics.
 
     Raises:
-        DatasetInvalid: they are neither.
+        DatasetInvalid: they differ, or are inconsistent.
     """
     stored = manifest.statistics
     differing = [part for part in PARTS if not np.array_equal(getattr(stored, part), getattr(own, part))]
@@ -90,11 +92,15 @@ def check_statistics(path: Path, manifest: Manifest, own: Statistics) -> None:
 
 
 def check_form(path: Path, statistics: Statistics) -> None:
-    """See that statistics of other pixels are possible ones."""
+    """Check that statistics whose pixels are not at hand are consistent in themselves.
+
+    Raises:
+        DatasetInvalid: they are not.
+    """
     vectors, values = statistics.eigenvectors, statistics.eigenvalues
     mean = statistics.mean_image
     if not (np.isfinite(mean).all() and mean.min() >= 0 and mean.max() <= 255):
-        raise DatasetInvalid(path, "its mean image is not one")
+        raise DatasetInvalid(path, "its mean image has values outside of 0..255")
     if not np.allclose(mean.mean(axis=(0, 1), dtype=np.float64), statistics.channel_means, atol=1e-3):
         raise DatasetInvalid(path, "its channel means are not those of its mean image")
     if not np.allclose(vectors * values @ vectors.T, statistics.covariance, atol=1e-9):

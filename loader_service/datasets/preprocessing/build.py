@@ -1,4 +1,4 @@
-"""One split: its items through the pool into an environment."""
+"""Building one split: its items go through the worker pool into an environment."""
 
 from __future__ import annotations
 
@@ -26,33 +26,34 @@ from loader_service.datasets.statistics import Sums
 from loader_service.errors import DatasetError, DatasetInvalid, PreprocessingFailed
 
 SHOWN_REJECTED: Final = 10
-"""So many bad files are named while they come; the manifest names all."""
+"""Number of bad files that are named during the run; the manifest lists all."""
 
 LEAST_BAD: Final = 100
-"""A run is not called hopeless before it has met so many bad files."""
+"""Number of bad files that never stop a run, whatever --max-bad is: a small dataset may have a few."""
 
 COMMIT_BYTES: Final = 2**24
-"""So many bytes of records are lost at most by an interruption; the 1.5 MiB of sums beside them hardly count."""
+"""Bytes of records between commits: an interruption loses at most these. The sums in each commit add only 1.5 MiB."""
 
 COMMIT_S: Final = 5.0
-"""Where files come slowly, so many seconds of work are lost at most."""
+"""Seconds between commits if records come slowly: an interruption loses at most this much work."""
 
 REJECTED: Final = "rejected.jsonl"
-"""Beside the environments: split, source and reason of every file that became no record."""
+"""File next to the environments with split, source and reason of every rejected file."""
 
 
 class SplitTask(msgspec.Struct, frozen=True):
-    """What is to become one environment.
+    """The task to make one environment.
 
     Fields:
-        path: its final name.
-        items: in the order of the records.
-        class_names: by label.
-        codec, parameters: of the payloads.
-        size: the records' side in pixels.
-        made_by: goes into the manifest.
-        statistics: the training split's, for a validation split; None takes this split's own.
-        max_bad: the run is hopeless when more than this share of the items is bad.
+        path: final name of the environment.
+        items: the items, in the order of the records.
+        class_names: class names by label.
+        codec: codec of the records.
+        parameters: parameters of the codec.
+        size: side of the records, in pixels.
+        made_by: origin of the records, for the manifest; "input" is the identity of the task.
+        statistics: statistics of the training split, for a validation split; None computes this split's own.
+        max_bad: fraction of bad items above which the run stops.
     """
 
     path: Path
@@ -67,7 +68,7 @@ class SplitTask(msgspec.Struct, frozen=True):
 
 
 def open_writer(task: SplitTask) -> Writer:
-    """The task's writer, which goes on where an interrupted run of the same task was."""
+    """Return the task's writer; it resumes an interrupted run of the same task."""
     return Writer(
         task.path,
         codec=task.codec,
@@ -80,11 +81,11 @@ def open_writer(task: SplitTask) -> Writer:
 def build(task: SplitTask, writer: Writer, pool: Pool) -> Manifest:
     """Make an environment, or the rest of it, and return its manifest.
 
-    A commit holds whole chunks of the pool, with the sums of their pixels. As every item before it has become either a
-    record or a rejection, how many there are of both says where to go on.
+    A commit holds whole chunks of the pool, with the sums of their pixels. Every item before it has become either a record
+    or a rejection, so the number of both is the index of the next item.
 
     Raises:
-        DatasetInvalid: it cannot be written, or nothing could be made a record.
+        DatasetInvalid: LMDB cannot write, or no item became a record.
         PreprocessingFailed: too many files are bad, or workers cannot start.
     """
     most_bad = max(LEAST_BAD, int(task.max_bad * len(task.items)))
@@ -93,7 +94,7 @@ def build(task: SplitTask, writer: Writer, pool: Pool) -> Manifest:
     committed_s = time.monotonic()
     with Progress(task.path.stem, len(task.items), "files", done=done, bad=len(writer.rejected)) as progress:
         if done:
-            progress.say(f"{task.path.stem}: going on after {done:,} files that an interrupted run has done")
+            progress.say(f"{task.path.stem}: resuming after {done:,} files of an interrupted run")
         for result in pool.run(task.items[done:]):
             _take(writer, result, progress)
             sums.add(result.count, result.image, result.products)
@@ -101,7 +102,7 @@ def build(task: SplitTask, writer: Writer, pool: Pool) -> Manifest:
                 last = writer.rejected[-1]
                 raise PreprocessingFailed(
                     f"{len(writer.rejected)} files are bad, the last one {last.source} ({last.reason}): "
-                    "is this the right folder? --max-bad sets what share of bad files is taken."
+                    "is this the right folder? --max-bad sets the fraction of bad files that is accepted."
                 )
             if writer.uncommitted_bytes >= COMMIT_BYTES or time.monotonic() - committed_s >= COMMIT_S:
                 writer.commit(sums.to_bytes())
@@ -110,14 +111,14 @@ def build(task: SplitTask, writer: Writer, pool: Pool) -> Manifest:
             first = writer.rejected[0]
             raise DatasetInvalid(
                 task.path,
-                f"none of {len(task.items)} files became a record; the first, {first.source}, because {first.reason}",
+                f"none of {len(task.items)} files became a record; the first is {first.source}: {first.reason}",
             )
         writer.commit(sums.to_bytes())
         return writer.finish(task.statistics or sums.statistics(), made_by=task.made_by)
 
 
 def _take(writer: Writer, result: Result, progress: Progress) -> None:
-    """Store the records of one chunk, and note what has none."""
+    """Store the records of one chunk, and note its rejected items."""
     bad = 0
     for item, record in zip(result.items, result.records, strict=True):
         if not isinstance(record, str):
@@ -134,11 +135,11 @@ def clear_unfinished(task: SplitTask, replace: bool) -> None:
     """Remove unfinished environments of other tasks under the same name.
 
     Args:
-        task: what is to be made; what an interrupted run has done of it stays.
-        replace: whether records of other tasks may be lost.
+        task: the task to run; its own unfinished environment stays.
+        replace: True if records of other tasks may be removed.
 
     Raises:
-        PreprocessingFailed: they may not, and there are some.
+        PreprocessingFailed: another task's environment holds records, and ``replace`` is False.
     """
     own = partial_path(task.path, task.made_by["input"])
     for partial, count in partials(task.path).items():
@@ -147,13 +148,13 @@ def clear_unfinished(task: SplitTask, replace: bool) -> None:
         if count and not replace:
             raise PreprocessingFailed(
                 f"{partial} holds {count:,} records of an interrupted run with another source or other options: "
-                "run that command again to go on with it, name another folder, or say --replace to drop it."
+                "run that command again to resume it, name another folder, or use --replace to remove it."
             )
         shutil.rmtree(partial)
 
 
 def existing(path: Path) -> Manifest | None:
-    """The manifest of the environment at ``path``, if there is a whole one."""
+    """Return the manifest of the environment at ``path``; None if there is no complete one."""
     try:
         with Records(path) as records:
             return records.manifest
@@ -162,11 +163,11 @@ def existing(path: Path) -> Manifest | None:
 
 
 def report_rejected(out: Path, manifests: Mapping[str, Manifest]) -> None:
-    """Write REJECTED anew, or remove it where nothing was rejected.
+    """Write the file REJECTED; remove an older one if nothing was rejected.
 
     Args:
-        out: the folder of the environments.
-        manifests: by split.
+        out: folder of the environments.
+        manifests: manifests by split.
     """
     lines = [
         msgspec.json.encode({"split": split, "source": bad.source, "reason": bad.reason})
@@ -183,16 +184,16 @@ def report_rejected(out: Path, manifests: Mapping[str, Manifest]) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold ``out`` for this run alone, and clear away what a killed run has left in it and cannot go on from.
+    """Lock ``out`` for this run, and remove what a killed run left in it and cannot resume.
 
     Raises:
-        PreprocessingFailed: another run holds it.
+        PreprocessingFailed: another run holds the lock.
     """
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it if this process is killed
         except BlockingIOError:
             raise PreprocessingFailed(
                 f"another run is writing to {out}: wait for it, or name another folder."
@@ -204,7 +205,7 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def _clear(out: Path) -> None:
-    """Remove what a killed run has left of no use, and put a dataset back that it had only moved aside."""
+    """Remove useless remains of a killed run, and move back a dataset that it was about to replace."""
     for split in ("train", "val"):
         for partial, count in partials(out / f"{split}.lmdb").items():
             if not count:

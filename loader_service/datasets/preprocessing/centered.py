@@ -1,4 +1,4 @@
-"""Records of the codec ``centered``, made from raw ones: what is subtracted is known only when all of them are there."""
+"""Conversion of raw records to the codec ``centered``: the mean image is known only when all raw records are written."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from loader_service.datasets.progress import Progress
 
 
 def raw_task(task: SplitTask) -> SplitTask:
-    """The task of the raw records that ``task``'s are made from; they lie hidden beside them, for as long as that takes."""
+    """Return the task that makes the raw records for a ``centered`` task, in a hidden environment next to its own."""
     return msgspec.structs.replace(task, path=raw_path(task.path), codec="raw", parameters={})
 
 
 def raw_path(path: Path) -> Path:
-    """Where the raw records lie."""
+    """Return the path of the temporary raw records of the environment at ``path``."""
     return path.with_name(f".{path.stem}.raw.lmdb")
 
 
 def centre_records(task: SplitTask, writer: Writer, raw: Records) -> Manifest:
-    """Write what is not written yet of the centred records, and return their manifest.
+    """Convert the raw records that are not converted yet, and return the manifest.
 
     Args:
-        task: of the ``centered`` environment.
+        task: task of the ``centered`` environment.
         writer: its writer.
-        raw: the environment of :func:`raw_task`; its statistics hold for both, since no pixel changes.
+        raw: the environment of :func:`raw_task`; its statistics hold for both, because no pixel changes.
     """
     centre = centre_of(raw.statistics.mean_image)
     committed_s = time.monotonic()

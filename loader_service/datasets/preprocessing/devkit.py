@@ -1,8 +1,8 @@
-"""ImageNet's development kit: what the numbers of its validation ground truth mean.
+"""ImageNet's development kit: labels of the validation images.
 
-The kit names classes by numbers of its own, 1 to 1,000, one a line for each validation picture. Which WordNet id a number
-stands for is told by ``meta.mat`` alone, a MATLAB file (version 5) with a struct array ``synsets``; SciPy reads it (the extra
-``devkit``). By WordNet ids, the training set's class names, labels come out as the training set's.
+The kit numbers the classes from 1 to 1,000, and its ground truth has one number per line for each validation image. Only
+``meta.mat`` maps the numbers to WordNet ids: a MATLAB file (version 5) with a struct array ``synsets``, which SciPy reads
+(the extra ``devkit``). WordNet ids are the class names of the training set, so both splits get the same labels.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ META: Final = "meta.mat"
 ARCHIVE: Final = re.compile(r"ILSVRC2012_devkit_t\d+\.(tar|tar\.gz|tgz)")
 
 MAX_BYTES: Final = 2**26
-"""Largest file of the kit that is believed; the real ones have 2.5 MB packed and 1.4 MB unpacked."""
+"""Largest file of the kit that is read; the real ones have 2.5 MB packed and 1.4 MB unpacked."""
 
 _PICTURE: Final = re.compile(r"ILSVRC2012_val_(\d{8})")
 _WORDNET_ID: Final = re.compile(r"n\d{8}")
 
 
 class Devkit(NamedTuple):
-    """The two files that are needed, and what to call them in an error."""
+    """The two files of the kit that are needed, and their name in errors."""
 
     name: str
     ground_truth: bytes
@@ -37,15 +37,15 @@ class Devkit(NamedTuple):
 
 
 def find_devkit(source: str, files: Sequence[File]) -> Devkit | None:
-    """The kit that lies among files: unpacked, or as the archive that it is distributed as; None if there is none.
+    """Find the kit among files, unpacked or as its distributed archive; return None if there is none.
 
     Raises:
-        DatasetInvalid: it cannot be read, or lacks a file.
+        DatasetInvalid: the kit cannot be read, or lacks a file.
     """
     by_name = {PurePosixPath(file.name).name: file for file in files}
     if GROUND_TRUTH in by_name:
         if META not in by_name:
-            raise DatasetInvalid(source, f"its {GROUND_TRUTH} has numbers for classes: put the kit's {META} beside it")
+            raise DatasetInvalid(source, f"its {GROUND_TRUTH} has class numbers only: put the kit's {META} next to it")
         ground_truth, meta = by_name[GROUND_TRUTH], by_name[META]
         return Devkit(ground_truth.name, _content(source, ground_truth), _content(source, meta))
     packed = next((file for name, file in by_name.items() if ARCHIVE.fullmatch(name)), None)
@@ -53,10 +53,10 @@ def find_devkit(source: str, files: Sequence[File]) -> Devkit | None:
 
 
 def label_by_devkit(source: str, kit: Devkit, pictures: Sequence[File]) -> list[tuple[File, str]]:
-    """Validation pictures with the WordNet ids of their classes.
+    """Pair validation images with the WordNet ids of their classes.
 
     Raises:
-        DatasetInvalid: the kit is damaged, or says nothing of a picture.
+        DatasetInvalid: the kit is damaged, or has no label for an image.
     """
     names = _wordnet_ids(source, kit.meta)
     lines = kit.ground_truth.decode("ascii", "replace").split()
@@ -75,7 +75,7 @@ def label_by_devkit(source: str, kit: Devkit, pictures: Sequence[File]) -> list[
 
 
 def _wordnet_ids(source: str, meta: bytes) -> Mapping[int, str]:
-    """WordNet id by the kit's number."""
+    """Return the WordNet ids by the kit's class numbers."""
     try:
         from scipy.io import loadmat  # an optional extra
     except ImportError as error:
@@ -85,12 +85,12 @@ def _wordnet_ids(source: str, meta: bytes) -> Mapping[int, str]:
         synsets = loadmat(BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"].reshape(-1)
         numbers = [int(number) for number in synsets["ILSVRC2012_ID"]]
         names = [str(name) for name in synsets["WNID"]]
-    except Exception as error:  # SciPy names no errors, and damaged files raise a dozen kinds
+    except Exception as error:  # SciPy documents no errors, and damaged files raise a dozen kinds
         raise DatasetInvalid(source, f"its {META} is not the kit's ({type(error).__name__}: {error})") from error
     found = dict(zip(numbers, names, strict=True))
     if len(found) < len(numbers) or not all(_WORDNET_ID.fullmatch(name) for name in names):
         raise DatasetInvalid(
-            source, f"its {META} is not the kit's: it has numbers twice, or names that are no WordNet ids"
+            source, f"its {META} is not the kit's: it has duplicate numbers, or names that are not WordNet ids"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""From what the command line names to the listings of both splits."""
+"""The input of a run: from the sources that the command line names to the listings of both splits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from loader_service.datasets.preprocessing.sources import Listing, label_pairs
 from loader_service.errors import DatasetInvalid, OptionError
 
 VALIDATION_SHARE: Final = 0.1
-"""Of each class, where the source holds one split and no share is named."""
+"""Default fraction of each class for validation, if the source holds one split."""
 
 Packed = gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile
 Opener = Callable[[IO[bytes]], Packed]
@@ -31,26 +31,26 @@ COMPRESSIONS: Final[dict[bytes, Opener]] = {
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\x00": lzma.LZMAFile,
 }
-"""By the first bytes of a file."""
+"""Decompressors by the first bytes of a file."""
 
 HEAD_BYTES: Final = max(map(len, COMPRESSIONS))
 
 COMPRESSED_SUFFIXES: Final = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
 
 MAX_STAMP_NS: Final = 2**60
-"""File systems keep times of change up to the year 2038 at least; these reach 2006."""
+"""Bound on the made-up modification times of remote archives: the year 2006, which every file system can store."""
 
 
 class Inputs(msgspec.Struct, frozen=True):
-    """What is to be preprocessed, as the command line says it.
+    """The sources and the choice of the validation split, as the command line gives them.
 
     Fields:
-        source: a folder, an archive or a table; the first two also behind a URL.
-        layout: of :data:`layouts.LAYOUTS`, ``table`` or ``auto``.
-        val: a source of its own for validation.
-        val_fraction: share of each class to take for validation instead.
-        val_list: a file that names, one a line, the pictures to take for validation instead.
-        classes: the only classes to take; empty takes all.
+        source: folder, archive or table; a folder or archive may be a URL.
+        layout: one of :data:`layouts.LAYOUTS`, ``table`` or ``auto``.
+        val: separate source of the validation split.
+        val_fraction: fraction of each class to use for validation instead.
+        val_list: file that lists the images to use for validation instead, one per line.
+        classes: the only classes to use; empty for all.
     """
 
     source: Path | Url
@@ -62,22 +62,22 @@ class Inputs(msgspec.Struct, frozen=True):
 
 
 def list_splits(inputs: Inputs, scratch: Path, seed: int) -> tuple[Listing, Listing | None]:
-    """The listings of training and validation.
+    """Return the listings of training and validation; None for validation if there is none.
 
     Args:
-        inputs: what to list.
-        scratch: where decompressed archives lie, see :func:`decompressed`.
-        seed: of the choice of ``val_fraction``.
+        inputs: the sources and options.
+        scratch: folder for decompressed archives, see :func:`scratch_folder`.
+        seed: seed of the choice by ``val_fraction``.
 
     Raises:
         OptionError: the options contradict each other or the source.
-        DatasetInvalid: a source cannot be read, holds no classes, or validation has classes of its own.
+        DatasetInvalid: a source cannot be read or has no classes, or validation has classes that training lacks.
     """
     ways = {"--val-fraction": inputs.val_fraction, "--val-list": inputs.val_list, "--val": inputs.val}
     given = [(option, value) for option, value in ways.items() if value is not None]
     if len(given) > 1:
         (option, value), (second, _) = given[:2]
-        raise OptionError(option, str(value), f"no {second} beside it, which names the validation split too")
+        raise OptionError(option, str(value), f"no {second} with it: only one of them may choose the validation split")
     found = find(plain(inputs.source, scratch), inputs.layout)
     train = label_pairs(inputs.source, _chosen(found.train, inputs.classes), None, found.form)
     if inputs.val is not None:
@@ -92,22 +92,22 @@ def list_splits(inputs: Inputs, scratch: Path, seed: int) -> tuple[Listing, List
         return train, None
     train, val = split_off(train, share, seed)
     if not val.items:
-        raise DatasetInvalid(str(inputs.source), "no class has two pictures, so none can be taken for validation")
+        raise DatasetInvalid(str(inputs.source), "no class has two images, so none can be used for validation")
     return train, val
 
 
 def _split_by_list(listing: Listing, path: Path) -> tuple[Listing, Listing]:
-    """Training and validation, as a list of sources has it."""
+    """Split a listing by a file that lists the sources of validation, one per line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         train, val = split_listed(listing, [line.strip().removeprefix("./") for line in lines if line.strip()])
-    except (OSError, ValueError) as error:  # what is no UTF-8 is a ValueError
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise DatasetInvalid(
-            path, f"it is no list of pictures ({error}); each line is a name such as CLASS/name.jpg"
+            path, f"it is not a list of images ({error}); each line must be a name such as CLASS/name.jpg"
         ) from error
     if not (train.items and val.items):
         raise DatasetInvalid(
-            path, f"it names {len(val.items):,} of {len(listing.items):,} pictures, and leaves one split empty"
+            path, f"it names {len(val.items):,} of {len(listing.items):,} images, which leaves one split empty"
         )
     return train, val
 
@@ -117,18 +117,22 @@ def _validation(root: Path | Url, found: FoundSplits, train: Listing, classes: S
 
 
 def _chosen(pairs: Pairs, classes: Sequence[str]) -> Pairs:
-    """The files of the classes that are asked for."""
+    """Return the files of the requested classes.
+
+    Raises:
+        OptionError: a requested class does not exist.
+    """
     if not classes:
         return pairs
     if unknown := sorted(set(classes) - {name for _, name in pairs}):
         raise OptionError(
-            "--classes", ",".join(classes), f"names of classes that are there, which {unknown[0]!r} is not"
+            "--classes", ",".join(classes), f"names of existing classes; there is no class {unknown[0]!r}"
         )
     return [(file, name) for file, name in pairs if name in classes]
 
 
 def plain(source: Path | Url, scratch: Path) -> Path | Url:
-    """The source itself or, where it is a compressed archive, its decompressed path in ``scratch``.
+    """Return the source itself; for a compressed archive, decompress it into ``scratch`` and return the copy.
 
     Raises:
         DatasetInvalid: it cannot be read or decompressed.
@@ -149,7 +153,11 @@ def plain(source: Path | Url, scratch: Path) -> Path | Url:
 
 
 def _fetched(source: Url, scratch: Path) -> Path:
-    """The decompressed path of an archive behind a URL, decompressed while it is read."""
+    """Download and decompress an archive at the same time, and return the decompressed copy.
+
+    Raises:
+        DatasetInvalid: there is no such archive, or it cannot be read or decompressed.
+    """
     (listed,) = list_remote(source) or (None,)
     if listed is None:
         raise DatasetInvalid(str(source), "there is no such archive")
@@ -157,13 +165,13 @@ def _fetched(source: Url, scratch: Path) -> Path:
         with open_remote(source.text) as file:
             head = file.read(HEAD_BYTES)
         if (opener := _opener(head)) is None:
-            raise DatasetInvalid(str(source), "it is not compressed by gzip, bzip2 or xz, as its name would have it")
-        with open_remote(source.text) as file:  # anew: what a server sends may be read forwards only
+            raise DatasetInvalid(str(source), "its name says that it is compressed, but it is not gzip, bzip2 or xz")
+        with open_remote(source.text) as file:  # open again: a server's answer may not be seekable
             name = PurePosixPath(source.text).name
             return _unpacked(file, opener, scratch / f".{name}", listed.stamp % MAX_STAMP_NS)
     except (DatasetInvalid, OptionError):
         raise
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # every fsspec file system raises errors of its own
         raise DatasetInvalid(str(source), f"it cannot be read or decompressed ({error})") from error
 
 
@@ -172,7 +180,7 @@ def _opener(head: bytes) -> Opener | None:
 
 
 def _unpacked(file: IO[bytes], opener: Opener, stem: Path, stamp_ns: int) -> Path:
-    """Decompress into a new file whose time of change is the archive's own, so that a second run knows its files again."""
+    """Decompress into a new file with the archive's modification time, so that a second run has the same input identity."""
     path = stem.with_name(f"{stem.name}.{secrets.token_hex(4)}.unpacked")
     with opener(file) as packed, path.open("wb") as unpacked:
         shutil.copyfileobj(packed, unpacked, 2**20)
@@ -182,7 +190,7 @@ def _unpacked(file: IO[bytes], opener: Opener, stem: Path, stamp_ns: int) -> Pat
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """Where decompressed archives go: ``out``, from which they are removed at the end."""
+    """Yield the folder for decompressed archives, which is ``out``; remove the archives at the end."""
     try:
         yield out
     finally:

@@ -1,4 +1,4 @@
-"""The layouts that people's pictures come in: each turns a tree of files into splits of files with their classes.
+"""The layouts of image collections: each finds splits of files with classes in a tree of files.
 
 ========== =====================================================================================================
 tree       CLASS/name.jpg, or train/ and val/ (or valid/, validation/, test/) with such folders in them; a folder,
@@ -39,18 +39,18 @@ Pairs = list[tuple[File, str]]
 
 TABLE_SUFFIXES: Final = (".csv", ".tsv", ".jsonl")
 VALIDATION_TABLES: Final = ("LOC_val_solution.csv", "val.txt", "val_labels.txt")
-"""Where the labels of ImageNet's validation pictures may stand: Kaggle's, or lines of a name and a class."""
+"""Files that may hold the labels of ImageNet's validation images: Kaggle's table, or lines of a name and a class."""
 
 CIFAR_SIDE_PX: Final = 32
 CIFAR_PICTURE_BYTES: Final = CIFAR_SIDE_PX**2 * 3
 CIFAR_RECORD_BYTES: Final = 1 + CIFAR_PICTURE_BYTES
 
 CLASS_DIGITS: Final = 6
-"""Numbers that name classes are padded, so that sorted names are sorted numbers."""
+"""Class names that are numbers are padded with zeros to this width, so that names sort as numbers do."""
 
 
 class FoundSplits(NamedTuple):
-    """Files with their classes' names, by split; ``val`` is None where the layout holds one split."""
+    """Files paired with class names, by split; ``val`` is None if the source holds one split."""
 
     train: Pairs
     val: Pairs | None
@@ -58,35 +58,35 @@ class FoundSplits(NamedTuple):
 
 
 def find(source: Path | Url, layout: str = "auto") -> FoundSplits:
-    """The splits that a source holds.
+    """Find the splits of a source.
 
     Args:
-        source: a folder, an uncompressed tar archive, or a table.
-        layout: of :data:`LAYOUTS`, or ``auto`` to find out.
+        source: folder, uncompressed tar archive, or table.
+        layout: one of :data:`LAYOUTS`, ``table``, or ``auto`` to detect it.
 
     Raises:
-        DatasetInvalid: it is not in that layout, or in none; or it is damaged.
+        DatasetInvalid: the source is damaged, or in another layout.
     """
     if layout == "table" or (layout == "auto" and source.suffix in TABLE_SUFFIXES):
         if isinstance(source, Url):
-            raise DatasetInvalid(str(source), "a table must lie on this machine, as the files that it names")
+            raise DatasetInvalid(str(source), "a table must be on this machine, as must the files that it names")
         if source.is_file():
             return FoundSplits(read_table(source), None)
     files = list_files(source)
     for name, look in LAYOUTS.items():
         if layout in ("auto", name) and (found := look(source, files)) is not None:
             return found
-    raise DatasetInvalid(str(source), f"it does not look like the layout {layout!r}")
+    raise DatasetInvalid(str(source), f"it does not have the layout {layout!r}")
 
 
 def find_tree(_source: Path | Url, files: Sequence[File]) -> FoundSplits:
-    """The layout ``tree``: whatever is in no other."""
+    """Find the splits of the layout ``tree``, which accepts everything that the other layouts do not."""
     train, val = split_files(files)
     return FoundSplits(_by_name(train), None if val is None else _by_name(val))
 
 
 def find_imagenet(source: Path | Url, files: Sequence[File]) -> FoundSplits | None:
-    """The layout ``imagenet``: ImageNet's own archives."""
+    """Find the splits of the layout ``imagenet``: ImageNet's own archives."""
     train = subtree(files, "ILSVRC2012_img_train")
     if not train:
         return None
@@ -95,7 +95,7 @@ def find_imagenet(source: Path | Url, files: Sequence[File]) -> FoundSplits | No
 
 
 def find_kaggle(source: Path | Url, files: Sequence[File]) -> FoundSplits | None:
-    """The layout ``kaggle``."""
+    """Find the splits of the layout ``kaggle``: Kaggle's download of ImageNet."""
     for prefix in ("", "ILSVRC/"):
         train = subtree(files, f"{prefix}Data/CLS-LOC/train")
         if train:
@@ -105,7 +105,7 @@ def find_kaggle(source: Path | Url, files: Sequence[File]) -> FoundSplits | None
 
 
 def find_webdataset(source: Path | Url, files: Sequence[File]) -> FoundSplits | None:
-    """The layout ``webdataset``: a sample is all files whose names agree up to the first dot of their last part."""
+    """Find the splits of the layout ``webdataset``: the files of a sample agree up to the first dot of the base name."""
     classes = {_key(file): file for file in files if file.name.endswith(".cls")}
     if not classes:
         return None
@@ -120,7 +120,7 @@ def find_webdataset(source: Path | Url, files: Sequence[File]) -> FoundSplits | 
 
 
 def find_cifar(source: Path | Url, files: Sequence[File]) -> FoundSplits | None:
-    """The layout ``cifar``: each record is a byte of label and a planar picture."""
+    """Find the splits of the layout ``cifar``: each record is one byte of label and 3,072 planar bytes of pixels."""
     by_name = {PurePosixPath(file.name).name: file for file in files}
     if "data_batch_1.bin" not in by_name or "batches.meta.txt" not in by_name:
         return None
@@ -142,16 +142,16 @@ LAYOUTS: Final[dict[str, Callable[[Path | Url, Sequence[File]], FoundSplits | No
     "kaggle": find_kaggle,
     "tree": find_tree,
 }
-"""In the order in which they are looked for."""
+"""Layouts in the order of detection; ``tree`` accepts everything, so it is last."""
 
 
 def read_table(source: Path) -> Pairs:
-    """Files and classes from a table: JSON lines with ``path`` and ``label``, or rows of a path and a label.
+    """Read files and classes from a table: JSON lines with ``path`` and ``label``, or rows of a path and a label.
 
     Paths are relative to the table's folder.
 
     Raises:
-        DatasetInvalid: a line of it cannot be understood; it is named.
+        DatasetInvalid: a row is invalid; the error names it.
     """
     pairs = []
     for number, (path, label) in enumerate(_rows(source), 1):
@@ -161,11 +161,11 @@ def read_table(source: Path) -> Pairs:
         try:
             status = on_disk.stat()
             stamp_ns, size = status.st_mtime_ns, status.st_size
-        except OSError:  # let it be rejected by name
+        except OSError:  # the worker rejects it, with its name and the reason
             stamp_ns, size = 0, 0
         pairs.append((File(path, os.fsencode(on_disk), stamp_ns, 0, size), label))
     if len({file.name for file, _ in pairs}) < len(pairs):
-        raise DatasetInvalid(str(source), "it names a path twice")
+        raise DatasetInvalid(str(source), "it names the same path twice")
     return pairs
 
 
@@ -175,7 +175,7 @@ class _Row(msgspec.Struct):
 
 
 def _rows(source: Path) -> list[tuple[str, str]]:
-    """Path and label of each row; a header of exactly these words is left out."""
+    """Return path and label of each row; a header row ``path, label`` is skipped."""
     try:
         text = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -193,7 +193,7 @@ def _rows(source: Path) -> list[tuple[str, str]]:
 
 
 def _named(label: str | int) -> str:
-    """A class's name; numbers are padded so that they sort as numbers."""
+    """Return the class name of a label; numbers are padded so that they sort as numbers."""
     text = str(label)
     return text.zfill(CLASS_DIGITS) if text.isdecimal() else text
 
@@ -203,7 +203,11 @@ def _by_name(files: Sequence[File]) -> Pairs:
 
 
 def _by_table(source: Path | Url, pictures: Sequence[File], files: Sequence[File]) -> Pairs:
-    """Validation pictures with the classes that the table or the development kit beside them gives."""
+    """Pair validation images with their classes, from the table or the development kit among the files.
+
+    Raises:
+        DatasetInvalid: there are no labels, or an image has none.
+    """
     for file in files:
         if PurePosixPath(file.name).name in VALIDATION_TABLES:
             classes = _validation_classes(_text(source, file))
@@ -213,8 +217,8 @@ def _by_table(source: Path | Url, pictures: Sequence[File], files: Sequence[File
             return label_by_devkit(str(source), kit, pictures)
         raise DatasetInvalid(
             str(source),
-            f"the labels of its validation pictures are missing: put {VALIDATION_TABLES[0]} or "
-            "ILSVRC2012_devkit_t12.tar.gz there",
+            f"the labels of its validation images are missing: add {VALIDATION_TABLES[0]} or "
+            "ILSVRC2012_devkit_t12.tar.gz",
         )
     pairs = [(picture, classes.get(PurePosixPath(picture.name).stem)) for picture in pictures]
     if missing := [picture.name for picture, name in pairs if name is None]:
@@ -223,7 +227,7 @@ def _by_table(source: Path | Url, pictures: Sequence[File], files: Sequence[File
 
 
 def _validation_classes(text: str) -> Mapping[str, str]:
-    """Class by file name without suffix, from lines as ``ILSVRC2012_val_00000001[.JPEG][, ]n01751748 ...``."""
+    """Return classes by file name without suffix, from lines like ``ILSVRC2012_val_00000001[.JPEG][, ]n01751748 ...``."""
     rows = (line.replace(",", " ").split() for line in text.splitlines())
     return {PurePosixPath(row[0]).stem: row[1] for row in rows if len(row) > 1}
 
@@ -236,18 +240,20 @@ def _key(file: File) -> str:
 def _class_number(source: Path | Url, file: File) -> str:
     text = _text(source, file).strip()
     if not text.isdecimal():
-        raise DatasetInvalid(str(source), f"{file.name} is not the number of a class")
+        raise DatasetInvalid(str(source), f"{file.name} does not hold the number of a class")
     return _named(text)
 
 
 def _cifar(source: Path | Url, file: File, names: Sequence[str]) -> Pairs:
-    """The records of one batch."""
+    """Return the records of one batch file as ranges of the file, with their classes."""
     content = _read(source, file)
     if not content or len(content) % CIFAR_RECORD_BYTES:
-        raise DatasetInvalid(str(source), f"{file.name} is not whole records of {CIFAR_RECORD_BYTES} bytes")
+        raise DatasetInvalid(str(source), f"{file.name} does not consist of records of {CIFAR_RECORD_BYTES} bytes")
     labels = content[::CIFAR_RECORD_BYTES]
     if max(labels) >= len(names):
-        raise DatasetInvalid(str(source), f"{file.name} has label {max(labels)}, and {len(names)} classes have names")
+        raise DatasetInvalid(
+            str(source), f"{file.name} has label {max(labels)}, but only {len(names)} classes have names"
+        )
     return [
         (
             msgspec.structs.replace(

@@ -1,14 +1,14 @@
-"""What the pool and its workers say to each other, and the layout of the memory they share.
+"""The messages between the pool and its workers, and the layout of their shared memory.
 
-Each worker has a socket pair (SOCK_SEQPACKET: one message is one packet; MessagePack) and a memory file of AREAS areas.
-The pool names a free area in each :class:`Job`; the worker writes there and tells what lies where in :class:`Done`; the
-area is the pool's again from then on. An area holds::
+Each worker has a socket pair (SOCK_SEQPACKET: one message is one packet, in MessagePack) and a memory file of AREAS areas.
+The pool names a free area in each :class:`Job`. The worker writes records there and reports their places in :class:`Done`,
+which gives the area back to the pool. An area holds::
 
-    [0, sum_offset)              records as they are stored, one after another
-    [sum_offset, area_bytes)     (side, side, 3) uint16, the sum of the chunk's pictures
+    [0, sum_offset)              stored records, one after another
+    [sum_offset, area_bytes)     (side, side, 3) uint16, the sum of the chunk's images
 
-Behind the areas is one number, int64: which of its job's items the worker is at, counted from 1; 0 if at none. A worker that
-dies leaves it there.
+After the areas comes one int64: the item of the current job that the worker is processing, counted from 1; 0 for none. It
+stays there when the worker dies, and so names the item.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from loader_service.data.codecs import Codec, raw_bytes
 from loader_service.datasets.preprocessing.sources import Item
 
 CHUNK_ITEMS: Final = 32
-"""Items per job: messages and sums then cost nothing beside decoding, little is done again after a death, and a sum of so
-many pictures fits into 16 bits."""
+"""Items per job. Messages and sums then cost little compared with decoding, little work is repeated after a death, and the
+sum of the images fits into 16 bits."""
 
 AREAS: Final = 2
-"""One is written while the other waits to be stored."""
+"""Areas per worker: one is written while the other waits to be stored."""
 
 MESSAGE_BYTES: Final = 2**20
-"""No message is larger: 32 items with paths of at most 4,096 bytes."""
+"""Largest message: 32 items with paths of at most 4,096 bytes need less."""
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
-    """Pool to worker, first: what payloads to make, of how wide pictures, and how long one may take."""
+    """The first message from pool to worker: codec, time limit per item in seconds, and side of the records."""
 
     codec: Codec
     parameters: dict[str, int | str]
@@ -42,21 +42,21 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
 
     @property
     def sum_offset(self) -> int:
-        """Where in an area the sum begins: behind the largest records.
+        """Offset of the sum within an area, after the largest possible records.
 
-        A JPEG without subsampling has at most 6 bytes for each pixel of its whole blocks, and 2,048 (libjpeg-turbo's bound).
+        A JPEG at 4:4:4 has at most 6 bytes for each pixel of its whole blocks, plus 2,048 (libjpeg-turbo's tjBufSize).
         """
         whole = -(-self.side // 8) * 8
         return CHUNK_ITEMS * (2 * raw_bytes(whole) + 4096)
 
     @property
     def area_bytes(self) -> int:
-        """Bytes of an area, in whole pages."""
+        """Bytes of an area, rounded up to whole pages."""
         return -(-(self.sum_offset + 2 * raw_bytes(self.side)) // mmap.PAGESIZE) * mmap.PAGESIZE
 
     @property
     def at_offset(self) -> int:
-        """Where in the memory the number of the item stands."""
+        """Offset within the memory of the number of the current item."""
         return AREAS * self.area_bytes
 
     @property
@@ -66,7 +66,10 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
 
 
 class Job(msgspec.Struct, frozen=True, tag=True):
-    """Pool to worker: make the records of these items, in this area. ``refused`` are not to be touched again."""
+    """Pool to worker: make the records of these items in this area.
+
+    ``refused`` holds reasons by index, for items that killed workers; they must not be opened again.
+    """
 
     number: int
     area: int
@@ -75,9 +78,9 @@ class Job(msgspec.Struct, frozen=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """Worker to pool: for each item where its record lies in the area (offset, bytes), or why there is none.
+    """Worker to pool: for each item, (offset, bytes) of its record in the area, or the reason why there is none.
 
-    ``products`` are the nine sums of colour products, row by row.
+    ``products`` holds the nine sums of colour products, row by row.
     """
 
     number: int
@@ -86,7 +89,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Worker to pool: the run cannot go on, for a reason that is no picture's fault."""
+    """Worker to pool: the run must stop, for a reason that is not the fault of an image."""
 
     sentence: str
 

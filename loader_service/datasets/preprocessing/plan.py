@@ -1,4 +1,4 @@
-"""What a run will do, decided before it starts: splits, order, codec, room, and the identity of its input."""
+"""The plan of a run, made before it starts: splits, order, codec, disk space, and the identity of its input."""
 
 from __future__ import annotations
 
@@ -21,47 +21,48 @@ PAGE_BYTES: Final = 4096
 
 PAYLOAD_SHARES: Final[dict[Codec, float]] = {
     "raw": 1.0,
-    "jpeg": 0.125,  # of a photograph at quality 90; 23 KB of 192 on average
-    "centered": 3.0,  # 16 bits for each of a raw one's 8, which lies beside it until all are made
+    "jpeg": 0.125,  # a photograph at quality 90 takes 23 of 192 KB on average
+    "centered": 3.0,  # twice a raw payload, and the raw payload itself until all are converted
 }
-"""How large payloads are, beside raw ones."""
+"""Disk space of payloads relative to raw ones."""
 
 RAW_MEMORY_SHARE: Final = 0.5
-"""Raw records should fit into this share of memory: read from disk instead, they come slower than JPEG is decoded."""
+"""Fraction of memory that raw records may take. Raw records that are read from a disk are slower than decoding JPEGs."""
 
 MEMORY_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Files with a container's memory limit: cgroup version 2, and version 1."""
 
 _ORDER: Final = b"order\0"
 _SPLIT: Final = b"split\0"
 
 
 def shuffled(items: Iterable[Item], seed: int) -> list[Item]:
-    """The items in the order of a keyed hash of their names: mixed, and independent of any generator's version."""
+    """Return the items in the order of a keyed hash of their names: shuffled, whatever the version of any generator."""
     return sorted(items, key=lambda item: (_hash(_ORDER, item, seed), item.source))
 
 
 def split_off(listing: Listing, share: float, seed: int) -> tuple[Listing, Listing]:
-    """Training and validation items out of one listing: ``share`` of each class, at least one, goes to validation."""
+    """Split a listing into training and validation: the fraction ``share`` of each class, at least one, is validation."""
     by_label: dict[int, list[Item]] = defaultdict(list)
     for item in listing.items:
         by_label[item.label].append(item)
     chosen: set[str] = set()
     for items in by_label.values():
-        count = min(max(1, round(share * len(items))), len(items) - 1)  # a class of one picture stays in training
+        count = min(max(1, round(share * len(items))), len(items) - 1)  # a class of one image stays in training
         items.sort(key=lambda item: (_hash(_SPLIT, item, seed), item.source))
         chosen.update(item.source for item in items[:count])
     return split_listed(listing, list(chosen))
 
 
 def split_listed(listing: Listing, names: Sequence[str]) -> tuple[Listing, Listing]:
-    """Training and validation items out of one listing: those whose sources are named go to validation.
+    """Split a listing into training and validation: the items whose sources are named are validation.
 
     Raises:
-        ValueError: a name is no item's.
+        ValueError: a name is not the source of an item.
     """
     chosen = set(names)
     if unknown := sorted(chosen - {item.source for item in listing.items}):
-        raise ValueError(f"{len(unknown):,} of its {len(chosen):,} names are of no picture, the first {unknown[0]!r}")
+        raise ValueError(f"{len(unknown):,} of its {len(chosen):,} names are not in SRC, the first is {unknown[0]!r}")
     train = tuple(item for item in listing.items if item.source not in chosen)
     val = tuple(item for item in listing.items if item.source in chosen)
     return msgspec.structs.replace(listing, items=train), msgspec.structs.replace(listing, items=val)
@@ -72,22 +73,23 @@ def _hash(stream: bytes, item: Item, seed: int) -> bytes:
 
 
 def record_bytes(codec: Codec, side: int) -> int:
-    """About how many bytes a record of ``side`` pixels takes on disk while it is made, in whole pages."""
+    """Estimate the bytes that a record of ``side`` pixels takes on disk during the run, in whole pages."""
+    # About 128 bytes for header, keys, source name and LMDB's page header.
     return math.ceil((PAYLOAD_SHARES[codec] * raw_bytes(side) + 128) / PAGE_BYTES) * PAGE_BYTES
 
 
 def identity(
     listing: Listing, codec: Codec, parameters: Mapping[str, int | str], seed: int, size: int, statistics: str = ""
 ) -> str:
-    """What a split's environment is made of: equal identities mean that there is nothing to do again.
+    """Return the identity of a split's input, 32 hexadecimal digits: equal identities give the same environment.
 
     Args:
-        listing: the items; their names, labels, sizes and times of change count.
-        codec: of the payloads.
-        parameters: the codec's.
-        seed: of the order.
-        size: the records' side in pixels.
-        statistics: the fingerprint of the environment whose statistics are taken over.
+        listing: the items; their names, labels, sizes and modification times count.
+        codec: codec of the records.
+        parameters: parameters of the codec.
+        seed: seed of the order.
+        size: side of the records, in pixels.
+        statistics: fingerprint of the environment whose statistics the split uses; "" for its own.
     """
     digest = xxhash.xxh3_128()
     facts = (LIBRARY, RECIPE, codec, dict(parameters), seed, size, listing.class_names, statistics)
@@ -98,14 +100,14 @@ def identity(
 
 
 def choose_codec(asked: Codec | Literal["auto"], count: int, size: int) -> Codec:
-    """The codec: as asked, or by whether all records of ``size`` pixels fit into memory comfortably when they are raw."""
+    """Return the requested codec; for ``auto``, raw if all raw records of ``size`` pixels fit into RAW_MEMORY_SHARE."""
     if asked != "auto":
         return asked
     return "raw" if count * record_bytes("raw", size) <= RAW_MEMORY_SHARE * memory_bytes() else "jpeg"
 
 
 def memory_bytes() -> int:
-    """The memory that this process may use: the machine's, or its container's."""
+    """Return the bytes of memory that this process may use: the machine's, or its container's limit."""
     fields = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     machine = [int(field[1]) * 1024 for field in fields if field[0] == "MemTotal:"]
     limits = [path.read_text(encoding="ascii").strip() for path in MEMORY_LIMITS if path.is_file()]
@@ -113,19 +115,19 @@ def memory_bytes() -> int:
 
 
 def disk_bytes(count: int, codec: Codec, size: int) -> int:
-    """About how many bytes ``count`` records of ``size`` pixels take on disk while they are made."""
+    """Estimate the bytes that ``count`` records of ``size`` pixels take on disk during the run; 2 % are LMDB's tree."""
     return math.ceil(1.02 * count * record_bytes(codec, size))
 
 
 def check_disk_space(out: Path, count: int, codec: Codec, size: int) -> None:
-    """See that there is room for ``count`` records of ``size`` pixels.
+    """Check that the disk has space for ``count`` records of ``size`` pixels.
 
     Raises:
-        PreprocessingFailed: there is not.
+        PreprocessingFailed: it has not.
     """
     need, free = disk_bytes(count, codec, size), shutil.disk_usage(out).free
     if need > free:
         raise PreprocessingFailed(
-            f"{out} has {free / 1e9:.1f} GB free, and {count:,} {codec} records need about {need / 1e9:.1f} GB: "
-            f"make room, name another folder{', or take --codec jpeg' if codec != 'jpeg' else ''}."
+            f"{out} has {free / 1e9:.1f} GB free, but {count:,} {codec} records need about {need / 1e9:.1f} GB: "
+            f"free some space, name another folder{', or use --codec jpeg' if codec != 'jpeg' else ''}."
         )

@@ -1,13 +1,13 @@
-"""The pool: worker processes that turn items into records, replaced when they die, with results in the items' order.
+"""The worker pool: processes that convert items to records; it replaces dead workers and yields results in order.
 
-Rules of this file:
+Invariants:
 
-- Work goes out in chunks, a free area at a time, the lowest chunk first; results are handed on in order, and an area goes
-  out again when its result has been handed on. So memory is bounded by the number of workers, and the chunk that all
-  others wait for is always being worked on.
-- A worker that dies has its chunk done again by its replacement. The item that it was at is suspected: one death may be
-  anybody's (the machine was out of memory), at the second the item is refused by name.
-- Leaving the block kills the workers. They hold nothing that matters.
+- Work is assigned in chunks, one free area at a time, lowest chunk first. Results are yielded in order, and an area is free
+  again after its result was consumed. So the number of workers bounds the memory, and the chunk that all others wait for
+  is always in progress.
+- The chunks of a dead worker are done again. The item that it was processing becomes a suspect: one death may have another
+  cause (the machine was out of memory); after the second death the item is refused by name.
+- Leaving the block kills the workers. They hold no state that could be lost.
 """
 
 from __future__ import annotations
@@ -37,21 +37,22 @@ from loader_service.errors import PreprocessingFailed
 from loader_service.types import RECORD_SIDE_PX
 
 DEATHS: Final = 2
-"""So many workers that die at an item are proof against it."""
+"""Number of workers that must die at an item before it is refused."""
 
 SEND_BUFFER_BYTES: Final = 2**20
-"""A job with 32 long paths must fit."""
+"""Socket send buffer: a job with 32 long paths must fit into one packet."""
 
 
 class Result(msgspec.Struct, frozen=True):
-    """One chunk, done.
+    """The result of one chunk.
 
     Fields:
-        items: as they were given.
-        records: for each item a view of the worker's memory, valid until the next result is asked for, or why not.
-        count: how many have a record.
-        image: (side, side, 3) uint16, the sum of their pixels; valid as the records are.
-        products: (3, 3) int64, the sum of their colour products.
+        items: the chunk's items.
+        records: for each item, its stored record as a view of the worker's memory, or the reason why there is none. Views are
+            valid until the next result is requested.
+        count: number of items with a record.
+        image: (side, side, 3) uint16, sum of the records' pixels; a view like the records.
+        products: (3, 3) int64, sum of their colour products.
     """
 
     items: Sequence[Item]
@@ -62,7 +63,7 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class _Worker:
-    """One process, its socket, its memory, and which of its areas hold what. The memory outlives the process."""
+    """A worker process with its socket, its shared memory and its jobs. The memory outlives the process."""
 
     def __init__(self, setup: messages.Setup) -> None:
         self._setup = setup
@@ -92,13 +93,13 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), self._file),
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                process_group=0,  # so that Ctrl-C is the pool's alone to answer
+                process_group=0,  # Ctrl-C then reaches the pool only, which stops the workers in order
             )
         self.send(self._setup)
 
     @property
     def at(self) -> int | None:
-        """Which of its first job's items it is at."""
+        """Index of the item that it is processing, within its first job; None if it is idle."""
         at = int(self._at()[0])
         return at - 1 if at else None
 
@@ -106,14 +107,14 @@ class _Worker:
         return np.frombuffer(self.memory, np.int64, 1, self._setup.at_offset)
 
     def send(self, message: messages.ToWorker) -> None:
-        """Send; a worker that has just died is found dead by its end of file."""
+        """Send a message; if the worker has just died, do nothing: the pool will see the end of file."""
         try:
             self.connection.sendall(messages.encode(message))
         except (BrokenPipeError, ConnectionResetError):
             return
 
     def end(self) -> int:
-        """Make sure that the process is gone, and return its exit code."""
+        """Kill the process, wait for it, and return its exit code."""
         if self.process is None:
             return 0
         self.connection.close()
@@ -121,20 +122,20 @@ class _Worker:
         return self.process.wait()
 
     def close(self) -> None:
-        """End the process and give its memory back as soon as nothing looks at it any more."""
+        """End the process; its memory is freed when the last view of it is gone."""
         self.end()
         os.close(self._file)
 
 
 class Pool:
-    """Worker processes, started when the block is entered.
+    """A pool of worker processes, which start when the block is entered.
 
     Args:
-        workers: how many.
-        codec: of the payloads.
-        parameters: the codec's.
-        limit_s: how long one picture may take.
-        side: of the records, in pixels.
+        workers: number of processes.
+        codec: codec of the records.
+        parameters: parameters of the codec.
+        limit_s: seconds that one image may take.
+        side: side of the records, in pixels.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class Pool:
         self._exit = ExitStack()
 
     def __enter__(self) -> Pool:
-        with ExitStack() as stack:  # ends those that have started if a later one cannot
+        with ExitStack() as stack:  # closes the started workers if a later one cannot start
             self._selector = stack.enter_context(selectors.DefaultSelector())
             for _ in range(self._count):
                 worker = _Worker(self._setup)
@@ -166,14 +167,14 @@ class Pool:
 
     @property
     def pids(self) -> list[int]:
-        """The processes that work now."""
+        """The process ids of the current workers."""
         return [worker.process.pid for worker in self._workers if worker.process is not None]
 
     def run(self, items: Sequence[Item]) -> Iterator[Result]:
-        """The results of all items, chunk by chunk, in their order.
+        """Yield the results of all items, chunk by chunk, in the items' order.
 
         Raises:
-            PreprocessingFailed: workers die before they have begun anything, or cannot reach what is behind a URL.
+            PreprocessingFailed: workers die before they have started a job, or a URL cannot be read now.
         """
         run = _Run(self._workers, self._selector, items)
         for number in range(len(run.chunks)):
@@ -186,7 +187,7 @@ class Pool:
 
 
 class _Run:
-    """What is going on in one call of :meth:`Pool.run`."""
+    """The state of one call of :meth:`Pool.run`."""
 
     def __init__(self, workers: Sequence[_Worker], selector: selectors.BaseSelector, items: Sequence[Item]) -> None:
         self._workers, self._selector = workers, selector
@@ -198,7 +199,7 @@ class _Run:
         self.deaths_at_start = 0
 
     def assign(self) -> None:
-        """Give waiting chunks to free areas, first one to every worker, then a second."""
+        """Assign waiting chunks to free areas: first one to every worker, then a second one."""
         for worker in sorted(self._workers, key=lambda worker: len(worker.jobs)):
             self._give(worker)
         for worker in self._workers:
@@ -212,13 +213,13 @@ class _Run:
             worker.send(job)
 
     def wait(self) -> None:
-        """Wait until something happens, and take note of it."""
+        """Wait for messages and deaths of workers, and handle them."""
         for key, _ in self._selector.select():
             worker: _Worker = key.data
             try:
                 message = worker.connection.recv(messages.MESSAGE_BYTES)
             except ConnectionResetError:
-                continue  # it died with a job unread; what it said before can still be received, then comes the end
+                continue  # it died with an unread job; its earlier messages come first, then the end of file
             if message:
                 self._note(worker, messages.decode_from_worker(message))
             else:
@@ -232,7 +233,7 @@ class _Run:
         self._give(worker)
 
     def _replace(self, worker: _Worker) -> None:
-        """Blame a death, start the process anew, and let its jobs be done again."""
+        """Note the cause of a death, restart the process, and put its jobs back into the queue."""
         at, number = worker.at, next(iter(worker.jobs), None)
         self._selector.unregister(worker.connection)
         code = worker.end()
@@ -240,7 +241,7 @@ class _Run:
             self.deaths_at_start += 1
             if self.deaths_at_start > DEATHS * len(self._workers):
                 raise PreprocessingFailed(
-                    f"worker processes end before they have begun (exit code {code}): see what they say above."
+                    f"worker processes end before they start to work (exit code {code}): see their errors above."
                 )
         else:
             self.deaths[number, at] += 1
@@ -256,7 +257,7 @@ class _Run:
 
 
 def _result(worker: _Worker, setup: messages.Setup, done: messages.Done, job: messages.Job) -> Result:
-    """A chunk's result as views of its worker's memory."""
+    """Return the result of a chunk, as views of its worker's memory."""
     start, side = job.area * setup.area_bytes, setup.side
     view = memoryview(worker.memory)
     records = [
@@ -269,9 +270,9 @@ def _result(worker: _Worker, setup: messages.Setup, done: messages.Done, job: me
 
 
 def _cause(code: int) -> str:
-    """Why a worker died, as the reason against the item that it was at."""
-    if code == -signal.SIGALRM:
+    """Return the reason for refusing an item, from the exit code of the worker that it killed."""
+    if code == -signal.SIGALRM:  # the worker's own time limit
         return "it took too long to decode"
     if code < 0:
-        return f"it ended the process that decoded it ({signal.Signals(-code).name})"
-    return f"it ended the process that decoded it (exit code {code})"
+        return f"it killed the process that decoded it ({signal.Signals(-code).name})"
+    return f"it killed the process that decoded it (exit code {code})"

@@ -1,7 +1,7 @@
-"""Pictures that lie behind a URL: object stores and web servers, through fsspec (the extra ``remote``).
+"""Remote sources: images in object stores and on web servers, through fsspec (the extra ``remote``).
 
-A folder's files are listed once and read whole; of a tar archive only headers are read to list it, and of each picture in it
-only its own range.
+The files of a folder are listed once and read whole. Of a tar archive, only the headers are read to list it, and each image
+is then read as a range.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from loader_service.errors import DatasetInvalid, OptionError, PictureError, Pre
 URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+")
 
 VERSION_KEYS: Final = ("ETag", "etag", "LastModified", "last_modified", "mtime", "md5Hash", "Last-Modified")
-"""Under these names file systems tell which version of a file they have."""
+"""Keys under which fsspec's file systems report the version of a file."""
 
 
 class Url(msgspec.Struct, frozen=True):
-    """A source that is not on this machine; ``str()`` of it is the URL."""
+    """A source on another machine; ``str()`` returns the URL."""
 
     text: str
 
@@ -32,12 +32,19 @@ class Url(msgspec.Struct, frozen=True):
 
     @property
     def suffix(self) -> str:
-        """Of its last part, with the dot."""
+        """The suffix of the last part, with the dot."""
         return PurePosixPath(self.text).suffix
 
 
 class RemoteFile(NamedTuple):
-    """One file: its name below the URL (empty if it is the URL's own), its own URL, a number for its version, its bytes."""
+    """A remote file.
+
+    Fields:
+        name: name below the source's URL; "" if the file is the source itself.
+        url: URL of the file.
+        stamp: number that changes with the file's version.
+        size: bytes.
+    """
 
     name: str
     url: str
@@ -46,11 +53,11 @@ class RemoteFile(NamedTuple):
 
 
 def list_remote(source: Url) -> list[RemoteFile]:
-    """All files at or below a URL.
+    """List all files at or below a URL.
 
     Raises:
         DatasetInvalid: it cannot be listed.
-        OptionError: fsspec, or what it needs for such URLs, is not installed.
+        OptionError: fsspec, or its package for such URLs, is not installed.
     """
     fs, path = _open(source.text)
     try:
@@ -62,23 +69,23 @@ def list_remote(source: Url) -> list[RemoteFile]:
             )
             for name, info in found.items()
         ]
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # every fsspec file system raises errors of its own
         raise DatasetInvalid(str(source), f"it cannot be listed ({_said(error)})") from error
 
 
 def open_remote(url: str) -> IO[bytes]:
-    """A file to read and seek in; what is read of it is fetched as ranges."""
+    """Open a remote file for reading and seeking; fsspec fetches ranges of it as they are read."""
     fs, path = _open(url)
     file: IO[bytes] = fs.open(path, "rb")
     return file
 
 
 def read_remote(url: str, source: str, offset: int, size: int) -> bytes:
-    """``size`` bytes of a file from ``offset`` on.
+    """Return ``size`` bytes of a remote file from ``offset`` on.
 
     Raises:
-        PictureError: it is gone, too large, or shorter than it was.
-        PreprocessingFailed: it cannot be had now. That is not the picture's fault, and the run may go on later.
+        PictureError: the file is gone, too large, or shorter than it was.
+        PreprocessingFailed: the store cannot be read now. This is not the image's fault; the run can be resumed later.
     """
     if size > MAX_FILE_BYTES:
         raise PictureError(source, f"it has {size} bytes, more than {MAX_FILE_BYTES}")
@@ -86,8 +93,8 @@ def read_remote(url: str, source: str, offset: int, size: int) -> bytes:
     try:
         content: bytes = fs.cat_file(path, start=offset, end=offset + size) if size else b""
     except FileNotFoundError as error:
-        raise PictureError(source, "it is not there any more") from error
-    except Exception as error:  # each file system has errors of its own
+        raise PictureError(source, "it does not exist any more") from error
+    except Exception as error:  # every fsspec file system raises errors of its own
         raise PreprocessingFailed(f"{url} cannot be read now ({_said(error)}).") from error
     if len(content) != size:
         raise PictureError(source, f"it ends after {len(content)} of {size} bytes")
@@ -95,7 +102,7 @@ def read_remote(url: str, source: str, offset: int, size: int) -> bytes:
 
 
 def _open(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it."""
+    """Return the fsspec file system of a URL, and the path in it."""
     try:
         import fsspec  # an optional extra
     except ImportError as error:
@@ -108,9 +115,11 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _stamp(info: dict[str, Any]) -> int:
-    """A number that changes when a file does, of whatever the file system tells."""
+    """Return a number that changes when a file changes, from the version that its file system reports."""
     version = [str(info[key]) for key in VERSION_KEYS if key in info]
-    return xxhash.xxh3_64_intdigest(repr(version).encode()) >> 1
+    return (
+        xxhash.xxh3_64_intdigest(repr(version).encode()) >> 1
+    )  # fits into a signed 64-bit integer
 
 
 def _said(error: Exception) -> str:

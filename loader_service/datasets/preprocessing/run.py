@@ -1,4 +1,4 @@
-"""Make both environments of a dataset, unless they are there already."""
+"""A run of preprocessing: it makes both environments of a dataset, or the rest of them."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ from loader_service.datasets.preprocessing.sources import Listing
 from loader_service.errors import OptionError, PreprocessingFailed
 
 Report = Callable[[str], None]
+"""A function that shows one line of text."""
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What the command line asks for."""
+    """The options of a run; see ``loader-service preprocess --help``."""
 
     inputs: Inputs
     codec: Literal["raw", "jpeg", "centered", "auto"]
@@ -51,19 +52,24 @@ class Options(msgspec.Struct, frozen=True):
 
 
 def preprocess(out: Path, options: Options, report: Report) -> dict[str, Manifest]:
-    """Make both environments, unless they are there already.
+    """Make both environments in ``out``, unless they are up to date.
 
     Args:
-        out: their folder.
-        options: what to make, and how.
-        report: called with one line of text for each environment.
+        out: folder of the environments.
+        options: sources and options.
+        report: called with one line for each environment.
 
     Returns:
-        Their manifests, by split; empty for a dry run.
+        Manifests by split; empty after a dry run.
+
+    Raises:
+        OptionError: the options contradict each other or the source.
+        DatasetInvalid: a source cannot be read, or LMDB cannot write.
+        PreprocessingFailed: ``out`` is in use or holds another dataset, the disk is too small, or too many files are bad.
     """
     source = options.inputs.source
     if isinstance(source, Path) and source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise OptionError("OUT", str(out), f"a folder that is not inside of {source}, where the pictures are")
+        raise OptionError("OUT", str(out), f"a folder that is not inside of {source}, where the images are")
     with locked(out), scratch_folder(out) as scratch:
         train, val = list_splits(options.inputs, scratch, options.seed)
         listings = {"train": train} if val is None else {"train": train, "val": val}
@@ -87,7 +93,7 @@ def preprocess(out: Path, options: Options, report: Report) -> dict[str, Manifes
 
 
 def plan_split(listing: Listing, path: Path, codec: Codec, options: Options, train: Manifest | None) -> SplitTask:
-    """The task of one split; ``train`` is the manifest whose statistics it takes over."""
+    """Return the task of one split; ``train`` is the manifest whose statistics it uses, None for its own."""
     parameters = dict(DEFAULT_PARAMETERS[codec])
     if codec == "jpeg":
         parameters["quality"] = options.quality
@@ -112,16 +118,24 @@ def plan_split(listing: Listing, path: Path, codec: Codec, options: Options, tra
 
 
 def make_split(task: SplitTask, options: Options, to_come: int, report: Report) -> Manifest:
-    """Make one environment unless it is there; room is looked for on disk for ``to_come`` records."""
+    """Make one environment unless it is up to date, and return its manifest.
+
+    Args:
+        task: the environment to make.
+        options: options of the run.
+        to_come: number of records still to be written in this run, for the check of the disk's free space.
+        report: called with one line for the environment.
+    """
     path, found = task.path, existing(task.path)
     if found is not None and found.made_by.get("input") == task.made_by["input"]:
-        report(f"{path}: {found.count:,} records are there already, fingerprint {found.fingerprint}")
+        report(f"{path}: up to date, {found.count:,} records, fingerprint {found.fingerprint}")
         return found
     if path.exists() and not options.replace:
         raise PreprocessingFailed(
-            f"{path} is there and was made from something else: name another folder, or say --replace."
+            f"{path} exists and was made from other input or options: name another folder, or use --replace."
         )
     clear_unfinished(task, options.replace)
+    # A run that was killed after the last write left a complete environment under its hidden name.
     manifest = adopt(path, task.made_by["input"]) or write_split(task, options, to_come, report)
     bad = f", {len(manifest.rejected):,} files rejected" if manifest.rejected else ""
     report(f"{path}: {manifest.count:,} {task.codec} records{bad}, fingerprint {manifest.fingerprint}")
@@ -129,7 +143,7 @@ def make_split(task: SplitTask, options: Options, to_come: int, report: Report) 
 
 
 def write_split(task: SplitTask, options: Options, to_come: int, report: Report) -> Manifest:
-    """Make what is not made yet of one environment."""
+    """Write the records of one environment that an interrupted run has not written."""
     if task.codec == "centered":
         return write_centered_split(task, options, to_come, report)
     with open_writer(task) as writer, reporting_kept_work(writer):
@@ -140,7 +154,7 @@ def write_split(task: SplitTask, options: Options, to_come: int, report: Report)
 
 
 def write_centered_split(task: SplitTask, options: Options, to_come: int, report: Report) -> Manifest:
-    """The same for ``centered`` records: raw ones first."""
+    """Write one environment of ``centered`` records: first raw records, then their conversion."""
     raw_records = raw_task(task)
     if not raw_records.path.exists():
         check_disk_space(task.path.parent, to_come, task.codec, task.size)
@@ -151,17 +165,17 @@ def write_centered_split(task: SplitTask, options: Options, to_come: int, report
 
 @contextmanager
 def reporting_kept_work(writer: Writer) -> Iterator[None]:
-    """Where the block fails or is stopped, say that the same command goes on, if it does."""
+    """Tell the user, if the block fails or is stopped, that the same command resumes the run."""
     try:
         yield
     except BaseException:
         if writer.kept:
-            click.echo(f"{writer.path}: what is done is kept, and the same command goes on from there.", err=True)
+            click.echo(f"{writer.path}: the finished part is kept; run the same command to resume.", err=True)
         raise
 
 
 def split_facts(manifest: Manifest) -> dict[str, object]:
-    """What --json says of an environment."""
+    """Return the facts of an environment for --json."""
     return {
         "records": manifest.count,
         "classes": len(manifest.class_names),

@@ -1,8 +1,8 @@
-"""What there is to preprocess: trees of files in folders and archives, and the labelled items found in them.
+"""The sources of images: trees of files in folders and archives, and the labelled items found in them.
 
-A tree of files is the same thing in a folder, in a tar archive and in a tar of tars (ImageNet's training set as it is
-distributed): names with slashes, and for each where its bytes lie. Archives are never unpacked; a compressed one is
-decompressed as a whole, since nothing inside it can be read on its own.
+A folder, a tar archive and a tar of tars (ImageNet's training set as distributed) all become the same tree of files: names
+with slashes, and for each the place of its bytes. Archives are never unpacked. A compressed archive is decompressed as a
+whole, because its members cannot be read one by one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from loader_service.errors import DatasetInvalid
 
 TRAIN_FOLDER: Final = "train"
 VALIDATION_FOLDERS: Final = ("val", "valid", "validation", "test")
-"""A tree with ``train/`` and one of these holds both splits; the first that is there counts."""
+"""A tree with ``train/`` and one of these folders holds both splits; the first that exists is used."""
 
 WORDNET_FILE: Final = re.compile(r"(n[0-9]{8})_[^/]+")
-"""ImageNet's files name their class: n01440764_10026.JPEG."""
+"""ImageNet's file names start with their class: n01440764_10026.JPEG."""
 
 
 class Form(Enum):
@@ -40,11 +40,11 @@ class File(msgspec.Struct, frozen=True):
     """One file of a tree.
 
     Fields:
-        name: within the tree, with slashes; UTF-8 with other bytes escaped.
-        path: the file on disk that it is or lies in, as the system's bytes; or its URL.
-        stamp_ns: when that was last changed; of a URL, another number that changes with it.
-        offset: where it starts in there.
-        size: its bytes.
+        name: name within the tree, with slashes; bytes that are not UTF-8 are escaped.
+        path: path of the file or of its archive on disk, as the system's bytes; or its URL.
+        stamp_ns: modification time of ``path``; of a URL, a number that changes with it.
+        offset: offset of the file's first byte in ``path``.
+        size: bytes of the file.
     """
 
     name: str
@@ -55,13 +55,13 @@ class File(msgspec.Struct, frozen=True):
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True):
-    """One picture that is to become a record.
+    """One image that is to become a record.
 
     Fields:
-        source: its name in the dataset, unique within its split.
-        label: its class's number.
-        path, stamp_ns, offset, size: as those of a :class:`File`.
-        form: the encoding of its bytes.
+        source: name in the dataset, unique within the split.
+        label: number of the class.
+        path, stamp_ns, offset, size: as in :class:`File`.
+        form: encoding of the bytes.
     """
 
     source: str
@@ -74,7 +74,7 @@ class Item(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Listing(msgspec.Struct, frozen=True):
-    """The items of one split, in the order of their names, and the names of their classes by label."""
+    """The items of one split, sorted by name, and the class names by label."""
 
     root: Path | Url
     class_names: tuple[str, ...]
@@ -82,12 +82,12 @@ class Listing(msgspec.Struct, frozen=True):
 
 
 def list_files(root: Path | Url) -> list[File]:
-    """The files of a folder or an uncompressed tar archive, here or behind a URL, by name; hidden ones are left out.
+    """List the files of a folder or an uncompressed tar archive, local or remote, sorted by name, without hidden files.
 
-    An archive that lies in an archive or directly in the folder is looked into: its files have names below its own.
+    A tar archive inside of an archive, or directly in the folder, counts as a folder with its name, without ``.tar``.
 
     Raises:
-        DatasetInvalid: it cannot be read.
+        DatasetInvalid: the source cannot be read.
     """
     if isinstance(root, Url):
         files = _files_behind(root)
@@ -97,7 +97,7 @@ def list_files(root: Path | Url) -> list[File]:
 
 
 def split_files(files: Sequence[File]) -> tuple[list[File], list[File] | None]:
-    """Training files and, where the tree holds both splits, validation files, without the splits' folder names."""
+    """Return training files and, if the tree holds both splits, validation files, with names below the splits' folders."""
     tops = {file.name.split("/", 1)[0] for file in files if "/" in file.name}
     if TRAIN_FOLDER in tops:
         for name in VALIDATION_FOLDERS:
@@ -107,7 +107,7 @@ def split_files(files: Sequence[File]) -> tuple[list[File], list[File] | None]:
 
 
 def subtree(files: Sequence[File], folder: str) -> list[File]:
-    """The files below one folder of a tree, by their names from there."""
+    """Return the files below one folder of a tree, with names relative to it."""
     prefix = f"{folder}/"
     return [
         msgspec.structs.replace(file, name=file.name.removeprefix(prefix))
@@ -117,14 +117,14 @@ def subtree(files: Sequence[File], folder: str) -> list[File]:
 
 
 def label_files(root: Path | Url, files: Sequence[File], class_names: Sequence[str] | None = None) -> Listing:
-    """Files as items: ``CLASS/anything/below/name.jpg``, or ImageNet's file names that begin with their class.
+    """Convert files to items: ``CLASS/anything/below/name.jpg``, or ImageNet's file names that start with the class.
 
-    Every file in a class counts, whatever it is called: what is no picture is rejected by name later.
+    Every file with a class becomes an item, whatever its suffix: a worker rejects it later if it is not an image.
 
     Args:
-        root: what to call the tree in an error.
-        files: of one split.
-        class_names: the classes to use the labels of, instead of the tree's own, sorted by name.
+        root: name of the tree in errors.
+        files: files of one split.
+        class_names: class names by label; None numbers the tree's own classes, sorted by name.
 
     Raises:
         DatasetInvalid: no file has a class, or a class is not among ``class_names``.
@@ -134,7 +134,7 @@ def label_files(root: Path | Url, files: Sequence[File], class_names: Sequence[s
 
 
 def class_of(file: File) -> str | None:
-    """The class that a file's name says, if it says one."""
+    """Return the class that a file's name states, or None."""
     top, slash, _ = file.name.partition("/")
     if slash:
         return top
@@ -148,7 +148,7 @@ def label_pairs(
     class_names: Sequence[str] | None = None,
     form: Form = Form.PICTURE,
 ) -> Listing:
-    """Files with their classes' names as items; see :func:`label_files`."""
+    """Convert files with class names to items; see :func:`label_files`."""
     own = sorted({name for _, name in pairs})
     if not own:
         raise DatasetInvalid(str(root), "it holds no files in folders for classes (CLASS/name.jpg)")
@@ -156,7 +156,7 @@ def label_pairs(
     if unknown := [name for name in own if name not in labels]:
         raise DatasetInvalid(
             str(root),
-            f"its class {unknown[0]!r} is not among the {len(labels)} classes of training, whose labels it needs",
+            f"its class {unknown[0]!r} is not among the {len(labels)} classes of the training split",
         )
     items = (
         Item(file.name, labels[name], file.path, file.stamp_ns, file.offset, file.size, form) for file, name in pairs
@@ -165,7 +165,7 @@ def label_pairs(
 
 
 def _files_below(folder: Path, prefix: str = "") -> Iterator[File]:
-    """The files below a folder; links to folders count at its top only, since deeper ones may go round in circles."""
+    """Iterate over the files below a folder. Links to folders are followed at its top only: deeper ones may form cycles."""
     for entry in _entries(folder):
         name = prefix + _display(os.fsencode(entry.name))
         if entry.is_dir(follow_symlinks=not prefix):
@@ -177,13 +177,13 @@ def _files_below(folder: Path, prefix: str = "") -> Iterator[File]:
             try:
                 status = entry.stat()
                 stamp_ns, size = status.st_mtime_ns, status.st_size
-            except OSError:  # a link to nowhere: let it be rejected by name, as other files that cannot be read
+            except OSError:  # a broken link: a worker rejects it, as every file that cannot be read
                 stamp_ns, size = 0, 0
             yield File(name, os.fsencode(entry.path), stamp_ns, 0, size)
 
 
 def _files_behind(root: Url) -> Iterator[File]:
-    """The files behind a URL; archives count as they do in a folder on disk."""
+    """Iterate over the files at or below a URL; archives are treated as in a folder on disk."""
     for name, url, stamp, size in list_remote(root):
         path = url.encode()
         if not name or ("/" not in name and name.endswith(".tar")):
@@ -199,11 +199,11 @@ def _files_behind(root: Url) -> Iterator[File]:
 
 
 def read_bytes(path: bytes, source: str, offset: int, size: int) -> bytes:
-    """The bytes of a :class:`File` or an :class:`Item`.
+    """Return the bytes of a :class:`File` or an :class:`Item`.
 
     Raises:
-        PictureError: it cannot be read.
-        ToolFailed: it lies behind a URL and cannot be had now.
+        PictureError: the file cannot be read.
+        PreprocessingFailed: its URL cannot be read now.
     """
     name = os.fsdecode(path)
     if URL.fullmatch(name):
@@ -212,7 +212,7 @@ def read_bytes(path: bytes, source: str, offset: int, size: int) -> bytes:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, without hidden entries."""
+    """Return the entries of a folder, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
@@ -221,7 +221,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _files_in_archive(path: Path) -> Iterator[File]:
-    """The files in a tar archive; those of a tar inside of it lie below the inner archive's name, less ``.tar``."""
+    """Iterate over the files in a tar archive and in tar archives within it."""
     stamp_ns = path.stat().st_mtime_ns
     try:
         with path.open("rb") as file:
@@ -232,16 +232,16 @@ def _files_in_archive(path: Path) -> Iterator[File]:
 
 
 def _visible_members(file: IO[bytes]) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each file in an archive that is not hidden."""
+    """Iterate over name, offset and size of each file in an archive, without hidden files."""
     return (m for m in _members(file, 0, "") if not any(part.startswith(".") for part in m[0].split("/")))
 
 
 def _members(file: IO[bytes], start: int, prefix: str) -> Iterator[tuple[str, int, int]]:
-    """Name, offset in the file and size of each member of the archive that starts at ``start``."""
+    """Iterate over name, offset in ``file`` and size of each file in the archive that starts at ``start``."""
     file.seek(start)
     with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as archive:
         for member in archive:
-            archive.members.clear()  # type: ignore[attr-defined]  # else every member is kept: a gigabyte for ImageNet
+            archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every member: a gigabyte for ImageNet
             name = prefix + _display(os.fsencode(member.name)).removeprefix("./")
             if member.isfile() and name.endswith(".tar"):
                 yield from _members(file, member.offset_data, f"{name.removesuffix('.tar')}/")
@@ -250,5 +250,5 @@ def _members(file: IO[bytes], start: int, prefix: str) -> Iterator[tuple[str, in
 
 
 def _display(name: bytes) -> str:
-    """A file's name as text: bytes that are not UTF-8 become escapes."""
+    """Return a file's name as text; bytes that are not UTF-8 become escapes."""
     return name.decode("utf-8", "backslashreplace")

@@ -1,11 +1,11 @@
-"""A worker process: picture files in, records and sums out; started by the pool as ``-m loader_service.datasets.preprocessing.worker``.
+"""A worker process of the pool: it reads image files and writes records and sums.
 
-Rules of this file:
+The pool starts it as ``-m loader_service.datasets.preprocessing.worker``. Rules:
 
-- One process, one thread, no signals handled: whatever a hostile file does to a decoder, it does it here, and the pool
-  sees an end of file.
-- Before each picture an alarm is set whose signal kills the process, so that no picture can hang it, and none can keep it
-  alive after its pool has died.
+- One process, one thread, no signal handlers: a hostile file can only crash this process, and the pool then sees the end of
+  file on the socket.
+- A timer is set before each image; its SIGALRM kills the process. So no image can hang it, nor keep it alive after its pool
+  has died.
 """
 
 from __future__ import annotations
@@ -29,18 +29,23 @@ from loader_service.datasets.preprocessing.sources import Form, Item, read_bytes
 from loader_service.errors import PictureError, PreprocessingFailed
 
 CIFAR_HEADER: Final = b"P6 %d %d 255\n" % (CIFAR_SIDE_PX, CIFAR_SIDE_PX)
-"""With it CIFAR's pixels are a PPM file, and take the same way as every picture."""
+"""Header that makes a PPM file of CIFAR's pixels, so that they take the same path as every image."""
 
 
 def main(connection: socket.socket, file: int) -> None:
-    """Do jobs until the pool closes its end; ``file`` is the shared memory's."""
+    """Do jobs until the pool closes its end.
+
+    Args:
+        connection: the worker's end of the socket pair.
+        file: descriptor of the shared memory.
+    """
     setup = memory = None
     while packet := connection.recv(messages.MESSAGE_BYTES):
         message = messages.decode_to_worker(packet)
         if isinstance(message, messages.Setup):
             setup, memory = message, mmap.mmap(file, message.memory_bytes)
         else:
-            assert setup is not None, "the pool sends it first"
+            assert setup is not None, "the pool sends Setup first"
             assert memory is not None
             try:
                 answer: messages.FromWorker = work(memory, setup, message)
@@ -50,7 +55,7 @@ def main(connection: socket.socket, file: int) -> None:
 
 
 def work(memory: mmap.mmap, setup: messages.Setup, job: messages.Job) -> messages.Done:
-    """Make one chunk's records and sums in the job's area."""
+    """Write the records and sums of one chunk into the job's area."""
     start, side = job.area * setup.area_bytes, setup.side
     at = np.frombuffer(memory, np.int64, 1, setup.at_offset)
     total = np.frombuffer(memory, np.uint16, raw_bytes(side), start + setup.sum_offset).reshape(side, side, 3)
@@ -62,7 +67,7 @@ def work(memory: mmap.mmap, setup: messages.Setup, job: messages.Job) -> message
         if reason := job.refused.get(index):
             outcomes.append(reason)
             continue
-        at[0] = index + 1
+        at[0] = index + 1  # if this item kills the process, the pool reads its index here
         signal.setitimer(signal.ITIMER_REAL, setup.limit_s)
         try:
             payload, pixels = make(item, setup)
@@ -83,7 +88,10 @@ def work(memory: mmap.mmap, setup: messages.Setup, job: messages.Job) -> message
 
 
 def make(item: Item, setup: messages.Setup) -> tuple[bytes | memoryview, npt.NDArray[np.uint8]]:
-    """The payload of one item, and the pixels that a reader will decode from it."""
+    """Return the payload of one item, and the pixels that a reader decodes from it: (side, side, 3) uint8.
+
+    The statistics are those of the decoded pixels, so that they match what training sees.
+    """
     content = read_bytes(item.path, item.source, item.offset, item.size)
     if item.form is Form.CIFAR:
         content = CIFAR_HEADER + np.frombuffer(content, np.uint8).reshape(3, -1).T.tobytes()  # planes to pixels

@@ -68,7 +68,7 @@ def test_nothing_is_overwritten(environment: Path, tmp_path: Path) -> None:
     """A folder that is there is refused; a missing environment leaves nothing behind."""
     result = run(environment, tmp_path)
     assert result.exit_code == 2
-    assert "a folder that is not there yet" in result.output
+    assert "a folder that does not exist yet" in result.output
     assert run(tmp_path / "none.lmdb", tmp_path / "out").exit_code == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.lmdb"]
 

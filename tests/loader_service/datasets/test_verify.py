@@ -95,7 +95,7 @@ DAMAGE = {
     "record gone": ((b"records", KEY.pack(9), lambda v: None), "it holds 39 records, its manifest says 40"),
     "source gone": ((b"sources", KEY.pack(3), lambda v: None), "1 of its 40 records are bad"),
     "mean": (in_manifest(channel_means=(1.0, 2.0, 3.0)), "channel_means are not those of its records"),
-    "golden": (in_manifest(golden="0" * 32), "other golden samples"),
+    "golden": (in_manifest(golden="0" * 32), "its golden samples, made on this machine, differ"),
     "fingerprint": (in_manifest(fingerprint="0" * 32), "its manifest says 0000"),
     "class names": (in_manifest(class_names=("a", "c")), "its fingerprint is"),
     "mean of others": (

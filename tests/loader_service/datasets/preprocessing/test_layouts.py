@@ -73,7 +73,7 @@ def test_an_archive_with_both_splits(
     source.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
     assert preprocess(source, out).exit_code == 0
     assert records_of(out, "train") == records_of(out, "val") == expected(by_folder(pictures))
-    assert "there already" in preprocess(source, out).output
+    assert "up to date" in preprocess(source, out).output
     assert sorted(path.name for path in out.iterdir()) == ["train.lmdb", "val.lmdb"]
 
 
@@ -93,7 +93,7 @@ def test_imagenet_as_distributed(pictures: dict[str, bytes], tmp_path: Path, pre
     (source / "ILSVRC2012_img_val.tar").write_bytes(tar_of({name: content for name, (_, content) in val.items()}))
     result = preprocess(source, out)
     assert result.exit_code == 3
-    assert "the labels of its validation pictures are missing: put LOC_val_solution.csv or" in result.output
+    assert "the labels of its validation images are missing: add LOC_val_solution.csv or" in result.output
     rows = [f"{name.removesuffix('.JPEG')},{wnid} 1 2 3 4 {wnid} 5 6 7 8" for name, (wnid, _) in val.items()]
     (source / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]))
     assert preprocess(source, out).exit_code == 0
@@ -164,7 +164,7 @@ def test_imagenet_with_its_development_kit(
             gzip.compress(tar_of({"x": b""})),
             "holds no ILSVRC2012_validation_ground_truth.txt",
         ),
-        ("ILSVRC2012_validation_ground_truth.txt", b"1\n1\n1\n", "put the kit's meta.mat beside it"),
+        ("ILSVRC2012_validation_ground_truth.txt", b"1\n1\n1\n", "put the kit's meta.mat next to it"),
         ("k.tar", tar_of(devkit("1\n1\n", {"n1": 1})), "is not the kit's"),
         (
             "k.tar",
@@ -197,9 +197,9 @@ def test_a_list_of_what_is_for_validation(album: Path, tmp_path: Path, preproces
     assert len(records_of(tmp_path / "out", "train")) == 78 - 3
     names.write_text("ant/003.jpg\nant/999.jpg\n")
     for options, code, sentence in (
-        ((), 3, "1 of its 2 names are of no picture, the first 'ant/999.jpg'"),
-        (("--val-fraction", "0.5"), 2, "no --val-list beside it"),
-        (("--val", str(album / "val")), 2, "no --val beside it"),
+        ((), 3, "1 of its 2 names are not in SRC, the first is 'ant/999.jpg'"),
+        (("--val-fraction", "0.5"), 2, "no --val-list with it"),
+        (("--val", str(album / "val")), 2, "no --val with it"),
     ):
         result = preprocess(album / "train", tmp_path / "no", "--val-list", str(names), *options)
         assert result.exit_code == code
@@ -264,7 +264,7 @@ def test_cifar_batches(tmp_path: Path, preprocess: Preprocess) -> None:
     assert records_of(tmp_path / "out", "train") == {name: record(i) for i, name in enumerate(names)}
     assert records_of(tmp_path / "out", "val") == {f"test_batch.bin/0000{i}": record(4 + i) for i in range(2)}
     (root / "data_batch_2.bin").write_bytes(b"".join(rows)[:-1])
-    assert "is not whole records of 3073 bytes" in preprocess(root, tmp_path / "no").output
+    assert "does not consist of records of 3073 bytes" in preprocess(root, tmp_path / "no").output
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
@@ -294,7 +294,7 @@ def test_a_table_of_paths_and_labels(
     [
         ("x.csv", "a.jpg\n", "row 1 has no label"),
         ("x.csv", ",ant\n", "row 1 has no path"),
-        ("x.csv", "a.jpg,ant\na.jpg,bee\n", "it names a path twice"),
+        ("x.csv", "a.jpg,ant\na.jpg,bee\n", "it names the same path twice"),
         ("x.jsonl", '{"path": 1}', "a line is not JSON with path and label"),
         ("x.csv", "", "it holds no files"),
         ("x.tar.gz", "not gzip", "cannot be read as a tar archive"),
@@ -338,4 +338,4 @@ def test_a_named_layout_must_be_there(album: Path, tmp_path: Path, preprocess: P
     """--layout is taken at its word."""
     result = preprocess(album, tmp_path, "--layout", "cifar")
     assert result.exit_code == 3
-    assert "it does not look like the layout 'cifar'" in result.output
+    assert "it does not have the layout 'cifar'" in result.output

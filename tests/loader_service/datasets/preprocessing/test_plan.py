@@ -74,7 +74,7 @@ def test_room_is_looked_for_before_the_start(tmp_path: Path) -> None:
     check_disk_space(tmp_path, 10, "raw", 256)
     assert disk_bytes(10, "raw", 256) > 10 * 256 * 256 * 3 > disk_bytes(10, "jpeg", 256) > 0
     with pytest.raises(
-        PreprocessingFailed, match=r"GB free, and 1,000,000,000,000 raw records need about .* or take --codec jpeg"
+        PreprocessingFailed, match=r"GB free, but 1,000,000,000,000 raw records need about .* or use --codec jpeg"
     ):
         check_disk_space(tmp_path, 10**12, "raw", 256)
 

@@ -57,7 +57,7 @@ def test_a_folder_behind_a_url(
     """A URL gives the records that the folder gives, and is known again."""
     first, second = (preprocess(album.as_uri(), tmp_path) for _ in range(2))  # type: ignore[arg-type]
     assert (first.exit_code, second.exit_code) == (0, 0)
-    assert "there already" in second.output
+    assert "up to date" in second.output
     assert contents(tmp_path) == fingerprints
 
 
@@ -80,7 +80,7 @@ def test_a_compressed_archive_behind_a_url(
         archive.add(album, ".")
     first, second = (preprocess(path.as_uri(), tmp_path / "out") for _ in range(2))  # type: ignore[arg-type]
     assert (first.exit_code, second.exit_code) == (0, 0), first.output
-    assert "there already" in second.output
+    assert "up to date" in second.output
     assert contents(tmp_path / "out") == fingerprints
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["rejected.jsonl", "train.lmdb", "val.lmdb"]
 
@@ -124,7 +124,7 @@ def test_a_changed_file_has_another_stamp(tmp_path: Path) -> None:
 def test_what_is_gone_is_the_pictures_fault_and_an_outage_is_not(tmp_path: Path) -> None:
     """A file that is gone or shorter is rejected; what cannot be reached now ends the run, to go on later."""
     path = tmp_path / "1.jpg"
-    with pytest.raises(PictureError, match="it is not there any more"):
+    with pytest.raises(PictureError, match="it does not exist any more"):
         read_remote(path.as_uri(), "1.jpg", 0, 3)
     path.write_bytes(b"on")
     with pytest.raises(PictureError, match="it ends after 2 of 3 bytes"):
@@ -139,7 +139,7 @@ def test_what_is_gone_is_the_pictures_fault_and_an_outage_is_not(tmp_path: Path)
         ("nonsense://bucket/x", 2, "a URL that fsspec can open here"),
         ("file:///no/such/folder", 3, "it holds no files"),
         ("file:///no/such.tar.gz", 3, "there is no such archive"),
-        ("file:///no/such.csv", 3, "a table must lie on this machine"),
+        ("file:///no/such.csv", 3, "a table must be on this machine"),
     ],
 )
 def test_urls_that_cannot_work(url: str, code: int, sentence: str, tmp_path: Path, preprocess: Preprocess) -> None:

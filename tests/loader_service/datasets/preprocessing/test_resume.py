@@ -105,10 +105,10 @@ def test_a_stopped_run_goes_on(
         _, said = process.communicate(timeout=20)
     assert process.returncode == code
     assert b"Traceback" not in said
-    assert (b"what is done is kept, and the same command goes on from there" in said) == (number != signal.SIGKILL)
+    assert (b"the finished part is kept; run the same command to resume" in said) == (number != signal.SIGKILL)
     assert not (tmp_path / "train.lmdb").exists()
     again = subprocess.run(command(large_album, tmp_path), check=True, capture_output=True, text=True)
-    assert "train: going on after" in again.stderr
+    assert "train: resuming after" in again.stderr
     assert fingerprints_of(tmp_path) == undisturbed.fingerprints
 
 
@@ -123,7 +123,7 @@ def test_a_full_disk_is_survived(
     assert "Traceback" not in stopped.output
     again = preprocess(large_album, tmp_path, "--codec=raw")
     assert again.exit_code == 0
-    assert "train: going on after" in again.output
+    assert "train: resuming after" in again.output
     assert fingerprints_of(tmp_path) == undisturbed.fingerprints
 
 
@@ -134,7 +134,7 @@ def test_centring_goes_on_too(large_album: Path, tmp_path: Path, preprocess: Pre
             assert preprocess(large_album, tmp_path / "again", "--codec=centered").exit_code == 3
     again = preprocess(large_album, tmp_path / "again", "--codec=centered")
     assert again.exit_code == 0
-    assert "train.raw: going on after" not in again.output
+    assert "train.raw: resuming after" not in again.output
     assert preprocess(large_album, tmp_path / "once", "--codec=centered").exit_code == 0
     assert fingerprints_of(tmp_path / "again") == fingerprints_of(tmp_path / "once")
 

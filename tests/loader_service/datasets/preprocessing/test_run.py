@@ -84,7 +84,7 @@ def test_centred_records_hold_the_same_pixels(album: Path, tmp_path: Path, prepr
     for time in ("first", "second"):
         result = preprocess(album, tmp_path / "centred", "--codec", "centered")
         assert result.exit_code == 0
-        assert ("there already" in result.output) == (time == "second")
+        assert ("up to date" in result.output) == (time == "second")
     assert sorted(path.name for path in (tmp_path / "centred").iterdir()) == [
         "rejected.jsonl",
         "train.lmdb",
@@ -184,7 +184,7 @@ def test_what_is_there_is_not_made_again(album: Path, tmp_path: Path, preprocess
     unchanged = ("st_ino", "st_size", "st_mtime_ns")
     result = preprocess(album, tmp_path, "--workers", "2")
     assert result.exit_code == 0
-    assert "there already" in result.output
+    assert "up to date" in result.output
     after = (tmp_path / "train.lmdb" / "data.mdb").stat()
     assert [getattr(after, name) for name in unchanged] == [getattr(before, name) for name in unchanged]
 
@@ -194,7 +194,7 @@ def test_another_dataset_is_replaced_only_when_asked(album: Path, tmp_path: Path
     preprocess(album, tmp_path, "--seed", "1")
     result = preprocess(album, tmp_path)
     assert result.exit_code == 1
-    assert "was made from something else: name another folder, or say --replace" in result.output
+    assert "was made from other input or options: name another folder, or use --replace" in result.output
     with Records(tmp_path / "train.lmdb") as reader:
         old = reader.source(0)
         assert preprocess(album, tmp_path, "--replace").exit_code == 0
@@ -211,7 +211,7 @@ def test_a_dataset_that_was_only_moved_aside_comes_back(album: Path, tmp_path: P
     preprocess(album, tmp_path)
     (tmp_path / "train.lmdb").rename(tmp_path / ".train.lmdb.01234567.old")
     (tmp_path / ".val.lmdb.01234567.partial").mkdir()
-    assert "there already" in preprocess(album, tmp_path).output
+    assert "up to date" in preprocess(album, tmp_path).output
     assert environments(tmp_path) == ["train.lmdb", "val.lmdb"]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -265,7 +265,7 @@ def test_a_hopeless_run_is_stopped(album: Path, tmp_path: Path, preprocess: Prep
         (("{album}/nowhere", "{tmp}/out"), 2, "does not exist"),
         (("{tmp}/zoo/yak", "{tmp}/out"), 3, "it holds no files in folders for classes"),
         (("{album}/train", "{album}/train/out"), 2, "not inside of"),
-        (("{album}", "{tmp}/out", "--val", "{album}/train", "--val-fraction", "0.5"), 2, "no --val beside it"),
+        (("{album}", "{tmp}/out", "--val", "{album}/train", "--val-fraction", "0.5"), 2, "no --val with it"),
         (("{album}", "{tmp}/out", "--val", "{tmp}/zoo"), 3, "its class 'yak' is not among the 3 classes"),
         (("{album}", "{tmp}/out", "--codec", "png"), 2, "is not one of"),
     ],

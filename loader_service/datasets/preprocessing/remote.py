@@ -117,9 +117,7 @@ def _open(url: str) -> tuple[Any, str]:
 def _stamp(info: dict[str, Any]) -> int:
     """Return a number that changes when a file changes, from the version that its file system reports."""
     version = [str(info[key]) for key in VERSION_KEYS if key in info]
-    return (
-        xxhash.xxh3_64_intdigest(repr(version).encode()) >> 1
-    )  # fits into a signed 64-bit integer
+    return xxhash.xxh3_64_intdigest(repr(version).encode()) >> 1  # fits into a signed 64-bit integer
 
 
 def _said(error: Exception) -> str:

@@ -43,7 +43,7 @@ def test_the_kernel(name: str, state: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("in_part", "said"), [(True, "only the part that a crop needs"), (False, "whole images")])
-def test_how_jpegs_are_decoded(in_part: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_line_reports_jpeg_decoding(in_part: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's line also reports whether workers decode JPEGs in part."""
     monkeypatch.setattr(kernel, "FORMS", ("avx2", "numpy"))
     monkeypatch.setattr(kernel, "chosen", lambda: "avx2")

@@ -91,7 +91,7 @@ def test_another_file(run: Run, tmp_path: Path) -> None:
         ("[serve", "--config='loader-service.toml' cannot work: expected TOML"),
     ],
 )
-def test_what_is_wrong_is_named(run: Run, config: str, sentence: str) -> None:
+def test_errors_in_the_file_are_named(run: Run, config: str, sentence: str) -> None:
     """An error names file, table and key and ends with exit code 2, never with a traceback."""
     done = run(config=config)
     assert done.exit_code == 2

@@ -49,7 +49,7 @@ def _read_until(terminal: int, wanted: str) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_top_until_it_is_told_to_stop(node_address: str, number: signal.Signals) -> None:
+def test_top_ends_on_a_signal(node_address: str, number: signal.Signals) -> None:
     """`top` keeps showing the node, ends with 0 at Ctrl-C or SIGTERM, and shows the cursor again."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "loader_service", "top", node_address, "--interval", "0.1"]
@@ -64,7 +64,7 @@ def test_top_until_it_is_told_to_stop(node_address: str, number: signal.Signals)
     assert "Traceback" not in said
 
 
-def test_top_outlives_its_node(start_node: Callable[..., Any]) -> None:
+def test_top_continues_without_its_node(start_node: Callable[..., Any]) -> None:
     """While the node is away, `top` keeps the last screen and adds a line that says so."""
     node = start_node()
     ours, theirs = pty.openpty()

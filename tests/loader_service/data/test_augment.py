@@ -1,4 +1,4 @@
-"""One sample's pixels, against the definition written out pixel by pixel."""
+"""The augmentation of a sample follows its definition, in every form of the kernel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ shifts = st.integers(-255, 255) | st.sampled_from([0, -255, 255])
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[int, npt.NDArray[np.void]]:
-    """A crop's side and a DRAWS that fits it."""
+    """Generate the side of a crop and a DRAWS that fits it."""
     side = draw(st.integers(1, 256) | st.just(224))
     places = st.integers(0, 256 - side)
     values = (draw(places), draw(places), draw(st.booleans()), (draw(shifts), draw(shifts), draw(shifts)))
@@ -35,7 +35,7 @@ def cases(draw: st.DrawFn) -> tuple[int, npt.NDArray[np.void]]:
 
 
 def defined(side: int, drawn: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
-    """The definition: crop, mirror, add, and clip to 0..255."""
+    """Return a sample by its definition: crop, mirror, add, and clip to 0..255."""
     y, x = int(drawn["y"]), int(drawn["x"])
     window = PIXELS[y : y + side, x : x + side].astype(np.int64)
     return np.clip((window[:, ::-1] if drawn["flip"] else window) + drawn["shift"], 0, 255)
@@ -43,7 +43,7 @@ def defined(side: int, drawn: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
 
 @given(cases())
 def test_a_sample_is_crop_flip_and_saturated_shift(case: tuple[int, npt.NDArray[np.void]]) -> None:
-    """Any crop, flip and shift gives what the definition gives."""
+    """The result of any crop, flip and shift follows the definition."""
     side, drawn = case
     out = np.full((side, side, 3), 77, np.uint8)
     augment(out, PIXELS, drawn)
@@ -52,7 +52,7 @@ def test_a_sample_is_crop_flip_and_saturated_shift(case: tuple[int, npt.NDArray[
 
 @given(cases())
 def test_centring_subtracts_the_window_that_was_cut(case: tuple[int, npt.NDArray[np.void]]) -> None:
-    """float32 is the uint8 sample minus the mean's window at the same place, mirrored with it."""
+    """The float32 sample is the uint8 sample minus the mean's window at the same place, mirrored with it."""
     side, drawn = case
     mean = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE) / 1024
     sample, out = np.empty((side, side, 3), np.uint8), np.empty((side, side, 3), np.float32)
@@ -66,13 +66,13 @@ def test_centring_subtracts_the_window_that_was_cut(case: tuple[int, npt.NDArray
 
 
 def raw(label: int, roll: int = 0, codec: int = 0, side: int = 256) -> memoryview:
-    """A record as it is stored."""
+    """Return a stored raw record."""
     pixels = np.roll(np.resize(PIXELS, (side, side, 3)), roll, axis=0)
     return memoryview(HEADER.pack(label, codec, 0) + pixels.tobytes())
 
 
 class Case:
-    """Arguments of augment_records, with guard bytes around the images, which begin ``skew`` bytes into a cache line."""
+    """The arguments of augment_records, with guard bytes around images that start ``skew`` bytes into a cache line."""
 
     GUARD_BYTES, LINE_BYTES = 128, 64
 
@@ -128,7 +128,7 @@ def slices(draw: st.DrawFn) -> tuple[npt.NDArray[np.void], int, Dtype, int, int]
 @pytest.mark.parametrize("form", COMPILED)
 @given(slices())
 def test_every_form_makes_the_same_bytes(form: str, case: tuple[npt.NDArray[np.void], int, Dtype, int, int]) -> None:
-    """Each compiled form writes, bit for bit, what the NumPy form writes, and not a byte beside it."""
+    """Each compiled form writes the same bytes as the NumPy form, and none outside of the images."""
     ours, theirs = Case(*case), Case(*case)
     assert ours.run(form) == theirs.run("numpy") == len(ours.values)
     assert ours.memory.tobytes() == theirs.memory.tobytes()
@@ -138,7 +138,7 @@ def test_every_form_makes_the_same_bytes(form: str, case: tuple[npt.NDArray[np.v
 
 @pytest.mark.parametrize("form", COMPILED)
 def test_float16_is_the_nearest_to_float32(form: str) -> None:
-    """Of every magnitude, ties, the smallest, infinite and no numbers included: what NumPy makes of it."""
+    """float16 output is rounded as NumPy does, for all magnitudes, ties, subnormals, infinities and NaNs."""
     bits = np.random.default_rng(5).integers(0, 2**32, 3 * 256**2, np.uint32)
     wanted = bits.view(np.float32)
     halves = np.arange(2**15, dtype=np.uint16).view(np.float16)
@@ -162,7 +162,7 @@ DRAW = np.array([(0, 32, False, (1, 2, 3)), (32, 0, True, (-1, -2, -3)), (5, 6, 
     "flaw", [raw(0, codec=1), raw(0)[:-1], memoryview(bytes(raw(0)) + b"x"), memoryview(b"short"), memoryview(b"")]
 )
 def test_a_record_that_is_not_raw_ends_the_slice(form: str, flaw: memoryview) -> None:
-    """What comes before it is made, ``at`` holds its number, and the count names it."""
+    """Records before a bad one are made, ``at`` holds the bad record's number, and the count is its index."""
     whole, cut = Case(DRAW, 224, "uint8"), Case(DRAW, 224, "uint8")
     whole.run(form)
     cut.values[1] = flaw
@@ -178,7 +178,7 @@ def test_a_record_that_is_not_raw_ends_the_slice(form: str, flaw: memoryview) ->
     [("y", 33), ("x", 33), ("y", -1), ("x", -32768), ("shift", 256), ("shift", -256), ("shift", -32768)],
 )
 def test_a_draw_outside_the_record_is_refused(form: str, field: str, value: int) -> None:
-    """Draws that would read or shift beyond what there is are refused before anything is written."""
+    """Draws that do not fit the record are refused before anything is written."""
     case = Case(DRAW.copy(), 224, "uint8")
     case.draws[field][1] = value
     with pytest.raises(ValueError, match=r"draw 1 .* does not fit a crop of 224 in 256"):
@@ -210,7 +210,7 @@ def test_a_draw_outside_the_record_is_refused(form: str, field: str, value: int)
     ],
 )
 def test_an_array_of_another_size_is_refused(form: str, name: str, wrong: object) -> None:
-    """The compiled forms believe no buffer: size, items, layout and access are checked before anything is written."""
+    """The compiled forms check size, item size, layout and access of every buffer before anything is written."""
     case = Case(DRAW, 224, "uint8")
     setattr(case, name, wrong)
     with pytest.raises((ValueError, TypeError)):
@@ -219,7 +219,7 @@ def test_an_array_of_another_size_is_refused(form: str, name: str, wrong: object
 
 
 def test_a_form_that_is_not_there_is_refused() -> None:
-    """A name that is no form of this machine is an error in the extension too."""
+    """The extension itself refuses the name of an unknown form."""
     if kernel.compiled is None:
         pytest.skip("the extension was built without a compiler")
     with pytest.raises(ValueError, match="cannot run the form mmx"):
@@ -230,7 +230,7 @@ def test_a_form_that_is_not_there_is_refused() -> None:
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("side", [1, 9, 10, 20, 21, 224, 256])
 def test_nothing_is_read_beyond_a_record(form: str, flip: bool, side: int) -> None:
-    """A crop at the end of a record that ends where readable memory ends does not fault."""
+    """A crop at the end of a record does not read beyond it, into memory without access."""
     page, no_access = mmap.PAGESIZE, 0
     pages = -(-(HEADER.size + RAW_BYTES) // page)
     memory = mmap.mmap(-1, (pages + 1) * page)
@@ -246,7 +246,7 @@ def test_nothing_is_read_beyond_a_record(form: str, flip: bool, side: int) -> No
 
 
 def test_a_completed_view_has_eigenvectors_times_eigenvalues(statistics: Statistics) -> None:
-    """The basis is what one unit of alpha adds, in grey levels: about 58 times the first eigenvector."""
+    """The basis is eigenvector times eigenvalue in grey levels; the first has a length of about 58."""
     basis = np.array(complete_view(View(), statistics).basis).reshape(3, 3)
     for k in range(3):
         assert np.allclose(basis[:, k], 255 * statistics.eigenvalues[k] * statistics.eigenvectors[:, k])
@@ -254,7 +254,7 @@ def test_a_completed_view_has_eigenvectors_times_eigenvalues(statistics: Statist
 
 
 def test_completing_a_view_keeps_a_basis_that_was_given(statistics: Statistics) -> None:
-    """A basis of one's own, and views without jitter, stay as they are."""
+    """A view with a given basis, and views without jitter, are returned unchanged."""
     own = View(basis=(1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
     assert complete_view(own, statistics) is own
     without = msgspec.structs.replace(View(), jitter=0.0)

@@ -44,7 +44,7 @@ in_part = pytest.mark.skipif(not kernel.decodes_windows(), reason="no compiled d
 
 @pytest.fixture
 def choose_form(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """``choose_form(form)``: the inner loops run in that form until the test ends."""
+    """``choose_form(form)``: select a kernel form until the test ends."""
 
     def choose(form: str) -> None:
         monkeypatch.setenv(kernel.VARIABLE, form)
@@ -56,7 +56,7 @@ def choose_form(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Non
 
 
 def textured(side: int = SIDE, noise: float = 25.0) -> npt.NDArray[np.uint8]:
-    """Edges, gradients and noise in all colours, so that no two places are alike: (side, side, 3) uint8."""
+    """Return an image with edges, gradients and noise in all colours, (side, side, 3) uint8."""
     y, x, channel = np.ogrid[:side, :side, :3]
     wave = 128 + 100 * np.sin(x * (channel + 1) / 9 + y * y / 400) + 60 * ((x // 7 + y // 5 + channel) % 2)
     grain = np.random.default_rng(side).normal(0, noise, (side, side, 3))
@@ -64,14 +64,14 @@ def textured(side: int = SIDE, noise: float = 25.0) -> npt.NDArray[np.uint8]:
 
 
 def saved(pixels: npt.NDArray[np.uint8], **options: Any) -> bytes:
-    """A JPEG as Pillow writes it, with these options."""
+    """Return a JPEG that Pillow writes with these options."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", **options)
     return file.getvalue()
 
 
 def check(payload: bytes, side: int, *windows: Window) -> None:
-    """Windows are decoded in part, to what the whole has there, and nothing is written beside the record."""
+    """Check that windows are decoded in part, to the bytes of the whole, and that nothing is written outside of the record."""
     whole = simplejpeg.decode_jpeg(payload, colorspace="RGB")
     memory = np.full(raw_bytes(side) + 64, 0xA5, np.uint8)
     into = memory[32:-32]
@@ -88,7 +88,7 @@ def check(payload: bytes, side: int, *windows: Window) -> None:
 @in_part
 @pytest.mark.parametrize("subsampling", ["420", "422", "444"])
 def test_every_place_of_a_crop(subsampling: str) -> None:
-    """Wherever a crop begins within the units of the file, its pixels are those of the whole picture."""
+    """A crop's pixels are those of the whole image, wherever it begins within the units of the file."""
     payload = encode(textured(), "jpeg", {"quality": 90, "subsampling": subsampling})
     check(payload, SIDE, *((top, left, 224, 224) for top in range(33) for left in range(top % 2, 33, 2)))
 
@@ -98,7 +98,7 @@ def test_every_place_of_a_crop(subsampling: str) -> None:
 @pytest.mark.parametrize("subsampling", ["420", "422", "444"])
 @pytest.mark.parametrize("quality", [5, 75, 100])
 def test_windows_of_any_size(side: int, subsampling: str, quality: int) -> None:
-    """Records of any side, from whole pictures to single pixels, at the edges and within."""
+    """Windows of any size, at the edges and within, have the pixels of the whole, for records of any side."""
     payload = encode(textured(side), "jpeg", {"quality": quality, "subsampling": subsampling})
     rng = np.random.default_rng(quality)
     sizes = rng.integers(1, side + 1, (8, 2)).tolist()
@@ -108,7 +108,7 @@ def test_windows_of_any_size(side: int, subsampling: str, quality: int) -> None:
 
 @in_part
 def test_every_colour() -> None:
-    """All pairs of the colours' samples that blocks of one colour can have are turned to the same red, green and blue."""
+    """All colours are converted to the same red, green and blue as by libjpeg-turbo."""
     steps = np.arange(0, 256, 8, dtype=np.uint8)
     colours = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
     for part in colours.reshape(8, 64, 64, 3):
@@ -119,21 +119,21 @@ def test_every_colour() -> None:
 @in_part
 @pytest.mark.parametrize("picture", [np.zeros, lambda *a: np.full(*a[:1], 255, np.uint8)], ids=["black", "white"])
 def test_blocks_without_detail(picture: Callable[..., npt.NDArray[np.uint8]]) -> None:
-    """A block may have no coefficient but its mean."""
+    """Blocks with no coefficient but the mean are decoded."""
     check(encode(picture((64, 64, 3), np.uint8), "jpeg"), 64, (3, 5, 50, 40))
 
 
 @in_part
 @pytest.mark.parametrize("noise", [0.0, 200.0])
 def test_tables_of_the_files_own(noise: float) -> None:
-    """Codes that were made for one picture serve for it alone, and the next picture has its own again."""
+    """Huffman tables of one image do not serve for the next."""
     for picture in (textured(noise=noise), textured(noise=9.0)):
         check(saved(picture, quality=85, optimize=True), SIDE, (7, 9, 224, 224))
         check(saved(picture, quality=85), SIDE, (7, 9, 224, 224))
 
 
 def without_segments(payload: bytes, marker: int) -> bytes:
-    """A JPEG less its segments of one kind, before its scan."""
+    """Return a JPEG without its segments of one kind before the scan."""
     kept, at = payload[:2], 2
     while payload[at + 1] != 0xDA:
         end = at + 2 + int.from_bytes(payload[at + 2 : at + 4], "big")
@@ -144,7 +144,7 @@ def without_segments(payload: bytes, marker: int) -> bytes:
 
 @pytest.mark.parametrize("marker", [0xC4, 0xDB], ids=["codes", "quantisation"])
 def test_tables_of_another_picture(marker: int) -> None:
-    """A JPEG that lacks its tables does not get those of the one before it."""
+    """A JPEG without tables is not decoded with those of the previous image."""
     payload, into = encode(textured(64), "jpeg"), np.zeros(raw_bytes(64), np.uint8)
     kernel.decode_window(payload, into, (64, 64), (0, 0, 64, 64))
     assert len(without_segments(payload, marker)) < len(payload) - 100
@@ -162,8 +162,8 @@ def test_tables_of_another_picture(marker: int) -> None:
     ],
     ids=["progressive", "restarts", "grey", "440", "411"],
 )
-def test_what_records_are_not_made_of(payload: bytes) -> None:
-    """Other JPEGs are left to libjpeg-turbo, which decodes them whole."""
+def test_other_kinds_of_jpegs_are_decoded_whole(payload: bytes) -> None:
+    """JPEGs of other kinds are left to libjpeg-turbo, which decodes them whole."""
     into = np.zeros(raw_bytes(64), np.uint8)
     assert not kernel.decode_window(payload, into, (64, 64), (0, 0, 64, 64))
     whole = simplejpeg.decode_jpeg(payload, colorspace="RGB")
@@ -172,7 +172,7 @@ def test_what_records_are_not_made_of(payload: bytes) -> None:
 
 @pytest.mark.parametrize("form", kernel.FORMS)
 def test_all_forms_give_the_same_window(form: str, choose_form: Callable[[str], None]) -> None:
-    """In part or whole: what is asked for is the same."""
+    """All forms decode the same pixels in a window."""
     choose_form(form)
     assert not (kernel.decodes_windows() and form in ("c", "numpy"))
     payload = encode(textured(), "jpeg")
@@ -182,24 +182,24 @@ def test_all_forms_give_the_same_window(form: str, choose_form: Callable[[str], 
 
 
 def without_end(payload: bytes) -> bytes:
-    """It ends within its last unit."""
+    """Cut a JPEG off within its last unit."""
     return payload[:-20]
 
 
 def with_a_marker(payload: bytes) -> bytes:
-    """In the middle of its coded bytes is a mark that does not belong there."""
+    """Insert a marker into the middle of the coded bytes."""
     middle = len(payload) // 2
     return payload[:middle] + b"\xff\xd0" + payload[middle:]
 
 
 def with_more(payload: bytes) -> bytes:
-    """After its last unit, there are coded bytes that belong to none."""
+    """Add coded bytes after the last unit."""
     return payload[:-2] + b"\x55" * 20 + payload[-2:]
 
 
 @pytest.mark.parametrize("damage", [without_end, with_a_marker, with_more])
 def test_damage_is_told_whatever_the_window(damage: Callable[[bytes], bytes]) -> None:
-    """A record is good or bad as a whole: what libjpeg-turbo says of all of it is said of its first pixels, too."""
+    """A damaged JPEG gives the same error for any window as for the whole image."""
     damaged = damage(encode(textured(), "jpeg"))
     with pytest.raises(ValueError, match="its JPEG cannot be decoded") as whole:
         decode(damaged, JPEG, side=SIDE)
@@ -209,15 +209,15 @@ def test_damage_is_told_whatever_the_window(damage: Callable[[bytes], bytes]) ->
 
 
 def test_a_jpeg_of_another_side() -> None:
-    """It is refused with both sizes, in part as whole."""
+    """A JPEG of another side is refused with both sizes, for a window too."""
     with pytest.raises(ValueError, match=r"\(64, 64, 3\), not \(128, 128, 3\)"):
         decode(encode(textured(64), "jpeg"), JPEG, side=128, window=(0, 0, 8, 8))
 
 
 @in_part
 @pytest.mark.parametrize("window", [(-1, 0, 8, 8), (0, 57, 8, 8), (0, 0, 65, 8), (0, 0, 8, 0), (2**31 - 1, 0, 8, 8)])
-def test_a_window_beside_the_record(window: Window) -> None:
-    """Nothing is written for it, not even where it overlaps."""
+def test_a_window_beyond_the_record_is_refused(window: Window) -> None:
+    """A window outside of the record is refused, and nothing is written."""
     into = np.zeros(raw_bytes(64), np.uint8)
     with pytest.raises(ValueError, match="does not lie within 64 x 64 pixels"):
         kernel.decode_window(encode(textured(64), "jpeg"), into, (64, 64), window)
@@ -225,8 +225,8 @@ def test_a_window_beside_the_record(window: Window) -> None:
 
 
 @in_part
-def test_too_little_room() -> None:
-    """A buffer of another size than a record's is refused."""
+def test_a_buffer_of_another_size_is_refused() -> None:
+    """A buffer of another size than the record's is refused."""
     with pytest.raises(ValueError, match="12287 bytes are no room for 64 x 64 pixels"):
         kernel.decode_window(
             encode(textured(64), "jpeg"), np.zeros(raw_bytes(64) - 1, np.uint8), (64, 64), (0, 0, 8, 8)
@@ -235,16 +235,16 @@ def test_too_little_room() -> None:
 
 @pytest.mark.parametrize("mean", [0.0, 0.1, 127.49999, 254.996, 255.0])
 def test_every_grey_level_comes_back(mean: float) -> None:
-    """All 256 values, against means at both ends and between, are exact after encoding and decoding."""
+    """All 256 grey levels are exact after encoding and decoding, for any mean."""
     pixels = np.resize(np.arange(256, dtype=np.uint8), SHAPE)
     centre = centre_of(np.full(SHAPE, mean, np.float32))
     assert np.array_equal(decode_centred(encode_centred(pixels, centre), centre), pixels)
 
 
-def test_what_is_stored_is_pixel_minus_mean(
+def test_centered_payloads_are_pixel_minus_mean(
     picture: Callable[[int], npt.NDArray[np.uint8]], statistics: Statistics
 ) -> None:
-    """The stored numbers are the difference from the mean image, within half a unit."""
+    """The stored numbers are pixel minus mean image, within half a unit."""
     payload = encode_centred(picture(3), centre_of(statistics.mean_image))
     stored = np.frombuffer(payload, "<i2").reshape(SHAPE) / 2**FRACTION_BITS
     difference = picture(3) - statistics.mean_image.astype(np.float64)
@@ -257,7 +257,7 @@ def test_what_is_stored_is_pixel_minus_mean(
 def test_all_codecs_serve_the_same_slices(
     view: str, dtype: Dtype, side: int, tmp_path: Path, make_dataset: MakeDataset
 ) -> None:
-    """Of equal pictures, centred records give the same bytes as raw ones, and JPEG ones nearly the same."""
+    """For the same images, centered records give the same bytes as raw records, and jpeg records nearly the same."""
     slices = {}
     for codec in ("raw", "centered", "jpeg"):
         make_dataset(tmp_path / codec, 12, codec, side=side)
@@ -273,13 +273,13 @@ def test_all_codecs_serve_the_same_slices(
 
 
 def test_a_payload_of_another_length_is_refused() -> None:
-    """What cannot be centred pixels is an error and no picture."""
+    """A payload of another length is an error."""
     with pytest.raises(ValueError, match="a centered payload has 393216 bytes, this one 5"):
         decode_centred(b"12345", np.zeros(SHAPE, np.int16))
 
 
 def test_a_record_of_another_codec_is_named(tmp_path: Path, make_dataset: MakeDataset) -> None:
-    """A JPEG record in a centred dataset is an error that says what was expected."""
+    """The error for a jpeg record in a centered dataset names the expected codec."""
     make_dataset(tmp_path / "d", 2, "centered")
     with Records(tmp_path / "d") as records, records.values() as values:
         found = (0, 1, 0, memoryview(b"x"))

@@ -1,4 +1,4 @@
-"""The random numbers: Philox by counter, mapped by integers, each position's own."""
+"""The random numbers are Philox words by counter, mapped to values by integer arithmetic."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ words = st.integers(0, MASK)
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
-    """Philox 4x64-10 as Salmon et al. (2011) describe it, in plain integers."""
+    """Return one block of Philox 4x64-10 as Salmon et al. (2011) describe it, in plain integers."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         high0, low0 = divmod(0xD2E7470EE14C6C93 * c0, 2**64)
@@ -93,7 +93,7 @@ def test_golden_draws(train: View) -> None:
 
 @given(seed=words, epoch=words, start=st.integers(0, 2**40), n=st.integers(0, 40), data=st.data())
 def test_a_draw_does_not_depend_on_the_cut(seed: int, epoch: int, start: int, n: int, data: st.DataObject) -> None:
-    """However positions are cut into slices, each gets the same draws."""
+    """A position's draws do not depend on the slices that an epoch is cut into."""
     view = View(basis=(20.0, 1.0, 0.0, 20.0, 0.0, -1.0, 20.0, -1.0, 1.0))
     cut = data.draw(st.integers(0, n))
     first, second = draw(view, seed, epoch, start, cut), draw(view, seed, epoch, start + cut, n - cut)
@@ -101,7 +101,7 @@ def test_a_draw_does_not_depend_on_the_cut(seed: int, epoch: int, start: int, n:
 
 
 def test_crops_cover_all_places_evenly(train: View) -> None:
-    """Each of the 33 x 33 places is as likely as any other (chi-square, 1088 degrees of freedom)."""
+    """All 33 x 33 crop positions are equally likely (chi-square, 1088 degrees of freedom)."""
     n = 200_000
     drawn = draw(train, 5, 0, 0, n)
     places = np.bincount(drawn["y"].astype(int) * 33 + drawn["x"], minlength=33 * 33)
@@ -111,7 +111,7 @@ def test_crops_cover_all_places_evenly(train: View) -> None:
 
 
 def test_half_are_flipped_whatever_the_crop(train: View) -> None:
-    """Half of the samples are mirrored, and in any half of the crops too."""
+    """Half of the samples are mirrored, independently of the crop."""
     drawn = draw(train, 5, 1, 0, 100_000)
     assert drawn["flip"].mean() == pytest.approx(0.5, abs=0.006)
     assert drawn["flip"][drawn["y"] > 16].mean() == pytest.approx(0.5, abs=0.01)
@@ -129,14 +129,14 @@ def test_shifts_have_the_covariance_of_the_eigenvectors(train: View, statistics:
 
 
 def test_the_jitter_of_a_sample_is_one_for_all_three_channels(train: View) -> None:
-    """Along the second and third eigenvector shifts vary as little as their eigenvalues say."""
+    """Along the second and third eigenvector, shifts vary in proportion to the eigenvalues."""
     drawn = draw(train, 6, 0, 0, 50_000)["shift"].astype(float)
     assert drawn[:, 0].std() == pytest.approx(3.3, rel=0.05)
     assert np.corrcoef(drawn[:, 0], drawn[:, 2])[0, 1] > 0.9
 
 
 def test_shifts_round_half_to_even_and_saturate() -> None:
-    """A half goes to the even neighbour, anything more or less to the nearest, and 255 is the end of the scale."""
+    """Shifts are rounded to nearest, halves to even, and saturate at 255."""
     one = 2**32
     exact = np.array(
         [one // 2, 3 * one // 2, -one // 2, -3 * one // 2, one // 2 + 1, -one // 2 - 1, 300 * one, -(2**60)]
@@ -146,13 +146,13 @@ def test_shifts_round_half_to_even_and_saturate() -> None:
 
 @given(st.lists(st.integers(-(2**40), 2**40), min_size=1, max_size=20))
 def test_rounding_is_that_of_exact_fractions(exact: list[int]) -> None:
-    """Integer rounding agrees with Python's own of exact doubles (2**-32 units below 2**40 are exact)."""
+    """Integer rounding agrees with Python's rounding of exact doubles (2**-32 units below 2**40 are exact)."""
     expected = [max(-255, min(255, round(v / 2**32))) for v in exact]
     assert round_shift(np.array(exact)).tolist() == expected
 
 
 def test_quantiles_are_the_normal_distributions() -> None:
-    """Each entry is the quantile at (i + 1/2) / 2**14, shown by the distribution function, which is another algorithm."""
+    """Each entry is the quantile at (i + 1/2) / 2**14, as the distribution function confirms by another algorithm."""
     table, cdf = normal_quantiles().tolist(), NormalDist().cdf
     assert len(table) == 2**14
     for i, quantile in enumerate(table):
@@ -160,13 +160,13 @@ def test_quantiles_are_the_normal_distributions() -> None:
 
 
 def test_no_quantile_is_near_a_rounding_boundary() -> None:
-    """A last bit that differs between two libms cannot change an entry."""
+    """A difference in the last bit between two libms cannot change an entry."""
     exact = [NormalDist().inv_cdf((i + 0.5) / 2**14) * 2**16 for i in range(2**13, 2**14)]
     assert min(abs(v - np.floor(v) - 0.5) for v in exact) > 1e-6
 
 
 def test_quantiles_are_antisymmetric_and_fixed() -> None:
-    """The table has mean zero exactly, nearly unit variance, and cannot be written to."""
+    """The table has a mean of exactly zero and nearly unit variance, and is read-only."""
     table = normal_quantiles()
     assert np.array_equal(table, -table[::-1])
     assert (table / 2**16).std() == pytest.approx(1, abs=1e-3)
@@ -175,7 +175,7 @@ def test_quantiles_are_antisymmetric_and_fixed() -> None:
 
 @given(st.lists(words, min_size=1, max_size=20), st.integers(1, 256))
 def test_scaling_is_exact_multiplication(values: list[int], n: int) -> None:
-    """A word's high half, as a fraction of 2**32, times n, rounded down."""
+    """A word is scaled to its high half, as a fraction of 2**32, times n, rounded down."""
     assert scale(np.array(values, np.uint64), n).tolist() == [(v >> 32) * n >> 32 for v in values]
 
 
@@ -185,7 +185,7 @@ def test_seed_and_epoch_are_not_added(train: View) -> None:
 
 
 def test_streams_are_separate() -> None:
-    """No stream's words are another's."""
+    """Streams share no words."""
     streams = [raw_words(0, 0, stream, 0, 256) for stream in range(3)]
     assert np.unique(np.concatenate(streams)).size == 3 * 256
 
@@ -218,11 +218,11 @@ def test_the_ten_crops() -> None:
 
 
 def test_the_whole_view_draws_nothing() -> None:
-    """The whole record has its origin, no flip, no shift."""
+    """The draws of the whole view are all zero: origin, no flip, no shift."""
     assert not any(draw(VIEWS["whole"], 9, 9, 5, 2).tobytes())
 
 
 def test_jitter_needs_its_basis() -> None:
-    """A view whose basis was not filled in is refused, not drawn without jitter."""
+    """A view without its jitter basis is refused instead of drawn without jitter."""
     with pytest.raises(ValueError, match="basis"):
         draw(View(), 0, 0, 0, 1)

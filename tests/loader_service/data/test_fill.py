@@ -1,4 +1,4 @@
-"""A slice's bytes: a pure function of dataset, view, seed, epoch, start and count."""
+"""A slice's bytes are a pure function of dataset, view, seed, epoch, start and count."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def records(dataset_dir: Path) -> Iterator[Records]:
 
 
 def made(records: Records, view: View, start: int, count: int, dtype: Dtype = "uint8", **key: int) -> Slice:
-    """A slice in arrays of its own."""
+    """Make a slice in new arrays."""
     what = SliceId(complete_view(view, records.statistics), key.get("seed", 2012), key.get("epoch", 60), start, count)
     out = empty_slice(SampleLayout(what.view, dtype), count)
     fill(out, records, what)
@@ -44,7 +44,7 @@ def made(records: Records, view: View, start: int, count: int, dtype: Dtype = "u
 
 
 def digest(out: Slice) -> str:
-    """The hash of all bytes of a slice."""
+    """Return the hash of all bytes of a slice."""
     return hashlib.sha256(b"".join(a.tobytes() for a in (out.images, out.labels, out.draws))).hexdigest()
 
 
@@ -65,7 +65,7 @@ def digest(out: Slice) -> str:
     ],
 )
 def test_golden_slices(records: Records, view: View, dtype: Dtype, expected: str) -> None:
-    """The bytes of these slices are the same on every machine and for ever."""
+    """The bytes of these slices are the same on every machine and never change."""
     assert digest(made(records, view, 7, 9, dtype)) == expected
 
 
@@ -79,7 +79,7 @@ def test_golden_slices(records: Records, view: View, dtype: Dtype, expected: str
 def test_two_cuts_of_the_same_positions_agree(
     records: Records, start: int, data: st.DataObject, seed: int, dtype: Dtype
 ) -> None:
-    """However positions are cut into slices, each sample's bytes are the same."""
+    """A sample's bytes do not depend on how positions are cut into slices."""
     count = data.draw(st.integers(0, min(12, 300 - start)))
     cut = data.draw(st.integers(0, count))
     whole = made(records, View(), start, count, dtype, seed=seed)
@@ -90,7 +90,7 @@ def test_two_cuts_of_the_same_positions_agree(
 
 
 def test_an_epoch_has_every_record_once(records: Records) -> None:
-    """The labels of an epoch are those of all records, in the order that the order says."""
+    """An epoch has every record once, in the order of records_at()."""
     numbers = slice_numbers(300, SliceId(View(), 1, 2, 0, 300))
     assert sorted(numbers.tolist()) == list(range(300))
     assert made(records, View(), 0, 300, seed=1, epoch=2).labels.tolist() == (numbers % 3).tolist()
@@ -105,7 +105,7 @@ def test_seed_and_epoch_are_not_added(records: Records) -> None:
 def test_records_of_other_sides(
     side: int, crop: int, tmp_path: Path, make_dataset: MakeDataset, picture: Picture
 ) -> None:
-    """A record of any side is cut by its draws, 7/8 of it unless a crop is given, and loses the mean's window."""
+    """Records of any side are cropped by their draws, to 7/8 by default, and the mean's window is subtracted."""
     make_dataset(tmp_path / "d", 5, side=side)
     with Records(tmp_path / "d") as records:
         mean = records.statistics.mean_image
@@ -128,7 +128,7 @@ def test_records_of_other_sides(
 
 
 def test_a_view_that_does_not_fit_the_records_is_refused(tmp_path: Path, make_dataset: MakeDataset) -> None:
-    """A crop larger than the records, or a part of them as the whole, is an error before anything is read."""
+    """A crop larger than the records, or a whole view of another side, is refused before anything is read."""
     make_dataset(tmp_path / "d", 2, side=64)
     with Records(tmp_path / "d") as records:
         with pytest.raises(ValueError, match="a crop of 65 pixels does not fit into records of 64"):
@@ -139,7 +139,7 @@ def test_a_view_that_does_not_fit_the_records_is_refused(tmp_path: Path, make_da
 
 
 def test_a_training_sample_is_its_draws_applied_to_its_record(records: Records, picture: Picture) -> None:
-    """The pixels are those of the record at the position, cut, mirrored and shifted as the draws say."""
+    """A training sample is its position's record, cropped, mirrored and shifted by its draws."""
     out = made(records, View(), 20, 6)
     numbers = slice_numbers(300, SliceId(View(), 2012, 60, 20, 6))
     for i, number in enumerate(numbers.tolist()):
@@ -149,7 +149,7 @@ def test_a_training_sample_is_its_draws_applied_to_its_record(records: Records, 
 
 
 def test_the_centre_crop(records: Records, picture: Picture) -> None:
-    """The centre view gives the middle of each record, in the records' own order."""
+    """The center view gives the centre of each record, in sequential order."""
     out = made(records, VIEWS["center"], 5, 3)
     for i in range(3):
         assert np.array_equal(out.images[i], picture(5 + i)[16:240, 16:240])
@@ -165,13 +165,13 @@ def test_the_ten_crops(records: Records, picture: Picture) -> None:
 
 
 def test_the_whole_record(records: Records, picture: Picture) -> None:
-    """The whole view gives the record as it is."""
+    """The whole view gives the whole record."""
     assert np.array_equal(made(records, VIEWS["whole"], 11, 1).images[0], picture(11))
 
 
 @pytest.mark.parametrize("view", [View(), *(VIEWS[name] for name in ("center", "ten-crop", "whole"))])
 def test_float32_is_uint8_minus_the_means_window(records: Records, view: View) -> None:
-    """A float32 sample is its uint8 twin minus the mean's window, mirrored with the image."""
+    """A float32 sample is the uint8 sample minus the mean's window, mirrored with the image."""
     bytes_, floats = made(records, view, 3, 4), made(records, view, 3, 4, "float32")
     side, mean = view.shape[-2], records.statistics.mean_image
     assert bytes_.draws.tobytes() == floats.draws.tobytes()
@@ -183,14 +183,14 @@ def test_float32_is_uint8_minus_the_means_window(records: Records, view: View) -
 
 
 def test_float16_is_the_nearest_to_float32(records: Records) -> None:
-    """A float16 sample is its float32 twin, rounded."""
+    """A float16 sample is the rounded float32 sample."""
     halves, floats = (made(records, View(), 3, 4, dtype) for dtype in ("float16", "float32"))
     assert halves.images.dtype == np.float16
     assert np.array_equal(halves.images, floats.images.astype(np.float16))
 
 
 def test_jpeg_records_give_the_decoded_pixels(tmp_path: Path, make_dataset: Callable[..., object]) -> None:
-    """A jpeg record's sample is cut from the pixels that the record decodes to, whatever the slice."""
+    """A sample of a jpeg record is a crop of the record's decoded pixels."""
     make_dataset(tmp_path / "d", 4, "jpeg")
     with Records(tmp_path / "d") as records:
         out = made(records, VIEWS["center"], 0, 4)
@@ -201,7 +201,7 @@ def test_jpeg_records_give_the_decoded_pixels(tmp_path: Path, make_dataset: Call
 
 
 def test_every_byte_of_the_draws_is_decided(records: Records) -> None:
-    """Padding between the draws' fields is written too: a slot that was used before gives the same bytes."""
+    """The padding between the draws' fields is written too, so a used slot gives the same bytes."""
     what = SliceId(complete_view(View(), records.statistics), 1, 1, 0, 5)
     out = empty_slice(SampleLayout(what.view, "uint8"), 5)
     out.draws.view(np.uint8)[...] = 0xFF
@@ -211,13 +211,13 @@ def test_every_byte_of_the_draws_is_decided(records: Records) -> None:
 
 @pytest.mark.parametrize("view", [View(order="sequential"), View()])
 def test_a_slice_beyond_the_epoch_is_refused(records: Records, view: View) -> None:
-    """Positions that the epoch does not have are an error."""
+    """Positions outside of the epoch are an error."""
     with pytest.raises(ValueError, match=r"positions 299 to 301 are not within an epoch of 300"):
         made(records, view, 299, 2)
 
 
 def damage(path: Path, number: int, change: Callable[[bytes], bytes], new_number: int | None = None) -> None:
-    """Change one record's value, or number, behind the manifest's back."""
+    """Change one record's value or number, but not the manifest."""
     with lmdb.open(str(path), max_dbs=3, map_size=2**30) as env, env.begin(write=True) as txn:
         database = env.open_db(b"records", txn=txn)
         value = txn.pop(KEY.pack(number), db=database)
@@ -243,7 +243,7 @@ def damage(path: Path, number: int, change: Callable[[bytes], bytes], new_number
 def test_a_bad_record_is_named(
     tmp_path: Path, make_dataset: Callable[..., object], codec: str, change: Callable, reason: str, dtype: Dtype
 ) -> None:
-    """A record that cannot be read gives its number and the reason."""
+    """The error for a bad record has its number and the reason."""
     make_dataset(tmp_path / "d", 5, codec)
     damage(tmp_path / "d", 3, change)
     with Records(tmp_path / "d") as records:
@@ -253,7 +253,7 @@ def test_a_bad_record_is_named(
 
 
 def test_a_missing_record_is_named(tmp_path: Path, make_dataset: Callable[..., object]) -> None:
-    """A record that is not there under its number gives that number, and ``at`` holds it."""
+    """The error for a missing record has its number, and so has ``at``."""
     make_dataset(tmp_path / "d", 5)
     damage(tmp_path / "d", 3, bytes, new_number=2**40)
     view, at = VIEWS["center"], np.full(1, -1, np.int64)
@@ -267,7 +267,7 @@ def test_a_missing_record_is_named(tmp_path: Path, make_dataset: Callable[..., o
 
 
 def test_at_is_the_record_being_worked_on(records: Records) -> None:
-    """After a slice ``at`` holds the last record of it."""
+    """After a slice, ``at`` holds the slice's last record."""
     what = SliceId(complete_view(View(), records.statistics), 1, 1, 0, 5)
     at = np.full(1, -1, np.int64)
     fill(empty_slice(SampleLayout(what.view, "uint8"), 5), records, what, at)
@@ -276,7 +276,7 @@ def test_at_is_the_record_being_worked_on(records: Records) -> None:
 
 @pytest.mark.parametrize("codec", ["raw", "jpeg"])
 def test_the_stages_make_up_the_whole(make_dataset: MakeDataset, tmp_path: Path, codec: str) -> None:
-    """Read, decode and augment add up to the time that a slice takes; raw records are never decoded, jpeg ones mostly."""
+    """Read, decode and augment add up to a slice's time; raw records have no decoding, jpeg records mostly decoding."""
     make_dataset(tmp_path / "train.lmdb", 128, codec)
     watch = Stopwatch()
     out = empty_slice(SampleLayout(VIEWS["center"], "uint8"), 128)
@@ -296,7 +296,7 @@ def test_the_stages_make_up_the_whole(make_dataset: MakeDataset, tmp_path: Path,
 
 
 def test_the_stage_is_shown_while_it_lasts() -> None:
-    """Whoever shares the memory sees the stage, and after the end none."""
+    """The shared number shows the current stage, and none after the end."""
     shown = np.zeros(1, np.int64)
     watch = Stopwatch(shown)
     seen = [int(shown[0])]
@@ -308,7 +308,7 @@ def test_the_stage_is_shown_while_it_lasts() -> None:
 
 
 def test_it_starts_anew_after_a_stop() -> None:
-    """Each slice has its own seconds, and they add up field by field."""
+    """stop() resets the seconds, and StageSeconds are added field by field."""
     watch = Stopwatch()
     watch.enter(Stage.READ)
     first = watch.stop()

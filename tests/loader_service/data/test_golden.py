@@ -1,4 +1,4 @@
-"""The golden hashes: what they are, and that they notice other bytes."""
+"""The golden hashes are pinned, and change with any byte of the samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loader_service.types import BUILTIN_GOLDEN
 
 @pytest.fixture
 def choose_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """``choose_kernel(form)``: the inner loops run in that form until the test ends."""
+    """``choose_kernel(form)``: select a kernel form until the test ends."""
 
     def choose(form: str) -> None:
         monkeypatch.setenv(kernel.VARIABLE, form)
@@ -31,7 +31,7 @@ def choose_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], N
 
 @pytest.mark.parametrize("form", kernel.FORMS)
 def test_the_built_in_hash(form: str, choose_kernel: Callable[[str], None]) -> None:
-    """The hash that clients demand is the one that this code makes, in every form of its inner loops."""
+    """Every kernel form makes the hash that clients demand."""
     choose_kernel(form)
     made = golden.installation()
     assert made.golden == BUILTIN_GOLDEN
@@ -39,7 +39,7 @@ def test_the_built_in_hash(form: str, choose_kernel: Callable[[str], None]) -> N
 
 
 def test_the_built_in_jpegs_are_the_pictures() -> None:
-    """Decoded, they are the pictures but for what JPEG loses; no two are alike."""
+    """The built-in JPEGs decode to nearly the built-in images, which all differ."""
     for number, jpeg in enumerate(golden.jpegs()):
         pixels = decode(jpeg, CODECS["jpeg"], side=golden.SIDE_PX).astype(int)
         distances = [np.abs(pixels - golden.picture(other)).mean() for other in range(golden.PICTURES)]
@@ -48,13 +48,13 @@ def test_the_built_in_jpegs_are_the_pictures() -> None:
 
 
 def test_a_decoder_of_other_bytes_is_noticed(other_decoder: None) -> None:
-    """One pixel of one grey level is enough."""
+    """A decoder with a difference of one grey level in one pixel changes the hash."""
     assert golden.installation().golden != BUILTIN_GOLDEN
 
 
 @pytest.mark.skipif(not kernel.decodes_windows(), reason="no compiled decoder for this processor")
 def test_a_decoder_of_windows_of_other_bytes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What serves in place of libjpeg-turbo is told by the hash just as well."""
+    """The hash also covers the decoder of windows."""
     true = kernel.decode_window
 
     def decode_window(
@@ -69,12 +69,12 @@ def test_a_decoder_of_windows_of_other_bytes_is_noticed(monkeypatch: pytest.Monk
 
 
 def test_another_order_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From how many records on the order is no table is part of what everybody must agree on."""
+    """The hash covers the limit TABLE_MAX, which changes the order."""
     monkeypatch.setattr(order, "TABLE_MAX", 70_000)
     assert golden.installation().golden != BUILTIN_GOLDEN
 
 
 def test_the_golden_samples_of_a_dataset(dataset_dir: Path) -> None:
-    """The hash in a manifest is that of the samples made now, and never changes."""
+    """The hash of a dataset's samples agrees with its manifest and never changes."""
     with Records(dataset_dir / "train.lmdb") as records:
         assert golden.of_dataset(records) == records.manifest.golden == "8314fa572ad7a0456b746df0aa3232b4"

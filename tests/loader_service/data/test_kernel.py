@@ -1,4 +1,4 @@
-"""Which form runs: the best of this machine, the one that was named, or NumPy where nothing was compiled."""
+"""The kernel runs in the best form, in the named form, or in NumPy without the extension."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def _choose_anew() -> Iterator[None]:
 
 
 def test_the_best_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a word from the environment the first form runs."""
+    """Without the environment variable the first form is chosen."""
     monkeypatch.delenv(kernel.VARIABLE, raising=False)
     assert kernel.chosen() == kernel.FORMS[0]
 
 
 @pytest.mark.parametrize("form", kernel.FORMS)
 def test_the_environment_names_a_form(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    """Any form that this machine can run can be asked for."""
+    """The environment variable can select every form that this machine can run."""
     monkeypatch.setenv(kernel.VARIABLE, form)
     assert kernel.chosen() == form
 
 
 def test_an_unknown_form_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A form that is not there names the variable, the value and what would do."""
+    """The error for an unknown form names the variable, the value and the possible forms."""
     monkeypatch.setenv(kernel.VARIABLE, "abacus")
     with pytest.raises(OptionError, match=r"LOADER_SERVICE_KERNEL='abacus' cannot work: expected one of .*numpy"):
         kernel.chosen()
 
 
 def test_numpy_serves_where_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the extension the module still imports, and NumPy is its only form."""
+    """Without the extension the module can be imported, and NumPy is the only form."""
     monkeypatch.delattr(loader_service.data, "_kernel", raising=False)
     monkeypatch.setitem(sys.modules, "loader_service.data._kernel", None)
     monkeypatch.delenv(kernel.VARIABLE, raising=False)
@@ -59,7 +59,7 @@ def test_numpy_serves_where_nothing_was_compiled(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(kernel.compiled is None, reason="the extension was built without a compiler")
 def test_the_forms_are_those_of_the_machine() -> None:
-    """Plain C runs everywhere; each processor family adds its own, better forms in front."""
+    """Plain C runs everywhere; x86-64 and arm64 put better forms before it."""
     assert kernel.FORMS[-2:] == ("c", "numpy")
     own = {"x86_64": {"avx512", "avx2"}, "aarch64": {"neon"}}.get(platform.machine(), set())
     assert set(kernel.FORMS[:-2]) <= own
@@ -68,10 +68,10 @@ def test_the_forms_are_those_of_the_machine() -> None:
 @pytest.mark.parametrize("form", kernel.FORMS)
 @pytest.mark.parametrize("skew", [0, 1, 63])
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 200, 4096 + 7])
-def test_a_copy_is_the_same_and_nothing_beside_it(
+def test_a_copy_is_exact_and_writes_nothing_else(
     monkeypatch: pytest.MonkeyPatch, form: str, skew: int, size: int
 ) -> None:
-    """Whole cache lines or not, wherever they begin."""
+    """A copy is exact for all sizes and alignments, and writes nothing else."""
     monkeypatch.setenv(kernel.VARIABLE, form)
     content = np.arange(size, dtype=np.uint32).astype(np.uint8)
     memory = np.full(size + 128, 0xA5, np.uint8)
@@ -83,7 +83,7 @@ def test_a_copy_is_the_same_and_nothing_beside_it(
 
 @pytest.mark.parametrize("form", kernel.FORMS)
 def test_a_copy_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    """The sentence has both sizes."""
+    """The error for a copy of another size names both sizes."""
     monkeypatch.setenv(kernel.VARIABLE, form)
     with pytest.raises(ValueError, match="3 bytes do not fill 2"):
         kernel.copy(np.zeros(2, np.uint8), np.zeros(3, np.uint8))
@@ -92,7 +92,7 @@ def test_a_copy_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch, form
 @pytest.mark.parametrize("form", kernel.FORMS)
 @pytest.mark.parametrize("side", [1, 15, 99, 256, 1024])
 def test_sums_are_exact_in_every_form(monkeypatch: pytest.MonkeyPatch, form: str, side: int) -> None:
-    """Pixels and products of channels add up as integers do, also where all of them are largest."""
+    """The sums of pixels and of products are exact integers, also for white images."""
     monkeypatch.setenv(kernel.VARIABLE, form)
     noise = np.random.Generator(np.random.Philox(key=side)).integers(0, 256, (side, side, 3), np.uint8)
     white = np.full_like(noise, 255)
@@ -106,7 +106,7 @@ def test_sums_are_exact_in_every_form(monkeypatch: pytest.MonkeyPatch, form: str
 
 @pytest.mark.parametrize("form", kernel.FORMS)
 def test_sums_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    """A picture wider than the sum is added to nothing."""
+    """An image of another shape than the sum is refused."""
     monkeypatch.setenv(kernel.VARIABLE, form)
     total = np.zeros((8, 8, 3), np.uint16)
     with pytest.raises(ValueError, match=r"pixels|total"):

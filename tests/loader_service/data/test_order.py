@@ -1,4 +1,4 @@
-"""The order of an epoch: a permutation, uniform, computed for any position on its own."""
+"""The order of an epoch is a uniform permutation, computed for any position without the others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ words = st.integers(0, 2**64 - 1)
 
 
 def chi_square(counts: np.ndarray) -> float:
-    """How far counts lie from even, in standard deviations of the chi-square statistic (about normal: many cells)."""
+    """Return the distance of counts from uniform, in standard deviations of chi-square (about normal with many cells)."""
     expected = counts.sum() / counts.size
     statistic = float(((counts - expected) ** 2).sum() / expected)
     return (statistic - (counts.size - 1)) / np.sqrt(2 * (counts.size - 1))
@@ -37,7 +37,7 @@ def chi_square(counts: np.ndarray) -> float:
     ],
 )
 def test_golden_orders(count: int, seed: int, epoch: int, start: int, golden: list[int]) -> None:
-    """The order of a (count, seed, epoch) never changes: these are its numbers."""
+    """The order of a (count, seed, epoch) never changes."""
     assert records_at(count, seed, epoch, start, len(golden)).tolist() == golden
 
 
@@ -61,7 +61,7 @@ def test_a_feistel_network_is_a_permutation(count: int, seed: int, epoch: int) -
     data=st.data(),
 )
 def test_a_position_does_not_depend_on_the_cut(count: int, seed: int, epoch: int, data: st.DataObject) -> None:
-    """However a range is cut, each position holds the same record."""
+    """A position's record does not depend on how a range is cut."""
     start = data.draw(st.integers(0, count))
     n = data.draw(st.integers(0, min(300, count - start)))
     cut = data.draw(st.integers(0, n))
@@ -81,7 +81,7 @@ def test_every_record_is_as_likely_at_every_position_of_a_table() -> None:
 @pytest.mark.parametrize("form", kernel.FORMS)
 @given(count=st.integers(TABLE_MAX + 1, 2**48), seed=words, epoch=words, data=st.data())
 def test_every_form_walks_alike(form: str, count: int, seed: int, epoch: int, data: st.DataObject) -> None:
-    """The compiled walk gives the numbers of the NumPy one."""
+    """Every compiled form gives the same order as the NumPy form."""
     start = data.draw(st.integers(0, count - 1))
     n = min(50, count - start)
     expected = records_at(count, seed, epoch, start, n, form="numpy")
@@ -126,7 +126,7 @@ def test_seed_and_epoch_are_not_added(count: int) -> None:
 
 
 def test_a_billion_records_cost_no_memory() -> None:
-    """A slice of a huge epoch needs memory for itself alone."""
+    """A slice of a huge epoch needs memory for its own positions only."""
     records_at(10**9, 0, 0, 0, 128)
     tracemalloc.start()
     records_at(10**9, 0, 0, 5 * 10**8, 128)
@@ -138,7 +138,7 @@ def test_a_billion_records_cost_no_memory() -> None:
 @pytest.mark.parametrize(("start", "n"), [(-1, 1), (0, 11), (10, 1), (5, -1)])
 @pytest.mark.parametrize("count", [10, 10**9])
 def test_positions_outside_an_epoch_are_refused(count: int, start: int, n: int) -> None:
-    """A position that the epoch does not have is an error, not another record."""
+    """Positions outside of the epoch are an error."""
     if count != 10:
         start = start if start <= 0 else start + count - 10
         n = n if n <= 1 else count + 1
@@ -146,8 +146,8 @@ def test_positions_outside_an_epoch_are_refused(count: int, start: int, n: int) 
         records_at(count, 0, 0, start, n)
 
 
-def test_a_substitute_depends_on_the_exclusions_alone() -> None:
-    """It is never excluded itself, and stays the same when records are excluded that it did not pass over."""
+def test_a_substitute_depends_on_the_exclusions_only() -> None:
+    """A substitute is never excluded itself, and excluding other records does not change it."""
     for position in range(200):
         alone = substitute(1000, 3, 1, position, np.array([5]))
         assert alone != 5
@@ -158,12 +158,12 @@ def test_a_substitute_depends_on_the_exclusions_alone() -> None:
 
 
 def test_a_substitute_is_found_while_any_record_is_good() -> None:
-    """With all records but one excluded, that one stands in; with all of them excluded it is an error."""
+    """With all records but one excluded, that one is the substitute; with all of them excluded it is an error."""
     assert substitute(50, 0, 0, 7, np.array([n for n in range(50) if n != 31])) == 31
     with pytest.raises(ValueError, match="all 50 records are excluded"):
         substitute(50, 0, 0, 7, np.arange(50))
 
 
 def test_golden_substitutes() -> None:
-    """The rule is pinned: these positions get these records for ever."""
+    """The rule is pinned: these positions always get these records."""
     assert [substitute(1_281_167, 2012, 60, position, np.array([0])) for position in range(4)] == GOLDEN_SUBSTITUTES

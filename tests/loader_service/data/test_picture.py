@@ -1,4 +1,4 @@
-"""One picture file becomes the pixels of a record, or an error that says why not."""
+"""An image file becomes the pixels of a record, or an error with the reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CORNERS = ((230, 20, 20), (20, 200, 20), (20, 20, 220), (240, 240, 20))
 
 
 def quarters(width: int = 300, height: int = 300, mode: str = "RGB") -> Image.Image:
-    """A picture whose four quarters have the colours of CORNERS."""
+    """Return an image whose four quarters have the colours of CORNERS."""
     pixels = np.empty((height, width, 3), np.uint8)
     top, left = slice(None, height // 2), slice(None, width // 2)
     bottom, right = slice(height // 2, None), slice(width // 2, None)
@@ -36,19 +36,19 @@ def quarters(width: int = 300, height: int = 300, mode: str = "RGB") -> Image.Im
 
 
 def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The bytes of a picture file."""
+    """Return the bytes of an image file."""
     out = BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
 
 
 def corners_of(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """The colours at the middles of the four quarters: (4, 3)."""
+    """Return the colours at the centres of the four quarters: (4, 3)."""
     return pixels[[64, 64, 192, 192], [64, 192, 64, 192]].astype(np.int64)
 
 
 def assert_quarters(pixels: npt.NDArray[np.uint8], tolerance: int = 0) -> None:
-    """The four quarters stand where they stood in the picture."""
+    """Assert that the four quarters have the colours of CORNERS."""
     assert pixels.shape == (256, 256, 3)
     assert pixels.dtype == np.uint8
     assert np.abs(corners_of(pixels) - np.array(CORNERS)).max() <= tolerance
@@ -56,7 +56,7 @@ def assert_quarters(pixels: npt.NDArray[np.uint8], tolerance: int = 0) -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (300, 300), (64, 48), (1003, 511)])
 def test_the_centre_square_of_the_short_side_is_kept(width: int, height: int) -> None:
-    """Resizing only what survives the crop gives what resizing the whole and then cropping gives, within a grey level."""
+    """The record is the resized centre square of the image."""
     noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
     image = Image.fromarray(noise).resize((width, height))
     short = min(width, height)
@@ -66,7 +66,7 @@ def test_the_centre_square_of_the_short_side_is_kept(width: int, height: int) ->
 
 
 def test_a_path_and_its_content_give_the_same(tmp_path: Path) -> None:
-    """A picture is the same from a file and from its bytes, and the array is contiguous."""
+    """A path and its content give the same contiguous array."""
     path = tmp_path / "picture.png"
     path.write_bytes(file_of(quarters()))
     pixels = load_picture(path)
@@ -76,7 +76,7 @@ def test_a_path_and_its_content_give_the_same(tmp_path: Path) -> None:
 
 @pytest.fixture
 def decoded_in_part(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each picture was decoded without Pillow, as they come."""
+    """Record for each image whether kernel.decode_window decoded it."""
     true, answers = kernel.decode_window, list[bool]()
 
     def decode_window(*args: Any) -> bool:
@@ -104,10 +104,10 @@ def decoded_in_part(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     ],
 )
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
-def test_the_square_alone_is_decoded_to_the_same(
+def test_decoding_only_the_square_gives_the_same_record(
     width: int, height: int, subsampling: int, decoded_in_part: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A JPEG of which only the middle is decoded gives the pixels that Pillow's decoder gives, whatever it is resized to."""
+    """A JPEG that is decoded in part gives the same record as Pillow's whole decode, whatever the record's side."""
     noise = np.random.Generator(np.random.Philox(key=width)).integers(0, 256, (height // 3, width // 3, 3), np.uint8)
     image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
     content = file_of(image, "JPEG", quality=92, subsampling=subsampling)
@@ -132,7 +132,7 @@ def test_the_square_alone_is_decoded_to_the_same(
     ids=["progressive", "restarts", "stored as RGB", "grey", "CMYK"],
 )
 def test_other_jpegs_are_left_to_pillow(mode: str, options: dict[str, Any], decoded_in_part: list[bool]) -> None:
-    """What the decoder of records does not know is decoded all the same."""
+    """Pillow decodes the kinds of JPEGs that the records' decoder does not support."""
     pixels = load_picture(file_of(quarters(400, 300, mode), "JPEG", quality=95, **options))
     assert True not in decoded_in_part
     if mode != "L":
@@ -141,7 +141,7 @@ def test_other_jpegs_are_left_to_pillow(mode: str, options: dict[str, Any], deco
 
 @pytest.mark.parametrize("side", [600, 1024, 2100])
 def test_dct_scaling_keeps_what_a_full_decode_gives(side: int) -> None:
-    """A JPEG decoded at a fraction of its size gives nearly the pixels of the same picture decoded whole."""
+    """A JPEG decoded at a fraction of its size gives nearly the pixels of the whole decode."""
     y, x = np.mgrid[:side, : side + 101]
     smooth = 120 + 60 * np.sin(x / side * 20) + 50 * np.cos(y / side * 13)
     image = Image.fromarray(np.stack([smooth, 240 - smooth, smooth], axis=-1).astype(np.uint8))
@@ -153,7 +153,7 @@ def test_dct_scaling_keeps_what_a_full_decode_gives(side: int) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
-    """However the camera was held, the record stands as a viewer would show the file."""
+    """Every EXIF orientation gives an upright record."""
     stored = {
         1: (),
         2: (Image.Transpose.FLIP_LEFT_RIGHT,),
@@ -173,12 +173,12 @@ def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
 
 
 def test_damaged_exif_costs_no_picture() -> None:
-    """A picture whose metadata is broken is still a picture."""
+    """Damaged metadata does not make an image unusable."""
     assert_quarters(load_picture(file_of(quarters(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")), tolerance=12)
 
 
 def test_grey_becomes_three_equal_channels() -> None:
-    """Grey, one-bit and 16-bit grey pictures become RGB with the right level."""
+    """Grey, one-bit and 16-bit grey images become RGB with the right level."""
     levels = np.repeat(np.linspace(0, 65535, 256).astype(np.uint16)[None], 256, axis=0)
     expected = np.repeat(((levels.astype(np.int64) * 255 + 32767) // 65535)[..., None], 3, axis=-1)
     assert np.array_equal(load_picture(file_of(Image.fromarray(levels))), expected)
@@ -195,7 +195,7 @@ def test_colour_modes_become_rgb(mode: str) -> None:
 
 
 def test_transparency_is_laid_on_white() -> None:
-    """What is transparent becomes white whatever colour hides there, in full alpha, grey alpha and palettes."""
+    """Transparent pixels become white whatever their colour, with RGBA, grey alpha and palettes."""
     image = quarters(mode="RGBA")
     image.putalpha(0)
     assert (load_picture(file_of(image)) == 255).all()
@@ -217,7 +217,7 @@ def test_cmyk_becomes_rgb(adobe: bool) -> None:
 
 
 def test_ycck_becomes_rgb() -> None:
-    """A JPEG whose Adobe marker says YCCK, luminance and colour of the inverted inks, gets its colours right."""
+    """A JPEG whose Adobe marker says YCCK (YCbCr of the inverted inks) gets its colours right."""
     inks = [band.point(lambda value: 255 - value) for band in ImageOps.invert(quarters()).convert("YCbCr").split()]
     stored = Image.merge("CMYK", [*inks, Image.new("L", inks[0].size, 0)])
     content = bytearray(file_of(stored, "JPEG", quality=95))
@@ -226,7 +226,7 @@ def test_ycck_becomes_rgb() -> None:
 
 
 def test_a_colour_profile_changes_nothing() -> None:
-    """Pixels stand as they are stored, also where the profile is damaged."""
+    """A colour profile, sound or damaged, does not change the pixels."""
     plain = load_picture(file_of(quarters(), "JPEG"))
     assert np.array_equal(load_picture(file_of(quarters(), "JPEG", icc_profile=bytes(range(200)))), plain)
 
@@ -240,7 +240,7 @@ def test_sixteen_bits_a_channel_become_eight() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM", "TGA"])
 def test_formats_are_found_by_content(kind: str, tmp_path: Path) -> None:
-    """A file's name says nothing: any format under the name .JPEG is read."""
+    """Any format is read under the name .JPEG."""
     path = tmp_path / "n01440764_1.JPEG"
     path.write_bytes(file_of(quarters(mode="P" if kind == "GIF" else "RGB"), kind))
     assert_quarters(load_picture(path), tolerance=30)
@@ -252,7 +252,7 @@ def test_a_progressive_jpeg_is_read() -> None:
 
 
 def test_an_animation_counts_as_its_first_picture() -> None:
-    """Only the first frame of an animation is looked at."""
+    """An animation gives its first frame."""
     frames = [Image.new("RGB", (300, 300), "black") for _ in range(3)]
     content = file_of(quarters(mode="P"), "GIF", save_all=True, append_images=frames)
     assert_quarters(load_picture(content), tolerance=30)
@@ -260,12 +260,12 @@ def test_an_animation_counts_as_its_first_picture() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (2, 3)])
 def test_tiny_sides_are_enlarged(size: tuple[int, int]) -> None:
-    """A side of one pixel is no reason to fail."""
+    """Images with a side of one pixel are enlarged."""
     assert (load_picture(file_of(Image.new("RGB", size, (9, 99, 199)))) == (9, 99, 199)).all()
 
 
 def png(width: int, height: int, rows: bytes = bytes(999), depth: int = 8) -> bytes:
-    """A PNG that claims a size in RGB and holds these filtered rows; next to nothing if none are given."""
+    """Return an RGB PNG that claims a size and holds these filtered rows, by default too few."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -295,7 +295,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_refused_with_its_reason(name: str) -> None:
-    """Whatever is wrong with a file, the error names the file and says what."""
+    """A file that cannot be used gives an error with its name and the reason."""
     make, reason = HOSTILE[name]
     with pytest.raises(PictureError) as caught:
         load_picture(make(), source="album/x.jpg")
@@ -306,13 +306,13 @@ def test_a_hostile_file_is_refused_with_its_reason(name: str) -> None:
 
 @pytest.mark.skipif(features.check("webp"), reason="this build of Pillow reads WebP")
 def test_a_format_that_this_build_lacks_is_named() -> None:
-    """A WebP is not called unknown where only the build lacks it."""
+    """The error for a WebP says that this build of Pillow cannot read the format."""
     with pytest.raises(PictureError, match="WebP, which this build"):
         load_picture(b"RIFF\x24\x00\x00\x00WEBPVP8 " + bytes(40))
 
 
 def test_every_truncation_is_refused_or_whole() -> None:
-    """A JPEG or PNG cut anywhere never ends in another error, and never passes with half of its pixels missing."""
+    """A JPEG or PNG that is cut off anywhere is refused."""
     for content in (file_of(quarters(), "JPEG"), file_of(quarters())):
         for end in range(0, len(content) - 12, 97):
             with pytest.raises(PictureError):
@@ -336,7 +336,7 @@ def test_no_damage_raises_another_error() -> None:
     assert 0 < refused < 400
 
 
-def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path) -> None:
+def test_pipes_and_folders_are_refused_at_once(tmp_path: Path) -> None:
     """A pipe, a folder and a missing file are refused at once."""
     os.mkfifo(tmp_path / "pipe.jpg")
     for path, reason in (

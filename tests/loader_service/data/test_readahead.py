@@ -1,4 +1,4 @@
-"""Reading ahead: where records lie is known without LMDB, and is asked for while reading is slow."""
+"""Read-ahead finds the places of records without LMDB, and asks for them while reads are slow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADER_BYTES = 16
 
 @pytest.fixture(name="many", scope="module")
 def many_fixture(make_dataset: Callable[..., Manifest], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small records, so many that the tree has branches above its leaves."""
+    """Make an environment of many small records, so that its tree has branches above its leaves."""
     path = tmp_path_factory.mktemp("many") / "train.lmdb"
     make_dataset(path, 400, side=48)
     return path
@@ -31,25 +31,25 @@ def many_fixture(make_dataset: Callable[..., Manifest], tmp_path_factory: pytest
 def test_every_record_lies_where_it_is_said_to_lie(
     make_dataset: Callable[..., Manifest], tmp_path: Path, codec: str
 ) -> None:
-    """The file has there, after the page's header, what LMDB gives: of all codecs."""
+    """For all codecs, the file has the record's bytes at the reported place, after the page header."""
     make_dataset(tmp_path / "train.lmdb", 5, codec=codec)
     _compare(tmp_path / "train.lmdb")
 
 
 def test_a_tree_with_branches_is_walked(many: Path) -> None:
-    """Hundreds of records do not fit one leaf."""
+    """Records are found in a tree with several leaves."""
     assert _compare(many) == 400
 
 
 @pytest.mark.parametrize("number", [400, 2**40])
-def test_what_is_not_there_lies_nowhere(many: Path, number: int) -> None:
-    """Beyond the last record there is nothing to ask for."""
+def test_a_missing_record_has_no_place(many: Path, number: int) -> None:
+    """A record that does not exist has no place."""
     with Records(many) as records:
         assert records.ahead.place(number) is None
 
 
-def test_rubbish_gives_no_places_and_no_error(many: Path, tmp_path: Path) -> None:
-    """A hint is never worth an exception: what is wrong with a file is LMDB's to say."""
+def test_a_damaged_tree_raises_no_error(many: Path, tmp_path: Path) -> None:
+    """A damaged file gives no places and raises no errors; LMDB reports the damage."""
     data = bytearray((many / "data.mdb").read_bytes())
     with Records(many) as records:
         database = bytes(records.ahead.database)
@@ -68,7 +68,7 @@ def test_rubbish_gives_no_places_and_no_error(many: Path, tmp_path: Path) -> Non
 
 
 def test_a_slice_is_asked_for_while_reading_is_slow(many: Path) -> None:
-    """The first one always; then for as long as records take longer than memory does, and a while after."""
+    """The first slice is read ahead, and then SLICES slices after every slow one."""
     with Records(many) as records:
         ahead, numbers = records.ahead, np.arange(10)
         assert ahead.is_wanted
@@ -83,8 +83,8 @@ def test_a_slice_is_asked_for_while_reading_is_slow(many: Path) -> None:
         assert not ahead.is_wanted
 
 
-def test_what_is_asked_for_comes_to_memory(many: Path) -> None:
-    """Pages that were dropped from memory are there again, without anybody having touched them."""
+def test_records_asked_for_are_loaded_into_memory(many: Path) -> None:
+    """Pages of a record that were dropped from memory are back after it was asked for, without a read."""
     path = many / "data.mdb"
     with Records(many) as records:
         place = records.ahead.place(200)
@@ -107,7 +107,7 @@ def test_what_is_asked_for_comes_to_memory(many: Path) -> None:
 
 
 def _compare(path: Path) -> int:
-    """How many records were compared."""
+    """Compare the place of every record with LMDB's value; return the number of records."""
     file = (path / "data.mdb").read_bytes()
     compared = 0
     with Records(path) as records, records.values() as values:
@@ -123,7 +123,7 @@ def _compare(path: Path) -> int:
 
 
 def _resident(file: int, offset: int, size: int) -> bool:
-    """Whether all pages of a range are in memory; asking does not bring them there."""
+    """Return True if all pages of a range are in memory; mincore() does not load them."""
     with mmap.mmap(file, 0, prot=mmap.PROT_READ) as mapped:
         pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
         memory = np.frombuffer(mapped, np.uint8)

@@ -1,4 +1,4 @@
-"""Reading an environment: what is damaged, foreign or unfinished is refused in one sentence."""
+"""Damaged, foreign and unfinished environments are refused with one sentence."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ Picture = Callable[[int], npt.NDArray[np.uint8]]
 
 @pytest.fixture
 def dataset(tmp_path: Path, make_dataset: Callable[..., Manifest]) -> Path:
-    """A small environment that a test may damage."""
+    """Make a small environment that a test may damage."""
     make_dataset(tmp_path / "d.lmdb", 6)
     return tmp_path / "d.lmdb"
 
 
 def change(path: Path, database: bytes, edit: Callable[..., None]) -> None:
-    """Edit a finished environment behind its manifest's back."""
+    """Edit a database of a finished environment without its manifest."""
     with lmdb.open(str(path), max_dbs=3, map_size=2**30) as env, env.begin(write=True) as txn:
         edit(txn, env.open_db(database, txn=txn))
     (path / "lock.mdb").unlink()
 
 
 def rewrite_manifest(path: Path, **fields: object) -> None:
-    """Give a finished environment another manifest."""
+    """Change fields of a finished environment's manifest."""
 
     def edit(txn: lmdb.Transaction, database: object) -> None:
         manifest = msgspec.msgpack.decode(txn.get(b"manifest", db=database))
@@ -66,14 +66,14 @@ def test_a_jpeg_record_is_close_to_its_picture(picture: Picture) -> None:
 
 
 def test_an_environment_needs_no_write_access(dataset: Path) -> None:
-    """Reading makes no lock file, so a read-only mount serves."""
+    """Reading makes no lock file, so read-only mounts work."""
     with Records(dataset) as records:
         records.pixels(0)
         assert sorted(p.name for p in dataset.iterdir()) == ["data.mdb"]
 
 
 def test_a_missing_dataset_says_how_to_make_one(tmp_path: Path) -> None:
-    """No environment at the path: the sentence names the command that makes one."""
+    """The error for a missing environment names the command that makes one."""
     with pytest.raises(DatasetNotFound, match="make preprocess"):
         Records(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
@@ -81,7 +81,7 @@ def test_a_missing_dataset_says_how_to_make_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0.3, 0.97])
 def test_a_truncated_file_is_refused(dataset: Path, keep: float) -> None:
-    """A file shorter than its tree says is refused: reading past its end would kill the process."""
+    """A file shorter than its tree needs is refused, because reading past its end would kill the process."""
     data = dataset / "data.mdb"
     os.truncate(data, int(data.stat().st_size * keep) // 4096 * 4096)
     with pytest.raises(DatasetInvalid, match="truncated"):
@@ -97,14 +97,14 @@ def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_no_manifest_means_unfinished(dataset: Path) -> None:
-    """An environment whose manifest is missing was never finished."""
+    """An environment without a manifest is refused as unfinished."""
     change(dataset, b"manifest", lambda txn, database: txn.delete(b"manifest", db=database))
     with pytest.raises(DatasetUnfinished, match="never finished"):
         Records(dataset)
 
 
 def test_no_databases_mean_unfinished(tmp_path: Path) -> None:
-    """An LMDB environment without our databases is unfinished at best."""
+    """An LMDB environment without the sub-databases is refused as unfinished."""
     with lmdb.open(str(tmp_path)) as env, env.begin(write=True) as txn:
         txn.put(b"k", b"v")
     with pytest.raises(DatasetUnfinished):
@@ -128,14 +128,14 @@ def test_no_databases_mean_unfinished(tmp_path: Path) -> None:
     ],
 )
 def test_a_manifest_that_cannot_be_right_is_refused(dataset: Path, fields: dict[str, object], sentence: str) -> None:
-    """What comes from a file is checked before it is believed."""
+    """A manifest with inconsistent fields is refused with the reason."""
     rewrite_manifest(dataset, **fields)
     with pytest.raises(DatasetInvalid, match=sentence):
         Records(dataset)
 
 
 def test_check_finds_a_changed_pixel(dataset: Path) -> None:
-    """A payload that no longer matches its checksum is named."""
+    """A payload that does not match its checksum gives an error with the record's number."""
 
     def edit(txn: lmdb.Transaction, database: object) -> None:
         value = bytearray(txn.get(KEY.pack(2), db=database))
@@ -150,7 +150,7 @@ def test_check_finds_a_changed_pixel(dataset: Path) -> None:
 
 
 def test_check_finds_a_label_without_a_class(dataset: Path) -> None:
-    """A label beyond the last class is named."""
+    """A label beyond the last class gives an error."""
 
     def edit(txn: lmdb.Transaction, database: object) -> None:
         value = txn.get(KEY.pack(2), db=database)
@@ -162,14 +162,14 @@ def test_check_finds_a_label_without_a_class(dataset: Path) -> None:
 
 
 def test_a_missing_source_name_is_named(dataset: Path) -> None:
-    """A record without a source name is an error with its number."""
+    """A record without a source name gives an error with its number."""
     change(dataset, b"sources", lambda txn, database: txn.delete(KEY.pack(5), db=database))
     with Records(dataset) as records, pytest.raises(RecordError, match=r"record 5 of .* has no source name"):
         records.source(5)
 
 
 def test_the_fingerprint_covers_records_and_statistics(dataset: Path) -> None:
-    """The fingerprint can be computed again from what is stored, and changes with any of it."""
+    """The fingerprint can be recomputed from the stored records and statistics, and changes with any of them."""
     with Records(dataset) as records:
         manifest, headers = records.manifest, list(records.headers())
     digest = digest_headers(headers)
@@ -184,7 +184,7 @@ def test_the_fingerprint_covers_records_and_statistics(dataset: Path) -> None:
 
 
 def test_the_fingerprint_is_not_of_the_file(dataset: Path, tmp_path: Path) -> None:
-    """A compacted copy, other bytes with the same records, has the same fingerprint and can be read."""
+    """A compacted copy, with other bytes but the same records, has the same fingerprint."""
     copy = tmp_path / "copy.lmdb"
     copy.mkdir()
     with lmdb.open(str(dataset), readonly=True, lock=False, max_dbs=3) as env:
@@ -202,13 +202,13 @@ def test_a_golden_fingerprint(dataset: Path) -> None:
 
 @pytest.mark.parametrize("pixels", [np.zeros((256, 255, 3), np.uint8), np.zeros((256, 256, 3), np.int16)])
 def test_only_records_can_be_encoded(pixels: npt.NDArray[np.uint8]) -> None:
-    """Another shape or dtype is refused with what is needed."""
+    """Pixels of another shape or dtype are refused."""
     with pytest.raises(ValueError, match=r"a record is \(side, side, 3\) uint8"):
         encode(pixels, "raw")
 
 
 def test_a_jpeg_of_another_size_is_refused() -> None:
-    """A jpeg that is not 256 x 256, however it came there, is not decoded into a record."""
+    """A JPEG that is not 256 x 256 is not decoded into a record."""
     small = bytes(simplejpeg.encode_jpeg(np.zeros((128, 128, 3), np.uint8)))
     with pytest.raises(ValueError, match="128"):
         decode(small, 1)

@@ -1,4 +1,4 @@
-"""Writing an environment: whole under its name, or not at all."""
+"""An environment has its final name only when it is complete."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GREY = encode(np.full((256, 256, 3), 128, np.uint8), "raw")
 
 @contextmanager
 def files_end_at(n_bytes: int) -> Iterator[None]:
-    """No file of this process grows beyond ``n_bytes``: what a full disk looks like to a writer."""
+    """Limit the size of this process's files to ``n_bytes``, which a writer sees as a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:
@@ -32,15 +32,15 @@ def files_end_at(n_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_finished_environment_stands_under_its_name_alone(tmp_path: Path, make_dataset: MakeDataset) -> None:
-    """After finish there is the environment with its data file, and nothing beside it."""
+def test_finish_leaves_only_the_environment(tmp_path: Path, make_dataset: MakeDataset) -> None:
+    """After finish() the folder holds the environment with its data file, and nothing else."""
     make_dataset(tmp_path / "deep" / "d.lmdb", 3)
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["d.lmdb"]
     assert [p.name for p in (tmp_path / "deep" / "d.lmdb").iterdir()] == ["data.mdb"]
 
 
 def test_the_manifest_says_what_was_written(tmp_path: Path, statistics: Statistics) -> None:
-    """Count, classes, statistics, origin and rejections are all there for a reader."""
+    """A reader finds count, classes, statistics, origin and rejections in the manifest."""
     with Writer(tmp_path / "d", codec="raw", class_names=("no", "yes")) as writer:
         assert [writer.put(label, GREY, f"{label}.png") for label in (1, 1, 0)] == [0, 1, 2]
         assert len(writer) == 3
@@ -57,7 +57,7 @@ def test_the_manifest_says_what_was_written(tmp_path: Path, statistics: Statisti
 
 
 def test_a_record_of_another_codec_is_refused(tmp_path: Path) -> None:
-    """A whole record's header is believed only where it is the environment's codec; nothing is written of another."""
+    """A record whose header has another codec is refused, and nothing is written."""
     with Writer(tmp_path / "d", codec="raw", class_names=("no", "yes")) as writer:
         with pytest.raises(ValueError, match="this environment holds raw records; this one has the codec number 1"):
             writer.put_record(header(0, "jpeg", GREY) + GREY, "a.png")
@@ -71,7 +71,7 @@ def test_the_same_records_give_the_same_manifest(tmp_path: Path, make_dataset: M
 
 
 def test_more_records_than_a_transaction_holds(tmp_path: Path, statistics: Statistics) -> None:
-    """Records on both sides of a commit are all there, in order."""
+    """Records of several transactions are all stored, in order."""
     jpeg = encode(np.zeros((256, 256, 3), np.uint8), "jpeg")
     with Writer(tmp_path / "d", codec="jpeg", class_names=("a",)) as writer:
         for number in range(600):
@@ -83,7 +83,7 @@ def test_more_records_than_a_transaction_holds(tmp_path: Path, statistics: Stati
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    """An error in the block removes the half-written environment."""
+    """An error in the block removes the unfinished environment."""
 
     def interrupted() -> None:
         with Writer(tmp_path / "d", codec="raw", class_names=("a",)) as writer:
@@ -96,14 +96,14 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_leaving_without_finishing_leaves_nothing(tmp_path: Path) -> None:
-    """A block that ends without finish has written nothing under the name."""
+    """A block that ends without finish() leaves nothing."""
     with Writer(tmp_path / "d", codec="raw", class_names=("a",)) as writer:
         writer.put(0, GREY, "a.png")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_written_is_an_error(tmp_path: Path, statistics: Statistics) -> None:
-    """An environment of no records is refused, and nothing is left."""
+    """An environment without records is refused, and nothing is left."""
     with (
         pytest.raises(DatasetInvalid, match="no source became a record"),
         Writer(tmp_path / "d", codec="raw", class_names=("a",)) as writer,
@@ -112,10 +112,10 @@ def test_nothing_written_is_an_error(tmp_path: Path, statistics: Statistics) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_environment_that_stood_there_is_replaced_at_the_end(
+def test_an_older_environment_is_replaced_at_the_end(
     tmp_path: Path, make_dataset: MakeDataset, statistics: Statistics
 ) -> None:
-    """Until finish the old one stands; whoever has it open goes on reading it."""
+    """An older environment stays until finish(), and processes that have it open continue to read it."""
     make_dataset(tmp_path / "d", 4)
     inode = (tmp_path / "d" / "data.mdb").stat().st_ino
     with Records(tmp_path / "d") as old:
@@ -130,10 +130,10 @@ def test_an_environment_that_stood_there_is_replaced_at_the_end(
 
 
 @pytest.mark.parametrize("room_bytes", [10_000, 2_000_000])
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+def test_a_full_disk_gives_one_error_and_leaves_nothing(
     tmp_path: Path, statistics: Statistics, room_bytes: int
 ) -> None:
-    """When the disk is full, whether at the first byte or in the middle, the sentence names the dataset and why."""
+    """A full disk, at the first byte or later, gives an error with the dataset's name and the reason."""
 
     def write() -> None:
         with files_end_at(room_bytes), Writer(tmp_path / "d", codec="raw", class_names=("a",)) as writer:
@@ -150,7 +150,7 @@ IDENTITY = "0123456789abcdef"
 
 
 def interrupted(path: Path, *, committed: int, lost: int) -> None:
-    """A writer of IDENTITY that is left with an error after it committed some records and a rejection."""
+    """Interrupt a writer of IDENTITY after it committed some records and a rejection."""
     with (
         suppress(KeyboardInterrupt),
         Writer(path, codec="raw", class_names=("a", "b"), identity=IDENTITY) as writer,
@@ -165,7 +165,7 @@ def interrupted(path: Path, *, committed: int, lost: int) -> None:
 
 
 def test_what_was_committed_under_an_identity_is_gone_on_from(tmp_path: Path, statistics: Statistics) -> None:
-    """The next writer has the records, rejections and state of the last commit, and makes the same manifest at the end."""
+    """The next writer resumes with the records, rejections and state of the last commit, and ends with the same manifest."""
 
     def write(path: Path, already: int) -> Manifest:
         with Writer(path, codec="raw", class_names=("a", "b"), identity=IDENTITY) as writer:
@@ -185,36 +185,36 @@ def test_what_was_committed_under_an_identity_is_gone_on_from(tmp_path: Path, st
 
 
 def test_an_identity_without_records_leaves_nothing(tmp_path: Path) -> None:
-    """A writer that has nothing to go on from is removed like any other."""
+    """A writer with an identity but without committed records leaves nothing."""
     interrupted(tmp_path / "d", committed=0, lost=2)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 4096, 300_000])
-def test_a_damaged_rest_is_begun_anew(tmp_path: Path, kept_bytes: int) -> None:
-    """What an interrupted writer has left is checked before it is believed."""
+def test_a_damaged_partial_environment_is_replaced(tmp_path: Path, kept_bytes: int) -> None:
+    """A damaged unfinished environment is replaced by an empty one."""
     interrupted(tmp_path / "d", committed=4, lost=0)
     os.truncate(partial_path(tmp_path / "d", IDENTITY) / "data.mdb", kept_bytes)
     with Writer(tmp_path / "d", codec="raw", class_names=("a", "b"), identity=IDENTITY) as writer:
         assert len(writer) == 0
 
 
-def test_a_label_beyond_the_classes_is_begun_anew(tmp_path: Path) -> None:
-    """A rest of other classes is of no use."""
+def test_a_partial_environment_of_other_classes_is_replaced(tmp_path: Path) -> None:
+    """An unfinished environment with more classes is replaced by an empty one."""
     interrupted(tmp_path / "d", committed=4, lost=0)
     with Writer(tmp_path / "d", codec="raw", class_names=("a",), identity=IDENTITY) as writer:
         assert len(writer) == 0
 
 
 def test_partials_are_known_by_their_records(tmp_path: Path) -> None:
-    """What lies unfinished beside a name is found with the records that it keeps."""
+    """Unfinished environments of a name are listed with their numbers of committed records."""
     interrupted(tmp_path / "d", committed=4, lost=1)
     (tmp_path / ".d.0123.partial").mkdir()
     assert partials(tmp_path / "d") == {partial_path(tmp_path / "d", IDENTITY): 4, tmp_path / ".d.0123.partial": 0}
 
 
-def test_an_environment_that_lacked_only_its_name_gets_it(tmp_path: Path, make_dataset: MakeDataset) -> None:
-    """A writer that was killed between its last two steps has lost nothing."""
+def test_a_complete_environment_is_adopted(tmp_path: Path, make_dataset: MakeDataset) -> None:
+    """A complete environment whose writer was killed before the rename gets its name."""
     manifest = make_dataset(tmp_path / "d", 3)
     (tmp_path / "d").rename(partial_path(tmp_path / "d", IDENTITY))
     assert partials(tmp_path / "d") == {partial_path(tmp_path / "d", IDENTITY): 3}
@@ -224,13 +224,13 @@ def test_an_environment_that_lacked_only_its_name_gets_it(tmp_path: Path, make_d
 
 
 def test_an_identity_is_hexadecimal(tmp_path: Path) -> None:
-    """An identity becomes a file name, so nothing else may be in it."""
+    """An identity must be hexadecimal, because it becomes part of a file name."""
     with pytest.raises(ValueError, match="hexadecimal"):
         Writer(tmp_path / "d", codec="raw", class_names=("a",), identity="../../0123456789abcdef")
 
 
-def test_after_a_full_disk_the_writer_goes_on(tmp_path: Path, statistics: Statistics) -> None:
-    """When the disk is full, the sentence says what is kept, and with room made the rest is written."""
+def test_a_writer_resumes_after_a_full_disk(tmp_path: Path, statistics: Statistics) -> None:
+    """After a full disk the error says how much is kept, and a later writer writes the rest."""
 
     def write() -> Manifest:
         with Writer(tmp_path / "d", codec="raw", class_names=("a",), identity=IDENTITY) as writer:

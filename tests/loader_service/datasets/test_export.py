@@ -1,4 +1,4 @@
-"""An environment back to files, and from there to the same environment."""
+"""An exported environment can be preprocessed again to the same records."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ COUNT = 7
 
 
 def run(*arguments: Path | str) -> Result:
-    """Run the command."""
+    """Run ``loader-service export``."""
     return CliRunner().invoke(main, ["export", *map(str, arguments)])
 
 
 @pytest.fixture(params=["raw", "jpeg"])
 def environment(request: pytest.FixtureRequest, tmp_path: Path, make_dataset: Callable[..., Manifest]) -> Path:
-    """A small environment of either codec."""
+    """Make a small environment of each codec."""
     codec: Codec = request.param
     make_dataset(tmp_path / "small.lmdb", COUNT, codec)
     return tmp_path / "small.lmdb"
 
 
 def test_a_folder_holds_every_record(environment: Path, tmp_path: Path) -> None:
-    """Each record is a file below its class that has its pixels; a JPEG record is its very bytes."""
+    """Each record becomes a file with its pixels in the folder of its class; a jpeg record keeps its bytes."""
     assert run(environment, tmp_path / "out").exit_code == 0
     with Records(environment) as records:
         for number in range(COUNT):
@@ -49,8 +49,8 @@ def test_a_folder_holds_every_record(environment: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["folder", "webdataset"])
-def test_what_is_exported_can_be_preprocessed(form: str, tmp_path: Path, make_dataset: Callable[..., Manifest]) -> None:
-    """Raw records come back with the same labels and pixels, by either form."""
+def test_an_export_can_be_preprocessed(form: str, tmp_path: Path, make_dataset: Callable[..., Manifest]) -> None:
+    """Raw records that are exported and preprocessed keep labels and pixels, in both formats."""
     make_dataset(tmp_path / "a.lmdb", COUNT)
     assert run(tmp_path / "a.lmdb", tmp_path / "files", "--format", form).exit_code == 0
     options = ["--val-fraction", "0", "--workers", "1"]
@@ -65,7 +65,7 @@ def test_what_is_exported_can_be_preprocessed(form: str, tmp_path: Path, make_da
 
 
 def test_nothing_is_overwritten(environment: Path, tmp_path: Path) -> None:
-    """A folder that is there is refused; a missing environment leaves nothing behind."""
+    """An existing folder is refused, and a missing environment leaves nothing behind."""
     result = run(environment, tmp_path)
     assert result.exit_code == 2
     assert "a folder that does not exist yet" in result.output
@@ -74,7 +74,7 @@ def test_nothing_is_overwritten(environment: Path, tmp_path: Path) -> None:
 
 
 def test_class_names_cannot_lead_out_of_the_folder(tmp_path: Path, statistics: Statistics) -> None:
-    """Names of a hostile manifest stay below OUT."""
+    """Class names of a hostile manifest do not lead out of OUT."""
     with Writer(tmp_path / "x.lmdb", codec="raw", class_names=("../../evil", "..")) as writer:
         for label in range(2):
             writer.put(label, bytes(256 * 256 * 3), "a")
@@ -85,6 +85,6 @@ def test_class_names_cannot_lead_out_of_the_folder(tmp_path: Path, statistics: S
 
 
 def test_folder_names_stay_apart() -> None:
-    """Names that become equal get their label in front."""
+    """Names that would become equal start with their label."""
     assert folder_names(("a", "b c")) == ["a", "b c"]
     assert folder_names(("a/b", "a_b")) == ["000000_a_b", "000001_a_b"]

@@ -1,4 +1,4 @@
-"""What one sees of an environment before trusting it."""
+"""`inspect` shows the facts of an environment and draws images of it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from loader_service.datasets.inspect import histogram
 
 
 def run(path: Path, *options: str) -> str:
-    """What the command prints to stdout."""
+    """Run ``loader-service inspect`` and return its stdout."""
     result = CliRunner().invoke(main, ["inspect", str(path), *options])
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def test_the_summary_has_the_manifests_facts(dataset_dir: Path) -> None:
-    """Counts, codec, classes and the fingerprint are shown, for people and for programs."""
+    """The text and the JSON show counts, codec, classes and the fingerprint."""
     text = run(dataset_dir / "train.lmdb")
     facts = json.loads(run(dataset_dir / "train.lmdb", "--json"))
     with Records(dataset_dir / "train.lmdb") as records:
@@ -41,7 +41,7 @@ def test_the_summary_has_the_manifests_facts(dataset_dir: Path) -> None:
 def test_the_pictures_show_what_they_say(
     dataset_dir: Path, tmp_path: Path, picture: Callable[[int], np.ndarray]
 ) -> None:
-    """Contact sheets of records and samples, the mean image, and the colour directions are written as PNG."""
+    """--pictures writes contact sheets of records and samples, the mean image and the colour directions as PNG."""
     run(dataset_dir / "train.lmdb", "--pictures", str(tmp_path / "pictures"))
     sheets = {}
     for path in (tmp_path / "pictures").iterdir():
@@ -60,7 +60,7 @@ def test_the_pictures_show_what_they_say(
 
 
 def test_many_classes_are_shown_by_their_ends() -> None:
-    """Of a thousand classes the ten smallest and the ten largest are shown."""
+    """A histogram of a thousand classes shows the ten smallest and the ten largest."""
     lines = histogram({f"n{number:03d}": number for number in range(1000)})
     assert len(lines) == 21
     assert "n000        0 " in lines[0]
@@ -71,7 +71,7 @@ def test_many_classes_are_shown_by_their_ends() -> None:
 def test_a_small_environment_of_odd_names_is_shown(
     tmp_path: Path, statistics: object, picture: Callable[[int], np.ndarray]
 ) -> None:
-    """One record and a class name beyond ASCII are enough for every picture."""
+    """One record and a class name beyond ASCII are enough for all images."""
     with Writer(tmp_path / "x.lmdb", codec="raw", class_names=("Füchse 🦊",)) as writer:
         writer.put(0, picture(0).tobytes(), "a")
         writer.finish(statistics, made_by={})  # type: ignore[arg-type]
@@ -79,8 +79,8 @@ def test_a_small_environment_of_odd_names_is_shown(
     assert len(list((tmp_path / "pictures").iterdir())) == 4
 
 
-def test_what_is_no_environment_is_refused(tmp_path: Path) -> None:
-    """A folder that is none ends with its exit code and a sentence."""
+def test_a_folder_without_an_environment_is_refused(tmp_path: Path) -> None:
+    """A folder without an environment gives an error and exit code 3."""
     result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
     assert result.exit_code == 3
     assert "there is no dataset at" in result.stderr

@@ -1,4 +1,4 @@
-"""Mean image, covariance and eigenvectors against the same figures in NumPy's float64."""
+"""Mean image, covariance and eigenvectors are exact, and agree with NumPy's float64."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from loader_service.datasets.statistics import Sums, eigen
 
 
 def pictures(count: int) -> npt.NDArray[np.uint8]:
-    """(count, 256, 256, 3) uint8 of coloured noise."""
+    """Return (count, 256, 256, 3) uint8 of coloured noise."""
     rng = np.random.Generator(np.random.Philox(key=7))
     base = rng.integers(0, 200, (count, *SHAPE[:2], 1))
     return np.clip(base + rng.integers(-20, 56, (count, *SHAPE)), 0, 255).astype(np.uint8)
 
 
 def sums_of(batch: npt.NDArray[np.uint8]) -> Sums:
-    """The sums of some pictures, one part for each."""
+    """Return the sums of images, added one by one."""
     sums = Sums()
     for picture in batch:
         sums.add_picture(picture)
@@ -28,7 +28,7 @@ def sums_of(batch: npt.NDArray[np.uint8]) -> Sums:
 
 
 def test_they_agree_with_numpy() -> None:
-    """Every statistic equals what NumPy computes in float64 from the same pixels."""
+    """Every statistic agrees with NumPy's float64 result from the same pixels."""
     batch = pictures(9)
     found = sums_of(batch).statistics()
     flat = batch.reshape(-1, 3).astype(np.float64)
@@ -42,14 +42,14 @@ def test_they_agree_with_numpy() -> None:
 
 
 def bytes_of(statistics: Statistics) -> list[bytes]:
-    """All fields as bytes, to compare without tolerance."""
+    """Return all fields as bytes, for comparison without tolerance."""
     fields = ("mean_image", "channel_means", "covariance", "eigenvalues", "eigenvectors")
     return [getattr(statistics, field).tobytes() for field in fields]
 
 
 @given(order=st.permutations(range(6)), cut=st.integers(0, 6))
 def test_they_do_not_depend_on_how_the_work_was_split(order: list[int], cut: int) -> None:
-    """Any order and any split into parts gives the same bits."""
+    """The statistics have the same bits for any order and any split into parts."""
     batch = pictures(6)
     whole = Sums()
     for part in (order[:cut], order[cut:]):
@@ -59,7 +59,7 @@ def test_they_do_not_depend_on_how_the_work_was_split(order: list[int], cut: int
 
 
 def test_grey_pictures_have_one_direction() -> None:
-    """Pictures without colour vary along (1, 1, 1) alone."""
+    """Grey images vary along (1, 1, 1) only."""
     grey = pictures(2)[..., :1].repeat(3, axis=-1)
     found = sums_of(grey).statistics()
     np.testing.assert_allclose(found.eigenvalues[1:], 0, atol=1e-15)
@@ -71,7 +71,7 @@ numbers = st.floats(-1, 1, allow_subnormal=False)
 
 @given(st.lists(numbers, min_size=9, max_size=9))
 def test_eigen_solves_any_covariance(entries: list[float]) -> None:
-    """For any positive semidefinite matrix: ordered values, orthonormal vectors, their product the matrix, fixed signs."""
+    """For any positive semidefinite matrix, values are sorted, vectors orthonormal with fixed signs, and their product is the matrix."""
     factor = np.array(entries).reshape(3, 3)
     matrix = factor @ factor.T
     matrix = (matrix + matrix.T) / 2

@@ -1,4 +1,4 @@
-"""An environment that is sound, and ones that are not."""
+"""`verify` accepts a sound environment and finds every kind of damage."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ COUNT = 40
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory, picture: Picture) -> Path:
-    """A sound environment; not to be changed."""
+    """Make a sound environment, which tests must not change."""
     path = tmp_path_factory.mktemp("sound") / "train.lmdb"
     write(path, picture, "raw")
     return path
 
 
 def write(path: Path, picture: Picture, codec: Codec) -> Manifest:
-    """An environment of COUNT records with their own statistics."""
+    """Write an environment of COUNT records with their own statistics."""
     sums = Sums()
     with Writer(path, codec=codec, class_names=("a", "b")) as writer:
         for number in range(COUNT):
@@ -44,19 +44,19 @@ def write(path: Path, picture: Picture, codec: Codec) -> Manifest:
 
 
 def run(path: Path) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command."""
+    """Run ``loader-service verify``; return exit code, stdout and stderr."""
     result = CliRunner().invoke(main, ["verify", str(path)])
     return result.exit_code, result.stdout, result.stderr
 
 
 def test_a_sound_environment_gives_its_fingerprint(sound: Path, picture: Picture, tmp_path: Path) -> None:
-    """Exit code 0, and on stdout the fingerprint that the manifest has, and nothing else."""
+    """A sound environment gives exit code 0, and only the fingerprint on stdout."""
     manifest = write(tmp_path / "again.lmdb", picture, "raw")
     assert run(sound)[:2] == (0, manifest.fingerprint + "\n")
 
 
 def change(path: Path, database: bytes, key: bytes, alter: Callable[[bytes], bytes | None]) -> None:
-    """Alter one value in place, or remove it, as damage or a foreign hand would."""
+    """Change or remove one value in place, without the manifest."""
     with lmdb.open(str(path), max_dbs=3, map_size=2**30, lock=False) as env:
         db = env.open_db(database)
         with env.begin(write=True, db=db) as txn:
@@ -68,7 +68,7 @@ def change(path: Path, database: bytes, key: bytes, alter: Callable[[bytes], byt
 
 
 def in_manifest(**fields: object) -> tuple[bytes, bytes, Callable[[bytes], bytes]]:
-    """A change of the manifest's fields."""
+    """Return the arguments of change() that replace fields of the manifest."""
 
     def alter(stored: bytes) -> bytes:
         manifest = msgspec.msgpack.decode(stored, type=Manifest)
@@ -78,7 +78,7 @@ def in_manifest(**fields: object) -> tuple[bytes, bytes, Callable[[bytes], bytes
 
 
 def flip_bit(value: bytes) -> bytes:
-    """One bit of the payload, the other way."""
+    """Flip one bit of the payload."""
     return value[:5000] + bytes([value[5000] ^ 1]) + value[5001:]
 
 
@@ -111,7 +111,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_found(name: str, sound: Path, tmp_path: Path) -> None:
-    """Whatever was changed, the exit code is 3, stdout is empty and a sentence says what is wrong."""
+    """Any damage gives exit code 3, an empty stdout and a sentence that names it."""
     path = tmp_path / "train.lmdb"
     shutil.copytree(sound, path)
     where, sentence = DAMAGE[name]
@@ -123,8 +123,8 @@ def test_damage_is_found(name: str, sound: Path, tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_what_is_no_environment_is_refused(tmp_path: Path) -> None:
-    """An empty folder and a foreign file end with a sentence."""
+def test_a_folder_without_an_environment_is_refused(tmp_path: Path) -> None:
+    """A missing environment, an empty folder and a foreign file give a sentence."""
     assert run(tmp_path / "none.lmdb")[0] == 3
     assert "there is no dataset at" in run(tmp_path)[2]
     (tmp_path / "data.mdb").write_bytes(b"not LMDB" * 4096)

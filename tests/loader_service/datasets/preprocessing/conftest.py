@@ -1,4 +1,4 @@
-"""Small image folders, and the command as a function."""
+"""Fixtures: small image folders, and the command as a function."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLASSES = ("ant", "bee", "cat")
 
 
 def write_picture(path: Path, number: int) -> None:
-    """A picture unlike any other number's, in a format and mode that depend on the number."""
+    """Write an image that differs for each number, in a size and mode that depend on the number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.Generator(np.random.Philox(key=number))
     height, width = 60 + 7 * (number % 9), 50 + 11 * (number % 7)
@@ -26,7 +26,7 @@ def write_picture(path: Path, number: int) -> None:
 
 
 def write_folder(root: Path, per_class: int, first: int = 0) -> Path:
-    """An image folder of ``per_class`` pictures in each of CLASSES."""
+    """Write an image folder with ``per_class`` images in each of CLASSES."""
     for label, name in enumerate(CLASSES):
         for number in range(per_class):
             write_picture(root / name / f"{number:03d}.jpg", first + 1000 * label + number)
@@ -35,7 +35,7 @@ def write_folder(root: Path, per_class: int, first: int = 0) -> Path:
 
 @pytest.fixture(scope="session")
 def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``train/`` with 26 pictures and a bad file in each of three classes, ``val/`` with 5; not to be changed."""
+    """Make ``train/`` with 26 images and a bad file in each of three classes, and ``val/`` with 5; tests must not change them."""
     root = tmp_path_factory.mktemp("album")
     write_folder(root / "train", 26)
     write_folder(root / "val", 5, first=500)
@@ -57,5 +57,5 @@ def preprocess() -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def large_album(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """So many pictures that their raw records take several commits, 140 in each class; not to be changed."""
+    """Make a folder with 140 images in each class, whose raw records take several commits; tests must not change it."""
     return write_folder(tmp_path_factory.mktemp("large"), 140, first=10_000)

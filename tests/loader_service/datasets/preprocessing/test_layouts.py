@@ -1,4 +1,4 @@
-"""The layouts that people's pictures come in, each through the whole command."""
+"""The whole command preprocesses every layout of images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RecordsBySource = dict[str, tuple[str, bytes]]
 
 
 def tar_of(members: Mapping[str, bytes]) -> bytes:
-    """An uncompressed tar archive."""
+    """Return an uncompressed tar archive."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
         for name, content in members.items():
@@ -34,7 +34,7 @@ def tar_of(members: Mapping[str, bytes]) -> bytes:
 
 @pytest.fixture(scope="module")
 def pictures(album: Path) -> dict[str, bytes]:
-    """Six picture files in two classes, CLASS/NAME."""
+    """Return six image files in two classes, by CLASS/NAME."""
     return {
         f"{name}/{i}.jpg": (album / "train" / name / f"00{i}.jpg").read_bytes()
         for name in ("ant", "bee")
@@ -43,7 +43,7 @@ def pictures(album: Path) -> dict[str, bytes]:
 
 
 def records_of(out: Path, split: str) -> RecordsBySource:
-    """Class name and pixels of every record, by source."""
+    """Return class name and pixels of every record, by source."""
     with Records(out / f"{split}.lmdb") as records:
         found = {}
         for number in range(len(records)):
@@ -53,12 +53,12 @@ def records_of(out: Path, split: str) -> RecordsBySource:
 
 
 def expected(pictures: Mapping[str, tuple[str, bytes]]) -> RecordsBySource:
-    """What records must come of these files: source -> class name and content."""
+    """Return the expected records of these files, given by source as class name and content."""
     return {source: (name, load_picture(content).tobytes()) for source, (name, content) in pictures.items()}
 
 
 def by_folder(pictures: Mapping[str, bytes]) -> dict[str, tuple[str, bytes]]:
-    """Files whose class is their folder."""
+    """Return files with their folders as classes."""
     return {source: (source.split("/")[0], content) for source, content in pictures.items()}
 
 
@@ -66,7 +66,7 @@ def by_folder(pictures: Mapping[str, bytes]) -> dict[str, tuple[str, bytes]]:
 def test_an_archive_with_both_splits(
     suffix: str, pictures: dict[str, bytes], tmp_path: Path, preprocess: Preprocess
 ) -> None:
-    """train/ and test/ in a tar, compressed or not, become both environments; a second run finds them made."""
+    """train/ and test/ in a tar, compressed or not, become both environments; a second run is up to date."""
     members = {f"{split}/{name}": content for split in ("train", "test") for name, content in pictures.items()}
     content = tar_of(members)
     source, out = tmp_path / f"all{suffix}", tmp_path / "out"
@@ -78,7 +78,7 @@ def test_an_archive_with_both_splits(
 
 
 def test_imagenet_as_distributed(pictures: dict[str, bytes], tmp_path: Path, preprocess: Preprocess) -> None:
-    """The tar of tars, the flat validation archive and its labels go in as they come."""
+    """The tar of tars, the flat validation archive and a table of its labels are used as distributed."""
     wordnet = {"ant": "n02219486", "bee": "n02206856"}
     source, out = tmp_path / "imagenet", tmp_path / "out"
     source.mkdir()
@@ -107,7 +107,7 @@ WORDNET = {"ant": "n02219486", "bee": "n02206856"}
 
 
 def devkit(ground_truth: str, numbers: Mapping[str, int]) -> dict[str, bytes]:
-    """The two files of the development kit that count; numbers by WordNet id, and a synset that is no class."""
+    """Return the two needed files of the development kit, with numbers by WordNet id and one synset that is no class."""
     synsets = np.array(
         [(number, wnid, "words", 0) for wnid, number in numbers.items()] + [(1001, "n00001740", "entity", 2)],
         [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")],
@@ -122,7 +122,7 @@ def devkit(ground_truth: str, numbers: Mapping[str, int]) -> dict[str, bytes]:
 
 
 def imagenet(source: Path, pictures: Mapping[str, bytes]) -> dict[str, tuple[str, bytes]]:
-    """ImageNet's archives without labels for validation: the first three pictures, which are of ants; their records."""
+    """Write ImageNet's archives without validation labels; validation is the first three images, of ants. Return their records."""
     source.mkdir()
     members = {
         wnid: {f"{wnid}_{i}.JPEG": pictures[f"{name}/{i}.jpg"] for i in range(3)} for name, wnid in WORDNET.items()
@@ -138,7 +138,7 @@ def imagenet(source: Path, pictures: Mapping[str, bytes]) -> dict[str, tuple[str
 def test_imagenet_with_its_development_kit(
     packed: bool, pictures: dict[str, bytes], tmp_path: Path, preprocess: Preprocess
 ) -> None:
-    """The kit's numbers become WordNet ids and so the labels of training, from its archive and from its files."""
+    """The kit, packed or unpacked, gives validation images the labels of the training split."""
     source, out = tmp_path / "imagenet", tmp_path / "out"
     val = imagenet(source, pictures)
     files = devkit("490\n490\n490\n", {WORDNET["ant"]: 490, WORDNET["bee"]: 17})
@@ -179,7 +179,7 @@ def test_imagenet_with_its_development_kit(
 def test_a_development_kit_that_cannot_be_right_is_refused(
     name: str, content: bytes, sentence: str, pictures: dict[str, bytes], tmp_path: Path, preprocess: Preprocess
 ) -> None:
-    """What is damaged or missing in the kit is named, and no picture gets a label by guess."""
+    """The error names what is damaged or missing in the kit; no label is guessed."""
     imagenet(tmp_path / "imagenet", pictures)
     (tmp_path / "imagenet" / name).write_bytes(content)
     result = preprocess(tmp_path / "imagenet", tmp_path / "out")
@@ -188,7 +188,7 @@ def test_a_development_kit_that_cannot_be_right_is_refused(
 
 
 def test_a_list_of_what_is_for_validation(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """The named pictures are validation, the others training; a name of no picture is refused, and a second way too."""
+    """--val-list makes the named images validation; unknown names and a second option for validation are refused."""
     chosen = ["ant/003.jpg", "cat/011.jpg", "cat/012.jpg"]
     names = tmp_path / "val.txt"
     names.write_text("\n".join(["./ant/003.jpg", *chosen[1:], ""]))
@@ -209,7 +209,7 @@ def test_a_list_of_what_is_for_validation(album: Path, tmp_path: Path, preproces
 
 
 def test_imagenet_from_kaggle(pictures: dict[str, bytes], tmp_path: Path, preprocess: Preprocess) -> None:
-    """Kaggle's folders and CSV are found."""
+    """Kaggle's folders and its table of labels are detected."""
     root = tmp_path / "kaggle"
     for name, content in pictures.items():
         path = root / "ILSVRC" / "Data" / "CLS-LOC" / "train" / name
@@ -224,7 +224,7 @@ def test_imagenet_from_kaggle(pictures: dict[str, bytes], tmp_path: Path, prepro
 
 
 def test_webdataset_shards(pictures: dict[str, bytes], tmp_path: Path, preprocess: Preprocess) -> None:
-    """Samples are files of one key; shards named val are validation; numbers stay in the order of numbers."""
+    """Files of one key are a sample, shards named val are validation, and class numbers keep their order."""
     root = tmp_path / "shards"
     root.mkdir()
     for shard, split in enumerate(("train-000", "train-001", "val-000")):
@@ -245,7 +245,7 @@ def test_webdataset_shards(pictures: dict[str, bytes], tmp_path: Path, preproces
 
 
 def test_cifar_batches(tmp_path: Path, preprocess: Preprocess) -> None:
-    """CIFAR-10's planar records become the same records as the pictures they are."""
+    """CIFAR-10's planar records become the same records as the images that they encode."""
     root = tmp_path / "cifar-10-batches-bin"
     root.mkdir()
     (root / "batches.meta.txt").write_text("plane\ncar\n\n")
@@ -271,7 +271,7 @@ def test_cifar_batches(tmp_path: Path, preprocess: Preprocess) -> None:
 def test_a_table_of_paths_and_labels(
     suffix: str, pictures: dict[str, bytes], tmp_path: Path, preprocess: Preprocess
 ) -> None:
-    """Rows or JSON lines name files, relative to the table, and their classes; what is missing is rejected by name."""
+    """Rows or JSON lines give paths, relative to the table, and classes; a missing file is rejected by name."""
     rows = [(f"files/{i}, x.bin", name.split("/")[0], content) for i, (name, content) in enumerate(pictures.items())]
     (tmp_path / "files").mkdir()
     for path, _, content in rows:
@@ -303,7 +303,7 @@ def test_a_table_of_paths_and_labels(
 def test_a_damaged_source_is_refused(
     name: str, content: str, sentence: str, tmp_path: Path, preprocess: Preprocess
 ) -> None:
-    """What cannot be understood ends with a sentence that names the row or file."""
+    """The error for an invalid table names the row or the file."""
     (tmp_path / name).write_text(content)
     result = preprocess(tmp_path / name, tmp_path / "out")
     assert result.exit_code == 3
@@ -314,7 +314,7 @@ def test_a_damaged_source_is_refused(
 def test_half_a_compressed_archive_is_refused(
     pictures: dict[str, bytes], tmp_path: Path, preprocess: Preprocess
 ) -> None:
-    """A download that broke off is said to be one, and nothing stays behind."""
+    """A compressed archive that is cut off is an error that leaves nothing behind."""
     source = tmp_path / "x.tar.gz"
     source.write_bytes(gzip.compress(tar_of(pictures))[:-2000])
     result = preprocess(source, tmp_path / "out")
@@ -324,18 +324,18 @@ def test_half_a_compressed_archive_is_refused(
 
 
 def test_only_the_classes_that_are_asked_for(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """--classes takes a subset, with labels of its own, from both splits."""
+    """--classes uses a subset of the classes, with new labels, in both splits."""
     assert preprocess(album, tmp_path, "--classes", "cat, bee").exit_code == 0
     for split in ("train", "val"):
         with Records(tmp_path / f"{split}.lmdb") as records:
             assert records.manifest.class_names == ("bee", "cat")
     result = preprocess(album, tmp_path, "--classes", "cat,dog")
     assert result.exit_code == 2
-    assert "which 'dog' is not" in result.output
+    assert "there is no class 'dog'" in result.output
 
 
 def test_a_named_layout_must_be_there(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """--layout is taken at its word."""
+    """A source that does not have the layout of --layout is refused."""
     result = preprocess(album, tmp_path, "--layout", "cifar")
     assert result.exit_code == 3
     assert "it does not have the layout 'cifar'" in result.output

@@ -1,4 +1,4 @@
-"""What is decided before a run starts."""
+"""Order, splits, codec, disk space and identity are decided before a run starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from loader_service.errors import PreprocessingFailed
 
 
 def listing(sizes: list[int]) -> Listing:
-    """A listing with so many items in each class."""
+    """Return a listing with these numbers of items in the classes."""
     items = [
         Item(f"c{label}/{i}.jpg", label, b"/x", 7, 0, 100) for label, count in enumerate(sizes) for i in range(count)
     ]
@@ -32,7 +32,7 @@ def listing(sizes: list[int]) -> Listing:
 
 
 def test_the_order_is_a_permutation_by_seed() -> None:
-    """Every item once, however they were listed; another seed gives another order."""
+    """The order has every item once, does not depend on the listing's order, and changes with the seed."""
     items = listing([40, 40]).items
     assert sorted(item.source for item in shuffled(items, 1)) == sorted(item.source for item in items)
     assert shuffled(items, 1) == shuffled(reversed(items), 1)
@@ -40,7 +40,7 @@ def test_the_order_is_a_permutation_by_seed() -> None:
 
 
 def test_the_order_stays_as_it_is() -> None:
-    """Datasets that were made once can be made again: the order is pinned."""
+    """The order is pinned, so that a dataset can be made again."""
     assert [item.source for item in shuffled(listing([4, 2]).items, 2012)] == PINNED
 
 
@@ -49,7 +49,7 @@ PINNED = ["c0/3.jpg", "c0/1.jpg", "c1/1.jpg", "c1/0.jpg", "c0/0.jpg", "c0/2.jpg"
 
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6), share=st.floats(0.01, 0.99), seed=st.integers(0, 99))
 def test_a_split_takes_the_share_of_every_class(sizes: list[int], share: float, seed: int) -> None:
-    """Nothing is lost or in both; each class gives its share, at least one, and keeps at least one."""
+    """Each class gives its share to validation, at least one item, and keeps at least one; no item is lost or in both."""
     whole = listing(sizes)
     train, val = split_off(whole, share, seed)
     assert {*train.items, *val.items} == set(whole.items)
@@ -60,7 +60,7 @@ def test_a_split_takes_the_share_of_every_class(sizes: list[int], share: float, 
 
 
 def test_auto_chooses_by_memory() -> None:
-    """Raw while all records fit into half of the memory, JPEG beyond; a choice of the user's stands."""
+    """auto selects raw if all records fit into half of the memory, else jpeg; an explicit codec is kept."""
     fit = memory_bytes() // 2 // record_bytes("raw", 256)
     assert choose_codec("auto", fit, 256) == "raw"
     assert choose_codec("auto", fit + 1, 256) == "jpeg"
@@ -70,7 +70,7 @@ def test_auto_chooses_by_memory() -> None:
 
 
 def test_room_is_looked_for_before_the_start(tmp_path: Path) -> None:
-    """What cannot fit on the disk is refused with both figures."""
+    """Records that do not fit on the disk are refused with both sizes."""
     check_disk_space(tmp_path, 10, "raw", 256)
     assert disk_bytes(10, "raw", 256) > 10 * 256 * 256 * 3 > disk_bytes(10, "jpeg", 256) > 0
     with pytest.raises(
@@ -80,7 +80,7 @@ def test_room_is_looked_for_before_the_start(tmp_path: Path) -> None:
 
 
 def test_the_identity_is_of_all_that_decides_the_records() -> None:
-    """A changed file, label, class, codec, quality, seed or source of statistics is another input."""
+    """Any change of a file, label, class, codec, quality, seed, size or source of statistics changes the identity."""
     base = listing([2])
     first, second = base.items
     changed = [

@@ -1,4 +1,4 @@
-"""The pool gives every item's record in order, whoever dies."""
+"""The pool yields every item's record in order, whichever worker dies."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from loader_service.datasets.preprocessing.sources import Item, label_files, lis
 
 @pytest.fixture(scope="module")
 def items(album: Path) -> list[Item]:
-    """All files of the album's training split: three chunks, three files that are no pictures."""
+    """Return all files of the album's training split: three chunks, with three files that are not images."""
     return list(label_files(album, list_files(album / "train")).items)
 
 
 def collect(results: Iterator[Result]) -> list[tuple[str, bytes | str]]:
-    """Source and record of every item, copied while the views are valid."""
+    """Return source and record of every item, copied while the views are valid."""
     return [
         (item.source, record if isinstance(record, str) else bytes(record))
         for result in results
@@ -36,7 +36,7 @@ def collect(results: Iterator[Result]) -> list[tuple[str, bytes | str]]:
 
 @pytest.fixture(scope="module")
 def expected(items: list[Item], album: Path) -> list[tuple[str, bytes | str]]:
-    """What raw records must come, in order."""
+    """Return the expected raw records, in order."""
 
     def record(item: Item) -> bytes | str:
         if item.source.endswith(".txt"):
@@ -49,7 +49,7 @@ def expected(items: list[Item], album: Path) -> list[tuple[str, bytes | str]]:
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_results_come_in_order(workers: int, items: list[Item], expected: list[tuple[str, bytes | str]]) -> None:
-    """Records and reasons come in the items' order; the block leaves no process behind."""
+    """Records and reasons come in the order of the items, and the block leaves no process behind."""
     with Pool(workers, "raw", {}, 60) as pool:
         processes = [psutil.Process(pid) for pid in pool.pids]
         assert collect(pool.run(items)) == expected
@@ -57,7 +57,7 @@ def test_results_come_in_order(workers: int, items: list[Item], expected: list[t
 
 
 def test_sums_are_of_the_records(items: list[Item]) -> None:
-    """Each chunk's sums are those of its records' pixels."""
+    """Each chunk has the sums of its records' pixels."""
     with Pool(2, "raw", {}, 60) as pool:
         for result in pool.run(items):
             good = [
@@ -73,7 +73,7 @@ def test_sums_are_of_the_records(items: list[Item]) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_worker_is_replaced(victim: int, items: list[Item], expected: list[tuple[str, bytes | str]]) -> None:
-    """Workers killed at the start and in the middle change nothing."""
+    """Workers that are killed at the start and during the run do not change the results."""
     with Pool(2, "raw", {}, 60) as pool:
         first = pool.pids[victim]
         os.kill(first, signal.SIGKILL)
@@ -86,7 +86,7 @@ def test_a_killed_worker_is_replaced(victim: int, items: list[Item], expected: l
 
 
 def slow_picture() -> bytes:
-    """A PNG of 84 million black pixels in 80 KB: within the limits, and slow to decode."""
+    """Return a PNG of 84 million black pixels in 80 KB: within the limits, and slow to decode."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -99,7 +99,7 @@ def slow_picture() -> bytes:
 
 
 def test_no_file_can_hang_the_run(items: list[Item], expected: list[tuple[str, bytes | str]], tmp_path: Path) -> None:
-    """A file that takes longer than allowed is rejected by name, and its neighbours are not."""
+    """A file that takes too long is rejected, and its neighbours are not."""
     path = tmp_path / "slow.png"
     path.write_bytes(slow_picture())
     slow = Item("slow.png", 0, os.fsencode(path), 0, 0, path.stat().st_size)
@@ -110,7 +110,7 @@ def test_no_file_can_hang_the_run(items: list[Item], expected: list[tuple[str, b
 
 
 def test_jpeg_records_are_small(items: list[Item]) -> None:
-    """Payloads are encoded by the workers."""
+    """Workers encode jpeg payloads."""
     with Pool(1, "jpeg", {"quality": 50, "subsampling": "420"}, 60) as pool:
         records = [record for _, record in collect(pool.run(items)) if isinstance(record, bytes)]
     assert all(r[HEADER.size :].startswith(b"\xff\xd8") and len(r) < RAW_BYTES // 4 for r in records)

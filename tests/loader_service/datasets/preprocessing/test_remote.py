@@ -1,4 +1,4 @@
-"""Pictures behind URLs, as a folder and as an archive; fsspec's own file:// is one more kind of URL."""
+"""Images behind URLs, in folders and archives, give the same records as on disk; file:// is one kind of URL."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Preprocess = Callable[..., Result]
 
 @pytest.fixture(scope="module")
 def fingerprints(album: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, ...]]:
-    """What the album is on this machine: sources and pixels' digest, by split."""
+    """Preprocess the album from disk, and return fingerprint and rejected files by split."""
     out = tmp_path_factory.mktemp("local")
     command = [sys.executable, "-m", "tools.preprocess", str(album), str(out), "--workers=1"]
     subprocess.run(command, check=True, capture_output=True)
@@ -36,7 +36,7 @@ def fingerprints(album: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 def contents(out: Path) -> list[tuple[str, ...]]:
-    """Fingerprint and rejected files of both environments."""
+    """Return fingerprint and rejected files of both environments."""
     found = []
     for split in ("train.lmdb", "val.lmdb"):
         with Records(out / split) as records:
@@ -45,7 +45,7 @@ def contents(out: Path) -> list[tuple[str, ...]]:
 
 
 def tar_of(folder: Path, path: Path) -> Path:
-    """A tar of a folder's content, with a tar of one class inside of it."""
+    """Write a tar archive of a folder's content."""
     with tarfile.open(path, "w") as archive:
         archive.add(folder, ".")
     return path
@@ -54,7 +54,7 @@ def tar_of(folder: Path, path: Path) -> Path:
 def test_a_folder_behind_a_url(
     album: Path, tmp_path: Path, preprocess: Preprocess, fingerprints: list[tuple[str, ...]]
 ) -> None:
-    """A URL gives the records that the folder gives, and is known again."""
+    """The URL of a folder gives the same records as the folder, and a second run is up to date."""
     first, second = (preprocess(album.as_uri(), tmp_path) for _ in range(2))  # type: ignore[arg-type]
     assert (first.exit_code, second.exit_code) == (0, 0)
     assert "up to date" in second.output
@@ -64,7 +64,7 @@ def test_a_folder_behind_a_url(
 def test_an_archive_behind_a_url(
     album: Path, tmp_path: Path, preprocess: Preprocess, fingerprints: list[tuple[str, ...]]
 ) -> None:
-    """A tar is read in ranges, where it lies."""
+    """A remote tar archive is read in ranges, without a copy on disk."""
     url = tar_of(album, tmp_path / "album.tar").as_uri()
     assert preprocess(url, tmp_path / "out").exit_code == 0  # type: ignore[arg-type]
     assert contents(tmp_path / "out") == fingerprints
@@ -74,7 +74,7 @@ def test_an_archive_behind_a_url(
 def test_a_compressed_archive_behind_a_url(
     suffix: str, album: Path, tmp_path: Path, preprocess: Preprocess, fingerprints: list[tuple[str, ...]]
 ) -> None:
-    """It is decompressed while it is read, known again by a second run, and nothing of it stays."""
+    """A remote compressed archive is decompressed while it is read; a second run is up to date; no copy stays."""
     path = tmp_path / f"album{suffix}"
     with tarfile.open(path, f"w:{suffix[-2:] if suffix != '.tar.bz2' else 'bz2'}") as archive:
         archive.add(album, ".")
@@ -86,10 +86,10 @@ def test_a_compressed_archive_behind_a_url(
 
 
 def test_half_a_compressed_archive_behind_a_url(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """One that ends too early, or is not compressed at all, ends with a sentence and leaves nothing."""
+    """A compressed archive that is cut off or not compressed gives a sentence and leaves nothing."""
     path = tmp_path / "album.tar.gz"
     path.write_bytes(gzip.compress(tar_of(album, tmp_path / "album.tar").read_bytes())[:-2000])
-    for sentence in ("cannot be read or decompressed", "not compressed by gzip, bzip2 or xz"):
+    for sentence in ("cannot be read or decompressed", "it is not gzip, bzip2 or xz"):
         result = preprocess(path.as_uri(), tmp_path / "out")  # type: ignore[arg-type]
         assert result.exit_code == 3
         assert sentence in " ".join(result.output.split())
@@ -98,7 +98,7 @@ def test_half_a_compressed_archive_behind_a_url(album: Path, tmp_path: Path, pre
 
 
 def test_each_file_has_its_bytes(album: Path, tmp_path: Path) -> None:
-    """Names, offsets and sizes of a remote tree are those of the tree on disk; hidden files are left out."""
+    """A remote tree has the same names, offsets and sizes as the tree on disk, without hidden files."""
     (tmp_path / "tree" / "ant").mkdir(parents=True)
     (tmp_path / "tree" / "ant" / "1.jpg").write_bytes(b"one")
     (tmp_path / "tree" / "ant" / ".hidden").write_bytes(b"no")
@@ -121,8 +121,8 @@ def test_a_changed_file_has_another_stamp(tmp_path: Path) -> None:
     assert before._replace(stamp=0) == after._replace(stamp=0)
 
 
-def test_what_is_gone_is_the_pictures_fault_and_an_outage_is_not(tmp_path: Path) -> None:
-    """A file that is gone or shorter is rejected; what cannot be reached now ends the run, to go on later."""
+def test_a_missing_file_is_rejected_and_an_outage_stops_the_run(tmp_path: Path) -> None:
+    """A missing or shortened file is rejected; a store that cannot be reached stops the run."""
     path = tmp_path / "1.jpg"
     with pytest.raises(PictureError, match="it does not exist any more"):
         read_remote(path.as_uri(), "1.jpg", 0, 3)
@@ -143,17 +143,17 @@ def test_what_is_gone_is_the_pictures_fault_and_an_outage_is_not(tmp_path: Path)
     ],
 )
 def test_urls_that_cannot_work(url: str, code: int, sentence: str, tmp_path: Path, preprocess: Preprocess) -> None:
-    """Each ends with its exit code and a sentence."""
+    """A URL that cannot be used gives an exit code and a sentence."""
     result = preprocess(url, tmp_path / "out")  # type: ignore[arg-type]
     assert result.exit_code == code
     assert sentence in " ".join(result.output.split())
 
 
 class Ranges(SimpleHTTPRequestHandler):
-    """Serves files as web servers do, and parts of them."""
+    """A web server for files and ranges of them."""
 
     def do_GET(self) -> None:
-        """A whole file, or the bytes that a Range header names."""
+        """Send a file, or the bytes that a Range header names."""
         content = Path(self.translate_path(self.path)).read_bytes()
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         first, last = (int(asked[1]), min(int(asked[2]), len(content) - 1)) if asked else (0, len(content) - 1)
@@ -166,12 +166,12 @@ class Ranges(SimpleHTTPRequestHandler):
         self.wfile.write(content[first : last + 1])
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name in the base class
-        """Say nothing."""
+        """Print no log lines."""
 
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[str]:
-    """``http://...``, where the files of ``tmp_path / "web"`` are."""
+    """Serve the files of ``tmp_path / "web"``; return the ``http://`` URL."""
     (tmp_path / "web").mkdir()
     handler = partial(Ranges, directory=str(tmp_path / "web"))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -191,7 +191,7 @@ def test_a_web_server(
     preprocess: Preprocess,
     fingerprints: list[tuple[str, ...]],
 ) -> None:
-    """From a web server come the same records: ranges of a tar, and a compressed one as a stream."""
+    """A web server gives the same records: a tar in ranges, and a compressed tar as a stream."""
     content = tar_of(album, tmp_path / "web" / "album.tar").read_bytes()
     (tmp_path / "web" / "album.tar.gz").write_bytes(gzip.compress(content))
     result = preprocess(f"{web}/{name}", tmp_path / "out")  # type: ignore[arg-type]
@@ -201,7 +201,7 @@ def test_a_web_server(
 
 @pytest.fixture
 def bucket(album: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """``s3://album`` on a server of its own, with the album in it, as a folder and as a tar."""
+    """Start an S3 server with the album in ``s3://album``, as a folder and as a tar."""
     with subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-p", "0"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as server:
@@ -224,7 +224,7 @@ def bucket(album: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_an_object_store(
     bucket: str, album: Path, tmp_path: Path, preprocess: Preprocess, fingerprints: list[tuple[str, ...]]
 ) -> None:
-    """From an S3-compatible server come the same records."""
+    """An S3-compatible server gives the same records."""
     result = preprocess(f"{bucket}/tree", tmp_path)  # type: ignore[arg-type]
     assert result.exit_code == 0, result.output
     assert contents(tmp_path) == fingerprints

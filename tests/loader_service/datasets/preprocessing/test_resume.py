@@ -1,4 +1,4 @@
-"""An interrupted run: what is done is kept, and the same command ends where an undisturbed one does."""
+"""The same command resumes an interrupted run and ends with the fingerprints of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from loader_service.datasets.verify import verify
 Preprocess = Callable[..., Result]
 
 KILLS: Final = int(os.environ.get("PREPROCESS_KILLS", "20"))
-"""How often a run is killed; many more are a matter of patience alone."""
+"""Number of times that a run is killed; more only take longer."""
 
 KILLS_IN_A_ROW: Final = 4
-"""All but the first of these hit a run that goes on."""
+"""Kills per folder; all but the first hit a run that resumes."""
 
 FULL_BYTES: Final = 40_000_000
-"""A disk that takes half of the large album's raw records, and the workers' memory."""
+"""Size of a disk that holds half of the large album's raw records, and the workers' memory."""
 
 
 class Undisturbed(NamedTuple):
-    """What a run that nobody disturbs makes of the large album, and how long it takes."""
+    """The result and the duration of an undisturbed run on the large album."""
 
     fingerprints: tuple[str, str]
     seconds: float
@@ -51,18 +51,18 @@ def undisturbed(large_album: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def command(source: Path, out: Path, *options: str) -> list[str]:
-    """The command line, for a process of its own."""
+    """Return the command line of a separate process."""
     return [sys.executable, "-m", "tools.preprocess", str(source), str(out), "--codec=raw", "--workers=1", *options]
 
 
 def fingerprints_of(out: Path) -> tuple[str, str]:
-    """Of both environments."""
+    """Return the fingerprints of both environments."""
     return verify(out / "train.lmdb"), verify(out / "val.lmdb")
 
 
 @contextmanager
 def full_disk(n_bytes: int = FULL_BYTES) -> Iterator[None]:
-    """No file of this process and its children grows beyond ``n_bytes``."""
+    """Limit the size of files of this process and its children to ``n_bytes``."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:
@@ -72,7 +72,7 @@ def full_disk(n_bytes: int = FULL_BYTES) -> Iterator[None]:
 
 
 def wait_for_records(out: Path, process: subprocess.Popen[bytes]) -> None:
-    """Return when a run is writing its second commit, so that the first is done."""
+    """Wait until a run has written its first commit."""
     deadline_s = time.monotonic() + 30
     while not any(path.stat().st_size > 1.5 * COMMIT_BYTES for path in out.glob(".train.lmdb.*.partial/data.mdb")):
         assert process.poll() is None, "it has ended before"
@@ -81,7 +81,7 @@ def wait_for_records(out: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 def test_kills_at_random_moments_change_nothing(large_album: Path, tmp_path: Path, undisturbed: Undisturbed) -> None:
-    """After SIGKILL at any moments, and again while it goes on, the same command makes the same fingerprints."""
+    """After SIGKILL at random moments, also while it resumes, the same command makes the same fingerprints."""
     moments = random.Random(20121203)
     for number in range(KILLS):
         out = tmp_path / str(number // KILLS_IN_A_ROW)
@@ -95,10 +95,10 @@ def test_kills_at_random_moments_change_nothing(large_album: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_stopped_run_goes_on(
+def test_a_stopped_run_resumes(
     number: signal.Signals, code: int, large_album: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
-    """A run that is stopped after its first commit says so where it can, and the next one does only the rest."""
+    """A run that is stopped after its first commit says that it can be resumed, and the next run does only the rest."""
     with subprocess.Popen(command(large_album, tmp_path), stderr=subprocess.PIPE) as process:
         wait_for_records(tmp_path, process)
         process.send_signal(number)
@@ -115,7 +115,7 @@ def test_a_stopped_run_goes_on(
 def test_a_full_disk_is_survived(
     large_album: Path, tmp_path: Path, undisturbed: Undisturbed, preprocess: Preprocess
 ) -> None:
-    """A disk that fills up in the middle costs a sentence; with room made, the same command does the rest."""
+    """A full disk gives a sentence; with free space again, the same command does the rest."""
     with full_disk():
         stopped = preprocess(large_album, tmp_path, "--codec=raw")
     assert stopped.exit_code == 3
@@ -127,8 +127,8 @@ def test_a_full_disk_is_survived(
     assert fingerprints_of(tmp_path) == undisturbed.fingerprints
 
 
-def test_centring_goes_on_too(large_album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """A run that is stopped among its raw or among its centred records ends where an undisturbed one does."""
+def test_a_centered_run_resumes(large_album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """A run that stops while writing raw or centered records resumes to the same fingerprints."""
     for limit in (40_000_000, 100_000_000):  # the raw records of training take 75 MB, the centred ones 150
         with full_disk(limit):
             assert preprocess(large_album, tmp_path / "again", "--codec=centered").exit_code == 3
@@ -139,10 +139,10 @@ def test_centring_goes_on_too(large_album: Path, tmp_path: Path, preprocess: Pre
     assert fingerprints_of(tmp_path / "again") == fingerprints_of(tmp_path / "once")
 
 
-def test_other_options_drop_what_is_unfinished_only_when_asked(
+def test_other_options_remove_unfinished_records_only_with_replace(
     large_album: Path, tmp_path: Path, preprocess: Preprocess
 ) -> None:
-    """An interrupted run's records are not lost to another command, unless it says --replace."""
+    """Another command removes the records of an interrupted run only with --replace."""
     with full_disk():
         assert preprocess(large_album, tmp_path, "--codec=raw").exit_code == 3
     (partial,) = partials(tmp_path / "train.lmdb")

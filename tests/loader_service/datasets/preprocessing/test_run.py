@@ -1,4 +1,4 @@
-"""The command: image folders in, environments out, whatever goes wrong on the way."""
+"""The command makes environments from image folders, and survives every kind of failure."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ Preprocess = Callable[..., Result]
 
 @pytest.fixture(scope="module")
 def fingerprints(album: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Of what an undisturbed run with one worker makes of the album."""
+    """Return the fingerprints of an undisturbed run with one worker on the album."""
     out = tmp_path_factory.mktemp("undisturbed")
     subprocess.run(command(album, out), check=True, capture_output=True)
     return fingerprints_of(out)
 
 
 def fingerprints_of(out: Path) -> tuple[str, str]:
-    """Of both environments."""
+    """Return the fingerprints of both environments."""
     return verify(out / "train.lmdb"), verify(out / "val.lmdb")
 
 
 def command(source: Path, out: Path, workers: int = 1) -> list[str]:
-    """The command line, for a process of its own."""
+    """Return the command line of a separate process."""
     return [sys.executable, "-m", "tools.preprocess", str(source), str(out), "--workers", str(workers)]
 
 
 def test_every_picture_becomes_a_record(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """Each picture is there once with its label and pixels, and the order mixes the classes."""
+    """Each image becomes one record with its label and pixels, and the order mixes the classes."""
     assert preprocess(album, tmp_path, "--codec", "raw").exit_code == 0
     with Records(tmp_path / "train.lmdb") as records:
         sources = [records.source(number) for number in range(len(records))]
@@ -63,7 +63,7 @@ def test_every_picture_becomes_a_record(album: Path, tmp_path: Path, preprocess:
 
 
 def test_jpeg_records_decode_to_what_the_statistics_are_of(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """With JPEG records, mean and covariance are of the pixels that readers get, and the quality is as asked."""
+    """The statistics of jpeg records are those of the decoded pixels, and --quality is used."""
     assert preprocess(album, tmp_path, "--codec", "jpeg", "--quality", "80").exit_code == 0
     with Records(tmp_path / "train.lmdb") as records:
         batch = np.stack([records.pixels(number)[1] for number in range(len(records))])
@@ -79,7 +79,7 @@ def test_jpeg_records_decode_to_what_the_statistics_are_of(album: Path, tmp_path
 
 
 def test_centred_records_hold_the_same_pixels(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """--codec centered stores pixel minus mean, loses nothing, keeps both splits' facts, and leaves no raw records."""
+    """--codec centered is lossless, keeps the facts of both splits, and leaves no raw records behind."""
     assert preprocess(album, tmp_path / "raw", "--codec", "raw").exit_code == 0
     for time in ("first", "second"):
         result = preprocess(album, tmp_path / "centred", "--codec", "centered")
@@ -102,7 +102,7 @@ def test_centred_records_hold_the_same_pixels(album: Path, tmp_path: Path, prepr
 
 
 def test_a_bad_file_is_skipped_and_named(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """What is no picture stands in the manifest with its reason, and is shown."""
+    """Files that are not images are shown, and listed with the reason in the manifest."""
     result = preprocess(album, tmp_path)
     with Records(tmp_path / "train.lmdb") as records:
         rejected = {bad.source: bad.reason for bad in records.manifest.rejected}
@@ -118,14 +118,14 @@ def test_a_bad_file_is_skipped_and_named(album: Path, tmp_path: Path, preprocess
 def test_the_number_of_workers_changes_nothing(
     workers: int, album: Path, tmp_path: Path, fingerprints: tuple[str, str], preprocess: Preprocess
 ) -> None:
-    """The fingerprints, over records and statistics, are the same for any number of processes."""
+    """The fingerprints of records and statistics are the same for any number of workers."""
     assert preprocess(album, tmp_path, "--workers", str(workers)).exit_code == 0
     assert fingerprints_of(tmp_path) == fingerprints
 
 
 @pytest.mark.parametrize("codec", ["raw", "jpeg", "centered"])
 def test_another_size(codec: str, album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """Records are as wide as is asked, whatever the codec, and what is made of them is sound, shown and given back."""
+    """--size sets the side of the records for any codec; verify, inspect and export accept them."""
     assert preprocess(album, tmp_path / "out", "--size", "99", "--codec", codec).exit_code == 0
     path = tmp_path / "out" / "train.lmdb"
     with Records(path) as records:
@@ -145,7 +145,7 @@ def test_another_size(codec: str, album: Path, tmp_path: Path, preprocess: Prepr
 
 
 def test_validation_takes_the_statistics_of_training(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """Mean and colour directions of the validation environment are the training split's, and its labels too."""
+    """The validation environment has the statistics and labels of the training split."""
     (tmp_path / "val" / "cat").mkdir(parents=True)
     (tmp_path / "val" / "cat" / "1.jpg").write_bytes((album / "val" / "cat" / "001.jpg").read_bytes())
     out = tmp_path / "out"
@@ -159,7 +159,7 @@ def test_validation_takes_the_statistics_of_training(album: Path, tmp_path: Path
 
 
 def test_a_share_of_each_class_is_split_off(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """Without a validation folder a tenth of each class is taken, or the share that is named, and nothing twice."""
+    """Without a validation folder, a tenth of each class or the given fraction is validation, and no image is in both."""
     for share, count in (((), 3), (("--val-fraction", "0.25"), 7)):
         out = tmp_path / str(count)
         assert preprocess(album / "train", out, *share).exit_code == 0
@@ -172,13 +172,13 @@ def test_a_share_of_each_class_is_split_off(album: Path, tmp_path: Path, preproc
 
 
 def test_no_validation_when_none_is_wanted(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """A share of 0 makes the training environment alone, also where there is a validation folder."""
+    """A fraction of 0 makes the training environment only, even if there is a validation folder."""
     assert preprocess(album, tmp_path, "--val-fraction", "0").exit_code == 0
     assert environments(tmp_path) == ["train.lmdb"]
 
 
-def test_what_is_there_is_not_made_again(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """The same command twice does the work once."""
+def test_a_second_run_does_no_work(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
+    """The same command again does no work."""
     preprocess(album, tmp_path)
     before = (tmp_path / "train.lmdb" / "data.mdb").stat()
     unchanged = ("st_ino", "st_size", "st_mtime_ns")
@@ -190,7 +190,7 @@ def test_what_is_there_is_not_made_again(album: Path, tmp_path: Path, preprocess
 
 
 def test_another_dataset_is_replaced_only_when_asked(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """A dataset made from something else is refused, and with --replace replaced under the eyes of its readers."""
+    """A dataset made from other input is refused, or replaced with --replace while readers keep the old one."""
     preprocess(album, tmp_path, "--seed", "1")
     result = preprocess(album, tmp_path)
     assert result.exit_code == 1
@@ -207,7 +207,7 @@ def test_another_dataset_is_replaced_only_when_asked(album: Path, tmp_path: Path
 
 
 def test_a_dataset_that_was_only_moved_aside_comes_back(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """A run that was killed while it replaced a dataset has not cost the old one."""
+    """A run that was killed while it replaced a dataset does not lose the old one."""
     preprocess(album, tmp_path)
     (tmp_path / "train.lmdb").rename(tmp_path / ".train.lmdb.01234567.old")
     (tmp_path / ".val.lmdb.01234567.partial").mkdir()
@@ -217,7 +217,7 @@ def test_a_dataset_that_was_only_moved_aside_comes_back(album: Path, tmp_path: P
 
 
 def test_a_dry_run_makes_nothing(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """--dry-run says what there is to do, and leaves it."""
+    """--dry-run shows the plan and does nothing."""
     result = preprocess(album, tmp_path, "--dry-run")
     assert result.exit_code == 0
     assert "81 files of 3 classes for training, 15 for validation" in result.output
@@ -225,7 +225,7 @@ def test_a_dry_run_makes_nothing(album: Path, tmp_path: Path, preprocess: Prepro
 
 
 def test_a_summary_for_programs(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """--json writes one JSON object to stdout, also where there was nothing to do."""
+    """--json prints one JSON object, even if the dataset is up to date."""
     first, second = (preprocess(album, tmp_path, "--json") for _ in range(2))
     assert json.loads(first.stdout) == json.loads(second.stdout)
     train, val = (json.loads(first.stdout)[split] for split in ("train", "val"))
@@ -234,7 +234,7 @@ def test_a_summary_for_programs(album: Path, tmp_path: Path, preprocess: Preproc
 
 
 def test_a_folder_that_cannot_be_written_is_said(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """A file where the folder should be ends with a sentence."""
+    """A file in the place of the output folder gives a sentence."""
     (tmp_path / "file").write_bytes(b"")
     result = preprocess(album, tmp_path / "file" / "out")
     assert result.exit_code == 1
@@ -242,7 +242,7 @@ def test_a_folder_that_cannot_be_written_is_said(album: Path, tmp_path: Path, pr
 
 
 def test_a_hopeless_run_is_stopped(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """Where most files are bad, the run ends with a sentence and leaves nothing; where all are, too."""
+    """A run with too many bad files, or with only bad files, stops with a sentence and leaves nothing."""
     junk = tmp_path / "junk" / "ant"
     junk.mkdir(parents=True)
     for number in range(150):
@@ -270,10 +270,10 @@ def test_a_hopeless_run_is_stopped(album: Path, tmp_path: Path, preprocess: Prep
         (("{album}", "{tmp}/out", "--codec", "png"), 2, "is not one of"),
     ],
 )
-def test_what_cannot_work_is_said_in_a_sentence(
+def test_wrong_arguments_give_one_sentence(
     arguments: tuple[str, ...], code: int, sentence: str, album: Path, tmp_path: Path, preprocess: Preprocess
 ) -> None:
-    """Wrong folders and options end with their exit code, one sentence and no traceback."""
+    """Wrong folders and options give an exit code and a sentence without a traceback."""
     (tmp_path / "zoo" / "yak").mkdir(parents=True)
     (tmp_path / "zoo" / "yak" / "1.jpg").write_bytes(b"")
     result = preprocess(*(argument.format(album=album, tmp=tmp_path) for argument in arguments))
@@ -283,7 +283,7 @@ def test_what_cannot_work_is_said_in_a_sentence(
 
 
 def test_two_runs_keep_apart(album: Path, tmp_path: Path, preprocess: Preprocess) -> None:
-    """While one run writes to a folder, another is refused."""
+    """A second run that writes to the same folder is refused."""
     descriptor = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     result = preprocess(album, tmp_path)
@@ -293,7 +293,7 @@ def test_two_runs_keep_apart(album: Path, tmp_path: Path, preprocess: Preprocess
 
 
 def start(source: Path, out: Path, workers: int = 2) -> subprocess.Popen[str]:
-    """Start the command and return when its work has begun."""
+    """Start the command, and return when its work has started."""
     process = subprocess.Popen(command(source, out, workers), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert "files of 3 classes" in process.stderr.readline()
@@ -301,7 +301,7 @@ def start(source: Path, out: Path, workers: int = 2) -> subprocess.Popen[str]:
 
 
 def environments(out: Path) -> list[str]:
-    """What is visible in the folder."""
+    """Return the visible environments of a folder."""
     return sorted(path.name for path in out.iterdir() if re.fullmatch(r"\w+\.lmdb", path.name))
 
 
@@ -309,7 +309,7 @@ def environments(out: Path) -> list[str]:
 def test_a_killed_run_leaves_no_half_environment(
     delay_s: float, album: Path, tmp_path: Path, fingerprints: tuple[str, str]
 ) -> None:
-    """After SIGKILL at any moment, what is under a final name is whole, and the next run makes the rest."""
+    """After SIGKILL at any moment, an environment with its final name is complete, and the next run makes the rest."""
     with start(album, tmp_path) as process:
         workers = psutil.Process(process.pid).children()
         select.select([], [], [], delay_s)
@@ -325,7 +325,7 @@ def test_a_killed_run_leaves_no_half_environment(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_leaves_nothing(number: signal.Signals, code: int, album: Path, tmp_path: Path) -> None:
-    """Ctrl-C and SIGTERM end the run soon, without a traceback, a process or a half environment."""
+    """Ctrl-C and SIGTERM end the run soon and leave no traceback, process or unfinished environment."""
     with start(album, tmp_path) as process:
         workers = psutil.Process(process.pid).children()
         process.send_signal(number)

@@ -1,4 +1,4 @@
-"""Trees of files in folders and archives, and their labels."""
+"""Trees of files in folders and archives are listed and labelled alike."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from loader_service.errors import DatasetInvalid
 
 
 def touch(root: Path, *names: str) -> None:
-    """Make small files that hold their names."""
+    """Write small files that contain their names."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(name.encode())
 
 
 def tar_of(members: Mapping[str, bytes]) -> bytes:
-    """An uncompressed tar archive."""
+    """Return an uncompressed tar archive."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, content in members.items():
@@ -33,19 +33,19 @@ def tar_of(members: Mapping[str, bytes]) -> bytes:
 
 
 def content_of(file: File) -> bytes:
-    """What a file's place holds."""
+    """Return the bytes at a file's place."""
     with Path(os.fsdecode(file.path)).open("rb") as on_disk:
         on_disk.seek(file.offset)
         return on_disk.read(file.size)
 
 
 def files(*names: str) -> list[File]:
-    """Files of these names."""
+    """Return files with these names."""
     return [File(name, b"/x", 0, 0, 1) for name in names]
 
 
 def test_a_folder_is_a_tree_without_hidden_files(tmp_path: Path) -> None:
-    """Files at any depth, in the order of their names; what begins with a dot is no picture."""
+    """Files of any depth are listed by name, without hidden ones."""
     touch(tmp_path, "b/2.jpg", "b/deep/er/1.jpg", "a/x.JPEG", "readme.txt", ".git/config", "a/.DS_Store")
     tree = list_files(tmp_path)
     assert [file.name for file in tree] == ["a/x.JPEG", "b/2.jpg", "b/deep/er/1.jpg", "readme.txt"]
@@ -53,7 +53,7 @@ def test_a_folder_is_a_tree_without_hidden_files(tmp_path: Path) -> None:
 
 
 def test_an_archive_is_the_same_tree(tmp_path: Path) -> None:
-    """The files of a tar archive are found where they lie in it, long names and tars inside included."""
+    """The files of a tar archive have their offsets in it, with long names and inner archives."""
     long = "a/" + "x" * 300 + ".jpg"
     members = {"./b/2.jpg": b"two", long: b"long", ".hidden/y": b"no", "c/.z": b"no"}
     inner = tar_of({"n01440764_1.JPEG": b"tench", "n01440764_2.JPEG": b"another"})
@@ -70,7 +70,7 @@ def test_an_archive_is_the_same_tree(tmp_path: Path) -> None:
 
 
 def test_archives_in_a_folder_are_looked_into(tmp_path: Path) -> None:
-    """A folder of one archive for each class is a tree of these classes."""
+    """A folder with one archive per class is a tree of these classes."""
     for name in ("ant", "bee"):
         (tmp_path / f"{name}.tar").write_bytes(tar_of({"1.jpg": name.encode()}))
     assert {file.name: content_of(file) for file in list_files(tmp_path)} == {"ant/1.jpg": b"ant", "bee/1.jpg": b"bee"}
@@ -78,7 +78,7 @@ def test_archives_in_a_folder_are_looked_into(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [0, 700, 2500])
 def test_a_damaged_archive_is_refused(length: int, tmp_path: Path) -> None:
-    """An archive that is none, or ends too early, is named in the error."""
+    """The error names an archive that is damaged or cut off."""
     path = tmp_path / "x.tar"
     path.write_bytes(tar_of({"a/1.jpg": b"1" * 2000, "a/2.jpg": b"2" * 2000})[:length] or b"not an archive" * 99)
     with pytest.raises(DatasetInvalid, match="cannot be read as a tar archive"):
@@ -86,7 +86,7 @@ def test_a_damaged_archive_is_refused(length: int, tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_text_are_kept(tmp_path: Path) -> None:
-    """A file name that is not UTF-8 is shown with escapes and opened by its bytes."""
+    """A file name that is not UTF-8 is shown with escapes, and opened by its bytes."""
     folder = tmp_path / "a"
     folder.mkdir()
     path = os.fsencode(folder) + b"/caf\xe9.jpg"
@@ -98,7 +98,7 @@ def test_names_that_are_not_text_are_kept(tmp_path: Path) -> None:
 
 
 def test_links(tmp_path: Path) -> None:
-    """Links to files and to class folders count, links to folders below could go round in circles and do not."""
+    """Links to files and to class folders are followed; links to deeper folders, which may form cycles, are not."""
     touch(tmp_path, "real/one/1.jpg")
     root = tmp_path / "set"
     (root / "two").mkdir(parents=True)
@@ -110,7 +110,7 @@ def test_links(tmp_path: Path) -> None:
 
 
 def test_labels_follow_from_sorted_names() -> None:
-    """Classes are the top folders, or what ImageNet's file names begin with; loose files are in no class."""
+    """Classes are the top folders, or the prefix of ImageNet's file names; other loose files have no class."""
     listing = label_files(Path("x"), files("b/1.jpg", "a/deep/2.jpg", "readme.txt"))
     assert listing.class_names == ("a", "b")
     assert [(item.source, item.label) for item in listing.items] == [("b/1.jpg", 1), ("a/deep/2.jpg", 0)]
@@ -119,7 +119,7 @@ def test_labels_follow_from_sorted_names() -> None:
 
 
 def test_given_classes_decide_the_labels() -> None:
-    """A validation tree takes training's labels, also where it lacks classes, and may bring no others."""
+    """A validation tree uses the labels of training; it may lack classes, but not add any."""
     listing = label_files(Path("x"), files("c/1.jpg"), ("a", "b", "c"))
     assert listing.class_names == ("a", "b", "c")
     assert [item.label for item in listing.items] == [2]
@@ -128,7 +128,7 @@ def test_given_classes_decide_the_labels() -> None:
 
 
 def test_a_tree_without_classes_is_refused() -> None:
-    """Loose files have no labels."""
+    """A tree of loose files is refused."""
     with pytest.raises(DatasetInvalid, match="no files in folders for classes"):
         label_files(Path("x"), files("1.jpg", "2.jpg"))
 
@@ -143,7 +143,7 @@ def test_a_tree_without_classes_is_refused() -> None:
     ],
 )
 def test_both_splits_are_found(tops: tuple[str, ...], train: list[str], val: list[str] | None) -> None:
-    """train/ beside val/ or test/ are the splits; train/ alone is a class like any other."""
+    """train/ together with val/ or test/ gives both splits; train/ alone is a class."""
     found = split_files(files(*sorted(f"{top}/a/1.jpg" for top in tops)))
     assert [file.name for file in found[0]] == train
     assert (found[1] and [file.name for file in found[1]]) == val

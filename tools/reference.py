@@ -61,7 +61,7 @@ clients (`avx512`, `avx2`, `neon`, `c` or `numpy`). The default is the best form
 
 ## Exit codes
 
-See [the table](design/faults.md#exit-codes). Ctrl-C is the normal end of `start` and `top`: 0. `doctor` exits with 1 if a
+See [exit codes](design/faults.md#exit-codes). Ctrl-C is the normal end of `start` and `top`: 0. `doctor` exits with 1 if a
 check failed.
 """
 

@@ -198,7 +198,7 @@ def with_more(payload: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [without_end, with_a_marker, with_more])
-def test_damage_is_told_whatever_the_window(damage: Callable[[bytes], bytes]) -> None:
+def test_damage_gives_the_same_error_for_every_window(damage: Callable[[bytes], bytes]) -> None:
     """A damaged JPEG gives the same error for any window as for the whole image."""
     damaged = damage(encode(textured(), "jpeg"))
     with pytest.raises(ValueError, match="its JPEG cannot be decoded") as whole:

@@ -28,7 +28,7 @@ def many_fixture(make_dataset: Callable[..., Manifest], tmp_path_factory: pytest
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_every_record_lies_where_it_is_said_to_lie(
+def test_every_record_is_at_its_reported_place(
     make_dataset: Callable[..., Manifest], tmp_path: Path, codec: str
 ) -> None:
     """For all codecs, the file has the record's bytes at the reported place, after the page header."""

@@ -164,7 +164,7 @@ def interrupted(path: Path, *, committed: int, lost: int) -> None:
         raise KeyboardInterrupt
 
 
-def test_what_was_committed_under_an_identity_is_gone_on_from(tmp_path: Path, statistics: Statistics) -> None:
+def test_a_writer_resumes_from_its_last_commit(tmp_path: Path, statistics: Statistics) -> None:
     """The next writer resumes with the records, rejections and state of the last commit, and ends with the same manifest."""
 
     def write(path: Path, already: int) -> Manifest:

@@ -32,6 +32,7 @@ def doctor(data: Path, workers: int, bind: str, keys: Path | None) -> None:
 
     Prints one line per check: ok, warning or failed, with a remedy. The exit code is 1 if a check failed.
     """
+    # From the installation to the dataset; a check that fails does not stop the others.
     checks = [
         check_pillow(),
         check_kernel(),

@@ -151,6 +151,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     path = path or CONFIG_FILE
     assert ctx.parent is not None
     assert isinstance(ctx.parent.command, click.Group)
+    # click's default_map ranks below flags and environment variables, which is the order that this module promises.
     defaults = _checked(_parsed(path), path, ctx.parent.command, ctx)
     ctx.default_map = defaults.get(str(ctx.info_name), {})
 

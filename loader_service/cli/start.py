@@ -73,9 +73,10 @@ def start(
 ) -> None:
     """Run a node on this machine until Ctrl-C or SIGTERM."""
     if parent is not None:
-        die_with_parent(parent)
+        die_with_parent(parent)  # first of all: a starter that is killed now must not leave a node behind
     logs.set_up(log_format, "warning" if quiet else log_level)
 
+    # Starters and scripts wait for this line on stdout; with JSON logs it is a log line with fields instead.
     def announce(dispatcher: Dispatcher, facts: dict[Split, DatasetFacts]) -> None:
         line = _announcement(dispatcher, facts, workers)
         if log_format == "json":

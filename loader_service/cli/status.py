@@ -51,7 +51,7 @@ def status(json: bool, interval: float, **node: Any) -> None:
     ask = _asker(**node)
     before = ask() if interval else None
     if before:
-        threading.Event().wait(interval)
+        threading.Event().wait(interval)  # rates are the difference of two answers
     answer = ask()
     rates = Rates.between(before, answer)
     if json:

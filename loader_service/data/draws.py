@@ -95,6 +95,7 @@ def draw(view: View, seed: int, epoch: int, start: int, n: int, side: int = RECO
         raise ValueError(f"a view {view.kind} of {view.crop} pixels does not fit records of {side}")
     if view.kind == "train":
         words = position_words(seed, epoch, STREAM_AUGMENT, start, n)
+        # words: (n, 16). A view that does not flip or jitter leaves those words unused, so no other draw moves.
         draws["y"] = scale(words[:, WORD_Y], places)
         draws["x"] = scale(words[:, WORD_X], places)
         if view.flip:
@@ -127,7 +128,7 @@ def exact_shift(view: View, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int
     Returns:
         (n, 3) int64, in units of 2**-32 grey levels, per channel R, G, B.
     """
-    alpha = normal_quantiles()[words >> np.uint64(64 - QUANTILE_BITS)]
+    alpha = normal_quantiles()[words >> np.uint64(64 - QUANTILE_BITS)]  # (n, 3) int64, units of 2**-16
     shift: npt.NDArray[np.int64] = alpha @ jitter_matrix(view).T
     return shift
 
@@ -135,6 +136,7 @@ def exact_shift(view: View, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int
 def round_shift(shift: npt.NDArray[np.int64]) -> npt.NDArray[np.int16]:
     """Round (n, 3) int64 in units of 2**-32 to whole grey levels, half to even, and saturate at +-255: (n, 3) int16."""
     bits = 2 * FIXED_POINT_BITS
+    # An arithmetic right shift rounds down, also for negative values; so the rest is never negative.
     whole, rest, half = shift >> bits, shift & ((1 << bits) - 1), 1 << (bits - 1)
     whole = whole + ((rest > half) | ((rest == half) & (whole & 1 == 1)))
     clipped: npt.NDArray[np.int64] = np.clip(whole, -MAX_SHIFT, MAX_SHIFT)
@@ -159,6 +161,7 @@ def normal_quantiles() -> npt.NDArray[np.int64]:
     n = 1 << QUANTILE_BITS
     normal, unit = NormalDist(), 1 << FIXED_POINT_BITS
     upper = [round(normal.inv_cdf((i + 0.5) / n) * unit) for i in range(n // 2, n)]
+    # Mirror the upper half: the mean is then exactly zero, whatever inv_cdf does near 0.
     table = np.array([-q for q in reversed(upper)] + upper, np.int64)
     table.flags.writeable = False
     return table

@@ -130,18 +130,19 @@ def fill(
     watch.enter(Stage.READ)
     records.ahead.ask(numbers)
     watch.enter(Stage.AUGMENT)
-    read_s = watch.spent(Stage.READ)
+    read_s = watch.spent(Stage.READ)  # asking must not count as reading, or read-ahead would keep itself on
     with records.values() as values:
-        if records.manifest.codec == "raw":
+        if records.manifest.codec == "raw":  # no copy: the kernel crops straight from LMDB's pages into the slot
             watch.enter(Stage.READ)
             stored = values.stored(numbers, at)
             watch.enter(Stage.AUGMENT)
             made = augment_records(out.images, stored, draws, out.labels, numbers, at, mean, record_side=records.side)
-            if made < what.count:
+            if made < what.count:  # the kernel stops at a record that is not raw
                 raise values.refusal(int(numbers[made]))
         else:
             _fill_decoded(out, values, records.side, draws, numbers, at, mean, watch)
     records.ahead.learn(what.count, watch.spent(Stage.READ) - read_s)
+    # A label is not covered by the payload's checksum, and out of range it would fail far away, in the trainer's loss.
     if (unknown := np.flatnonzero(out.labels >= len(records.manifest.class_names))).size:
         i = unknown[0]
         raise RecordError(records.path, int(numbers[i]), f"its label {out.labels[i]} is beyond the last class")

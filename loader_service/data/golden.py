@@ -100,6 +100,7 @@ def installation() -> Installation:
     """
     digest = xxhash.xxh3_128()
     statistics = _statistics()
+    # (2, side, side, 3): the mean image and its mirror image, as Records.mean_pair
     mean = np.ascontiguousarray(np.stack((statistics.mean_image, statistics.mean_image[:, ::-1])))
     for codec in CODECS:
         values = _values(codec, statistics)
@@ -121,6 +122,7 @@ def of_dataset(records: Records) -> str:
     digest = xxhash.xxh3_128()
     count = min(SAMPLES, len(records))
     for name in _DATASET_VIEWS:
+        # Crop by the records' side, so that the hash also works for records smaller than 224.
         complete = complete_view(View.named(name, records.side), records.statistics)
         out = empty_slice(SampleLayout(complete, "uint8"), count)
         fill(out, records, SliceId(complete, _SEED, _EPOCH, 0, count))
@@ -157,6 +159,7 @@ def _values(codec: Codec, statistics: Statistics) -> list[memoryview]:
         into = value[HEADER.size :]
         if codec == "jpeg":
             decode(jpeg, CODECS[codec], into, side=SIDE_PX)
+            # Overwrites the upper half, by the window decoder if there is one: it must give the same bytes.
             decode(jpeg, CODECS[codec], into, side=SIDE_PX, window=_UPPER_HALF)
         elif codec == "centered":
             decode_centred(encode_centred(picture(number), centre), centre, into)

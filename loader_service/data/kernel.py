@@ -57,7 +57,7 @@ def chosen() -> str:
     Raises:
         OptionError: the environment names a form that this machine cannot run.
     """
-    name = os.environ.get(VARIABLE, FORMS[0])
+    name = os.environ.get(VARIABLE, FORMS[0])  # read once per process: a slice must not mix forms
     if name not in FORMS:
         raise OptionError(VARIABLE, name, f"one of {', '.join(FORMS)}, the forms that this machine can run")
     return name

@@ -91,6 +91,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def flaw(self) -> str:
         """Return what is wrong with this manifest beyond its types, as part of a sentence; "" if nothing is."""
+        # The manifest comes from a file: check every length before statistics reshapes the bytes.
         if self.format != FORMAT:
             return f"it is of format {self.format}, and this version reads format {FORMAT}: preprocess the images again"
         if not MIN_SIDE_PX <= self.size <= MAX_SIDE_PX:
@@ -112,7 +113,7 @@ def fingerprint(manifest: Manifest, headers_digest: bytes) -> str:
         manifest: the dataset's manifest; its own fingerprint and golden hash do not count.
         headers_digest: result of :func:`digest_headers`; a header has its payload's checksum, so this covers the pixels.
     """
-    digest = xxhash.xxh3_128(b"loader-service dataset 1\n")
+    digest = xxhash.xxh3_128(b"loader-service dataset 1\n")  # versions the fingerprint itself
     digest.update(
         msgspec.msgpack.encode((manifest.format, manifest.count, manifest.size, manifest.codec, manifest.class_names))
     )

@@ -48,7 +48,7 @@ def records_at(
         raise ValueError(f"positions {start} to {start + n} are not within an epoch of {count}")
     if count <= TABLE_MAX:
         return _table(count, seed, epoch)[start : start + n]
-    keys = raw_words(seed, epoch, STREAM_ORDER, 0, ROUNDS)
+    keys = raw_words(seed, epoch, STREAM_ORDER, 0, ROUNDS)  # (ROUNDS,) uint64, one round key each
     if (form or kernel.chosen()) != "numpy":
         assert kernel.compiled is not None
         records = np.empty(n, np.int64)
@@ -77,11 +77,12 @@ def substitute(count: int, seed: int, epoch: int, position: int, excluded: npt.N
     """
     if len(excluded) >= count:
         raise ValueError(f"all {count} records are excluded")
-    words = position_words(seed, epoch, STREAM_SUBSTITUTE, position, 1)[0]
-    named = (words % np.uint64(count)).astype(np.int64)
+    words = position_words(seed, epoch, STREAM_SUBSTITUTE, position, 1)[0]  # (16,) uint64
+    named = (words % np.uint64(count)).astype(np.int64)  # the modulo bias is below count / 2**64
     good = named[~np.isin(named, excluded)]
     if good.size:
         return int(good[0])
+    # All sixteen are excluded, so probably most of the dataset is. Some record is not: see above.
     candidate = int(named[-1])
     while candidate in excluded:
         candidate = (candidate + 1) % count
@@ -104,6 +105,7 @@ def _walk(values: _Words, count: int, keys: _Words) -> _Words:
     bits = (count - 1).bit_length()
     values = _permute(values, bits, keys)
     outside = np.flatnonzero(values >= count)
+    # Cycle walking: a bijection of the power of two, repeated only for values outside, is a bijection of [0, count).
     while outside.size:
         values[outside] = _permute(values[outside], bits, keys)
         outside = outside[values[outside] >= count]
@@ -112,7 +114,7 @@ def _walk(values: _Words, count: int, keys: _Words) -> _Words:
 
 def _permute(values: _Words, bits: int, keys: _Words) -> _Words:
     """Apply one bijection of [0, 2**bits): each round mixes one half of the bits into the other, alternately."""
-    low_bits = np.uint64(bits - bits // 2)
+    low_bits = np.uint64(bits - bits // 2)  # with an odd number of bits the low half has one more
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
     high_mask = (np.uint64(1) << np.uint64(bits // 2)) - np.uint64(1)
     low, high = values & low_mask, values >> low_bits

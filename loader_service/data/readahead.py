@@ -80,12 +80,12 @@ class ReadAhead:
 
     def learn(self, records: int, seconds: float) -> None:
         """Note how long the records of a slice took to read; a slow slice turns read-ahead on for SLICES slices."""
-        if seconds > SLOW_S * records:
+        if seconds > SLOW_S * records:  # the mean: a slice that is mostly in memory is fast enough
             self._left = SLICES
 
     def place(self, number: int) -> tuple[int, int] | None:
         """Return offset and length in the file of a big record's pages; None for a small, missing or unknown record."""
-        key = number.to_bytes(8, "big")
+        key = number.to_bytes(8, "big")  # records.KEY; big-endian, so that bytes sort as numbers
         at = self._root
         try:
             for _ in range(_DEEPEST):
@@ -93,7 +93,7 @@ class ReadAhead:
                 flags, lower, _ = _PAGE.unpack_from(page)
                 low, high, node_flags, key_bytes, begin = self._node(page, (lower - _PAGE.size) // 2, key)
                 if flags & _BRANCH:
-                    at = low | high << 16 | node_flags << 32
+                    at = low | high << 16 | node_flags << 32  # 48 bits of the child's page number, in three fields
                     continue
                 if not flags & _LEAF or page[begin : begin + key_bytes] != key or not node_flags & _BIG:
                     return None  # no such record, or a small one: it lies in this leaf, which was just read

@@ -69,12 +69,12 @@ class Records:
             self.manifest = manifest or _read_manifest(self._env, manifest_db, self.path)
             with self._env.begin() as txn:
                 entries = txn.stat(self._records)["entries"]
-                database = bytes(txn.get(DATABASES[0]))
+                database = bytes(txn.get(DATABASES[0]))  # LMDB stores a sub-database's root in the main one
             if entries != self.manifest.count:
                 raise DatasetInvalid(self.path, f"it holds {entries} records, its manifest says {self.manifest.count}")
             self.ahead = ReadAhead(self.path / "data.mdb", database, self._env.stat()["psize"])
         except BaseException:
-            self._env.close()
+            self._env.close()  # py-lmdb refuses to open a path that this process has open
             raise
         self.statistics = self.manifest.statistics
 
@@ -111,7 +111,7 @@ class Records:
     @contextmanager
     def values(self) -> Iterator[Values]:
         """Open a read transaction; its values are views of LMDB's pages, valid until it ends."""
-        with self._env.begin(db=self._records, buffers=True) as txn:
+        with self._env.begin(db=self._records, buffers=True) as txn:  # buffers: memoryviews of pages, no copies
             yield Values(self.path, txn, self.manifest, self._centre)
 
     def pixels(self, number: int) -> tuple[int, Pixels]:
@@ -159,7 +159,7 @@ class Values:
     __slots__ = ("_centre", "_codec", "_get", "_path", "_side")
 
     def __init__(self, path: Path, txn: Any, manifest: Manifest, centre: npt.NDArray[np.int16] | None) -> None:
-        self._path, self._get, self._centre = path, txn.get, centre
+        self._path, self._get, self._centre = path, txn.get, centre  # txn.get once: it is called for every record
         self._codec, self._side = manifest.codec, manifest.size
 
     def stored(self, numbers: npt.NDArray[np.int64], at: npt.NDArray[np.int64] | None = None) -> list[memoryview]:

@@ -99,6 +99,7 @@ class Writer:
         self.state, self.rejected = done.state, done.rejected
         self._count, self._class_counts, self._digest = done.count, done.class_counts, done.headers
         self._committed_count = done.count
+        # The uncommitted part: the next step of the sub-database PROGRESS.
         self._new_headers: list[bytes] = []
         self._new_rejected: list[Rejected] = []
         self.uncommitted_bytes = 0
@@ -157,13 +158,14 @@ class Writer:
             raise ValueError(f"this environment holds {self._codec} records; this one has the codec number {codec}")
         key = KEY.pack(self._count)
         try:
+            # append: keys ascend, so LMDB fills each page instead of splitting it in half.
             self._txn.put(key, record, db=self._records, append=True)
             self._txn.put(key, source.encode("utf-8", "replace"), db=self._sources, append=True)
         except lmdb.Error as error:
             raise self._failed(f"cannot write record {self._count}", error) from error
         self._class_counts[label] += 1
         self._count += 1
-        stored_header = bytes(record[: HEADER.size])
+        stored_header = bytes(record[: HEADER.size])  # a copy: `record` may be a view that is overwritten later
         self._digest.update(stored_header)
         self._new_headers.append(stored_header)
         self.uncommitted_bytes += len(record)
@@ -187,7 +189,7 @@ class Writer:
             if self._identity is not None:
                 _store_step(self._txn, self._progress, b"".join(self._new_headers), self._new_rejected, state)
             self._txn.commit()
-            self._txn = self._env.begin(write=True)
+            self._txn = self._env.begin(write=True)  # one transaction is always open for put()
         except lmdb.Error as error:
             raise self._failed(f"cannot commit record {self._count}", error) from error
         self.state = state
@@ -213,7 +215,7 @@ class Writer:
         """
         self.commit(self.state)
         try:
-            self._txn.abort()
+            self._txn.abort()  # the empty transaction that commit() opened
             manifest = self._describe(statistics, made_by)
             self._env.sync(True)
             self._env.close()  # LMDB allows one handle per process, and the golden samples need a reader
@@ -224,7 +226,7 @@ class Writer:
             with self._env.begin(write=True) as txn:  # one transaction: complete, and no longer resumable
                 txn.put(b"manifest", msgspec.msgpack.encode(manifest), db=manifest_db)
                 txn.drop(progress)
-            self._env.sync(True)
+            self._env.sync(True)  # the manifest is on the disk before the environment gets its name
         except lmdb.Error as error:
             raise self._failed("cannot finish it", error) from error
         self._env.close()
@@ -293,7 +295,7 @@ def _publish(partial: Path, path: Path) -> None:
 
     rename() cannot replace a directory that is not empty, so the old one moves aside first.
     """
-    (partial / "lock.mdb").unlink(missing_ok=True)
+    (partial / "lock.mdb").unlink(missing_ok=True)  # readers of a finished environment take no locks
     old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
     if path.exists():
         path.rename(old)
@@ -363,7 +365,7 @@ class Committed:
         Raises:
             ValueError: its headers are damaged, or have labels beyond the classes.
         """
-        labels = np.frombuffer(step.headers, _HEADER_DTYPE)["label"]
+        labels = np.frombuffer(step.headers, _HEADER_DTYPE)["label"]  # (n,) uint32
         counts = np.bincount(labels, minlength=len(self.class_counts))
         if len(counts) > len(self.class_counts):
             raise ValueError(f"a label is beyond the last of {len(self.class_counts)} classes")

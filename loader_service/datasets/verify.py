@@ -43,6 +43,7 @@ def verify(path: Path) -> str:
         check_statistics(path, manifest, sums.statistics())
         if golden.of_dataset(records) != manifest.golden:
             raise DatasetInvalid(path, "its golden samples, made on this machine, differ from those in its manifest")
+        # As the writer computed it: before it knew fingerprint and golden hash.
         plain = msgspec.structs.replace(manifest, fingerprint="", golden="")
         if (found := fingerprint(plain, digest_headers(records.headers()))) != manifest.fingerprint:
             raise DatasetInvalid(path, f"its fingerprint is {found}, its manifest says {manifest.fingerprint}")

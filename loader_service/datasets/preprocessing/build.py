@@ -97,7 +97,7 @@ def build(task: SplitTask, writer: Writer, pool: Pool) -> Manifest:
             progress.say(f"{task.path.stem}: resuming after {done:,} files of an interrupted run")
         for result in pool.run(task.items[done:]):
             _take(writer, result, progress)
-            sums.add(result.count, result.image, result.products)
+            sums.add(result.count, result.image, result.products)  # before the next result overwrites the area
             if len(writer.rejected) > most_bad:
                 last = writer.rejected[-1]
                 raise PreprocessingFailed(
@@ -141,6 +141,7 @@ def clear_unfinished(task: SplitTask, replace: bool) -> None:
     Raises:
         PreprocessingFailed: another task's environment holds records, and ``replace`` is False.
     """
+    # The identity is part of the hidden name, so another task's remains have another name.
     own = partial_path(task.path, task.made_by["input"])
     for partial, count in partials(task.path).items():
         if partial == own:
@@ -179,7 +180,7 @@ def report_rejected(out: Path, manifests: Mapping[str, Manifest]) -> None:
         return
     partial = out / f".rejected.{secrets.token_hex(4)}.jsonl"
     partial.write_bytes(b"\n".join([*lines, b""]))
-    partial.rename(out / REJECTED)
+    partial.rename(out / REJECTED)  # atomic: a reader sees the old file or the new one
 
 
 @contextmanager
@@ -208,7 +209,7 @@ def _clear(out: Path) -> None:
     """Remove useless remains of a killed run, and move back a dataset that it was about to replace."""
     for split in ("train", "val"):
         for partial, count in partials(out / f"{split}.lmdb").items():
-            if not count:
+            if not count:  # nothing was committed, so nothing can be resumed
                 shutil.rmtree(partial)
     for path in list(out.iterdir()):
         if moved := re.fullmatch(r"\.((train|val)\.lmdb)\.[0-9a-f]{8}\.old", path.name):

@@ -43,6 +43,7 @@ def centre_records(task: SplitTask, writer: Writer, raw: Records) -> Manifest:
             if writer.uncommitted_bytes >= COMMIT_BYTES or time.monotonic() - committed_s >= COMMIT_S:
                 writer.commit()
                 committed_s = time.monotonic()
+        # The raw run's rejections come last, in one step with the manifest; after an interruption, only the rest of them.
         for bad in raw.manifest.rejected[len(writer.rejected) :]:
             writer.reject(bad.source, bad.reason)
         return writer.finish(raw.statistics, made_by=task.made_by)

@@ -5,7 +5,7 @@ tree       CLASS/name.jpg, or train/ and val/ (or valid/, validation/, test/) wi
            a tar archive, or a tar of tars named after the classes
 imagenet   a folder with ILSVRC2012_img_train.tar and, with ILSVRC2012_img_val.tar, a table of its labels or the devkit
 kaggle     the folder ILSVRC of Kaggle's download: Data/CLS-LOC/train, Data/CLS-LOC/val and LOC_val_solution.csv
-webdataset tar shards whose samples are name.jpg beside name.cls; shards named val... or test... are validation
+webdataset tar shards whose samples are name.jpg and name.cls; shards named val... or test... are validation
 cifar      CIFAR-10's binary batches: data_batch_1.bin ... test_batch.bin and batches.meta.txt
 table      a .csv or .jsonl file of path and label
 ========== =====================================================================================================

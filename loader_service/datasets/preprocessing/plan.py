@@ -91,6 +91,7 @@ def identity(
         size: side of the records, in pixels.
         statistics: fingerprint of the environment whose statistics the split uses; "" for its own.
     """
+    # The libraries and the recipe count too: another resize gives other pixels.
     digest = xxhash.xxh3_128()
     facts = (LIBRARY, RECIPE, codec, dict(parameters), seed, size, listing.class_names, statistics)
     digest.update(msgspec.msgpack.encode(facts))

@@ -67,7 +67,7 @@ class _Worker:
 
     def __init__(self, setup: messages.Setup) -> None:
         self._setup = setup
-        self._file = os.memfd_create("chunks")
+        self._file = os.memfd_create("chunks")  # no name in /dev/shm that a crash could leave behind
         os.ftruncate(self._file, setup.memory_bytes)
         self.memory = mmap.mmap(self._file, setup.memory_bytes)
         self.free = list(range(messages.AREAS))
@@ -79,7 +79,7 @@ class _Worker:
         """Start the process, or its replacement."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        self._at()[0] = 0
+        self._at()[0] = 0  # a dead predecessor left its item's number here
         self.connection = ours
         with theirs:
             self.process = subprocess.Popen(
@@ -92,6 +92,7 @@ class _Worker:
                 ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), self._file),
+                # One process per CPU: threads of NumPy's libraries would only compete with the other workers.
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 process_group=0,  # Ctrl-C then reaches the pool only, which stops the workers in order
             )
@@ -183,7 +184,7 @@ class Pool:
                 run.wait()
             worker, done, job = run.done.pop(number)
             yield _result(worker, self._setup, done, job)
-            worker.free.append(job.area)
+            worker.free.append(job.area)  # only now: the consumer has finished with the views
 
 
 class _Run:
@@ -228,13 +229,13 @@ class _Run:
     def _note(self, worker: _Worker, message: messages.FromWorker) -> None:
         if isinstance(message, messages.Failed):
             raise PreprocessingFailed(message.sentence)
-        self.deaths_at_start = 0
+        self.deaths_at_start = 0  # a worker has done a job, so earlier deaths at the start were accidents
         self.done[message.number] = (worker, message, worker.jobs.pop(message.number))
         self._give(worker)
 
     def _replace(self, worker: _Worker) -> None:
         """Note the cause of a death, restart the process, and put its jobs back into the queue."""
-        at, number = worker.at, next(iter(worker.jobs), None)
+        at, number = worker.at, next(iter(worker.jobs), None)  # a worker does its jobs in the order of the dict
         self._selector.unregister(worker.connection)
         code = worker.end()
         if at is None or number is None:
@@ -247,6 +248,7 @@ class _Run:
             self.deaths[number, at] += 1
             if self.deaths[number, at] >= DEATHS:
                 self.refused.setdefault(number, {})[at] = _cause(code)
+        # Also jobs that it had not started: their results would never come.
         for job in worker.jobs.values():
             heapq.heappush(self.waiting, job.number)
             worker.free.append(job.area)

@@ -84,10 +84,11 @@ def preprocess(out: Path, options: Options, report: Report) -> dict[str, Manifes
             return {}
         manifests: dict[str, Manifest] = {}
         for split, listing in listings.items():
+            # The check of disk space before training also covers validation, so that a run does not fail half-way.
             to_come = len(listing.items) + (len(val.items) if val and split == "train" else 0)
             task = plan_split(listing, out / f"{split}.lmdb", codec, options, manifests.get("train"))
             manifests[split] = make_split(task, options, to_come, report)
-            shutil.rmtree(raw_path(task.path), ignore_errors=True)
+            shutil.rmtree(raw_path(task.path), ignore_errors=True)  # only after the centered environment is complete
         report_rejected(out, manifests)
     return manifests
 

@@ -76,6 +76,7 @@ def work(memory: mmap.mmap, setup: messages.Setup, job: messages.Job) -> message
             continue
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        # Copy header and payload into the area, one record after another.
         before = header(item.label, setup.codec, payload)
         first, end = start + offset + len(before), start + offset + len(before) + len(payload)
         memory[start + offset : first] = before

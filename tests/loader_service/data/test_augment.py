@@ -110,7 +110,7 @@ class Case:
 def slices(draw: st.DrawFn) -> tuple[npt.NDArray[np.void], int, Dtype, int, int]:
     """DRAWS of (n,) or (n, samples), a crop's side, the pixels' dtype, the records' side, and where images begin.
 
-    Sides of whole cache lines, two rows at a time, and beginnings of one take another way through some forms.
+    If two rows are whole cache lines and the images start at one, some forms use non-temporal stores.
     """
     record_side = draw(st.just(256) | st.integers(8, 320))
     whole = min(224, record_side)

@@ -175,8 +175,8 @@ def test_float32_is_uint8_minus_the_means_window(records: Records, view: View) -
     bytes_, floats = made(records, view, 3, 4), made(records, view, 3, 4, "float32")
     side, mean = view.shape[-2], records.statistics.mean_image
     assert bytes_.draws.tobytes() == floats.draws.tobytes()
-    twins = zip(bytes_.images.reshape(-1, side, side, 3), floats.images.reshape(-1, side, side, 3), strict=True)
-    for drawn, (pixels, centred) in zip(floats.draws.ravel(), twins, strict=True):
+    pairs = zip(bytes_.images.reshape(-1, side, side, 3), floats.images.reshape(-1, side, side, 3), strict=True)
+    for drawn, (pixels, centred) in zip(floats.draws.ravel(), pairs, strict=True):
         y, x = int(drawn["y"]), int(drawn["x"])
         window = mean[y : y + side, x : x + side]
         assert np.array_equal(centred, pixels.astype(np.float32) - (window[:, ::-1] if drawn["flip"] else window))

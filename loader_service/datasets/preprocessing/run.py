@@ -156,11 +156,11 @@ def write_split(task: SplitTask, options: Options, to_come: int, report: Report)
 
 def write_centered_split(task: SplitTask, options: Options, to_come: int, report: Report) -> Manifest:
     """Write one environment of ``centered`` records: first raw records, then their conversion."""
-    raw_records = raw_task(task)
-    if not raw_records.path.exists():
+    first = raw_task(task)
+    if not first.path.exists():
         check_disk_space(task.path.parent, to_come, task.codec, task.size)
-    make_split(raw_records, options, 0, report)
-    with Records(raw_records.path) as raw, open_writer(task) as writer, reporting_kept_work(writer):
+    make_split(first, options, 0, report)
+    with Records(first.path) as raw, open_writer(task) as writer, reporting_kept_work(writer):
         return centre_records(task, writer, raw)
 
 

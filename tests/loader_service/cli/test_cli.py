@@ -17,12 +17,8 @@ from loader_service.prometheus import Exporter
 def test_commands_are_listed_in_a_sensible_order() -> None:
     """--help lists the commands of nodes, then those of datasets, each with a whole summary."""
     lines = CliRunner().invoke(main, ["--help"]).output.partition("Commands:\n")[2].splitlines()
-    names = [line.split()[0] for line in lines]
-    assert (
-        names
-        == [*["start", "status", "top", "doctor", "keygen", "preprocess", "verify", "inspect", "export"]]
-        == list(main.commands)
-    )
+    names = ["start", "status", "top", "doctor", "keygen", "preprocess", "verify", "inspect", "export"]
+    assert [line.split()[0] for line in lines] == list(main.commands) == names
     assert all(line.endswith(".") and not line.endswith("...") for line in lines)
 
 

@@ -794,7 +794,7 @@ def test_pieces_that_are_not_due_lose_their_node(pieces: list[tuple[int | None, 
         world.receive("a", message, sizes=sizes)
     flaw, lost = world.receive("a", last, sizes=pieces[-1][1])
     assert isinstance(flaw, Warn)
-    assert flaw.text.startswith("node a: a message that is not of this protocol: ")
+    assert flaw.text.startswith("node a: a message breaks the protocol: ")
     assert lost == Warn("node a is lost: it does not speak this protocol")
     assert ask.part.state is PartState.WANTED
     world.advance()

@@ -248,6 +248,8 @@ def alone() -> Iterator[None]:
 
 def run(extras: str) -> None:
     """Set ``.venv`` up, or do nothing if it is up to date."""
+    if VENV.is_symlink():  # to empty it would empty another folder's environment
+        fail(f"{VENV.name} is a link to {VENV.resolve()}: remove the link, and the set-up makes an environment here.")
     LOG.parent.mkdir(exist_ok=True)
     with alone():
         if made_from() != recipe(extras):

@@ -97,6 +97,23 @@ def test_a_chosen_python_must_be_suitable(tmp_path: Path) -> None:
     assert f"PYTHON={old} cannot be used" in done.stderr
 
 
+def test_an_environment_that_is_a_link_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The set-up never empties another folder's environment through a link."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "kept").touch()
+    link = tmp_path / ".venv"
+    link.symlink_to(other)
+    monkeypatch.setattr(environment, "VENV", link)
+    monkeypatch.setattr(environment, "LOG", tmp_path / "build" / "setup.log")
+    with pytest.raises(SystemExit):
+        environment.run("dev")
+    assert f".venv is a link to {other}" in capsys.readouterr().err
+    assert (other / "kept").exists()
+
+
 def test_a_finished_environment_costs_no_time_and_no_change(tmp_path: Path) -> None:
     """While the recorded inputs of .venv hold, the set-up prints nothing and changes nothing."""
     made = environment.made_from()

@@ -15,19 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.config import RunConfig
 from trainer.data.facts import Facts
 from trainer.data.feed import Batch, Feed, Node
 from trainer.data.normalisation import Centre, Windows
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import ConfigError
 from trainer.evaluation.scores import Counter, Evaluation
 from trainer.model.alexnet import AlexNet
 from trainer.model.speed import REFERENCE
 from trainer.parallel.devices import choose_device
-from trainer.parallel.exchange import Share
 from trainer.parallel.world import World
 from trainer.run import checkpoint
 from trainer.run.folder import find_checkpoint
+from trainer.run.state import build_network, restore_weights
 
 VIEWS_PER_RECORD: Final = {"center": 1, "ten-crop": 10}
 VIEWS: Final = tuple(VIEWS_PER_RECORD)
@@ -123,35 +122,6 @@ def load_member(path: Path, device: torch.device) -> tuple[Member, Facts]:
     path = find_checkpoint(path)
     saved = checkpoint.load(path)
     config, facts = msgspec.structs.replace(saved.plain.config, speed=REFERENCE), saved.facts
-    model = build(config, facts, (device,))
-    restore(model, saved, path)
+    model = build_network(config, facts, (device,))
+    restore_weights(model, saved, path)
     return Member(model.eval(), Centre(facts.mean, model.preset, (device,))), facts
-
-
-def build(config: RunConfig, facts: Facts, devices: Sequence[torch.device], share: Share | None = None) -> AlexNet:
-    """The network that a configuration describes, for the classes and crops of a split, with the weights it starts with."""
-    return AlexNet(
-        num_classes=len(facts.class_names),
-        width=config.width,
-        preset=config.preset,
-        devices=devices,
-        towers=config.towers,
-        seed=config.seed,
-        ablation=config.ablation,
-        share=share,
-        crop=facts.crop,
-        speed=config.speed,
-    )
-
-
-def restore(model: AlexNet, saved: checkpoint.Checkpoint, path: Path) -> None:
-    """Give ``model`` the weights of a checkpoint.
-
-    Raises:
-        CheckpointError: they are another network's.
-    """
-    try:
-        # Towers that live in other processes restore themselves.
-        model.load_state_dict({name: tensor for name, tensor in saved.model.items() if model.owns(name)})
-    except RuntimeError as error:
-        raise CheckpointError(path, "its weights do not fit the network that it describes") from error

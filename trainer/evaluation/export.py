@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.errors import RunFolderError
-from trainer.evaluation.evaluate import build, restore
 from trainer.model.alexnet import CONV1_ZEROS, KERNELS, AlexNet
 from trainer.model.lrn import local_response_norm
 from trainer.model.speed import REFERENCE
 from trainer.run import checkpoint
 from trainer.run.folder import find_checkpoint, write_atomically
+from trainer.run.state import build_network, restore_weights
 
 
 class Grouped(nn.Module):
@@ -112,8 +112,8 @@ def export_run(run: Path, target: Path) -> None:
     if target.exists():
         raise RunFolderError(target, "there is a file of that name already; name another")
     config, facts = msgspec.structs.replace(saved.plain.config, speed=REFERENCE), saved.facts
-    model = build(config, facts, (torch.device("cpu"),))
-    restore(model, saved, path)
+    model = build_network(config, facts, (torch.device("cpu"),))
+    restore_weights(model, saved, path)
     about = {
         "architecture": "AlexNet; see trainer.evaluation.export.Grouped",
         "config": msgspec.json.encode(config).decode(),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loader_service.types import EpochAccount
 from trainer.config import RunConfig
 from trainer.data.facts import Facts
-from trainer.evaluation.evaluate import build, restore
+from trainer.errors import CheckpointError
 from trainer.model.alexnet import AlexNet
 from trainer.optimizer import PaperSGD
 from trainer.parallel.exchange import BetweenProcesses, Share
@@ -61,13 +64,13 @@ class State:
             CheckpointError: what was left does not fit the network.
         """
         share = Share((world.pair.tower,), BetweenProcesses(world.pair)) if world.pair else None
-        model = build(config, facts, world.devices, share)
+        model = build_network(config, facts, world.devices, share)
         schedule, progress = config.first_schedule(), Progress()
         earlier: list[EpochAccount] = []
         history: list[EpochRecord] = []
         if resume:
             plain = resume.saved.plain
-            restore(model, resume.saved, resume.path)
+            restore_weights(model, resume.saved, resume.path)
             checkpoint.restore_random_states(resume.saved.random)
             schedule, progress, earlier, history = plain.schedule, plain.progress, plain.ledger, list(plain.history)
         optimizer = PaperSGD(model, model.preset, config.lr, config.speed.fused_sgd)
@@ -86,3 +89,34 @@ class State:
     def rate(self) -> float:
         """The learning rate of the next step."""
         return self.schedule.rate(self.epochs_done, self.config.epochs)
+
+
+def build_network(
+    config: RunConfig, facts: Facts, devices: Sequence[torch.device], share: Share | None = None
+) -> AlexNet:
+    """The network that a configuration describes, for the classes and crops of a split, with the weights it starts with."""
+    return AlexNet(
+        num_classes=len(facts.class_names),
+        width=config.width,
+        preset=config.preset,
+        devices=devices,
+        towers=config.towers,
+        seed=config.seed,
+        ablation=config.ablation,
+        share=share,
+        crop=facts.crop,
+        speed=config.speed,
+    )
+
+
+def restore_weights(model: AlexNet, saved: Checkpoint, path: Path) -> None:
+    """Give ``model`` the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: they are another network's.
+    """
+    try:
+        # Towers that live in other processes restore themselves.
+        model.load_state_dict({name: tensor for name, tensor in saved.model.items() if model.owns(name)})
+    except RuntimeError as error:
+        raise CheckpointError(path, "its weights do not fit the network that it describes") from error

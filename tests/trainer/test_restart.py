@@ -38,7 +38,7 @@ STEPS, KILLED_IN, SAVED = 6, 4, 2
 # SIGTERM, has torchrun end all.
 TRAINER = """
 import os, signal
-from trainer import feed
+from trainer.data import feed
 from trainer.cli import main
 from trainer.optimizer import PaperSGD
 

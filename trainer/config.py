@@ -63,7 +63,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         devices: where the towers live; empty means what the machine has.
         checkpoint_every: steps between checkpoints within an epoch; 0 leaves those at each epoch's end.
         log_every: steps between log lines.
-        deterministic: whether kernels whose sums come out otherwise each time are left out; see ``trainer.parallel.determinism``.
+        deterministic: whether kernels whose sums come out otherwise each time are left out; see ``trainer.model.speed.deterministic``.
         peak_tflops: what one of the devices can do per second, in 1e12 operations, for the share of it that is used; None
             looks its name up.
         source: where batches come from.

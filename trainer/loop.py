@@ -32,8 +32,8 @@ from trainer.evaluation.scores import Evaluation
 from trainer.model.flops import TERA, peak_flops, training_flops
 from trainer.model.presets import preset_named
 from trainer.model.rng import DropoutKey
-from trainer.parallel.determinism import deterministic
-from trainer.parallel.memory import too_large
+from trainer.model.speed import deterministic
+from trainer.parallel.devices import too_large
 from trainer.parallel.world import World
 from trainer.run.console import Reporter
 from trainer.run.divergence import DivergenceMonitor

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from trainer.cli import main
 from trainer.errors import CheckpointError
 from trainer.model.alexnet import AlexNet
-from trainer.parallel import memory
+from trainer.parallel import devices
 from trainer.run import checkpoint
 from trainer.run.checkpoint import Checkpoint
 from trainer.run.folder import RunFolder
@@ -113,8 +113,8 @@ def test_memory_that_is_too_small_is_said_with_what_would_fit(
         return 100 * images[-1]
 
     monkeypatch.setattr(AlexNet, "forward", forward_if_it_fits)
-    monkeypatch.setattr(memory, "peak_bytes", peak)
-    monkeypatch.setattr(memory, "room_bytes", lambda _: 2000)
+    monkeypatch.setattr(devices, "peak_bytes", peak)
+    monkeypatch.setattr(devices, "room_bytes", lambda _: 2000)
     result = run(node, tmp_path / "run")
     assert result.exit_code == 5
     assert "too small for a batch of 64 images; about 16 images would fit: try --batch-size 16" in result.stderr

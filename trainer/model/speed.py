@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final, Literal, get_args
 
 import msgspec
@@ -17,6 +18,9 @@ import torch
 from trainer.errors import ConfigError
 
 Precision = Literal["off", "bf16"]
+
+_WORKSPACE: Final = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+"""What cuBLAS needs for one order of its sums; it reads this when it is first used."""
 
 
 class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,3 +67,28 @@ def check_speed(speed: Speed, devices: Sequence[torch.device]) -> None:
         raise ConfigError("--compile", "on", "a C++ compiler for the CPU, which this machine lacks; install g++")
     if "cuda" in kinds and importlib.util.find_spec("triton") is None:
         raise ConfigError("--compile", "on", "the package triton for GPUs, which this Python lacks; install it")
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """A block in which torch uses deterministic kernels alone, if that is ``wanted``.
+
+    Order, augmentation, weights and dropout masks hang on the seed alone in any case, and on a CPU so do all sums. On GPUs
+    some of the fastest kernels add up in whatever order their threads come; this leaves them out.
+
+    torch itself raises a RuntimeError that names the operation if there is no such kernel; by the list in its manual, this
+    network has no such operation.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault(*_WORKSPACE)
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.deterministic, cudnn.benchmark = before[1:]

@@ -24,8 +24,7 @@ from loader_service.data.picture import load_picture
 from loader_service.errors import LoaderServiceError, NoNodeError
 from loader_service.types import Split
 from trainer.config import Source
-from trainer.data.facts import Facts
-from trainer.data.normalisation import Windows
+from trainer.data.normalisation import Facts, Windows
 from trainer.model.ablation import Ablation
 from trainer.model.presets import Preset
 from trainer.parallel.devices import Stager

@@ -17,6 +17,25 @@ from trainer.model.presets import Preset
 
 
 @dataclass(frozen=True)
+class Facts:
+    """A split, as its node describes it.
+
+    Fields:
+        count: records in the split.
+        class_names: in the order of the labels.
+        fingerprint: of the split's logical records.
+        mean: (side, side, 3) float32, the training split's mean image, R, G, B in 0 to 255; as wide as the records.
+        crop: the side of what the network sees of a record, in pixels.
+    """
+
+    count: int
+    class_names: tuple[str, ...]
+    fingerprint: str
+    mean: Tensor
+    crop: int
+
+
+@dataclass(frozen=True)
 class Windows:
     """Where in its record each picture of a batch was cut.
 

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.facts import Facts
 from trainer.data.feed import Batch, Feed
-from trainer.data.normalisation import Windows
+from trainer.data.normalisation import Facts, Windows
 from trainer.parallel.world import Pair, World
 from trainer.stop import Stopped, StopRequest
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.data.facts import Facts
 from trainer.data.feed import Batch, Feed, Node
-from trainer.data.normalisation import Centre, Windows
+from trainer.data.normalisation import Centre, Facts, Windows
 from trainer.errors import ConfigError
 from trainer.evaluation.scores import Counter, Evaluation
 from trainer.model.alexnet import AlexNet

@@ -19,12 +19,11 @@ from loader_service.types import EpochAccount
 from trainer.errors import CheckpointError
 from trainer.parallel.world import World
 from trainer.run import checkpoint, plots
-from trainer.run.checkpoint import Checkpoint, Plain
+from trainer.run.checkpoint import Checkpoint, Plain, Saver
 from trainer.run.console import Reporter
 from trainer.run.folder import RunFolder
 from trainer.run.param_stats import ParamStats, ParamStatsRecord
 from trainer.run.progress import EpochRecord, StepRecord
-from trainer.run.saver import Saver
 from trainer.run.state import State
 from trainer.run.summary import Summary, as_numbers, from_numbers, merge_accounts
 from trainer.run.tensorboard import TensorBoard

@@ -11,7 +11,7 @@ import torch
 
 from loader_service.types import EpochAccount
 from trainer.config import RunConfig
-from trainer.data.facts import Facts
+from trainer.data.normalisation import Facts
 from trainer.errors import CheckpointError
 from trainer.model.alexnet import AlexNet
 from trainer.optimizer import PaperSGD

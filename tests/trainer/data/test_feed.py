@@ -15,8 +15,8 @@ from loader_service import LocalNode, defaults, describe
 from loader_service.errors import LoaderServiceError, NoNodeError, PictureError
 from trainer.config import Source
 from trainer.data import feed
-from trainer.data.facts import Facts
 from trainer.data.feed import Feed, Node, load_image, open_source, training_view
+from trainer.data.normalisation import Facts
 from trainer.model.ablation import Ablation
 from trainer.model.presets import PRESETS
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainer.config import RunConfig
-from trainer.data.facts import Facts
+from trainer.data.normalisation import Facts
 from trainer.errors import TrainingDiverged
 from trainer.parallel.world import World
 from trainer.run.divergence import EXPLODED, DivergenceMonitor

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from trainer.config import DEFAULT_RUNS, Source
-from trainer.data.feed import LoaderServiceError, Node, open_source
+from trainer.data.feed import Endpoint, LoaderServiceError, open_source
 from trainer.errors import ConfigError, DeviceError, RunFolderError, TrainerError
 from trainer.evaluation.evaluate import VIEWS, evaluate_runs
 from trainer.evaluation.export import export_run
@@ -65,12 +65,12 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **give
         if folder and not resume and not folder.is_of(launch_id()):
             folder = None  # another's run; to be refused as at the first start
         newest = folder.newest_checkpoint() if folder else None
-        saved = Resume(newest, checkpoint.load(newest)) if newest else None
-        if saved:
-            config = resumed_config(context, saved.saved.plain.config, saved.path, given)
+        resumed = Resume(newest, checkpoint.load(newest)) if newest else None
+        if resumed:
+            config = resumed_config(context, resumed.checkpoint.plain.config, resumed.path, given)
         world = stack.enter_context(join(config.devices, config.towers))
         stop = stack.enter_context(StopRequest())  # not before: a signal ends the search for the others at once
-        _check_shared(world, path, saved)
+        _check_shared(world, path, resumed)
         console = Console(quiet=not world.is_first)
         try:
             node = _open_for_machine(config.source, world, stop, stack)
@@ -80,7 +80,7 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **give
                 folder = folder or RunFolder.create(path, Path(DEFAULT_RUNS))
                 folder.describe(config, launch_id())
                 _say(console, f"Results go to {folder.path}.")
-            summary = train(config, folder or RunFolder(path or Path()), node, console, stop, saved, world)
+            summary = train(config, folder or RunFolder(path or Path()), node, console, stop, resumed, world)
         except Stopped:
             _say(console, "Stopped before training began.")
         else:
@@ -159,7 +159,7 @@ def set_lr(run: Path, rate: float) -> None:
     Later drops of its schedule lower the new rate as they would have lowered the old one.
     """
     with _one_sentence():
-        RunFolder(run).want_rate(rate)
+        RunFolder(run).request_rate(rate)
     click.echo(f"{run} trains at a learning rate of {rate:g} from its next step on.")
 
 
@@ -173,7 +173,7 @@ def export(run: Path, target: Path) -> None:
     click.echo(f"{target} has the network, the mean image to subtract and the names of the classes.")
 
 
-def _open_for_machine(source: Source, world: World, stop: StopRequest, stack: ExitStack) -> Node | None:
+def _open_for_machine(source: Source, world: World, stop: StopRequest, stack: ExitStack) -> Endpoint | None:
     """The node that feeds this process; None in one of tower 1, which its twin feeds.
 
     The first process with tower 0 on each machine finds or starts the node and tells the others on that machine where it
@@ -193,13 +193,13 @@ def _open_for_machine(source: Source, world: World, stop: StopRequest, stack: Ex
         said = world.tell(msgspec.json.encode(node).decode())
     if not world.has_head:
         return None
-    found = msgspec.json.decode(said[openers[0]], type=Node | None)
+    found = msgspec.json.decode(said[openers[0]], type=Endpoint | None)
     if found is None:
         raise Stopped
     return found
 
 
-def _check_shared(world: World, path: Path | None, saved: Resume | None) -> None:
+def _check_shared(world: World, path: Path | None, resumed: Resume | None) -> None:
     """Make sure that several processes work on one run.
 
     Raises:
@@ -210,7 +210,7 @@ def _check_shared(world: World, path: Path | None, saved: Resume | None) -> None
         return
     if path is None:
         raise ConfigError("--run", "", "a folder's name under torchrun: all processes must mean the same one")
-    steps = world.gather([saved.saved.plain.progress.step if saved else -1])
+    steps = world.gather([resumed.checkpoint.plain.progress.step if resumed else -1])
     if any(row != steps[0] for row in steps):
         raise RunFolderError(
             path, "processes see different checkpoints in it; it must be on a disk that all of them share"

@@ -23,8 +23,8 @@ from rich.console import Console
 from torch.nn import functional
 
 from trainer.config import RunConfig
-from trainer.data.feed import Batch, Feed, LoaderServiceError, Node, training_view
-from trainer.data.normalisation import Centre, Windows
+from trainer.data.feed import DeviceBatch, Endpoint, Feed, LoaderServiceError, training_view
+from trainer.data.normalisation import MeanSubtraction, Windows
 from trainer.data.paired_feed import PairedFeed, share_facts
 from trainer.errors import ConfigError
 from trainer.evaluation.evaluate import Member, evaluate
@@ -33,12 +33,12 @@ from trainer.model.flops import TERA, peak_flops, training_flops
 from trainer.model.presets import preset_named
 from trainer.model.rng import DropoutKey
 from trainer.model.speed import deterministic
-from trainer.parallel.devices import too_large
+from trainer.parallel.devices import out_of_memory_error
 from trainer.parallel.world import World
 from trainer.run.console import Reporter
 from trainer.run.divergence import DivergenceMonitor
 from trainer.run.folder import RunFolder
-from trainer.run.progress import EpochRecord, Meter, Tally, Window
+from trainer.run.progress import EpochRecord, LogInterval, Meter, Tally
 from trainer.run.recorder import Recorder
 from trainer.run.state import Resume, State
 from trainer.run.summary import Summary
@@ -50,7 +50,7 @@ _T = TypeVar("_T")
 def train(
     config: RunConfig,
     folder: RunFolder,
-    node: Node | None,
+    node: Endpoint | None,
     console: Console,
     stop: StopRequest,
     resume: Resume | None,
@@ -99,14 +99,16 @@ def train(
                 raise
         if exhausted:
             alone = world.size == 1
-            raise too_large(config.batch_size // world.replicas, world.devices, training.try_batch if alone else None)
+            raise out_of_memory_error(
+                config.batch_size // world.replicas, world.devices, training.try_batch if alone else None
+            )
         recorder.finish()
         return recorder.summarise()
 
 
-def _open_feed(config: RunConfig, node: Node, stop: StopRequest, resume: Resume | None, world: World) -> Feed:
+def _open_feed(config: RunConfig, node: Endpoint, stop: StopRequest, resume: Resume | None, world: World) -> Feed:
     """This replica's part of the training split."""
-    state = resume.saved.plain.loader if resume else None
+    state = resume.checkpoint.plain.loader if resume else None
     with stop.interruptible():
         return Feed(
             node,
@@ -141,7 +143,7 @@ class Training:
         state: State,
         recorder: Recorder,
         folder: RunFolder,
-        node: Node | None,
+        node: Endpoint | None,
         feed: Feed | None,
         world: World,
         reporter: Reporter,
@@ -150,15 +152,15 @@ class Training:
         self._state, self._recorder, self._folder, self._node = state, recorder, folder, node
         self._feed, self._world, self._reporter, self._stop = feed, world, reporter, stop
         self._batches = PairedFeed(feed, world, stop)
-        self._centre = Centre(state.facts.mean, state.model.preset, world.devices)
+        self._subtract_mean = MeanSubtraction(state.facts.mean, state.model.preset, world.devices)
         self._meter = self._new_meter()
         self._divergence = DivergenceMonitor(state, world)
         self._flops = training_flops(
             state.model.sizes, len(state.facts.class_names), state.facts.crop, state.config.ablation.pooling
         )
         self._peak = _peak_of_all(state.config, world)
-        self._window = self._new_window()
-        self._obeyed = 0.0
+        self._interval = self._new_interval()
+        self._applied_rate = 0.0
         state.loader = feed.state() if feed else {}
 
     def run(self) -> None:
@@ -175,13 +177,13 @@ class Training:
             TrainingDiverged: such a checkpoint would only push out good ones.
         """
         self._read_meter()
-        self._recorder.save(is_best, self._obeyed)
+        self._recorder.save(is_best, self._applied_rate)
 
     def try_batch(self, images: int) -> None:
         """A step with that many black images, for what it costs: the weights are of no use afterwards."""
         crop, devices = self._state.facts.crop, self._world.devices
         windows = Windows.centre(images, len(self._state.facts.mean), crop)
-        batch = Batch(
+        batch = DeviceBatch(
             images=tuple(torch.zeros(images, crop, crop, 3, dtype=torch.uint8, device=device) for device in devices),
             windows=windows,
             labels=torch.zeros(images, dtype=torch.int64, device=devices[0]),
@@ -201,8 +203,8 @@ class Training:
         start = self._state.progress.epoch_tally if self._world.is_first else Tally()
         return Meter(self._world.devices[0], start)
 
-    def _new_window(self) -> Window:
-        return Window(self._state.progress, self._flops, self._peak)
+    def _new_interval(self) -> LogInterval:
+        return LogInterval(self._state.progress, self._flops, self._peak)
 
     def _agree(self, action: Callable[[], _T]) -> _T:
         """Do something in every process; if one of them is stopped or loses its node meanwhile, all leave together.
@@ -215,7 +217,7 @@ class Training:
             result = action()
         except (Stopped, LoaderServiceError) as error:
             failure = error
-        leaves = failure is not None or self._stop.by is not None
+        leaves = failure is not None or self._stop.received is not None
         anyone = any(row[0] for row in self._world.gather([leaves]))
         if failure is not None:
             raise failure
@@ -223,15 +225,15 @@ class Training:
             raise Stopped
         return result
 
-    def _obey_hand(self, wanted: float) -> None:
+    def _apply_rate_by_hand(self, wanted: float) -> None:
         """Take over a learning rate that somebody has set by hand meanwhile; 0 if nobody has.
 
         The request goes away only when a checkpoint holds its effect, so that a crash cannot lose it; until then it is
         read at every step, and obeyed at the first.
         """
-        if wanted == self._obeyed:
+        if wanted == self._applied_rate:
             return
-        self._obeyed = wanted
+        self._applied_rate = wanted
         if not wanted:
             return
         state = self._state
@@ -245,14 +247,14 @@ class Training:
         """The steps of an epoch that have not been made yet."""
         state, progress, config = self._state, self._state.progress, self._state.config
         state.model.train()
-        self._window = self._new_window()
+        self._interval = self._new_interval()
         while progress.seen < state.facts.count:
             began_s, waited_s = time.perf_counter(), self._waited_s
             batch = self._agree(lambda: next(self._batches))
             here = len(batch.labels) if self._world.has_head else 0
-            wanted = self._folder.wanted_rate() if self._world.is_first else None
+            wanted = self._folder.requested_rate() if self._world.is_first else None
             said = self._world.gather([here, wanted or 0.0])
-            self._obey_hand(said[0][1])
+            self._apply_rate_by_hand(said[0][1])
             self._step(batch, int(sum(images for images, _ in said)))
             state.loader = self._feed.state() if self._feed else {}
             over = progress.seen == state.facts.count
@@ -263,13 +265,13 @@ class Training:
             progress.trained_s += time.perf_counter() - began_s
             progress.waited_s += self._waited_s - waited_s
             if log_now:
-                self._recorder.step(self._window.close(progress, state.optimizer.lr), self._divergence.layers)
-                self._window = self._new_window()
+                self._recorder.step(self._interval.close(progress, state.optimizer.lr), self._divergence.param_stats)
+                self._interval = self._new_interval()
             if save_now:
                 self.save()
         self._agree(self._stop.check)
 
-    def _step(self, batch: Batch, total: int) -> None:
+    def _step(self, batch: DeviceBatch, total: int) -> None:
         """One update of the weights, by this process's batch and those of the other replicas: ``total`` images."""
         state = self._state
         state.optimizer.set_lr(state.rate)
@@ -282,10 +284,10 @@ class Training:
         state.progress.seen += total
         state.progress.images += total
 
-    def _learn(self, batch: Batch, weight: float) -> None:
+    def _learn(self, batch: DeviceBatch, weight: float) -> None:
         """Forward and backward: gradients of the batch's mean loss, times ``weight``."""
         state = self._state
-        images = self._centre(batch.images, batch.windows)
+        images = self._subtract_mean(batch.images, batch.windows)
         logits = state.model(images, DropoutKey(state.config.seed, state.progress.step, self._world.replica))
         if not self._world.has_head:
             torch.autograd.backward(logits)  # tower 0's process has the loss
@@ -314,7 +316,7 @@ class Training:
         state.schedule = state.schedule.after_epoch(result.top1_error)
         state.history.append(record)
         progress.start_next_epoch()
-        self._meter, self._window = self._new_meter(), self._new_window()
+        self._meter, self._interval = self._new_meter(), self._new_interval()
         self._recorder.epoch(record)
         self.save(is_best)
         if state.schedule.drops > before.drops:
@@ -322,7 +324,7 @@ class Training:
         self._recorder.summarise()
 
     def _validate(self) -> Evaluation:
-        world, member = self._world, Member(self._state.model, self._centre)
+        world, member = self._world, Member(self._state.model, self._subtract_mean)
         if self._node is None:
             return evaluate([member], PairedFeed(None, world, self._stop), world)
         size = self._state.config.batch_size // world.replicas
@@ -343,7 +345,7 @@ class Training:
         progress = self._state.progress
         everyone = self._world.gather(msgspec.structs.astuple(self._meter.read()))
         progress.epoch_tally = Tally(*(sum(column) for column in zip(*everyone, strict=True)))
-        self._divergence.look(self._window.tally(progress), self._recorder.newest)
+        self._divergence.check(self._interval.tally(progress), self._recorder.newest)
 
 
 def _peak_of_all(config: RunConfig, world: World) -> float | None:

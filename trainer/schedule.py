@@ -23,7 +23,7 @@ FACTOR: Final = 0.1
 MAX_DROPS: Final = 3
 """The paper's rate was reduced three times before the end of training."""
 
-_COLDEST: Final = 0.01
+_WARMUP_START: Final = 0.01
 """Share of the rate that a warm-up starts with."""
 
 
@@ -70,7 +70,7 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             epoch: epochs done before it, with the share done of the one under way.
             epochs: how many there will be.
         """
-        return self.lr * self._warmth(epoch) * self._share(epoch, epochs)
+        return self.lr * self._warmup_factor(epoch) * self._decay_factor(epoch, epochs)
 
     def after_epoch(self, error: float) -> Schedule:
         """The schedule for the next epoch, after one that ended at validation error ``error`` (0 to 1)."""
@@ -87,12 +87,12 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def by_hand(self, rate: float, epoch: float, epochs: int) -> Schedule:
         """The schedule whose rate is ``rate`` now, and in proportion later; a warm-up is over."""
-        return msgspec.structs.replace(self, lr=rate / self._share(epoch, epochs), warmup=0.0, stalled=0)
+        return msgspec.structs.replace(self, lr=rate / self._decay_factor(epoch, epochs), warmup=0.0, stalled=0)
 
-    def _warmth(self, epoch: float) -> float:
-        return 1.0 if epoch >= self.warmup else _COLDEST + (1 - _COLDEST) * epoch / self.warmup
+    def _warmup_factor(self, epoch: float) -> float:
+        return 1.0 if epoch >= self.warmup else _WARMUP_START + (1 - _WARMUP_START) * epoch / self.warmup
 
-    def _share(self, epoch: float, epochs: int) -> float:
+    def _decay_factor(self, epoch: float, epochs: int) -> float:
         if self.policy == "step":
             return FACTOR ** sum(epoch >= drop for drop in self.drop_at)
         if self.policy == "cosine":

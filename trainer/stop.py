@@ -26,7 +26,7 @@ class StopRequest:
     """Listens for the signals while used as a context; only in the main thread, as Python asks."""
 
     def __init__(self) -> None:
-        self.by: signal.Signals | None = None
+        self.received: signal.Signals | None = None
         self._waiting = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -49,11 +49,11 @@ class StopRequest:
 
     def check(self) -> None:
         """Raise ``Stopped`` if a signal has come."""
-        if self.by is not None:
+        if self.received is not None:
             raise Stopped
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self.by = signal.Signals(number)
+        self.received = signal.Signals(number)
         self._restore()
         if self._waiting:
             raise Stopped

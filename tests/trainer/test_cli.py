@@ -88,7 +88,7 @@ def test_the_log_tells_steps_and_epochs(run: Path) -> None:
 
 
 def test_evaluate_agrees_with_the_last_validation(node: str, run: Path) -> None:
-    """Centre crop, JSON: the summary's accuracy from the newest checkpoint."""
+    """MeanSubtraction crop, JSON: the summary's accuracy from the newest checkpoint."""
     result = trainer("evaluate", run, "--loader", node, "--batch-size", "32", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)

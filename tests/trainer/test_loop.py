@@ -114,7 +114,7 @@ def test_memory_that_is_too_small_is_said_with_what_would_fit(
 
     monkeypatch.setattr(AlexNet, "forward", forward_if_it_fits)
     monkeypatch.setattr(devices, "peak_bytes", peak)
-    monkeypatch.setattr(devices, "room_bytes", lambda _: 2000)
+    monkeypatch.setattr(devices, "available_bytes", lambda _: 2000)
     result = run(node, tmp_path / "run")
     assert result.exit_code == 5
     assert "too small for a batch of 64 images; about 16 images would fit: try --batch-size 16" in result.stderr

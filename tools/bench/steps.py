@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from tools.bench.turns import deliver
 from trainer.config import Source
-from trainer.data.feed import Batch, Feed, open_source
-from trainer.data.normalisation import Centre, Windows
+from trainer.data.feed import DeviceBatch, Feed, open_source
+from trainer.data.normalisation import MeanSubtraction, Windows
 from trainer.model.alexnet import AlexNet
 from trainer.model.rng import DropoutKey
 from trainer.model.speed import Speed
@@ -53,29 +53,29 @@ def main(batch: int, width: float, device: str, speed: str, data: Path | None, w
             feed = stack.enter_context(Feed(node, "train", "train", batch, (place,), epochs=EPOCHS))
             batches, classes, mean = feed, len(feed.facts.class_names), feed.facts.mean
         model = AlexNet(classes, width, devices=(place,), speed=msgspec.json.decode(speed, type=Speed))
-        step = stepper(model, Centre(mean, model.preset, (place,)))
+        step = stepper(model, MeanSubtraction(mean, model.preset, (place,)))
         deliver(chunks(step, batches, place))
 
 
-def again(batch: Batch) -> Iterator[Batch]:
+def again(batch: DeviceBatch) -> Iterator[DeviceBatch]:
     """Yield the same batch endlessly."""
     while True:
         yield batch
 
 
-def noise(size: int, device: torch.device) -> Batch:
+def noise(size: int, device: torch.device) -> DeviceBatch:
     """Return a batch of random pixels, (size, 224, 224, 3) uint8, and labels, (size,) int64, on ``device``."""
     images = torch.randint(0, 256, (size, CROP, CROP, 3), dtype=torch.uint8).to(device)
     labels = torch.randint(0, CLASSES, (size,)).to(device)
-    return Batch((images,), Windows.centre(size, RECORD, CROP), labels, labels.cpu().numpy(), 0, 1)
+    return DeviceBatch((images,), Windows.centre(size, RECORD, CROP), labels, labels.cpu().numpy(), 0, 1)
 
 
-def stepper(model: AlexNet, centre: Centre) -> Callable[[Batch], int]:
+def stepper(model: AlexNet, centre: MeanSubtraction) -> Callable[[DeviceBatch], int]:
     """Return a function that makes one training step, as ``trainer run`` does but without logs, and returns its images."""
     optimizer = PaperSGD(model.train(), model.preset, lr=1e-4, fused=model.speed.fused_sgd)
     numbers = count()
 
-    def step(batch: Batch) -> int:
+    def step(batch: DeviceBatch) -> int:
         optimizer.zero_grad()
         logits = model(centre(batch.images, batch.windows), DropoutKey(0, next(numbers)))
         torch.autograd.backward(functional.cross_entropy(logits, batch.labels))
@@ -85,7 +85,7 @@ def stepper(model: AlexNet, centre: Centre) -> Callable[[Batch], int]:
     return step
 
 
-def chunks(step: Callable[[Batch], int], batches: Iterator[Batch], device: torch.device) -> Iterator[int]:
+def chunks(step: Callable[[DeviceBatch], int], batches: Iterator[DeviceBatch], device: torch.device) -> Iterator[int]:
     """Yield the images of a few steps at a time, once the device has finished them."""
     while True:
         images = sum(step(next(batches)) for _ in range(STEPS_BETWEEN_READINGS[device.type]))

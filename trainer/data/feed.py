@@ -29,7 +29,7 @@ from trainer.model.ablation import Ablation
 from trainer.model.presets import Preset
 from trainer.parallel.devices import Stager
 
-__all__ = ["Batch", "Feed", "LoaderServiceError", "Node", "load_image", "open_source", "training_view"]
+__all__ = ["DeviceBatch", "Endpoint", "Feed", "LoaderServiceError", "load_image", "open_source", "training_view"]
 
 _PROBE_S: Final = 1.0
 """How long a node at the usual address may take to answer before a private one is started."""
@@ -41,7 +41,7 @@ _PRIVATE_TIMEOUT_S: Final = 60.0
 
 
 @dataclass(frozen=True)
-class Node:
+class Endpoint:
     """A node that serves the trainer.
 
     Fields:
@@ -59,7 +59,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Batch:
+class DeviceBatch:
     """What one step works on.
 
     Fields:
@@ -99,7 +99,7 @@ class Feed:
 
     def __init__(
         self,
-        node: Node,
+        node: Endpoint,
         split: Split,
         view: str | View,
         batch_size: int,
@@ -142,17 +142,17 @@ class Feed:
     ) -> None:
         self._loader.__exit__(kind, error, trace)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[DeviceBatch]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> DeviceBatch:
         began_s = time.perf_counter()
         try:
             batch = next(self._batches)
         finally:
             self.waited_s += time.perf_counter() - began_s
         draws = batch.draws.reshape(-1)
-        return Batch(
+        return DeviceBatch(
             images=self._stager.put(batch.images.reshape(-1, *batch.images.shape[-3:])),
             windows=Windows(draws["y"].astype(np.int64), draws["x"].astype(np.int64), draws["flip"].copy()),
             labels=torch.from_numpy(batch.labels.copy()).to(self._first, non_blocking=True),
@@ -184,22 +184,24 @@ class Feed:
 
 
 @contextmanager
-def open_source(source: Source) -> Iterator[Node]:
+def open_source(source: Source) -> Iterator[Endpoint]:
     """Find a running node or start a private one, for as long as the context lasts."""
     if source.loader is not None:
         about = f"Batches come from the node at {source.loader}."
-        yield Node(source.loader, about, source.timeout_s, source.server_key, source.client_key)
+        yield Endpoint(source.loader, about, source.timeout_s, source.server_key, source.client_key)
     elif source.data is None and _answers(defaults.ADDRESS, source):
         about = f"Batches come from the node that answers at {defaults.ADDRESS}."
-        yield Node(defaults.ADDRESS, about, source.timeout_s, source.server_key, source.client_key)
+        yield Endpoint(defaults.ADDRESS, about, source.timeout_s, source.server_key, source.client_key)
     else:
         data = source.data or defaults.DATA
         workers = f"{source.workers} worker{'s' if source.workers > 1 else ''}"
         with LocalNode(data=data, workers=source.workers) as local:
-            yield Node(local.address, f"Batches come from a private node on {data} with {workers}.", _PRIVATE_TIMEOUT_S)
+            yield Endpoint(
+                local.address, f"Batches come from a private node on {data} with {workers}.", _PRIVATE_TIMEOUT_S
+            )
 
 
-def training_view(preset: Preset, ablation: Ablation, node: Node) -> View:
+def training_view(preset: Preset, ablation: Ablation, node: Endpoint) -> View:
     """The random crops, mirror images and colour jitter of the paper's section 4.1, as preset and variation have it.
 
     Its crop is left to the dataset.

@@ -55,7 +55,7 @@ class Windows:
         return cls(first, first, np.zeros(pictures, np.bool_))
 
 
-class Centre:
+class MeanSubtraction:
     """Subtracts the mean image.
 
     Args:
@@ -70,7 +70,7 @@ class Centre:
         self._means = {device: both.to(device) for device in devices}
 
     def __call__(self, images: Sequence[Tensor], windows: Windows) -> list[Tensor]:
-        """Centre a batch that lies on one or several devices.
+        """MeanSubtraction a batch that lies on one or several devices.
 
         Args:
             images: for each device (P, S, S, 3) uint8, R, G, B.
@@ -79,9 +79,9 @@ class Centre:
         Returns:
             For each device (P, 3, S, S) float32, channels-last.
         """
-        return [self._centre(batch, windows) for batch in images]
+        return [self._on_device(batch, windows) for batch in images]
 
-    def _centre(self, images: Tensor, windows: Windows) -> Tensor:
+    def _on_device(self, images: Tensor, windows: Windows) -> Tensor:
         means = self._means[images.device]
         side, record_side = images.shape[1], means.shape[1]
         if not self._follows_crop:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.data.feed import Batch, Feed
+from trainer.data.feed import DeviceBatch, Feed
 from trainer.data.normalisation import Facts, Windows
 from trainer.parallel.world import Pair, World
 from trainer.stop import Stopped, StopRequest
@@ -55,10 +55,10 @@ class PairedFeed:
         self._feed, self._pair, self._stop = feed, world.pair, stop
         self._device = world.devices[0]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[DeviceBatch]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> DeviceBatch:
         if self._feed is None:
             assert self._pair is not None
             return _receive(self._pair, self._device)
@@ -82,7 +82,7 @@ def _say(pair: Pair, word: _Word, *numbers: int) -> None:
     pair.send(torch.tensor([word, *numbers, *[0] * (4 - len(numbers))]))
 
 
-def _hand_over(pair: Pair, batch: Batch) -> None:
+def _hand_over(pair: Pair, batch: DeviceBatch) -> None:
     (images,) = batch.images
     _say(pair, _Word.BATCH, len(images), images.shape[1], batch.views, batch.epoch)
     if not len(images):
@@ -93,7 +93,7 @@ def _hand_over(pair: Pair, batch: Batch) -> None:
     pair.send(images.contiguous())
 
 
-def _receive(pair: Pair, device: torch.device) -> Batch:
+def _receive(pair: Pair, device: torch.device) -> DeviceBatch:
     word, pictures, side, views, epoch = pair.receive(torch.empty(5, dtype=torch.int64)).tolist()
     if word == _Word.END:
         raise StopIteration
@@ -105,7 +105,7 @@ def _receive(pair: Pair, device: torch.device) -> Batch:
         windows = pair.receive(torch.empty(3, pictures, dtype=torch.int64)).numpy()
         pair.receive(labels)
         pair.receive(images)
-    return Batch(
+    return DeviceBatch(
         images=(images,),
         windows=Windows(windows[0], windows[1], windows[2].astype(np.bool_)),
         labels=labels.to(device),

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.data.feed import Batch, Feed, Node
-from trainer.data.normalisation import Centre, Facts, Windows
+from trainer.data.feed import DeviceBatch, Endpoint, Feed
+from trainer.data.normalisation import Facts, MeanSubtraction, Windows
 from trainer.errors import ConfigError
-from trainer.evaluation.scores import Counter, Evaluation
+from trainer.evaluation.scores import Evaluation, ScoreCounter
 from trainer.model.alexnet import AlexNet
 from trainer.model.speed import REFERENCE
 from trainer.parallel.devices import choose_device
@@ -37,7 +37,7 @@ class Member:
     """One network of those whose outputs are averaged, and how it wants its input centred."""
 
     model: AlexNet
-    centre: Centre
+    subtract_mean: MeanSubtraction
 
     def probabilities(self, images: Sequence[Tensor], windows: Windows, views: int) -> Tensor:
         """Softmax outputs, averaged over the views of each record.
@@ -50,21 +50,21 @@ class Member:
         Returns:
             (B, classes) float32 on the first device.
         """
-        logits: Tensor = self.model(self.centre(images, windows))
+        logits: Tensor = self.model(self.subtract_mean(images, windows))
         if not logits.dim():
             return logits  # of a process without tower 0
         probabilities = functional.softmax(logits.float(), dim=1)
         return probabilities.view(-1, views, probabilities.shape[1]).mean(1)
 
 
-def evaluate(members: Sequence[Member], batches: Iterable[Batch], world: World | None = None) -> Evaluation:
+def evaluate(members: Sequence[Member], batches: Iterable[DeviceBatch], world: World | None = None) -> Evaluation:
     """Run the networks over all batches and compare with the labels.
 
     Of several processes each has its part of the batches; the result is of all of them.
     """
     for member in members:
         member.model.eval()
-    counter = Counter()
+    counter = ScoreCounter()
     with torch.inference_mode():
         for batch in batches:
             if not len(batch.labels):
@@ -77,7 +77,7 @@ def evaluate(members: Sequence[Member], batches: Iterable[Batch], world: World |
 
 
 def evaluate_runs(
-    paths: Sequence[Path], node: Node, views: str, batch_size: int, devices: Sequence[str]
+    paths: Sequence[Path], node: Endpoint, views: str, batch_size: int, devices: Sequence[str]
 ) -> tuple[Evaluation, tuple[str, ...]]:
     """Errors on the validation split of several runs' networks, their outputs averaged.
 
@@ -123,4 +123,4 @@ def load_member(path: Path, device: torch.device) -> tuple[Member, Facts]:
     config, facts = msgspec.structs.replace(saved.plain.config, speed=REFERENCE), saved.facts
     model = build_network(config, facts, (device,))
     restore_weights(model, saved, path)
-    return Member(model.eval(), Centre(facts.mean, model.preset, (device,))), facts
+    return Member(model.eval(), MeanSubtraction(facts.mean, model.preset, (device,))), facts

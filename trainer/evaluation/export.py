@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.errors import RunFolderError
-from trainer.model.alexnet import CONV1_ZEROS, KERNELS, AlexNet
+from trainer.model.alexnet import CONV1_PADDING, KERNELS, AlexNet
 from trainer.model.lrn import local_response_norm
 from trainer.model.speed import REFERENCE
 from trainer.run import checkpoint
@@ -40,7 +40,7 @@ class Grouped(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
-        maps = self._convolve("conv1", functional.pad(images, CONV1_ZEROS))
+        maps = self._convolve("conv1", functional.pad(images, CONV1_PADDING))
         if self._preset.relu_before_lrn1:
             maps = self._pool(self._normalise(self._activate(maps)))
         else:

@@ -55,7 +55,7 @@ class ClassErrors(msgspec.Struct, frozen=True):
     top5_error: float | None
 
 
-class Counter:
+class ScoreCounter:
     """Adds up the outputs of many batches, on their device: nothing waits for it until ``evaluation`` is asked for."""
 
     def __init__(self) -> None:

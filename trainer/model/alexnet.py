@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from trainer.errors import ConfigError
 from trainer.model.ablation import Ablation
-from trainer.model.dropout import halve, keep_half
+from trainer.model.dropout import dropout_mask, halve
 from trainer.model.fused import relu_lrn_pool
 from trainer.model.lrn import local_response_norm
 from trainer.model.presets import Preset, preset_named
@@ -43,7 +43,7 @@ BIASES_OF_ONE: Final = frozenset({"conv2", "conv4", "conv5", "fc6", "fc7"})
 """These biases start at 1, so that ReLUs see positive inputs early (paper section 5); the others, fc8's too, at 0. With
 tanh, which needs no such help, all start at 0."""
 
-NUMBERS: Final = {
+LAYER_NUMBERS: Final = {
     name: n for n, name in enumerate(("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"), 1)
 }
 """A layer's number in the addresses of random words, whether other layers are left out or not."""
@@ -51,11 +51,11 @@ NUMBERS: Final = {
 KERNELS: Final = {"conv1": (11, 4, 0), "conv2": (5, 1, 2), "conv3": (3, 1, 1), "conv4": (3, 1, 1), "conv5": (3, 1, 1)}
 """Side, stride and padding of each convolution."""
 
-CONV1_ZEROS: Final = (0, 3, 0, 3)
+CONV1_PADDING: Final = (0, 3, 0, 3)
 """Columns at the right and rows at the bottom: 224 + 3 gives 55 places for kernels of 11 at stride 4."""
 
 
-POOLINGS: Final = {"overlapping": 3, "plain": 2}
+POOLING_SIDES: Final = {"overlapping": 3, "plain": 2}
 """The side of a pooling's windows, which are two apart."""
 
 
@@ -65,9 +65,9 @@ def pooled_side(crop: int, pooling: str) -> int:
     conv2 to conv5 keep the side of their maps; conv1 and the three poolings shrink it.
     """
     kernel, stride, _ = KERNELS["conv1"]
-    side = (crop + CONV1_ZEROS[1] - kernel) // stride + 1
+    side = (crop + CONV1_PADDING[1] - kernel) // stride + 1
     for _ in range(3):
-        side = (side - POOLINGS[pooling]) // 2 + 1
+        side = (side - POOLING_SIDES[pooling]) // 2 + 1
     return side
 
 
@@ -159,7 +159,7 @@ class Tower(nn.Module):
 
     def lower(self, images: Tensor) -> Tensor:
         """conv1 and conv2: (B, 3, crop, crop) -> (B, C2, S, S); S is 13 for crops of 224, and maps in comments are theirs."""
-        maps = self._layers["conv1"](functional.pad(images, CONV1_ZEROS))  # (B, C1, 55, 55)
+        maps = self._layers["conv1"](functional.pad(images, CONV1_PADDING))  # (B, C1, 55, 55)
         maps = self._shrink(maps, self._preset.relu_before_lrn1)
         if "conv2" not in self._layers:
             return self._pool(maps)
@@ -194,7 +194,7 @@ class Tower(nn.Module):
         if not (self.training and self._ablation.dropout):
             return None
         bias = cast("Tensor", self._layers[name].bias)
-        return keep_half((batch, len(bias)), key, self.index, NUMBERS[name], bias.device)
+        return dropout_mask((batch, len(bias)), key, self.index, LAYER_NUMBERS[name], bias.device)
 
     @property
     def _layers(self) -> dict[str, nn.Module]:
@@ -203,7 +203,7 @@ class Tower(nn.Module):
     def _shrink(self, maps: Tensor, activate_first: bool = True) -> Tensor:
         """Activation, LRN and pooling of conv1 or conv2."""
         if self._fused:
-            return relu_lrn_pool(maps, self._preset.lrn_alpha, POOLINGS[self._ablation.pooling], activate_first)
+            return relu_lrn_pool(maps, self._preset.lrn_alpha, POOLING_SIDES[self._ablation.pooling], activate_first)
         if activate_first:
             return self._pool(self._normalise(self._activate(maps)))
         return self._activate(self._pool(self._normalise(maps)))
@@ -213,7 +213,7 @@ class Tower(nn.Module):
 
     def _pool(self, maps: Tensor) -> Tensor:
         """Overlapping pooling (paper section 3.4): windows of 3, two apart; or plain. Of crops of 224, maps get equally large by both."""
-        return functional.max_pool2d(maps, POOLINGS[self._ablation.pooling], 2)
+        return functional.max_pool2d(maps, POOLING_SIDES[self._ablation.pooling], 2)
 
 
 class AlexNet(nn.Module):
@@ -347,7 +347,7 @@ class AlexNet(nn.Module):
                     continue  # fc8 is the whole net's, the other layers are the towers'
                 std = self.preset.middle_std if name in {"conv3", "conv4", "conv5"} else WEIGHT_STD
                 std *= math.sqrt(full_fan_in[name] / fan_in[name])
-                normal = normal_weights(seed, address, NUMBERS[name], tuple(layer.weight.shape))
+                normal = normal_weights(seed, address, LAYER_NUMBERS[name], tuple(layer.weight.shape))
                 layer.weight.data.copy_(torch.from_numpy(normal) * std)
                 one = name in BIASES_OF_ONE and self.ablation.activation == "relu"
                 layer.bias.data.fill_(1.0 if one else 0.0)

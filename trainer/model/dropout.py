@@ -17,7 +17,9 @@ KEEP: Final = 0.5
 """Probability of keeping a unit, and the factor of every output in use. One fair bit decides, so it is fixed."""
 
 
-def keep_half(shape: tuple[int, int], key: DropoutKey | None, tower: int, layer: int, device: torch.device) -> Tensor:
+def dropout_mask(
+    shape: tuple[int, int], key: DropoutKey | None, tower: int, layer: int, device: torch.device
+) -> Tensor:
     """Which units stay as they are, by chance; the others are set to zero.
 
     Args:

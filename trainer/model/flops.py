@@ -12,7 +12,7 @@ from typing import Final
 
 import torch
 
-from trainer.model.alexnet import CONV1_ZEROS, KERNELS, POOLINGS, Sizes
+from trainer.model.alexnet import CONV1_PADDING, KERNELS, POOLING_SIDES, Sizes
 
 TERA: Final = 1e12
 
@@ -82,7 +82,7 @@ def peak_of(name: str, kind: str) -> float | None:
 def _places(crop: int, pooling: str) -> dict[str, int]:
     """At how many places of an image each convolution's kernels are."""
     kernel, stride, _ = KERNELS["conv1"]
-    conv1 = (crop + CONV1_ZEROS[1] - kernel) // stride + 1
-    conv2 = (conv1 - POOLINGS[pooling]) // 2 + 1
-    upper = (conv2 - POOLINGS[pooling]) // 2 + 1
+    conv1 = (crop + CONV1_PADDING[1] - kernel) // stride + 1
+    conv2 = (conv1 - POOLING_SIDES[pooling]) // 2 + 1
+    upper = (conv2 - POOLING_SIDES[pooling]) // 2 + 1
     return {"conv1": conv1**2, "conv2": conv2**2} | dict.fromkeys(("conv3", "conv4", "conv5"), upper**2)

@@ -119,7 +119,9 @@ class _Stage:
         return self._buffer[: array.nbytes].view(source.dtype).view(source.shape).copy_(source)
 
 
-def too_large(batch: int, devices: Sequence[torch.device], trial: Callable[[int], None] | None) -> DeviceError:
+def out_of_memory_error(
+    batch: int, devices: Sequence[torch.device], trial: Callable[[int], None] | None
+) -> DeviceError:
     """The error for a batch that was too large, with one that would fit.
 
     Args:
@@ -146,7 +148,7 @@ def batch_that_fits(device: torch.device, trial: Callable[[int], None], asked: i
     fixed = few - _TRIALS[0] * for_each
     if for_each <= 0:
         return 0
-    fits = int((_MARGIN * room_bytes(device) - fixed) / for_each)
+    fits = int((_MARGIN * available_bytes(device) - fixed) / for_each)
     return max(0, min(asked - 1, fits // 8 * 8 if fits >= 8 else fits))
 
 
@@ -158,7 +160,7 @@ def peak_bytes(device: torch.device, trial: Callable[[int], None], images: int) 
     return torch.cuda.max_memory_allocated(device)
 
 
-def room_bytes(device: torch.device) -> int:
+def available_bytes(device: torch.device) -> int:
     """What torch may have of ``device``: what it has and what nobody has."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device)

@@ -118,35 +118,35 @@ class BetweenDevices:
         source, target = self._devices[tower], self._devices[reader]
         if source == target:
             return lambda: part
-        trip = _Trip(self._routes[source, target], self._routes[target, source])
-        departed: Tensor = _Depart.apply(part, trip)  # type: ignore[no-untyped-call]
-        return partial(_Arrive.apply, departed, trip)
+        trip = _RoundTrip(self._routes[source, target], self._routes[target, source])
+        departed: Tensor = _StartCopy.apply(part, trip)  # type: ignore[no-untyped-call]
+        return partial(_FinishCopy.apply, departed, trip)
 
 
-class _Trip:
+class _RoundTrip:
     """A part's way to a reader on another device, and its gradient's way home."""
 
     def __init__(self, there: Route, back: Route) -> None:
         self.there, self.back = there, back
-        self._parcel: Parcel | None = None
+        self._parcel: Transfer | None = None
 
-    def put(self, parcel: Parcel) -> Tensor:
+    def put(self, transfer: Transfer) -> Tensor:
         """Keep what has just been sent; returns its tensor, whose numbers are not there yet."""
-        self._parcel = parcel
-        return parcel.tensor
+        self._parcel = transfer
+        return transfer.tensor
 
-    def land(self) -> Tensor:
+    def wait(self) -> Tensor:
         """Wait for what was put, and let go of it: the trip lives as long as its graph."""
-        parcel, self._parcel = self._parcel, None
-        assert parcel is not None, "nothing was sent"
-        return parcel.land()
+        transfer, self._parcel = self._parcel, None
+        assert transfer is not None, "nothing was sent"
+        return transfer.wait()
 
 
-class _OnTrip(FunctionCtx):
-    trip: _Trip
+class _TripContext(FunctionCtx):
+    trip: _RoundTrip
 
 
-class _Depart(torch.autograd.Function):
+class _StartCopy(torch.autograd.Function):
     """The part itself, whose copy sets out. Back, its gradient lands.
 
     Autograd runs a node on the thread and stream of the device where its output lies, what is ready and was made last
@@ -155,33 +155,33 @@ class _Depart(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: _OnTrip, part: Tensor, trip: _Trip) -> Tensor:
+    def forward(ctx: _TripContext, part: Tensor, trip: _RoundTrip) -> Tensor:
         ctx.trip = trip
         trip.put(trip.there.send(part))
         return part.view_as(part)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _OnTrip, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.trip.land()  # it is the gradient
+    def backward(ctx: _TripContext, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.trip.wait()  # it is the gradient
         return gradient, None
 
 
-class _Arrive(torch.autograd.Function):
+class _FinishCopy(torch.autograd.Function):
     """The part's copy on the reader's device, landed. Back, its gradient sets out.
 
-    A gradient should be complete when a node hands it on, since autograd might add others to it. Only ``_Depart`` gets
+    A gradient should be complete when a node hands it on, since autograd might add others to it. Only ``_StartCopy`` gets
     this one, and waits for it.
     """
 
     @staticmethod
-    def forward(ctx: _OnTrip, _departed: Tensor, trip: _Trip) -> Tensor:
+    def forward(ctx: _TripContext, _departed: Tensor, trip: _RoundTrip) -> Tensor:
         ctx.trip = trip
-        return trip.land()
+        return trip.wait()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _OnTrip, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _TripContext, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.trip.put(ctx.trip.back.send(gradient)), None
 
 
@@ -195,15 +195,15 @@ class BetweenProcesses:
         """See ``Exchange``."""
         (mine,) = parts
         if len(readers) == 1 and self._pair.tower != readers[0]:
-            yield _Give.apply(_as_sent(mine), self._pair)  # type: ignore[no-untyped-call]
+            yield _Send.apply(_as_sent(mine), self._pair)  # type: ignore[no-untyped-call]
             return
-        way = _Swap if len(readers) == 2 else _Take
+        way = _Swap if len(readers) == 2 else _Receive
         theirs = _as_maps(way.apply(_as_sent(mine), self._pair))  # type: ignore[no-untyped-call]
         both = [mine, theirs] if self._pair.tower == 0 else [theirs, mine]
         yield torch.cat(both, dim=1)
 
 
-class _Ours(FunctionCtx):
+class _PairContext(FunctionCtx):
     pair: Pair
     shape: torch.Size
 
@@ -212,43 +212,43 @@ class _Swap(torch.autograd.Function):
     """The twin's part for ours; back, our gradient of the twin's part for its gradient of ours."""
 
     @staticmethod
-    def forward(ctx: _Ours, mine: Tensor, pair: Pair) -> Tensor:
+    def forward(ctx: _PairContext, mine: Tensor, pair: Pair) -> Tensor:
         ctx.pair = pair
         return pair.swap(mine.contiguous())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Ours, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _PairContext, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.pair.swap(gradient.contiguous()), None
 
 
-class _Take(torch.autograd.Function):
+class _Receive(torch.autograd.Function):
     """The twin's part; back, its gradient goes to the twin. Our own part only says what it looks like."""
 
     @staticmethod
-    def forward(ctx: _Ours, mine: Tensor, pair: Pair) -> Tensor:
+    def forward(ctx: _PairContext, mine: Tensor, pair: Pair) -> Tensor:
         ctx.pair = pair
         return pair.receive(torch.empty_like(mine, memory_format=torch.contiguous_format))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Ours, gradient: Tensor) -> tuple[None, None]:
+    def backward(ctx: _PairContext, gradient: Tensor) -> tuple[None, None]:
         ctx.pair.send(gradient.contiguous())
         return None, None
 
 
-class _Give(torch.autograd.Function):
+class _Send(torch.autograd.Function):
     """Our part to the twin; back, its gradient comes from the twin."""
 
     @staticmethod
-    def forward(ctx: _Ours, mine: Tensor, pair: Pair) -> Tensor:
+    def forward(ctx: _PairContext, mine: Tensor, pair: Pair) -> Tensor:
         ctx.pair, ctx.shape = pair, mine.shape
         pair.send(mine.contiguous())
         return mine.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Ours, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _PairContext, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.pair.receive(gradient.new_empty(ctx.shape)), None
 
 
@@ -281,7 +281,7 @@ def peer_copies_work(devices: Sequence[torch.device]) -> bool:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Transfer:
     """A tensor on its way.
 
     Fields:
@@ -294,7 +294,7 @@ class Parcel:
     target: torch.device
     arrived: torch.cuda.Event | None = None
 
-    def land(self) -> Tensor:
+    def wait(self) -> Tensor:
         """The copy, for the target's current stream to use: that stream waits, the caller does not."""
         if self.arrived is not None:
             computing = torch.cuda.current_stream(self.target)
@@ -318,19 +318,19 @@ class Route:
             self._sending = torch.cuda.Stream(device=source)  # type: ignore[no-untyped-call]
             self._receiving = torch.cuda.Stream(device=target)  # type: ignore[no-untyped-call]
 
-    def send(self, tensor: Tensor) -> Parcel:
+    def send(self, tensor: Tensor) -> Transfer:
         """Begin to copy a tensor that the source's current stream computes; of its shape, dtype and order of channels.
 
         With a CPU at either end the copy is complete when this returns.
         """
         if not self._between_gpus:
-            return Parcel(tensor.to(self._target), self._target)
+            return Transfer(tensor.to(self._target), self._target)
         self._sending.wait_stream(torch.cuda.current_stream(self._source))
         with torch.cuda.stream(self._sending), torch.cuda.stream(self._receiving):
             copy = self._copy(_packed(tensor))
             arrived = self._receiving.record_event()
         tensor.record_stream(self._sending)
-        return Parcel(copy, self._target, arrived)
+        return Transfer(copy, self._target, arrived)
 
     def _copy(self, packed: Tensor) -> Tensor:
         """Copy on the two streams of this route, which are torch's current ones."""

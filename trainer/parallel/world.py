@@ -50,7 +50,7 @@ _TEXT_BYTES: Final = 1 << 14
 
 
 @contextmanager
-def _talking(what: str) -> Iterator[None]:
+def _communication(what: str) -> Iterator[None]:
     """A block that talks to other processes; PeerLost if one of them is gone."""
     try:
         yield
@@ -69,28 +69,28 @@ class Pair:
     """
 
     tower: int
-    twin: int
+    peer: int
     group: dist.ProcessGroup
 
     def send(self, tensor: Tensor) -> None:
         """Give the twin a contiguous tensor, which it ``receive``s."""
-        with _talking("sending to its twin"):
-            dist.send(tensor, self.twin, self.group)
+        with _communication("sending to its twin"):
+            dist.send(tensor, self.peer, self.group)
 
     def receive(self, room: Tensor) -> Tensor:
         """Fill ``room``, contiguous, with what the twin sends; returns it."""
-        with _talking("waiting for its twin"):
-            dist.recv(room, self.twin, self.group)
+        with _communication("waiting for its twin"):
+            dist.recv(room, self.peer, self.group)
         return room
 
     def swap(self, mine: Tensor) -> Tensor:
         """Give the twin a contiguous tensor and get its own, of the same shape and dtype."""
         theirs = torch.empty_like(mine)
         operations = [
-            dist.P2POp(dist.isend, mine, self.twin, self.group),
-            dist.P2POp(dist.irecv, theirs, self.twin, self.group),
+            dist.P2POp(dist.isend, mine, self.peer, self.group),
+            dist.P2POp(dist.irecv, theirs, self.peer, self.group),
         ]
-        with _talking("swapping with its twin"):
+        with _communication("swapping with its twin"):
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
         return theirs
@@ -141,7 +141,7 @@ class World:
             return [list(numbers)]
         mine = torch.tensor(numbers, dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        with _talking("asking all others"):
+        with _communication("asking all others"):
             dist.all_gather(everyone, mine)
         return [row.tolist() for row in everyone]
 
@@ -161,11 +161,11 @@ class World:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        with _talking("adding up gradients"):
+        with _communication("adding up gradients"):
             for work in [dist.all_reduce(gradient, group=self.data, async_op=True) for gradient in gradients]:
                 work.wait()
 
-    def bring_together(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def merge_towers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of both towers, by name, in the process that ``is_first``; elsewhere just those given.
 
         The towers are alike, so tower 1's tensors have the names and shapes of tower 0's, but for the number.
@@ -202,13 +202,13 @@ def join(asked: Sequence[str], towers: int) -> Iterator[World]:
     device = _own_device(asked)
     if size % towers:
         raise ConfigError("--nproc-per-node", size, f"a multiple of {towers}: one process for each tower of a network")
-    with _talking("looking for the others"):
+    with _communication("looking for the others"):
         store, rank, _ = next(iter(rendezvous("env://", timeout=_GATHERING)))
         store = PrefixStore(_meet(store, rank, size), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_PATIENCE, store=store, rank=rank, world_size=size)
     try:
-        with _talking("looking for the others"):
+        with _communication("looking for the others"):
             mesh = init_device_mesh(device.type, (size // towers, towers), mesh_dim_names=("data", "tower"))
         pair = Pair(rank % towers, rank ^ 1, mesh.get_group("tower")) if towers == 2 else None
         data = mesh.get_group("data") if size > towers else None

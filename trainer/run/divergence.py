@@ -36,10 +36,10 @@ class DivergenceMonitor:
         self._state, self._world = state, world
         self._limit = EXPLODED * math.log(max(2, len(state.facts.class_names)))
         self._step = -1
-        self.layers: dict[str, ParamStats] = {}
+        self.param_stats: dict[str, ParamStats] = {}
         """What the last look saw."""
 
-    def look(self, since: Tally, newest: Callable[[], Path | None]) -> None:
+    def check(self, since: Tally, newest: Callable[[], Path | None]) -> None:
         """Measure every parameter, once a step, and judge.
 
         Args:
@@ -52,10 +52,10 @@ class DivergenceMonitor:
         step = self._state.progress.step
         if step == self._step:
             return
-        before, self.layers = self.layers, measure(self._state.model, self._state.optimizer, self._world)
+        before, self.param_stats = self.param_stats, measure(self._state.model, self._state.optimizer, self._world)
         self._step = step
         loss = since.mean_loss if since.images else 0.0
-        if not all(layer.is_finite for layer in self.layers.values()):
+        if not all(layer.is_finite for layer in self.param_stats.values()):
             loss = math.nan
         if not loss <= self._limit:
-            raise TrainingDiverged(step, loss, suspect(self.layers, before), newest())
+            raise TrainingDiverged(step, loss, suspect(self.param_stats, before), newest())

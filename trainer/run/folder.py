@@ -34,7 +34,7 @@ from trainer.run import checkpoint
 _GIT_TIMEOUT_S: Final = 5
 
 
-class WantedRate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RequestedRate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A learning rate that somebody has set by hand."""
 
     lr: Annotated[float, msgspec.Meta(gt=0, lt=1)]
@@ -107,7 +107,7 @@ class RunFolder:
         saved = checkpoint.saved(self.checkpoints)
         return saved[-1] if saved else None
 
-    def want_rate(self, rate: float) -> None:
+    def request_rate(self, rate: float) -> None:
         """Ask the run to use another learning rate from its next step on, now or when it goes on.
 
         Raises:
@@ -118,10 +118,10 @@ class RunFolder:
             raise RunFolderError(self.path, "no run was started there")
         if not 0 < rate < 1:
             raise ConfigError("RATE", rate, "a number between 0 and 1")
-        _write_json(self.rate, WantedRate(rate))
+        _write_json(self.rate, RequestedRate(rate))
 
-    def wanted_rate(self) -> float | None:
-        """What ``want_rate`` was asked for and nobody has forgotten yet.
+    def requested_rate(self) -> float | None:
+        """What ``request_rate`` was asked for and nobody has forgotten yet.
 
         Raises:
             RunFolderError: something else lies in its place.
@@ -131,13 +131,13 @@ class RunFolder:
         except FileNotFoundError:
             return None
         try:
-            return msgspec.json.decode(content, type=WantedRate).lr
+            return msgspec.json.decode(content, type=RequestedRate).lr
         except msgspec.MsgspecError as error:
             raise RunFolderError(self.path, f"{self.rate.name} is not what trainer set-lr writes ({error})") from error
 
-    def forget_wanted_rate(self, rate: float) -> None:
+    def clear_requested_rate(self, rate: float) -> None:
         """The request for ``rate`` has been obeyed; a newer one stays."""
-        if self.wanted_rate() == rate:
+        if self.requested_rate() == rate:
             self.rate.unlink(missing_ok=True)
 
     def append(self, record: msgspec.Struct | dict[str, Any]) -> None:

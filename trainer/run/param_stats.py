@@ -47,9 +47,9 @@ class ParamStatsRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     parameters: dict[str, tuple[float, float, float]]
 
     @classmethod
-    def of(cls, step: int, layers: Mapping[str, ParamStats]) -> ParamStatsRecord:
+    def of(cls, step: int, stats: Mapping[str, ParamStats]) -> ParamStatsRecord:
         """The line for what ``measure`` gave; four digits tell enough."""
-        rows = {name: (layer.mean_w, layer.mean_dw, layer.ratio) for name, layer in layers.items()}
+        rows = {name: (layer.mean_w, layer.mean_dw, layer.ratio) for name, layer in stats.items()}
         return cls(step, {name: (_short(row[0]), _short(row[1]), _short(row[2])) for name, row in rows.items()})
 
 
@@ -69,17 +69,17 @@ def measure(model: AlexNet, optimizer: PaperSGD, world: World) -> dict[str, Para
     }
 
 
-def suspect(layers: Mapping[str, ParamStats], before: Mapping[str, ParamStats]) -> str | None:
+def suspect(stats: Mapping[str, ParamStats], before: Mapping[str, ParamStats]) -> str | None:
     """The parameter to look at when a training has gone wrong; None if nothing is known.
 
     It is the first whose values are not all numbers, as long as others' are: damage spreads to all within a step or two.
     Else it is the one whose weights the last step changed most, for their size: ``before`` all was damaged, if it is.
     (Biases start at 0, so theirs tells nothing.)
     """
-    bad = [name for name, layer in layers.items() if not layer.is_finite]
-    if bad and len(bad) < len(layers):
+    bad = [name for name, layer in stats.items() if not layer.is_finite]
+    if bad and len(bad) < len(stats):
         return bad[0]
-    known = {name: layer.ratio for name, layer in (before if bad else layers).items() if name.endswith("weight")}
+    known = {name: layer.ratio for name, layer in (before if bad else stats).items() if name.endswith("weight")}
     return max(known, key=lambda name: known[name], default=None)
 
 

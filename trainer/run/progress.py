@@ -114,7 +114,7 @@ class EpochRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     lr: float
 
 
-class Window:
+class LogInterval:
     """The steps since the last line of the log.
 
     Args:

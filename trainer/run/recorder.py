@@ -73,12 +73,12 @@ class Recorder:
         where = {"step": progress.step, "epoch": progress.epoch, "seen": progress.seen}
         self._log({"event": event, "unix_s": time.time(), **where, **more})
 
-    def step(self, record: StepRecord, layers: Mapping[str, ParamStats]) -> None:
+    def step(self, record: StepRecord, stats: Mapping[str, ParamStats]) -> None:
         """Tell of the steps since the last line, and of every parameter."""
         self._log(record)
-        self._log(ParamStatsRecord.of(record.step, layers))
+        self._log(ParamStatsRecord.of(record.step, stats))
         if self._tensorboard:
-            self._tensorboard.step(record, layers)
+            self._tensorboard.step(record, stats)
         self._reporter.step(record)
         self._tell_failure(self._saver.failure())
 
@@ -98,8 +98,8 @@ class Recorder:
                 is forgotten when the checkpoint is on the disk.
         """
         state = self._state
-        model = self._world.bring_together(state.model.state_dict())
-        momentum = self._world.bring_together(state.optimizer.momentum())
+        model = self._world.merge_towers(state.model.state_dict())
+        momentum = self._world.merge_towers(state.optimizer.momentum())
         plain = Plain(
             config=state.config,
             progress=state.progress,
@@ -115,7 +115,7 @@ class Recorder:
         if not self._world.is_first:
             return
         whole = Checkpoint(plain, model, momentum, state.facts.mean, checkpoint.random_states())
-        self._saver.save(whole, is_best, partial(self._folder.forget_wanted_rate, rate_by_hand))
+        self._saver.save(whole, is_best, partial(self._folder.clear_requested_rate, rate_by_hand))
 
     def finish(self) -> Path:
         """Wait until the newest checkpoint is on the disk, and return where it lies.
@@ -134,7 +134,7 @@ class Recorder:
     def summarise(self) -> Summary:
         """Write the summary and the figures of what has been reached so far."""
         state, progress, best = self._state, self._state.progress, self._state.schedule.best
-        kernels = self._world.bring_together(
+        kernels = self._world.merge_towers(
             {name: weights for name, weights in state.model.state_dict().items() if name.endswith("conv1.weight")}
         )
         first = self._world.is_first
@@ -163,7 +163,7 @@ class Recorder:
         progress = self._state.progress
         epochs = range(self._first_epoch, progress.epoch + 1)
         everyone = self._world.gather(as_numbers(self._accounts(), epochs))
-        merged = merge_accounts(self._state.earlier, from_numbers(everyone, epochs))
+        merged = merge_accounts(self._state.earlier_accounts, from_numbers(everyone, epochs))
         return [
             msgspec.structs.replace(account, delivered=progress.seen) if account.epoch == progress.epoch else account
             for account in merged

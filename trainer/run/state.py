@@ -28,7 +28,7 @@ class Resume:
     """A checkpoint to go on from, and where it lies."""
 
     path: Path
-    saved: Checkpoint
+    checkpoint: Checkpoint
 
 
 @dataclass
@@ -42,7 +42,7 @@ class State:
         schedule: of the learning rate.
         progress: counters.
         loader: the position of the first sample that has not been trained on.
-        earlier: the ledger up to where this process began.
+        earlier_accounts: the ledger up to where this process began.
         history: of each epoch ended.
     """
 
@@ -53,7 +53,7 @@ class State:
     schedule: Schedule
     progress: Progress
     loader: dict[str, Any]
-    earlier: list[EpochAccount]
+    earlier_accounts: list[EpochAccount]
     history: list[EpochRecord]
 
     @classmethod
@@ -66,18 +66,23 @@ class State:
         share = Share((world.pair.tower,), BetweenProcesses(world.pair)) if world.pair else None
         model = build_network(config, facts, world.devices, share)
         schedule, progress = config.first_schedule(), Progress()
-        earlier: list[EpochAccount] = []
+        earlier_accounts: list[EpochAccount] = []
         history: list[EpochRecord] = []
         if resume:
-            plain = resume.saved.plain
-            restore_weights(model, resume.saved, resume.path)
-            checkpoint.restore_random_states(resume.saved.random)
-            schedule, progress, earlier, history = plain.schedule, plain.progress, plain.ledger, list(plain.history)
+            plain = resume.checkpoint.plain
+            restore_weights(model, resume.checkpoint, resume.path)
+            checkpoint.restore_random_states(resume.checkpoint.random)
+            schedule, progress, earlier_accounts, history = (
+                plain.schedule,
+                plain.progress,
+                plain.ledger,
+                list(plain.history),
+            )
         optimizer = PaperSGD(model, model.preset, config.lr, config.speed.fused_sgd)
-        state = cls(config, facts, model, optimizer, schedule, progress, {}, earlier, history)
+        state = cls(config, facts, model, optimizer, schedule, progress, {}, earlier_accounts, history)
         optimizer.set_lr(state.rate)
         if resume:
-            optimizer.load_momentum(resume.saved.momentum)
+            optimizer.load_momentum(resume.checkpoint.momentum)
         return state
 
     @property

@@ -29,7 +29,7 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int) -> None:
         self._writer = SummaryWriter(logdir=str(folder), purge_step=step + 1, flush_secs=_FLUSH_S)
 
-    def step(self, record: StepRecord, layers: Mapping[str, ParamStats]) -> None:
+    def step(self, record: StepRecord, stats: Mapping[str, ParamStats]) -> None:
         """The steps since the line before, and each parameter."""
         values: dict[str, float | None] = {
             "train/loss": record.loss,
@@ -39,8 +39,8 @@ class TensorBoard:
             "speed/waiting for data": record.waiting,
             "speed/model FLOP utilisation": record.mfu,
         }
-        for name, layer in layers.items():
-            values |= {f"mean w/{name}": layer.mean_w, f"mean dw/{name}": layer.mean_dw, f"dw by w/{name}": layer.ratio}
+        for name, each in stats.items():
+            values |= {f"mean w/{name}": each.mean_w, f"mean dw/{name}": each.mean_dw, f"dw by w/{name}": each.ratio}
         self._add(values, record.step)
 
     def epoch(self, record: EpochRecord) -> None:

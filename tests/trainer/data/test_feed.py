@@ -15,7 +15,7 @@ from loader_service import LocalNode, defaults, describe
 from loader_service.errors import LoaderServiceError, NoNodeError, PictureError
 from trainer.config import Source
 from trainer.data import feed
-from trainer.data.feed import Feed, Node, load_image, open_source, training_view
+from trainer.data.feed import Endpoint, Feed, load_image, open_source, training_view
 from trainer.data.normalisation import Facts
 from trainer.model.ablation import Ablation
 from trainer.model.presets import PRESETS
@@ -30,7 +30,7 @@ def ids_of(batches: Feed) -> list[int]:
 
 def test_batches_are_tensors(node: str) -> None:
     """uint8 pixels, the labels of their records, where they were cut, and the facts of the dataset."""
-    with Feed(Node(node, ""), "train", "train", 32, (*CPU, *CPU)) as batches:
+    with Feed(Endpoint(node, ""), "train", "train", 32, (*CPU, *CPU)) as batches:
         batch = next(batches)
         assert [images.shape for images in batch.images] == [(32, 224, 224, 3)] * 2
         assert batch.images[0].dtype == torch.uint8
@@ -44,7 +44,7 @@ def test_batches_are_tensors(node: str) -> None:
 
 def test_ten_crops_follow_each_other(node: str) -> None:
     """Ten pictures of a record, then the next one's; one label for each record."""
-    with Feed(Node(node, ""), "val", "ten-crop", 4, CPU) as batches:
+    with Feed(Endpoint(node, ""), "val", "ten-crop", 4, CPU) as batches:
         batch = next(batches)
     assert batch.views == 10
     assert batch.images[0].shape == (40, 224, 224, 3)
@@ -54,10 +54,10 @@ def test_ten_crops_follow_each_other(node: str) -> None:
 
 def test_a_feed_goes_on_where_another_was_left(node: str) -> None:
     """What was handed out and what a second feed hands out are together each sample once, in both epochs."""
-    with Feed(Node(node, ""), "train", "train", 32, CPU, seed=3, epochs=2) as batches:
+    with Feed(Endpoint(node, ""), "train", "train", 32, CPU, seed=3, epochs=2) as batches:
         first = [int(number) for _ in range(4) for number in next(batches).ids]
         state = batches.state()
-    with Feed(Node(node, ""), "train", "train", 16, CPU, seed=3, epochs=2, state=state) as batches:
+    with Feed(Endpoint(node, ""), "train", "train", 16, CPU, seed=3, epochs=2, state=state) as batches:
         rest = ids_of(batches)
         accounts = batches.accounts()
     together = first + rest
@@ -68,17 +68,17 @@ def test_a_feed_goes_on_where_another_was_left(node: str) -> None:
 def test_original_jitter_is_by_standard_deviation(node: str) -> None:
     """The basis is 255 x eigenvector x sqrt(eigenvalue), column by column; the paper's is the loader's default."""
     facts = describe(node)
-    basis = np.array(training_view(PRESETS["original"], Ablation(), Node(node, "")).basis).reshape(3, 3)
+    basis = np.array(training_view(PRESETS["original"], Ablation(), Endpoint(node, "")).basis).reshape(3, 3)
     np.testing.assert_allclose(basis, 255 * facts.eigenvectors * np.sqrt(facts.eigenvalues)[None, :])
-    assert training_view(PRESETS["paper"], Ablation(), Node(node, "")).basis == ()
+    assert training_view(PRESETS["paper"], Ablation(), Endpoint(node, "")).basis == ()
 
 
 def test_augmentations_can_be_switched_off(node: str) -> None:
     """Jitter, mirror images and crops, each; without crops the centre comes, in shuffled order."""
     plain = {"jitter": False, "flips": False}
     for ablation in (Ablation(jitter=False), Ablation(**plain), Ablation(**plain, crops=False)):
-        view = training_view(PRESETS["original"], ablation, Node(node, ""))
-        with Feed(Node(node, ""), "train", view, 32, CPU) as batches:
+        view = training_view(PRESETS["original"], ablation, Endpoint(node, ""))
+        with Feed(Endpoint(node, ""), "train", view, 32, CPU) as batches:
             batch = next(batches)
         assert view.jitter == 0
         assert batch.windows.flip.any() == ablation.flips
@@ -89,7 +89,7 @@ def test_augmentations_can_be_switched_off(node: str) -> None:
 def test_a_named_loader_is_used(node: str) -> None:
     """Without asking whether it is there: it may come later."""
     with open_source(Source(loader="tcp://127.0.0.1:1")) as used:
-        assert used == Node("tcp://127.0.0.1:1", "Batches come from the node at tcp://127.0.0.1:1.", timeout_s=None)
+        assert used == Endpoint("tcp://127.0.0.1:1", "Batches come from the node at tcp://127.0.0.1:1.", timeout_s=None)
 
 
 def test_keys_reach_the_named_loader(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_node_at_the_usual_address_is_used(node: str, monkeypatch: pytest.Monk
     """With neither --loader nor --data, if it answers."""
     monkeypatch.setattr(defaults, "ADDRESS", node)
     with open_source(Source()) as used:
-        assert used == Node(node, f"Batches come from the node that answers at {node}.", timeout_s=None)
+        assert used == Endpoint(node, f"Batches come from the node that answers at {node}.", timeout_s=None)
 
 
 def test_keys_reach_the_node_at_the_usual_address(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trainer.data import normalisation
-from trainer.data.normalisation import Centre, Windows
+from trainer.data.normalisation import MeanSubtraction, Windows
 from trainer.model.presets import PRESETS
 
 CPU = torch.device("cpu")
@@ -39,20 +39,22 @@ def test_paper_subtracts_the_crops_own_window(mean: np.ndarray, windows: Windows
         y, x = windows.y[i], windows.x[i]
         crop = mean[y : y + 224, x : x + 224]
         pixels[i] = (crop[:, ::-1] if windows.flip[i] else crop).round().astype(np.uint8)
-    (centred,) = Centre(torch.from_numpy(mean), PRESETS["paper"], (CPU,))((torch.from_numpy(pixels),), windows)
+    (centred,) = MeanSubtraction(torch.from_numpy(mean), PRESETS["paper"], (CPU,))((torch.from_numpy(pixels),), windows)
     assert centred.abs().max() <= 0.5
 
 
 def test_original_subtracts_the_centre(mean: np.ndarray, windows: Windows, pixels: np.ndarray) -> None:
     """Wherever the crop was cut."""
-    (centred,) = Centre(torch.from_numpy(mean), PRESETS["original"], (CPU,))((torch.from_numpy(pixels),), windows)
+    (centred,) = MeanSubtraction(torch.from_numpy(mean), PRESETS["original"], (CPU,))(
+        (torch.from_numpy(pixels),), windows
+    )
     expected = (pixels.astype(np.float32) - mean[16:240, 16:240]).transpose(0, 3, 1, 2)
     assert np.array_equal(centred.numpy(), expected)
 
 
 def test_output_is_channels_last_float32(mean: np.ndarray, windows: Windows, pixels: np.ndarray) -> None:
     """The layout that convolutions want, without another copy."""
-    (centred,) = Centre(torch.from_numpy(mean), PRESETS["paper"], (CPU,))((torch.from_numpy(pixels),), windows)
+    (centred,) = MeanSubtraction(torch.from_numpy(mean), PRESETS["paper"], (CPU,))((torch.from_numpy(pixels),), windows)
     assert centred.shape == (PICTURES, 3, 224, 224)
     assert centred.dtype == torch.float32
     assert centred.is_contiguous(memory_format=torch.channels_last)

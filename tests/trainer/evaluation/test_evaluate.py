@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.data.feed import Batch
-from trainer.data.normalisation import Centre, Windows
+from trainer.data.feed import DeviceBatch
+from trainer.data.normalisation import MeanSubtraction, Windows
 from trainer.evaluation.evaluate import Member, evaluate
 from trainer.model.presets import PRESETS
 
@@ -31,13 +31,15 @@ class Fixed(nn.Module):
 
 
 def member(logits: list[list[float]]) -> Member:
-    return Member(Fixed(logits), Centre(torch.zeros(256, 256, 3), PRESETS["paper"], (CPU,)))  # type: ignore[arg-type]
+    return Member(Fixed(logits), MeanSubtraction(torch.zeros(256, 256, 3), PRESETS["paper"], (CPU,)))  # type: ignore[arg-type]
 
 
-def batch(labels: list[int], views: int = 1) -> Batch:
+def batch(labels: list[int], views: int = 1) -> DeviceBatch:
     pictures = len(labels) * views
     pixels = torch.zeros(pictures, 224, 224, 3, dtype=torch.uint8)
-    return Batch((pixels,), Windows.centre(pictures, 256, 224), torch.tensor(labels), np.arange(len(labels)), 0, views)
+    return DeviceBatch(
+        (pixels,), Windows.centre(pictures, 256, 224), torch.tensor(labels), np.arange(len(labels)), 0, views
+    )
 
 
 def log(probabilities: list[float]) -> list[float]:

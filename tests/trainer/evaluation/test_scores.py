@@ -7,14 +7,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from trainer.evaluation.scores import Counter, Evaluation, class_errors, tables
+from trainer.evaluation.scores import Evaluation, ScoreCounter, class_errors, tables
 
 
 def guesses(classes: int, labels: list[int], best: list[int]) -> Evaluation:
     """Each picture's best guess gets most, the classes after it (in a ring) less and less."""
     rank = (np.arange(classes)[None, :] - np.array(best)[:, None]) % classes
     probabilities = torch.from_numpy(np.float32(1) / (1 + rank.astype(np.float32)))
-    counter = Counter()
+    counter = ScoreCounter()
     counter.add(probabilities[:2], torch.tensor(labels[:2]))
     counter.add(probabilities[2:], torch.tensor(labels[2:]))
     return counter.evaluation(None)
@@ -42,7 +42,7 @@ def test_errors_of_each_class() -> None:
 
 def test_nothing_evaluated_is_no_error() -> None:
     """An empty split divides by no zero."""
-    assert Counter().evaluation(None).images == 0
+    assert ScoreCounter().evaluation(None).images == 0
 
 
 def shown(result: Evaluation, names: list[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from trainer.errors import ConfigError, DeviceError
 from trainer.parallel import devices
-from trainer.parallel.devices import Stager, choose_devices, too_large
+from trainer.parallel.devices import Stager, choose_devices, out_of_memory_error
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MIB = 1 << 20
@@ -68,7 +68,7 @@ def test_the_cpu_gets_no_copy() -> None:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One with 1,000 MiB, on which a network takes 100 MiB and each image 2."""
-    monkeypatch.setattr(devices, "room_bytes", lambda _: 1000 * MIB)
+    monkeypatch.setattr(devices, "available_bytes", lambda _: 1000 * MIB)
 
     def peak(_: torch.device, trial: Callable[[int], None], images: int) -> int:
         trial(images)
@@ -81,7 +81,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_batch_that_fits_is_named() -> None:
     """By two small steps: 90 % of 1,000 MiB, less 100, at 2 for each image."""
     tried: list[int] = []
-    error = too_large(4096, [GPU, GPU], tried.append)
+    error = out_of_memory_error(4096, [GPU, GPU], tried.append)
     assert "cuda:0 cannot be used: its memory is too small for a batch of 4096 images" in str(error)
     assert "about 400 images would fit: try --batch-size 400" in str(error)
     assert len(tried) == 2
@@ -90,7 +90,7 @@ def test_a_batch_that_fits_is_named() -> None:
 @pytest.mark.usefixtures("gpu")
 def test_what_failed_is_not_recommended() -> None:
     """However much room there seems to be."""
-    assert "about 255 images" in str(too_large(256, [GPU], lambda _: None))
+    assert "about 255 images" in str(out_of_memory_error(256, [GPU], lambda _: None))
 
 
 @pytest.mark.usefixtures("gpu")
@@ -101,6 +101,6 @@ def test_a_network_that_does_not_fit_at_all() -> None:
         raise torch.cuda.OutOfMemoryError
 
     for trial in (fails, None):
-        error = too_large(256, [GPU], trial)
+        error = out_of_memory_error(256, [GPU], trial)
         assert "try a smaller --batch-size" in str(error)
         assert "would fit" not in str(error)

@@ -195,24 +195,24 @@ def meet(request: pytest.FixtureRequest, gpus: PretendedGpus, monkeypatch: pytes
 @pytest.mark.parametrize("given", [torch.arange(6.0), MAPS[:, :3], LAST[:, :3]], ids=["units", "maps", "channels-last"])
 def test_a_copy_lands_when_it_is_waited_for(gpus: PretendedGpus, given: Tensor, through_host: bool) -> None:
     """Not sooner; in one piece and the given order; the memory at both ends is kept for the second stream that uses it."""
-    parcel = Route(*GPUS, through_host).send(given)
-    assert parcel.tensor.isnan().all()
-    assert torch.equal(parcel.land(), given)
-    assert parcel.tensor.dim() == 1 or (parcel.tensor.stride(1) == 1) == (given.stride(1) == 1)
+    transfer = Route(*GPUS, through_host).send(given)
+    assert transfer.tensor.isnan().all()
+    assert torch.equal(transfer.wait(), given)
+    assert transfer.tensor.dim() == 1 or (transfer.tensor.stride(1) == 1) == (given.stride(1) == 1)
     streams = {
-        end: {stream for what, stream in gpus.recorded if what == address(end)} for end in (given, parcel.tensor)
+        end: {stream for what, stream in gpus.recorded if what == address(end)} for end in (given, transfer.tensor)
     }
     assert [stream.device for stream in streams[given] - set(gpus.computing.values())] == [GPUS[0]]
-    assert gpus.computing[GPUS[1]] in streams[parcel.tensor]
+    assert gpus.computing[GPUS[1]] in streams[transfer.tensor]
 
 
 def test_a_copy_is_waited_for_alone(gpus: PretendedGpus) -> None:
     """Whoever uses the first copy does not wait for the second, which may hang on much more computation."""
     route = Route(*GPUS)
     first, second = route.send(torch.zeros(2)), route.send(torch.ones(2))
-    first.land()
+    first.wait()
     assert gpus.log == ["0>1", "0>1", "0>1 used"]
-    assert torch.equal(second.land(), torch.ones(2))
+    assert torch.equal(second.wait(), torch.ones(2))
 
 
 @pytest.mark.parametrize("ends", [(CPU, torch.device("cpu", 0)), (GPUS[0], CPU), (CPU, GPUS[0])], ids=str)

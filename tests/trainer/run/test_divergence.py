@@ -28,11 +28,11 @@ def training() -> State:
 def test_a_loss_far_above_guessing_has_exploded() -> None:
     """Up to the limit nothing is said; beyond it step, layer and checkpoint are."""
     state = training()
-    watch = DivergenceMonitor(state, ALONE)
-    watch.look(Tally(loss=10 * EXPLODED * GUESSING * 0.99, wrong=0, images=10), lambda: None)
+    monitor = DivergenceMonitor(state, ALONE)
+    monitor.check(Tally(loss=10 * EXPLODED * GUESSING * 0.99, wrong=0, images=10), lambda: None)
     state.progress.step = 7
     with pytest.raises(TrainingDiverged) as caught:
-        watch.look(Tally(loss=10 * EXPLODED * GUESSING * 1.01, wrong=0, images=10), lambda: Path("last.pt"))
+        monitor.check(Tally(loss=10 * EXPLODED * GUESSING * 1.01, wrong=0, images=10), lambda: Path("last.pt"))
     assert (caught.value.step, caught.value.checkpoint) == (7, Path("last.pt"))
     assert caught.value.layer in dict(state.model.named_parameters())
     assert "exploded to 11.1 at step 7" in str(caught.value)
@@ -42,7 +42,7 @@ def test_a_loss_far_above_guessing_has_exploded() -> None:
 def test_a_loss_that_is_no_number() -> None:
     """Whatever the weights are."""
     with pytest.raises(TrainingDiverged, match="the loss stopped being a number at step 0"):
-        DivergenceMonitor(training(), ALONE).look(Tally(loss=math.nan, wrong=0, images=10), lambda: None)
+        DivergenceMonitor(training(), ALONE).check(Tally(loss=math.nan, wrong=0, images=10), lambda: None)
 
 
 def test_a_weight_that_is_no_number_is_named() -> None:
@@ -51,11 +51,11 @@ def test_a_weight_that_is_no_number_is_named() -> None:
     with torch.no_grad():
         state.model.get_parameter("towers.1.conv3.weight")[0, 0, 0, 0] = math.inf
     with pytest.raises(TrainingDiverged, match=r"towers\.1\.conv3\.weight being the first layer to look at"):
-        DivergenceMonitor(state, ALONE).look(Tally(), lambda: None)
+        DivergenceMonitor(state, ALONE).check(Tally(), lambda: None)
 
 
 def test_a_training_of_no_steps_is_sound() -> None:
     """No images have no loss, and that is no reason to worry."""
-    watch = DivergenceMonitor(training(), ALONE)
-    watch.look(Tally(), lambda: None)
-    assert watch.layers["towers.0.conv1.weight"].mean_w > 0
+    monitor = DivergenceMonitor(training(), ALONE)
+    monitor.check(Tally(), lambda: None)
+    assert monitor.param_stats["towers.0.conv1.weight"].mean_w > 0

@@ -27,11 +27,11 @@ def test_they_are_what_the_step_did(preset: str) -> None:
             parameter.grad = torch.full_like(parameter, 1.0 + number)
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         optimizer.step()
-        layers = measure(model, optimizer, ALONE)
-        assert list(layers) == list(before)
+        stats = measure(model, optimizer, ALONE)
+        assert list(stats) == list(before)
         for name, parameter in model.named_parameters():
-            assert layers[name].mean_w == pytest.approx(float(parameter.detach().abs().mean()), rel=1e-4)
-            assert layers[name].mean_dw == pytest.approx(
+            assert stats[name].mean_w == pytest.approx(float(parameter.detach().abs().mean()), rel=1e-4)
+            assert stats[name].mean_dw == pytest.approx(
                 float((parameter.detach() - before[name]).abs().mean()), rel=1e-3
             )
 
@@ -39,8 +39,8 @@ def test_they_are_what_the_step_did(preset: str) -> None:
 def test_before_the_first_step_nothing_has_moved() -> None:
     """There is no momentum yet."""
     model = AlexNet(3, 0.05)
-    layers = measure(model, PaperSGD(model, PRESETS["paper"], 0.01), ALONE)
-    assert {layer.mean_dw for layer in layers.values()} == {0.0}
+    stats = measure(model, PaperSGD(model, PRESETS["paper"], 0.01), ALONE)
+    assert {layer.mean_dw for layer in stats.values()} == {0.0}
 
 
 def test_the_first_broken_layer_is_suspected() -> None:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from trainer.run.progress import Meter, Progress, Tally, Window
+from trainer.run.progress import LogInterval, Meter, Progress, Tally
 
 
 def test_meter_adds_up_losses_and_errors() -> None:
@@ -46,10 +46,10 @@ def test_shares_of_time() -> None:
 def test_a_window_is_what_happened_since_it_was_opened() -> None:
     """Means over its images, speed, the share of its time that was waiting, and of the devices' peak that was used."""
     progress = Progress(step=4, seen=40, epoch_tally=Tally(40.0, 30.0, 40.0), trained_s=10.0, waited_s=5.0)
-    window = Window(progress, flops=1000, peak=100_000.0)
+    interval = LogInterval(progress, flops=1000, peak=100_000.0)
     progress.step, progress.seen, progress.epoch_tally = 6, 60, Tally(80.0, 40.0, 60.0)
     progress.trained_s, progress.waited_s = 12.0, 5.5
-    record = window.close(progress, 0.01)
+    record = interval.close(progress, 0.01)
     assert (record.loss, record.error, record.images_per_s) == (2.0, 0.5, 10.0)
     assert (record.waiting, record.mfu) == (0.25, 0.1)
-    assert Window(progress, flops=1000, peak=None).close(progress, 0.01).mfu is None
+    assert LogInterval(progress, flops=1000, peak=None).close(progress, 0.01).mfu is None

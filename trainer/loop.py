@@ -17,13 +17,12 @@ from contextlib import ExitStack
 from typing import TypeVar
 
 import msgspec
-import numpy as np
 import torch
 from rich.console import Console
 from torch.nn import functional
 
 from trainer.config import RunConfig
-from trainer.data.feed import DeviceBatch, Endpoint, Feed, LoaderServiceError, training_view
+from trainer.data.feed import Endpoint, Feed, LoaderServiceError, training_view
 from trainer.data.normalisation import MeanSubtraction, Windows
 from trainer.data.paired_feed import PairedFeed, share_facts
 from trainer.errors import ConfigError
@@ -180,19 +179,19 @@ class Training:
         self._recorder.save(is_best, self._applied_rate)
 
     def try_batch(self, images: int) -> None:
-        """A step with that many black images, for what it costs: the weights are of no use afterwards."""
-        crop, devices = self._state.facts.crop, self._world.devices
-        windows = Windows.centre(images, len(self._state.facts.mean), crop)
-        batch = DeviceBatch(
-            images=tuple(torch.zeros(images, crop, crop, 3, dtype=torch.uint8, device=device) for device in devices),
-            windows=windows,
-            labels=torch.zeros(images, dtype=torch.int64, device=devices[0]),
-            ids=np.zeros(images, np.int64),
-            epoch=0,
-            views=1,
-        )
-        self._state.model.train()
-        self._step(batch, images)
+        """Compute and apply the gradients of ``images`` black images, for the memory that it takes.
+
+        It spoils the weights. Call it in a run of one process, which has all towers.
+        """
+        state, devices, crop = self._state, self._world.devices, self._state.facts.crop
+        pixels = [torch.zeros(images, crop, crop, 3, dtype=torch.uint8, device=device) for device in devices]
+        windows = Windows.centre(images, len(state.facts.mean), crop)
+        labels = torch.zeros(images, dtype=torch.int64, device=devices[0])
+        state.model.train()
+        state.optimizer.zero_grad()
+        logits = state.model(self._subtract_mean(pixels, windows), DropoutKey(state.config.seed, state.progress.step))
+        torch.autograd.backward(functional.cross_entropy(logits, labels))
+        state.optimizer.step()  # the first step allocates the momentum
 
     @property
     def _waited_s(self) -> float:
@@ -244,57 +243,73 @@ class Training:
         self.save()
 
     def _train_epoch(self) -> None:
-        """The steps of an epoch that have not been made yet."""
-        state, progress, config = self._state, self._state.progress, self._state.config
-        state.model.train()
+        """Make the steps of this epoch that have not been made yet."""
+        self._state.model.train()
         self._interval = self._new_interval()
-        while progress.seen < state.facts.count:
-            began_s, waited_s = time.perf_counter(), self._waited_s
-            batch = self._agree(lambda: next(self._batches))
-            here = len(batch.labels) if self._world.has_head else 0
-            wanted = self._folder.requested_rate() if self._world.is_first else None
-            said = self._world.gather([here, wanted or 0.0])
-            self._apply_rate_by_hand(said[0][1])
-            self._step(batch, int(sum(images for images, _ in said)))
-            state.loader = self._feed.state() if self._feed else {}
-            over = progress.seen == state.facts.count
-            log_now = over or progress.step % config.log_every == 0
-            save_now = not over and config.checkpoint_every > 0 and progress.step % config.checkpoint_every == 0
-            if log_now or save_now:
-                self._read_meter()  # before the clock: what the device still had to do is part of the steps' time
-            progress.trained_s += time.perf_counter() - began_s
-            progress.waited_s += self._waited_s - waited_s
-            if log_now:
-                self._recorder.step(self._interval.close(progress, state.optimizer.lr), self._divergence.param_stats)
-                self._interval = self._new_interval()
-            if save_now:
-                self.save()
+        while self._state.progress.seen < self._state.facts.count:
+            self._train_step()
         self._agree(self._stop.check)
 
-    def _step(self, batch: DeviceBatch, total: int) -> None:
-        """One update of the weights, by this process's batch and those of the other replicas: ``total`` images."""
-        state = self._state
+    def _train_step(self) -> None:
+        """Make one whole step, from the batch to the decision on log and checkpoint.
+
+        Shapes: B images in this process's batch, M in the update of all replicas, S the side of a crop in pixels.
+        """
+        state, world, config, progress = self._state, self._world, self._state.config, self._state.progress
+        began_s, waited_before_s = time.perf_counter(), self._waited_s
+
+        # Fetch the batch: for each device (B, S, S, 3) uint8. All processes leave here together if one of them was
+        # stopped or lost its node, before any of them enters a collective of NCCL.
+        batch = self._agree(lambda: next(self._batches))
+
+        # Agree with the other processes. A pair of processes shares one batch, so only tower 0's process counts it.
+        # Rank 0 reads the learning rate set by hand, because the others could read the file a moment later.
+        images_here = len(batch.labels) if world.has_head else 0
+        rate_by_hand = self._folder.requested_rate() if world.is_first else None
+        rows = world.gather([images_here, rate_by_hand or 0.0])  # [images, rate] of each rank
+        images_total = int(sum(images for images, _ in rows))  # M: 128 in the paper, fewer at an epoch's end
+        self._apply_rate_by_hand(rows[0][1])
+
+        # Learning rate: it may change with every step, by warm-up or cosine.
         state.optimizer.set_lr(state.rate)
         state.optimizer.zero_grad()
-        if len(batch.labels):  # a replica's share of a short last batch may be empty
-            self._learn(batch, len(batch.labels) / total)
-        self._world.add_gradients(state.model)
-        state.optimizer.step()
-        state.progress.step += 1
-        state.progress.seen += total
-        state.progress.images += total
 
-    def _learn(self, batch: DeviceBatch, weight: float) -> None:
-        """Forward and backward: gradients of the batch's mean loss, times ``weight``."""
-        state = self._state
-        images = self._subtract_mean(batch.images, batch.windows)
-        logits = state.model(images, DropoutKey(state.config.seed, state.progress.step, self._world.replica))
-        if not self._world.has_head:
-            torch.autograd.backward(logits)  # tower 0's process has the loss
-            return
-        loss = functional.cross_entropy(logits, batch.labels)
-        torch.autograd.backward(loss * weight)
-        self._meter.add(loss, logits, batch.labels)
+        # A replica's part of a short last batch may be empty; that process only takes part in the exchange.
+        if len(batch.labels):
+            images = self._subtract_mean(batch.images, batch.windows)  # for each device (B, 3, S, S) float32
+            dropout = DropoutKey(config.seed, progress.step, world.replica)
+            logits = state.model(images, dropout)  # (B, classes) float32; a zero, (), where fc8 lives elsewhere
+            if world.has_head:
+                loss = functional.cross_entropy(logits, batch.labels)  # (), mean over B
+                # Replicas' gradients are added, so B / M makes their sum the gradient of the mean over all M images.
+                torch.autograd.backward(loss * (len(batch.labels) / images_total))
+                self._meter.add(loss, logits, batch.labels)  # stays on the device: nothing waits for it here
+            else:
+                torch.autograd.backward(logits)  # the gradient comes from tower 0's process
+
+        # Exchange gradients between replicas, then update: v <- .9 v - .0005 lr w - lr g; w <- w + v (paper section 5).
+        world.add_gradients(state.model)
+        state.optimizer.step()
+
+        # Count. Only now does the loader's position move: a checkpoint never counts an image without its update.
+        progress.step += 1
+        progress.seen += images_total
+        progress.images += images_total
+        state.loader = self._feed.state() if self._feed else {}
+
+        # Decide on log and checkpoint. The end of an epoch has its own checkpoint, after the validation.
+        is_last = progress.seen == state.facts.count
+        log_now = is_last or progress.step % config.log_every == 0
+        save_now = not is_last and config.checkpoint_every > 0 and progress.step % config.checkpoint_every == 0
+        if log_now or save_now:
+            self._read_meter()  # waits for the device, whose queued work belongs to the time of these steps
+        progress.trained_s += time.perf_counter() - began_s
+        progress.waited_s += self._waited_s - waited_before_s
+        if log_now:
+            self._recorder.step(self._interval.close(progress, state.optimizer.lr), self._divergence.param_stats)
+            self._interval = self._new_interval()
+        if save_now:
+            self.save()
 
     def _end_epoch(self) -> None:
         """Validate, let the schedule decide on the learning rate, and save."""

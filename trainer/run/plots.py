@@ -5,13 +5,11 @@ The kernels go through Pillow; the others are written as SVG by hand, so that no
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Final
-from xml.sax.saxutils import escape
 
 import msgspec
 import numpy as np
@@ -19,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
 
+from trainer.run import svg
 from trainer.run.folder import RunFolder, write_atomically
 from trainer.run.progress import EpochRecord, StepRecord
 
@@ -114,37 +113,28 @@ def learning_curves(steps: Sequence[StepRecord], epochs: Sequence[EpochRecord]) 
         Curve("validation, top-5", "#1f77b4", [(r.step, r.val_top5_error) for r in epochs]),
     ]
     panel_width, panel_height = _PANEL_PX[0] + 2 * _MARGIN_PX, _PANEL_PX[1] + 2 * _MARGIN_PX
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * panel_width}" height="{panel_height}" '
-        'font-family="sans-serif" font-size="12">\n'
-        f'<rect width="100%" height="100%" fill="white"/>\n{_panel("loss", loss, 0)}{_panel("error", error, panel_width)}'
-        "</svg>\n"
-    )
+    return svg.document(2 * panel_width, panel_height, [_panel("loss", loss, 0), _panel("error", error, panel_width)])
 
 
 def _panel(title: str, curves: Iterable[Curve], left: int) -> str:
-    """One diagram: axes from 0 to the largest values, the lines and their names."""
+    """Return one diagram: axes from 0 to the largest values, the lines and their names."""
     curves = [curve for curve in curves if curve.points]
     width, height = _PANEL_PX
     x_max = max((x for curve in curves for x, _ in curve.points), default=1.0) or 1.0
     y_max = max((y for curve in curves for _, y in curve.points), default=1.0) or 1.0
     parts = [
-        f'<g transform="translate({left + _MARGIN_PX} {_MARGIN_PX})">',
-        f'<path d="M0 0V{height}H{width}" fill="none" stroke="black"/>',
-        f'<text x="0" y="-12" font-size="14">{escape(title)}</text>',
-        f'<text x="-6" y="10" text-anchor="end">{y_max:.3g}</text>',
-        f'<text x="-6" y="{height}" text-anchor="end">0</text>',
-        f'<text x="{width}" y="{height + 18}" text-anchor="end">step {x_max:g}</text>',
+        svg.element("path", d=f"M0 0V{height}H{width}", fill="none", stroke="black"),  # both axes
+        svg.text(0, -12, title, font_size=14),
+        svg.text(-6, 10, f"{y_max:.3g}", text_anchor="end"),
+        svg.text(-6, height, "0", text_anchor="end"),
+        svg.text(width, height + 18, f"step {x_max:g}", text_anchor="end"),
     ]
     for row, curve in enumerate(curves):
         places = [(x / x_max * width, height - y / y_max * height) for x, y in curve.points]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{curve.colour}" stroke-width="1.5"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{curve.colour}"/>' for x, y in places[-1:]]
-        parts.append(
-            f'<text x="{width - 4}" y="{12 + 16 * row}" text-anchor="end" fill="{curve.colour}">{escape(curve.name)}</text>'
-        )
-    return "\n".join([*parts, "</g>", ""])
+        parts.append(svg.polyline(places, stroke=curve.colour, stroke_width=1.5))
+        parts += [svg.circle(x, y, 2, fill=curve.colour) for x, y in places[-1:]]  # a single point has no line
+        parts.append(svg.text(width - 4, 12 + 16 * row, curve.name, text_anchor="end", fill=curve.colour))
+    return svg.group(parts, transform=f"translate({left + _MARGIN_PX} {_MARGIN_PX})")
 
 
 def confusion_svg(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> str:
@@ -165,18 +155,15 @@ def confusion_svg(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> s
     named = len(names) <= _NAMED_CLASSES
     cell, left = _MATRIX_PX / len(names), 200 if named else _MARGIN_PX
     size = left + _MATRIX_PX + _MARGIN_PX
+    caption = f"rows: the class; columns: what it was taken for; {int(counts.sum()):,} images"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}" font-family="sans-serif" font-size="12">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        f'<image x="{left}" y="{left}" width="{_MATRIX_PX}" height="{_MATRIX_PX}" style="image-rendering:pixelated" '
-        f'href="data:image/png;base64,{b64encode(file.getvalue()).decode()}"/>',
-        f'<rect x="{left}" y="{left}" width="{_MATRIX_PX}" height="{_MATRIX_PX}" fill="none" stroke="black"/>',
-        f'<text x="8" y="20">rows: the class; columns: what it was taken for; {int(counts.sum()):,} images</text>',
+        svg.image(left, left, _MATRIX_PX, _MATRIX_PX, file.getvalue()),
+        svg.rect(left, left, _MATRIX_PX, _MATRIX_PX, fill="none", stroke="black"),
+        svg.text(8, 20, caption),
     ]
     for label, name in enumerate(names if named else ()):
         middle = left + (label + 0.5) * cell
-        parts.append(f'<text x="{left - 6}" y="{middle + 4:.1f}" text-anchor="end">{escape(name)}</text>')
-        parts.append(
-            f'<text transform="translate({middle + 4:.1f} {left - 6}) rotate(-90)">{escape(name)}</text>'
-        )  # reads upwards
-    return "\n".join([*parts, "</svg>", ""])
+        parts.append(svg.text(left - 6, middle + 4, name, text_anchor="end"))
+        upwards = f"translate({middle + 4:.1f} {left - 6}) rotate(-90)"
+        parts.append(svg.element("text", name, transform=upwards))
+    return svg.document(size, size, parts)

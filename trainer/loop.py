@@ -38,7 +38,7 @@ from trainer.run.console import Reporter
 from trainer.run.divergence import DivergenceMonitor
 from trainer.run.folder import RunFolder
 from trainer.run.progress import EpochRecord, LogInterval, Meter, Tally
-from trainer.run.recorder import Recorder
+from trainer.run.recorder import Event, Recorder
 from trainer.run.state import Resume, State
 from trainer.run.summary import Summary
 from trainer.stop import Stopped, StopRequest
@@ -83,7 +83,7 @@ def train(
         reporter = stack.enter_context(Reporter(console, config.epochs, facts.count))
         recorder = stack.enter_context(Recorder(folder, state, world, feed.accounts if feed else list, reporter))
         training = Training(state, recorder, folder, node, feed, world, reporter, stop)
-        recorder.note("resume" if resume else "start")
+        recorder.note(Event.RESUME if resume else Event.START)
         exhausted = False
         try:
             training.run()
@@ -92,7 +92,7 @@ def train(
         except (Stopped, LoaderServiceError) as why:
             training.save()
             path = recorder.finish()
-            recorder.note("stop")
+            recorder.note(Event.STOP)
             reporter.say(f"Stopped at step {state.progress.step}: {path} is where --resume auto goes on.")
             if isinstance(why, LoaderServiceError):
                 raise
@@ -167,7 +167,7 @@ class Training:
         while self._state.progress.epoch < self._state.config.epochs:
             self._train_epoch()
             self._end_epoch()
-        self._recorder.note("end")
+        self._recorder.note(Event.END)
 
     def save(self, is_best: bool = False) -> None:
         """Begin to write a checkpoint of this moment; all processes take part.
@@ -237,7 +237,7 @@ class Training:
             return
         state = self._state
         state.schedule = state.schedule.by_hand(wanted, state.epochs_done, state.config.epochs)
-        self._recorder.note("set-lr", lr=wanted, before=state.optimizer.lr)
+        self._recorder.note(Event.SET_LR, lr=wanted, before=state.optimizer.lr)
         self._reporter.say(f"By hand: the learning rate is {wanted:g} from step {state.progress.step + 1} on.")
         state.optimizer.set_lr(wanted)
         self.save()

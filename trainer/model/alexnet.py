@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar, cast
@@ -279,8 +279,9 @@ class AlexNet(nn.Module):
         self._layout = torch.channels_last if speed.channels_last else torch.contiguous_format
         self.to(memory_format=self._layout)  # type: ignore[call-overload]
         self._initialise(Sizes.of(towers, 1.0, self.ablation.without), seed)
-        self._ways = [
-            _ways(tower, speed, device) for tower, device in zip(self.each_tower, self._each(self.devices), strict=True)
+        self._segments = [
+            _segments(tower, speed, device)
+            for tower, device in zip(self.each_tower, self._each(self.devices), strict=True)
         ]
         if self.fc8 is not None:
             self._head = TowerSegment(self.fc8, [self.fc8], speed, self.devices[0])
@@ -311,27 +312,27 @@ class AlexNet(nn.Module):
         given = [images.to(device) for device in self.devices] if isinstance(images, Tensor) else images
         given = [image.contiguous(memory_format=self._layout) for image in given]
         everyone, exchange = range(self.sizes.towers), self.exchange
-        parts = self._run("lower", self._each(given))
-        parts = self._run("upper", exchange(parts, everyone))
+        parts = self._run([segments.lower for segments in self._segments], self._each(given))
+        parts = self._run([segments.upper for segments in self._segments], exchange(parts, everyone))
         for name in ("fc6", "fc7"):
             if name not in self.ablation.without:
                 parts = self._run_hidden(name, exchange(parts, everyone), len(given[0]), dropout)
         (whole,) = exchange(parts, (0,))  # which asks for what it needs, and so on back to the images
         return whole if self.fc8 is None else self._head(whole).float()
 
-    def _run(self, name: str, given: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _run(self, segments: Sequence[TowerSegment], given: Iterable[Tensor]) -> Iterator[Tensor]:
         """One segment of each tower here, on what each is given, as it is asked for."""
-        for way, each in zip(self._ways, given, strict=True):
-            yield way[name](each)
+        for segment, each in zip(segments, given, strict=True):
+            yield segment(each)
 
     def _run_hidden(
         self, name: str, wholes: Iterator[Tensor], batch: int, dropout: DropoutKey | None
     ) -> Iterator[Tensor]:
         """fc6 or fc7 of each tower here, as it is asked for."""
-        for tower, way in zip(self.each_tower, self._ways, strict=True):
+        for tower, segments in zip(self.each_tower, self._segments, strict=True):
             kept = tower.kept(name, batch, dropout)  # drawn while the other tower's part is on its way
             whole = next(wholes)
-            yield way[name](whole) if kept is None else way[name](whole, kept)
+            yield segments.hidden[name](whole) if kept is None else segments.hidden[name](whole, kept)
 
     def _each(self, given: Sequence[_T]) -> Sequence[_T]:
         """One entry for each tower here, from one for all or one for each."""
@@ -353,18 +354,23 @@ class AlexNet(nn.Module):
                 layer.bias.data.fill_(1.0 if one else 0.0)
 
 
-def _ways(tower: Tower, speed: Speed, device: torch.device) -> dict[str, TowerSegment]:
-    """What a tower does between two meetings, by name: ``lower``, ``upper``, and ``fc6`` and ``fc7`` if it has them."""
+@dataclass(frozen=True)
+class _TowerSegments:
+    """What a tower does between two meetings: conv1 and conv2, conv3 to conv5, and fc6 and fc7 by name, if it has them."""
+
+    lower: TowerSegment
+    upper: TowerSegment
+    hidden: dict[str, TowerSegment]
+
+
+def _segments(tower: Tower, speed: Speed, device: torch.device) -> _TowerSegments:
     layers = dict(tower.named_children())
-    ways = {
-        "lower": TowerSegment(
-            tower.lower, [layers[name] for name in ("conv1", "conv2") if name in layers], speed, device
-        ),
-        "upper": TowerSegment(
-            tower.upper, [layers[name] for name in ("conv3", "conv4", "conv5") if name in layers], speed, device
-        ),
-    }
-    for name in ("fc6", "fc7"):
-        if name in layers:
-            ways[name] = TowerSegment(partial(tower.hidden, name), [layers[name]], speed, device)
-    return ways
+
+    def segment(run: Callable[..., Tensor], *names: str) -> TowerSegment:
+        return TowerSegment(run, [layers[name] for name in names if name in layers], speed, device)
+
+    return _TowerSegments(
+        lower=segment(tower.lower, "conv1", "conv2"),
+        upper=segment(tower.upper, "conv3", "conv4", "conv5"),
+        hidden={name: segment(partial(tower.hidden, name), name) for name in ("fc6", "fc7") if name in layers},
+    )

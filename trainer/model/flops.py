@@ -8,6 +8,7 @@ gradient of its inputs). At width 1 these are 4.136 GFLOP an image.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Final
 
 import torch
@@ -16,18 +17,28 @@ from trainer.model.alexnet import CONV1_PADDING, KERNELS, POOLING_SIDES, Sizes
 
 TERA: Final = 1e12
 
-PEAKS: Final[dict[str, dict[str, float]]] = {
-    "H200": {"bfloat16": 989, "float16": 989, "tf32": 495, "float32": 67},
-    "H100 PCIe": {"bfloat16": 756, "float16": 756, "tf32": 378, "float32": 51},
-    "H100": {"bfloat16": 989, "float16": 989, "tf32": 495, "float32": 67},
-    "A100": {"bfloat16": 312, "float16": 312, "tf32": 156, "float32": 19.5},
-    "A10G": {"bfloat16": 70, "float16": 70, "tf32": 35, "float32": 35},
-    "L40S": {"bfloat16": 362, "float16": 362, "tf32": 183, "float32": 91.6},
-    "L4": {"bfloat16": 121, "float16": 121, "tf32": 60, "float32": 30.3},
-    "V100": {"float16": 125, "float32": 15.7},
-    "T4": {"float16": 65, "float32": 8.1},
-    "RTX 4090": {"bfloat16": 165, "float16": 165, "tf32": 82.6, "float32": 82.6},
-    "RTX 3090": {"bfloat16": 71, "float16": 71, "tf32": 35.6, "float32": 35.6},
+
+class Arithmetic(StrEnum):
+    """Number formats that GPUs multiply at different speeds."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    TF32 = "tf32"
+    FLOAT32 = "float32"
+
+
+PEAKS: Final[dict[str, dict[Arithmetic, float]]] = {
+    "H200": {Arithmetic.BFLOAT16: 989, Arithmetic.FLOAT16: 989, Arithmetic.TF32: 495, Arithmetic.FLOAT32: 67},
+    "H100 PCIe": {Arithmetic.BFLOAT16: 756, Arithmetic.FLOAT16: 756, Arithmetic.TF32: 378, Arithmetic.FLOAT32: 51},
+    "H100": {Arithmetic.BFLOAT16: 989, Arithmetic.FLOAT16: 989, Arithmetic.TF32: 495, Arithmetic.FLOAT32: 67},
+    "A100": {Arithmetic.BFLOAT16: 312, Arithmetic.FLOAT16: 312, Arithmetic.TF32: 156, Arithmetic.FLOAT32: 19.5},
+    "A10G": {Arithmetic.BFLOAT16: 70, Arithmetic.FLOAT16: 70, Arithmetic.TF32: 35, Arithmetic.FLOAT32: 35},
+    "L40S": {Arithmetic.BFLOAT16: 362, Arithmetic.FLOAT16: 362, Arithmetic.TF32: 183, Arithmetic.FLOAT32: 91.6},
+    "L4": {Arithmetic.BFLOAT16: 121, Arithmetic.FLOAT16: 121, Arithmetic.TF32: 60, Arithmetic.FLOAT32: 30.3},
+    "V100": {Arithmetic.FLOAT16: 125, Arithmetic.FLOAT32: 15.7},
+    "T4": {Arithmetic.FLOAT16: 65, Arithmetic.FLOAT32: 8.1},
+    "RTX 4090": {Arithmetic.BFLOAT16: 165, Arithmetic.FLOAT16: 165, Arithmetic.TF32: 82.6, Arithmetic.FLOAT32: 82.6},
+    "RTX 3090": {Arithmetic.BFLOAT16: 71, Arithmetic.FLOAT16: 71, Arithmetic.TF32: 35.6, Arithmetic.FLOAT32: 35.6},
 }
 """TFLOP/s of dense arithmetic with float32 sums, by the makers' data sheets, for the first key that a device's name
 has in it. Sparse figures are twice as high, and nobody reaches them here."""
@@ -58,9 +69,9 @@ def peak_flops(devices: Sequence[torch.device], dtype: torch.dtype) -> float | N
 
     float32 counts as TF32 where torch may use that, for a share of a peak that is not in use would flatter.
     """
-    kind = str(dtype).removeprefix("torch.")
+    kind = Arithmetic(str(dtype).removeprefix("torch."))
     if dtype == torch.float32 and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
-        kind = "tf32"
+        kind = Arithmetic.TF32
     total = 0.0
     for device in dict.fromkeys(devices):
         if device.type != "cuda":
@@ -72,10 +83,12 @@ def peak_flops(devices: Sequence[torch.device], dtype: torch.dtype) -> float | N
     return total
 
 
-def peak_of(name: str, kind: str) -> float | None:
+def peak_of(name: str, kind: Arithmetic) -> float | None:
     """FLOP/s of a GPU by its name, in ``bfloat16``, ``float16``, ``tf32`` or ``float32``; None if it is not known."""
-    found = next((peaks for key, peaks in PEAKS.items() if key in name), {})
-    peak = found.get(kind, found.get("float32") if kind == "tf32" else None)  # before Ampere there was no TF32
+    found = next((peaks for key, peaks in PEAKS.items() if key in name), dict[Arithmetic, float]())
+    peak = found.get(
+        kind, found.get(Arithmetic.FLOAT32) if kind is Arithmetic.TF32 else None
+    )  # before Ampere there was no TF32
     return peak * TERA if peak else None
 
 

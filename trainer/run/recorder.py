@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,17 @@ from trainer.run.progress import EpochRecord, StepRecord
 from trainer.run.state import State
 from trainer.run.summary import Summary, as_numbers, from_numbers, merge_accounts
 from trainer.run.tensorboard import TensorBoard
+
+
+class Event(StrEnum):
+    """Lines of the log that say what happened to a run; the values are the log's ``event``."""
+
+    START = "start"
+    RESUME = "resume"
+    SET_LR = "set-lr"
+    NOT_SAVED = "not-saved"
+    STOP = "stop"
+    END = "end"
 
 
 class Recorder:
@@ -67,7 +79,7 @@ class Recorder:
     ) -> None:
         self._stack.close()
 
-    def note(self, event: str, **more: float | str) -> None:
+    def note(self, event: Event, **more: float | str) -> None:
         """Add a line to the log that says where the run is, and ``more``."""
         progress = self._state.progress
         where = {"step": progress.step, "epoch": progress.epoch, "seen": progress.seen}
@@ -80,7 +92,7 @@ class Recorder:
         if self._tensorboard:
             self._tensorboard.step(record, stats)
         self._reporter.step(record)
-        self._tell_failure(self._saver.failure())
+        self._report_failed_save(self._saver.failure())
 
     def epoch(self, record: EpochRecord) -> None:
         """Tell of an epoch that is over."""
@@ -170,9 +182,9 @@ class Recorder:
             if account.epoch < progress.epoch or progress.seen
         ]
 
-    def _tell_failure(self, failure: CheckpointError | None) -> None:
+    def _report_failed_save(self, failure: CheckpointError | None) -> None:
         if failure:
-            self.note("not-saved", reason=failure.reason)
+            self.note(Event.NOT_SAVED, reason=failure.reason)
             self._reporter.say(f"Not saved: {failure} The run goes on; the next checkpoint is tried as usual.")
 
     def _log(self, record: msgspec.Struct | dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from trainer.model import flops
 from trainer.model.alexnet import Sizes
+from trainer.model.flops import Arithmetic
 
 
 def test_multiply_adds_of_the_paper() -> None:
@@ -36,15 +37,15 @@ def test_layers_that_are_left_out_cost_nothing() -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "peak"),
     [
-        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
-        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
-        ("NVIDIA A100-SXM4-40GB", "tf32", 156e12),
-        ("Tesla T4", "tf32", 8.1e12),
-        ("Tesla T4", "bfloat16", None),
-        ("GeForce GTX 580", "float32", None),
+        ("NVIDIA H100 80GB HBM3", Arithmetic.BFLOAT16, 989e12),
+        ("NVIDIA H100 PCIe", Arithmetic.BFLOAT16, 756e12),
+        ("NVIDIA A100-SXM4-40GB", Arithmetic.TF32, 156e12),
+        ("Tesla T4", Arithmetic.TF32, 8.1e12),
+        ("Tesla T4", Arithmetic.BFLOAT16, None),
+        ("GeForce GTX 580", Arithmetic.FLOAT32, None),
     ],
 )
-def test_peaks_are_found_by_name(name: str, kind: str, peak: float | None) -> None:
+def test_peaks_are_found_by_name(name: str, kind: Arithmetic, peak: float | None) -> None:
     """The nearest name counts; what is not known is not guessed."""
     assert flops.peak_of(name, kind) == peak
 

@@ -57,9 +57,9 @@ def main() -> None:
 @click.pass_context
 def run(context: click.Context, /, path: Path | None, resume: str | None, **given: Any) -> None:
     """Train a network."""
-    # Twice: what goes wrong is said before the stack ends, while a signal to end (torchrun sends one when a process has
-    # died) is still heard in order, and would not cut the sentence off; and what goes wrong at its end is said, too.
-    with _one_sentence(), ExitStack() as stack, _one_sentence():
+    # Twice: what goes wrong is texts before the stack ends, while a signal to end (torchrun sends one when a process has
+    # died) is still heard in order, and would not cut the sentence off; and what goes wrong at its end is texts, too.
+    with _errors_reported(), ExitStack() as stack, _errors_reported():
         config = make_config(given)
         folder = _find_folder(path) if resume or was_restarted() else None
         if folder and not resume and not folder.is_of(launch_id()):
@@ -73,18 +73,18 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **give
         _check_shared(world, path, resumed)
         console = Console(quiet=not world.is_first)
         try:
-            node = _open_for_machine(config.source, world, stop, stack)
+            node = _open_source_once(config.source, world, stop, stack)
             if node:
-                _say(console, node.about)
+                _print(console, node.about)
             if world.is_first:
                 folder = folder or RunFolder.create(path, Path(DEFAULT_RUNS))
                 folder.describe(config, launch_id())
-                _say(console, f"Results go to {folder.path}.")
+                _print(console, f"Results go to {folder.path}.")
             summary = train(config, folder or RunFolder(path or Path()), node, console, stop, resumed, world)
         except Stopped:
-            _say(console, "Stopped before training began.")
+            _print(console, "Stopped before training began.")
         else:
-            _tell(console, RunFolder(Path(summary.log).parent), summary)
+            _print_summary(console, RunFolder(Path(summary.log).parent), summary)
     leave(world)
 
 
@@ -112,7 +112,7 @@ def evaluate(
 
     A RUN is a run's folder, which stands for its newest checkpoint, or a checkpoint file.
     """
-    with _one_sentence(), open_source(Source(**places)) as node:
+    with _errors_reported(), open_source(Source(**places)) as node:
         click.echo(node.about, err=True)
         if figure and not figure.parent.is_dir():  # known before hours of work
             raise ConfigError("--figure", figure, "a file in a folder that is there")
@@ -140,7 +140,7 @@ def evaluate(
 @options((DEVICES, JSON))
 def predict_command(run: Path, images: tuple[Path, ...], devices: tuple[str, ...], as_json: bool) -> None:
     """The five best guesses of a RUN's network for any pictures."""
-    with _one_sentence():
+    with _errors_reported():
         for prediction in predict(run, images, devices):
             if as_json:
                 click.echo(msgspec.json.encode(prediction).decode())
@@ -158,7 +158,7 @@ def set_lr(run: Path, rate: float) -> None:
 
     Later drops of its schedule lower the new rate as they would have lowered the old one.
     """
-    with _one_sentence():
+    with _errors_reported():
         RunFolder(run).request_rate(rate)
     click.echo(f"{run} trains at a learning rate of {rate:g} from its next step on.")
 
@@ -168,12 +168,12 @@ def set_lr(run: Path, rate: float) -> None:
 @click.argument("target", type=click.Path(path_type=Path), metavar="FILE.safetensors")
 def export(run: Path, target: Path) -> None:
     """Write a RUN's network, its towers merged into one grouped network, to a safetensors file."""
-    with _one_sentence():
+    with _errors_reported():
         export_run(run, target)
     click.echo(f"{target} has the network, the mean image to subtract and the names of the classes.")
 
 
-def _open_for_machine(source: Source, world: World, stop: StopRequest, stack: ExitStack) -> Endpoint | None:
+def _open_source_once(source: Source, world: World, stop: StopRequest, stack: ExitStack) -> Endpoint | None:
     """The node that feeds this process; None in one of tower 1, which its twin feeds.
 
     The first process with tower 0 on each machine finds or starts the node and tells the others on that machine where it
@@ -190,10 +190,10 @@ def _open_for_machine(source: Source, world: World, stop: StopRequest, stack: Ex
             with stop.interruptible():
                 node = stack.enter_context(open_source(source))
     finally:
-        said = world.tell(msgspec.json.encode(node).decode())
+        texts = world.gather_text(msgspec.json.encode(node).decode())
     if not world.has_head:
         return None
-    found = msgspec.json.decode(said[openers[0]], type=Endpoint | None)
+    found = msgspec.json.decode(texts[openers[0]], type=Endpoint | None)
     if found is None:
         raise Stopped
     return found
@@ -223,10 +223,10 @@ def _find_folder(path: Path | None) -> RunFolder | None:
     return RunFolder(path) if path and RunFolder(path).has_run else None
 
 
-def _tell(console: Console, folder: RunFolder, summary: Summary) -> None:
+def _print_summary(console: Console, folder: RunFolder, summary: Summary) -> None:
     """Say in a few lines what came out."""
     if summary.accuracy is not None:
-        _say(
+        _print(
             console,
             f"Validation accuracy {summary.accuracy:.1%}, chance {summary.chance:.1%}; "
             f"{summary.images_per_s:,.0f} images/s, waiting for data {summary.waiting_share:.1%} of the time.",
@@ -234,16 +234,16 @@ def _tell(console: Console, folder: RunFolder, summary: Summary) -> None:
     expected = sum(account.expected for account in summary.ledger)
     delivered = sum(account.delivered for account in summary.ledger)
     exactly = ", each exactly once" if summary.is_exact else ""
-    _say(console, f"Samples: {delivered:,} of {expected:,} in {len(summary.ledger)} epochs{exactly}.")
-    _say(console, f"Made: {', '.join([summary.checkpoint, summary.log, *summary.figures, str(folder.summary)])}")
+    _print(console, f"Samples: {delivered:,} of {expected:,} in {len(summary.ledger)} epochs{exactly}.")
+    _print(console, f"Made: {', '.join([summary.checkpoint, summary.log, *summary.figures, str(folder.summary)])}")
 
 
-def _say(console: Console, line: str) -> None:
+def _print(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def _one_sentence() -> Iterator[None]:
+def _errors_reported() -> Iterator[None]:
     """Turn a deliberate error into its sentence and its exit code."""
     try:
         yield

@@ -84,11 +84,11 @@ def train(
         recorder = stack.enter_context(Recorder(folder, state, world, feed.accounts if feed else list, reporter))
         training = Training(state, recorder, folder, node, feed, world, reporter, stop)
         recorder.note(Event.RESUME if resume else Event.START)
-        exhausted = False
+        out_of_memory = False
         try:
             training.run()
         except torch.cuda.OutOfMemoryError:
-            exhausted = True  # the batch's tensors hang on the traceback: they are free only after this block
+            out_of_memory = True  # the batch's tensors hang on the traceback: they are free only after this block
         except (Stopped, LoaderServiceError) as why:
             training.save()
             path = recorder.finish()
@@ -96,7 +96,7 @@ def train(
             reporter.say(f"Stopped at step {state.progress.step}: {path} is where --resume auto goes on.")
             if isinstance(why, LoaderServiceError):
                 raise
-        if exhausted:
+        if out_of_memory:
             alone = world.size == 1
             raise out_of_memory_error(
                 config.batch_size // world.replicas, world.devices, training.try_batch if alone else None

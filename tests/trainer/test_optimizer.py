@@ -22,8 +22,8 @@ def layer() -> nn.Linear:
 
 
 def gradients() -> list[tuple[np.ndarray, np.ndarray]]:
-    chance = np.random.default_rng(0)
-    return [(chance.normal(size=(3, 4)), chance.normal(size=3)) for _ in RATES]
+    rng = np.random.default_rng(0)
+    return [(rng.normal(size=(3, 4)), rng.normal(size=3)) for _ in RATES]
 
 
 def by_the_rule(w: np.ndarray, grads: list[np.ndarray], rate: float, decay: float) -> np.ndarray:

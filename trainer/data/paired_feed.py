@@ -19,7 +19,7 @@ from trainer.parallel.world import Pair, World
 from trainer.stop import Stopped, StopRequest
 
 
-class _Word(IntEnum):
+class _Message(IntEnum):
     """The first number that the owner sends."""
 
     BATCH = 0
@@ -61,30 +61,30 @@ class PairedFeed:
     def __next__(self) -> DeviceBatch:
         if self._feed is None:
             assert self._pair is not None
-            return _receive(self._pair, self._device)
-        word = _Word.BROKEN
+            return _receive_batch(self._pair, self._device)
+        message = _Message.BROKEN
         try:
             with self._stop.interruptible():
                 batch = next(self._feed)
-            word = _Word.BATCH
+            message = _Message.BATCH
         except StopIteration:
-            word = _Word.END
+            message = _Message.END
             raise
         finally:
-            if self._pair is not None and word is not _Word.BATCH:
-                _say(self._pair, word)
+            if self._pair is not None and message is not _Message.BATCH:
+                _announce(self._pair, message)
         if self._pair is not None:
-            _hand_over(self._pair, batch)
+            _send_batch(self._pair, batch)
         return batch
 
 
-def _say(pair: Pair, word: _Word, *numbers: int) -> None:
-    pair.send(torch.tensor([word, *numbers, *[0] * (4 - len(numbers))]))
+def _announce(pair: Pair, message: _Message, *numbers: int) -> None:
+    pair.send(torch.tensor([message, *numbers, *[0] * (4 - len(numbers))]))
 
 
-def _hand_over(pair: Pair, batch: DeviceBatch) -> None:
+def _send_batch(pair: Pair, batch: DeviceBatch) -> None:
     (images,) = batch.images
-    _say(pair, _Word.BATCH, len(images), images.shape[1], batch.views, batch.epoch)
+    _announce(pair, _Message.BATCH, len(images), images.shape[1], batch.views, batch.epoch)
     if not len(images):
         return
     windows = batch.windows
@@ -93,11 +93,11 @@ def _hand_over(pair: Pair, batch: DeviceBatch) -> None:
     pair.send(images.contiguous())
 
 
-def _receive(pair: Pair, device: torch.device) -> DeviceBatch:
-    word, pictures, side, views, epoch = pair.receive(torch.empty(5, dtype=torch.int64)).tolist()
-    if word == _Word.END:
+def _receive_batch(pair: Pair, device: torch.device) -> DeviceBatch:
+    message, pictures, side, views, epoch = pair.receive(torch.empty(5, dtype=torch.int64)).tolist()
+    if message == _Message.END:
         raise StopIteration
-    if word == _Word.BROKEN:
+    if message == _Message.BROKEN:
         raise Stopped
     windows, labels = np.zeros((3, 0), np.int64), torch.empty(pictures // views, dtype=torch.int64)
     images: Tensor = torch.empty(pictures, side, side, 3, dtype=torch.uint8, device=device)

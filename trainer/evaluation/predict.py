@@ -43,4 +43,4 @@ def predict(run: Path, images: Sequence[Path], devices: Sequence[str]) -> Iterat
             probabilities = member.probabilities([pixels.to(device)], windows, views=1)[0]
         best = probabilities.topk(min(TOP, len(facts.class_names)))
         guesses = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        yield Prediction(str(path), [Guess(facts.class_names[label], chance) for label, chance in guesses])
+        yield Prediction(str(path), [Guess(facts.class_names[label], probability) for label, probability in guesses])

@@ -173,23 +173,23 @@ class Tower(nn.Module):
                 maps = self._activate(self._layers[name](maps))
         return self._pool(maps).flatten(1)
 
-    def hidden(self, name: str, whole: Tensor, kept: Tensor | None = None) -> Tensor:
+    def hidden(self, name: str, whole: Tensor, mask: Tensor | None = None) -> Tensor:
         """fc6 or fc7 with dropout.
 
         Args:
             name: of the layer.
             whole: (B, inputs), of all towers.
-            kept: (B, units), which units stay; None in use, and without dropout.
+            mask: (B, units), which units stay; None in use, and without dropout.
 
         Returns:
             (B, units).
         """
         units: Tensor = self._activate(self._layers[name](whole))
-        if kept is not None:
-            return units * kept
+        if mask is not None:
+            return units * mask
         return halve(units) if self._ablation.dropout and not self.training else units
 
-    def kept(self, name: str, batch: int, key: DropoutKey | None) -> Tensor | None:
+    def mask(self, name: str, batch: int, key: DropoutKey | None) -> Tensor | None:
         """The dropout mask of fc6 or fc7 for a batch, (B, units) on this tower's device; None where nothing is dropped."""
         if not (self.training and self._ablation.dropout):
             return None
@@ -260,17 +260,17 @@ class AlexNet(nn.Module):
             )
         check_speed(speed, self.devices)
         self.speed = speed
-        self._here = share.towers if share else tuple(range(towers))
+        self._local_towers = share.towers if share else tuple(range(towers))
         self.exchange = share.exchange if share else choose_exchange(self.devices)
         self.fc8: nn.Linear | None = None
         with torch.device("meta"):  # torch's own initialisation would be thrown away
             self.towers = nn.ModuleDict(
                 {
                     str(index): Tower(self.sizes, self.preset, self.ablation, index, speed.fused_norm)
-                    for index in self._here
+                    for index in self._local_towers
                 }
             )
-            if 0 in self._here:
+            if 0 in self._local_towers:
                 self.fc8 = nn.Linear(self.sizes.fan_ins()["fc8"], num_classes)
         for tower, device in zip(self.each_tower, self._each(self.devices), strict=True):
             tower.to_empty(device=device)
@@ -330,13 +330,13 @@ class AlexNet(nn.Module):
     ) -> Iterator[Tensor]:
         """fc6 or fc7 of each tower here, as it is asked for."""
         for tower, segments in zip(self.each_tower, self._segments, strict=True):
-            kept = tower.kept(name, batch, dropout)  # drawn while the other tower's part is on its way
+            mask = tower.mask(name, batch, dropout)  # drawn while the other tower's part is on its way
             whole = next(wholes)
-            yield segments.hidden[name](whole) if kept is None else segments.hidden[name](whole, kept)
+            yield segments.hidden[name](whole) if mask is None else segments.hidden[name](whole, mask)
 
     def _each(self, given: Sequence[_T]) -> Sequence[_T]:
         """One entry for each tower here, from one for all or one for each."""
-        return given if len(given) == len(self._here) else list(given) * len(self._here)
+        return given if len(given) == len(self._local_towers) else list(given) * len(self._local_towers)
 
     def _initialise(self, full: Sizes, seed: int) -> None:
         fan_in, full_fan_in = self.sizes.fan_ins(), full.fan_ins()

@@ -128,16 +128,16 @@ class _RoundTrip:
 
     def __init__(self, there: Route, back: Route) -> None:
         self.there, self.back = there, back
-        self._parcel: Transfer | None = None
+        self._transfer: Transfer | None = None
 
-    def put(self, transfer: Transfer) -> Tensor:
+    def start(self, transfer: Transfer) -> Tensor:
         """Keep what has just been sent; returns its tensor, whose numbers are not there yet."""
-        self._parcel = transfer
+        self._transfer = transfer
         return transfer.tensor
 
-    def wait(self) -> Tensor:
+    def finish(self) -> Tensor:
         """Wait for what was put, and let go of it: the trip lives as long as its graph."""
-        transfer, self._parcel = self._parcel, None
+        transfer, self._transfer = self._transfer, None
         assert transfer is not None, "nothing was sent"
         return transfer.wait()
 
@@ -157,13 +157,13 @@ class _StartCopy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _TripContext, part: Tensor, trip: _RoundTrip) -> Tensor:
         ctx.trip = trip
-        trip.put(trip.there.send(part))
+        trip.start(trip.there.send(part))
         return part.view_as(part)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _TripContext, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.trip.wait()  # it is the gradient
+        ctx.trip.finish()  # it is the gradient
         return gradient, None
 
 
@@ -177,12 +177,12 @@ class _FinishCopy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _TripContext, _departed: Tensor, trip: _RoundTrip) -> Tensor:
         ctx.trip = trip
-        return trip.wait()
+        return trip.finish()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _TripContext, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.trip.put(ctx.trip.back.send(gradient)), None
+        return ctx.trip.start(ctx.trip.back.send(gradient)), None
 
 
 class BetweenProcesses:

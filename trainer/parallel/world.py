@@ -36,14 +36,14 @@ from torch.distributed.rendezvous import rendezvous
 from trainer.errors import ConfigError, DeviceError, PeerLost
 from trainer.parallel.devices import choose_devices
 
-_PATIENCE: Final = timedelta(days=1)
+_WAIT_TIMEOUT: Final = timedelta(days=1)
 """How long a process waits for another. A loader that is gone for the night is no failure; a process that has died is
 noticed at once, by its connection."""
 
-_GATHERING: Final = timedelta(minutes=10)
+_START_TIMEOUT: Final = timedelta(minutes=10)
 """How long processes may take to start, from the first to the last."""
 
-_ASK_AGAIN: Final = timedelta(seconds=1)
+_RETRY_AFTER: Final = timedelta(seconds=1)
 
 _TEXT_BYTES: Final = 1 << 14
 """The longest text that processes tell each other."""
@@ -77,11 +77,11 @@ class Pair:
         with _communication("sending to its twin"):
             dist.send(tensor, self.peer, self.group)
 
-    def receive(self, room: Tensor) -> Tensor:
-        """Fill ``room``, contiguous, with what the twin sends; returns it."""
+    def receive(self, buffer: Tensor) -> Tensor:
+        """Fill ``buffer``, contiguous, with what the twin sends; returns it."""
         with _communication("waiting for its twin"):
-            dist.recv(room, self.peer, self.group)
-        return room
+            dist.recv(buffer, self.peer, self.group)
+        return buffer
 
     def swap(self, mine: Tensor) -> Tensor:
         """Give the twin a contiguous tensor and get its own, of the same shape and dtype."""
@@ -145,7 +145,7 @@ class World:
             dist.all_gather(everyone, mine)
         return [row.tolist() for row in everyone]
 
-    def tell(self, text: str) -> list[str]:
+    def gather_text(self, text: str) -> list[str]:
         """What every process tells, by rank; waits for the last one. At most 16 KiB of UTF-8."""
         content = text.encode()
         if len(content) > _TEXT_BYTES:
@@ -203,10 +203,10 @@ def join(asked: Sequence[str], towers: int) -> Iterator[World]:
     if size % towers:
         raise ConfigError("--nproc-per-node", size, f"a multiple of {towers}: one process for each tower of a network")
     with _communication("looking for the others"):
-        store, rank, _ = next(iter(rendezvous("env://", timeout=_GATHERING)))
-        store = PrefixStore(_meet(store, rank, size), store)
+        store, rank, _ = next(iter(rendezvous("env://", timeout=_START_TIMEOUT)))
+        store = PrefixStore(_agree_on_launch(store, rank, size), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, timeout=_WAIT_TIMEOUT, store=store, rank=rank, world_size=size)
     try:
         with _communication("looking for the others"):
             mesh = init_device_mesh(device.type, (size // towers, towers), mesh_dim_names=("data", "tower"))
@@ -229,7 +229,7 @@ def leave(world: World) -> None:
         os._exit(0)
 
 
-def _meet(store: Store, rank: int, size: int) -> str:
+def _agree_on_launch(store: Store, rank: int, size: int) -> str:
     """A word that the processes of this start have in common, and those of no other.
 
     torchrun's store outlives its restarts, with the addresses of the processes that died (pytorch issue 135712), and
@@ -239,20 +239,20 @@ def _meet(store: Store, rank: int, size: int) -> str:
     mine = secrets.token_hex(8)
     if rank == 0:
         store.set("word", mine)
-        store.wait([f"{mine} from {other}" for other in range(1, size)], _GATHERING)
+        store.wait([f"{mine} from {other}" for other in range(1, size)], _START_TIMEOUT)
         for other in range(1, size):
             store.set(f"{mine} to {store.get(f'{mine} from {other}').decode()}", "welcome")
         return mine
-    until_s = time.monotonic() + _GATHERING.total_seconds()
+    until_s = time.monotonic() + _START_TIMEOUT.total_seconds()
     while time.monotonic() < until_s:
         word: str = store.get("word").decode()
         store.set(f"{word} from {rank}", mine)
         try:
-            store.wait([f"{word} to {mine}"], _ASK_AGAIN)
+            store.wait([f"{word} to {mine}"], _RETRY_AFTER)
         except dist.DistStoreError:  # nobody answered in time
             continue
         return word
-    raise PeerLost("looking for the others", f"rank 0 did not answer within {_GATHERING}")
+    raise PeerLost("looking for the others", f"rank 0 did not answer within {_START_TIMEOUT}")
 
 
 def launch_id() -> str | None:

@@ -206,7 +206,9 @@ class Saver:
     def save(self, whole: Checkpoint, is_best: bool, written: Callable[[], object]) -> None:
         """Begin to write a checkpoint of this moment; ``written`` is called, in the thread, once it is on the disk."""
         self.wait()
-        self._writing = threading.Thread(target=self._write, args=(_copy(whole), is_best, written), name="checkpoint")
+        self._writing = threading.Thread(
+            target=self._write, args=(_snapshot(whole), is_best, written), name="checkpoint"
+        )
         self._writing.start()
 
     def wait(self) -> None:
@@ -243,17 +245,17 @@ class Saver:
             self._error = error
 
 
-def _copy(whole: Checkpoint) -> Checkpoint:
+def _snapshot(whole: Checkpoint) -> Checkpoint:
     """The same moment, in memory of the host that training does not touch."""
     plain = msgspec.structs.replace(
         whole.plain,
         progress=msgspec.structs.replace(whole.plain.progress),
         history=list(whole.plain.history),
     )
-    return replace(whole, plain=plain, model=_to_host(whole.model), momentum=_to_host(whole.momentum))
+    return replace(whole, plain=plain, model=_copied_to_host(whole.model), momentum=_copied_to_host(whole.momentum))
 
 
-def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _copied_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 

@@ -37,7 +37,7 @@ class Reporter:
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._said_s = -_PLAIN_EVERY_S
+        self._printed_s = -_PLAIN_EVERY_S
 
     def __enter__(self) -> Reporter:
         self._bar.start()
@@ -63,8 +63,8 @@ class Reporter:
         total = self._epochs * self._epoch_size
         label = f"{record.epoch + 1}/{self._epochs}"
         if not self._console.is_terminal:
-            if time.monotonic() - self._said_s >= _PLAIN_EVERY_S:
-                self._said_s = time.monotonic()
+            if time.monotonic() - self._printed_s >= _PLAIN_EVERY_S:
+                self._printed_s = time.monotonic()
                 left_s = (total - done) / record.images_per_s
                 self.say(f"epoch {label}  {done / total:.0%}  {figures}  {_duration(left_s)} left")
             return

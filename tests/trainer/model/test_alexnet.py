@@ -261,11 +261,11 @@ def test_the_narrowest_layers_have_one_kernel() -> None:
 
 def spectral_noise(count: int) -> torch.Tensor:
     """Noise with a photograph's spectrum (amplitude falls as 1 / frequency) and contrast (std 60), 0-255 minus mean."""
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(224)[:, None], np.fft.rfftfreq(224)[None, :])
     frequency[0, 0] = 1 / 224
-    grey = np.fft.irfft2(np.fft.rfft2(chance.normal(size=(count, 1, 224, 224))) / frequency)
-    colour = np.fft.irfft2(np.fft.rfft2(chance.normal(size=(count, 3, 224, 224))) / frequency)
+    grey = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(count, 1, 224, 224))) / frequency)
+    colour = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(count, 3, 224, 224))) / frequency)
     mixed = grey / grey.std() + 0.3 * colour / colour.std()
     return torch.from_numpy((60 * mixed / mixed.std()).astype(np.float32))
 

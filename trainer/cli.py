@@ -31,6 +31,7 @@ from trainer.options import (
     RECIPE,
     SOURCE,
     SPEED,
+    SectionedCommand,
     make_config,
     options,
     resumed_config,
@@ -46,30 +47,32 @@ from trainer.stop import Stopped, StopRequest
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Train AlexNet, in two towers, from a loader service.
+    """Train AlexNet in two towers, fed by a loader service.
 
-    Without --loader and --data, the node that answers at the usual address is used, or else a private one on data/.
+    Without --loader and --data, a command uses the node at the default address. If none answers there, it starts a
+    private node on data/.
     """
 
 
-@main.command()
-@options(SOURCE, OUTPUT, RECIPE, NETWORK, (DEVICES,), ABLATION, SPEED)
+@main.command(cls=SectionedCommand)
+@options(SOURCE, OUTPUT, RECIPE, NETWORK, ABLATION, SPEED)
 @click.pass_context
 def run(context: click.Context, /, path: Path | None, resume: str | None, **given: Any) -> None:
-    """Train a network."""
-    # Twice: what goes wrong is texts before the stack ends, while a signal to end (torchrun sends one when a process has
-    # died) is still heard in order, and would not cut the sentence off; and what goes wrong at its end is texts, too.
+    """Train a network. Ctrl-C stops the run; the same command with --resume auto continues it."""
+    # Errors are reported at two levels. The inner one runs while StopRequest still handles signals, so that the SIGTERM
+    # that torchrun sends after the death of a process cannot cut the message off. The outer one reports errors of the
+    # stack's own exits.
     with _errors_reported(), ExitStack() as stack, _errors_reported():
         config = make_config(given)
         folder = _find_folder(path) if resume or was_restarted() else None
         if folder and not resume and not folder.is_of(launch_id()):
-            folder = None  # another's run; to be refused as at the first start
+            folder = None  # another launch's run: RunFolder.create refuses it below, as at the first start
         newest = folder.newest_checkpoint() if folder else None
         resumed = Resume(newest, checkpoint.load(newest)) if newest else None
         if resumed:
             config = resumed_config(context, resumed.checkpoint.plain.config, resumed.path, given)
         world = stack.enter_context(join(config.devices, config.towers))
-        stop = stack.enter_context(StopRequest())  # not before: a signal ends the search for the others at once
+        stop = stack.enter_context(StopRequest())  # after join: until then a signal kills the process at once
         _check_shared(world, path, resumed)
         console = Console(quiet=not world.is_first)
         try:
@@ -79,7 +82,7 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **give
             if world.is_first:
                 folder = folder or RunFolder.create(path, Path(DEFAULT_RUNS))
                 folder.describe(config, launch_id())
-                _print(console, f"Results go to {folder.path}.")
+                _print(console, f"Results: {folder.path}")
             summary = train(config, folder or RunFolder(path or Path()), node, console, stop, resumed, world)
         except Stopped:
             _print(console, "Stopped before training began.")
@@ -91,12 +94,14 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **give
 @main.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @options(SOURCE, (BATCH_SIZE, DEVICES, JSON))
-@click.option("--views", type=click.Choice(VIEWS), default=VIEWS[0], show_default=True)
-@click.option("--classes", "by_class", is_flag=True, help="Also each class's errors, and which are taken for which.")
+@click.option("--views", type=click.Choice(VIEWS), default=VIEWS[0], show_default=True, help="Crops of each image.")
+@click.option(
+    "--classes", "by_class", is_flag=True, help="Also show the errors of each class and the confusion matrix."
+)
 @click.option(
     "--figure",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Also draw which classes are taken for which into this file, as SVG.",
+    help="Also draw the confusion matrix to this SVG file.",
 )
 def evaluate(
     runs: tuple[Path, ...],
@@ -108,18 +113,18 @@ def evaluate(
     as_json: bool,
     **places: Any,
 ) -> None:
-    """Top-1 and top-5 error on the validation split; of several RUNs, their outputs averaged.
+    """Report top-1 and top-5 error on the validation split.
 
-    A RUN is a run's folder, which stands for its newest checkpoint, or a checkpoint file.
+    RUN is a run folder, whose newest checkpoint is used, or a checkpoint file. The outputs of several RUNs are averaged.
     """
     with _errors_reported(), open_source(Source(**places)) as node:
         click.echo(node.about, err=True)
-        if figure and not figure.parent.is_dir():  # known before hours of work
-            raise ConfigError("--figure", figure, "a file in a folder that is there")
+        if figure and not figure.parent.is_dir():  # before the evaluation, which may take hours
+            raise ConfigError("--figure", figure, "a file in an existing folder")
         result, names = evaluate_runs(runs, node, views, batch_size, devices)
         if figure:
             write_atomically(figure, confusion_svg(result.confusion, names).encode())
-            click.echo(f"drew {figure}", err=True)
+            click.echo(f"Wrote {figure}.", err=True)
     if as_json:
         about = {"views": views, "classes": class_errors(result, names)}
         click.echo(msgspec.json.encode(msgspec.structs.asdict(result) | about).decode())
@@ -139,7 +144,7 @@ def evaluate(
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
 @options((DEVICES, JSON))
 def predict_command(run: Path, images: tuple[Path, ...], devices: tuple[str, ...], as_json: bool) -> None:
-    """The five best guesses of a RUN's network for any pictures."""
+    """Print the five most probable classes of each IMAGE, by a RUN's newest checkpoint."""
     with _errors_reported():
         for prediction in predict(run, images, devices):
             if as_json:
@@ -154,42 +159,42 @@ def predict_command(run: Path, images: tuple[Path, ...], devices: tuple[str, ...
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("rate", type=float)
 def set_lr(run: Path, rate: float) -> None:
-    """Set the learning RATE of a RUN by hand, from its next step on: while it trains, or when it goes on.
+    """Set the learning RATE of a RUN by hand.
 
-    Later drops of its schedule lower the new rate as they would have lowered the old one.
+    It applies from the next step, now or after a resume. Later drops of the schedule start from the new rate.
     """
     with _errors_reported():
         RunFolder(run).request_rate(rate)
-    click.echo(f"{run} trains at a learning rate of {rate:g} from its next step on.")
+    click.echo(f"{run} uses the learning rate {rate:g} from its next step.")
 
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path), metavar="FILE.safetensors")
 def export(run: Path, target: Path) -> None:
-    """Write a RUN's network, its towers merged into one grouped network, to a safetensors file."""
+    """Export a RUN's network, as one network with grouped convolutions, to a safetensors file."""
     with _errors_reported():
         export_run(run, target)
-    click.echo(f"{target} has the network, the mean image to subtract and the names of the classes.")
+    click.echo(f"Wrote {target}: weights, mean image and class names.")
 
 
 def _open_source_once(source: Source, world: World, stop: StopRequest, stack: ExitStack) -> Endpoint | None:
-    """The node that feeds this process; None in one of tower 1, which its twin feeds.
+    """Return the node that feeds this process; None in a process of tower 1, which gets batches from tower 0's process.
 
-    The first process with tower 0 on each machine finds or starts the node and tells the others on that machine where it
-    is: two replicas beside each other do not need two private nodes. It stays until ``stack`` is left.
+    On each machine, the first process with tower 0 finds or starts the node and sends its address to the others, so that
+    several replicas share one private node. The node runs until ``stack`` closes.
 
     Raises:
-        Stopped: somebody asked for an end, or the one that was to start the node could not.
+        Stopped: a stop was requested, or the process that should start the node failed.
     """
-    places = world.gather([world.machine, world.has_head])
-    openers = [rank for rank, place in enumerate(places) if place == [world.machine, True]]
+    rows = world.gather([world.machine, world.has_head])
+    openers = [rank for rank, row in enumerate(rows) if row == [world.machine, True]]
     node = None
     try:
         if world.rank in openers[:1]:
             with stop.interruptible():
                 node = stack.enter_context(open_source(source))
-    finally:
+    finally:  # also after an error: the other processes wait for this text
         texts = world.gather_text(msgspec.json.encode(node).decode())
     if not world.has_head:
         return None
@@ -200,42 +205,42 @@ def _open_source_once(source: Source, world: World, stop: StopRequest, stack: Ex
 
 
 def _check_shared(world: World, path: Path | None, resumed: Resume | None) -> None:
-    """Make sure that several processes work on one run.
+    """Check that all processes work on the same run.
 
     Raises:
-        ConfigError: each would make a folder of its own.
-        RunFolderError: they see different checkpoints.
+        ConfigError: without --run, each process would create its own folder.
+        RunFolderError: the processes see different checkpoints.
     """
     if world.size == 1:
         return
     if path is None:
-        raise ConfigError("--run", "", "a folder's name under torchrun: all processes must mean the same one")
+        raise ConfigError("--run", "", "a folder: under torchrun all processes must use the same one")
     steps = world.gather([resumed.checkpoint.plain.progress.step if resumed else -1])
     if any(row != steps[0] for row in steps):
         raise RunFolderError(
-            path, "processes see different checkpoints in it; it must be on a disk that all of them share"
+            path, "its processes see different checkpoints; it must be on a disk that all of them share"
         )
 
 
 def _find_folder(path: Path | None) -> RunFolder | None:
-    """The folder of an earlier run, None if there is none: the one at ``path``, or the newest with a checkpoint."""
+    """Return the folder of an earlier run at ``path``, by default the newest one with a checkpoint; None without one."""
     path = path or newest_run(Path(DEFAULT_RUNS))
     return RunFolder(path) if path and RunFolder(path).has_run else None
 
 
 def _print_summary(console: Console, folder: RunFolder, summary: Summary) -> None:
-    """Say in a few lines what came out."""
+    """Print the results of a run in a few lines."""
     if summary.accuracy is not None:
         _print(
             console,
-            f"Validation accuracy {summary.accuracy:.1%}, chance {summary.chance:.1%}; "
-            f"{summary.images_per_s:,.0f} images/s, waiting for data {summary.waiting_share:.1%} of the time.",
+            f"Validation accuracy {summary.accuracy:.1%} (chance {summary.chance:.1%}); "
+            f"{summary.images_per_s:,.0f} images/s, {summary.waiting_share:.1%} of the time waiting for data.",
         )
     expected = sum(account.expected for account in summary.ledger)
     delivered = sum(account.delivered for account in summary.ledger)
     exactly = ", each exactly once" if summary.is_exact else ""
     _print(console, f"Samples: {delivered:,} of {expected:,} in {len(summary.ledger)} epochs{exactly}.")
-    _print(console, f"Made: {', '.join([summary.checkpoint, summary.log, *summary.figures, str(folder.summary)])}")
+    _print(console, f"Wrote: {', '.join([summary.checkpoint, summary.log, *summary.figures, str(folder.summary)])}")
 
 
 def _print(console: Console, line: str) -> None:
@@ -244,14 +249,16 @@ def _print(console: Console, line: str) -> None:
 
 @contextmanager
 def _errors_reported() -> Iterator[None]:
-    """Turn a deliberate error into its sentence and its exit code."""
+    """Print a deliberate error as one sentence and exit with its code."""
     try:
         yield
     except (TrainerError, LoaderServiceError) as error:
         _fail(error, error.exit_code)
     except torch.cuda.OutOfMemoryError:
-        small = DeviceError("cuda", "its memory is too small for this network; try a smaller --width, or --devices A,B")
-        _fail(small, small.exit_code)
+        too_small = DeviceError(
+            "cuda", "its memory is too small for this network; try a smaller --width, or --devices A,B"
+        )
+        _fail(too_small, too_small.exit_code)
 
 
 def _fail(error: Exception, exit_code: int) -> NoReturn:

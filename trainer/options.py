@@ -1,4 +1,4 @@
-"""The options of ``trainer run``, and how they become a configuration."""
+"""The command-line options of ``trainer run``, and their conversion to a ``RunConfig``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from trainer.schedule import Policy
 
 _RUN: Final = RunConfig()
 _GROUPS: Final[dict[str, type[msgspec.Struct]]] = {"source": Source, "ablation": Ablation, "speed": Speed}
-"""Fields of a RunConfig that are values of their own, with options for each of their fields."""
+"""Nested structs of a RunConfig; each of their fields has an option."""
 
 _OWNER: Final = {field: name for name, group in _GROUPS.items() for field in group.__struct_fields__}
 
+"""Option name -> the nested struct that it belongs to."""
+
 _TYPED: Final = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+"""Sources of a value that the user gave, as opposed to a default."""
 
 Command = Callable[..., Any]
 
@@ -36,11 +39,11 @@ def _numbers(_context: click.Context, _option: click.Parameter, value: str | Non
     try:
         return tuple(int(number) for number in value.split(",")) if value else ()
     except ValueError:
-        raise click.BadParameter("it is a list of whole numbers such as 30,60,80") from None
+        raise click.BadParameter("expected whole numbers separated by commas, such as 30,60,80") from None
 
 
 def _option(name: str, type_: Any, text: str, **more: Any) -> Any:
-    """An option named as a field of RunConfig, with that field's default."""
+    """Return an option with the name and default of a field of RunConfig."""
     default = getattr(_RUN, name.strip("-").replace("-", "_"))
     return click.option(name, type=type_, default=default, show_default=True, help=text, **more)
 
@@ -50,86 +53,162 @@ def _switch(name: str, text: str, default: bool = True) -> Any:
 
 
 DEVICES: Final = click.option(
-    "--devices", metavar="A,B", callback=_names, help="One device for both towers, or one each; e.g. cuda:0,cuda:1."
+    "--devices",
+    metavar="A[,B]",
+    callback=_names,
+    help="One device for both towers, or one for each, such as cuda:0,cuda:1.",
 )
-BATCH_SIZE: Final = _option("--batch-size", int, "Images per update.")
-JSON: Final = click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+BATCH_SIZE: Final = _option("--batch-size", int, "Images per batch; every crop of an image counts.")
+JSON: Final = click.option("--json", "as_json", is_flag=True, help="Write JSON to standard output.")
 
 SOURCE: Final = (
-    click.option("--data", metavar="DIR", help="Start a private node on this folder."),
-    click.option("--loader", metavar="ADDRESS", help="Use the node that runs at this address."),
-    click.option("--workers", type=int, default=Source().workers, show_default=True, help="Of a private node."),
-    click.option("--server-key", envvar="LOADER_SERVICE_SERVER_KEY", metavar="FILE", help="Public key of the node."),
+    click.option("--data", metavar="DIR", help="Start a private node on this dataset folder."),
+    click.option("--loader", metavar="ADDRESS", help="Use the running node at this address."),
     click.option(
-        "--client-key", envvar="LOADER_SERVICE_CLIENT_KEY", metavar="FILE", help="Secret key of this trainer."
+        "--workers", type=int, default=Source().workers, show_default=True, help="Worker processes of the private node."
+    ),
+    click.option(
+        "--server-key", envvar="LOADER_SERVICE_SERVER_KEY", metavar="FILE", help="Public key file of the node."
+    ),
+    click.option(
+        "--client-key", envvar="LOADER_SERVICE_CLIENT_KEY", metavar="FILE", help="Secret key file of this trainer."
     ),
     click.option(
         "--timeout",
         "timeout_s",
         type=float,
         metavar="SECONDS",
-        help="Give a node up that is away so long; else wait for it.",
+        help="Fail after SECONDS without a node (default: wait).",
     ),
 )
 NETWORK: Final = (
-    _option("--width", float, "Factor of all layers' sizes."),
-    _option("--towers", int, "2, or 1: the smaller net."),
-    _option("--seed", int, "Of weights, order, augmentation and dropout."),
+    _option("--width", float, "Factor of all layer sizes."),
+    _option("--towers", int, "2, or 1 for the paper's smaller network."),
+    _option("--seed", int, "Seed of weights, data order, augmentation and dropout."),
     click.option(
-        "--crop", type=click.IntRange(1), metavar="PIXELS", help="What the net sees of a record. [default: 224 of 256]"
+        "--crop",
+        type=click.IntRange(1),
+        metavar="PIXELS",
+        help="Side of the network's input. [default: 7/8 of a record's, 224 of 256]",
     ),
-    _option("--preset", click.Choice(list(PRESETS)), "The paper's text, or its authors' code."),
+    _option("--preset", click.Choice(list(PRESETS)), "Follow the paper's text, or its authors' code."),
 )
 RECIPE: Final = (
     _option("--epochs", int, "Passes over the training split."),
-    BATCH_SIZE,
-    _option("--lr", float, "Learning rate at the start."),
-    _option("--schedule", click.Choice(get_args(Policy)), "Of the learning rate."),
-    _option("--patience", int, "Stalled epochs till plateau drops the rate."),
-    click.option("--drop-at", metavar="EPOCHS", callback=_numbers, help="Where step drops the rate, e.g. 30,60,80."),
-    _option("--warmup", float, "Epochs in which the rate rises to --lr."),
+    _option("--batch-size", int, "Images per update."),
+    _option("--lr", float, "Initial learning rate."),
+    _option("--schedule", click.Choice(get_args(Policy)), "Learning rate schedule."),
+    _option("--patience", int, "Epochs without improvement before the rate drops (plateau)."),
+    click.option(
+        "--drop-at",
+        metavar="EPOCHS",
+        callback=_numbers,
+        help="Epochs at which the rate drops, such as 30,60,80 (step).",
+    ),
+    _option("--warmup", float, "Epochs of linear warm-up to --lr."),
 )
 ABLATION: Final = (
-    click.option("--activation", type=click.Choice(["relu", "tanh"]), default="relu", show_default=True),
+    click.option(
+        "--activation",
+        type=click.Choice(["relu", "tanh"]),
+        default="relu",
+        show_default=True,
+        help="Activation function.",
+    ),
     _switch("lrn", "Local response normalisation."),
-    click.option("--pooling", type=click.Choice(["overlapping", "plain"]), default="overlapping", show_default=True),
-    _switch("dropout", "Of fc6 and fc7."),
-    click.option("--without", metavar="LAYER,...", callback=_names, help=f"Leave out any of {', '.join(REMOVABLE)}."),
-    _switch("crops", "Random crops; else the centre, which needs --no-flips --no-jitter."),
-    _switch("flips", "Random mirror images."),
-    _switch("jitter", "Colour jitter."),
+    click.option(
+        "--pooling",
+        type=click.Choice(["overlapping", "plain"]),
+        default="overlapping",
+        show_default=True,
+        help="Windows of 3 or of 2, at stride 2.",
+    ),
+    _switch("dropout", "Dropout of fc6 and fc7."),
+    click.option(
+        "--without", metavar="LAYER,...", callback=_names, help=f"Remove layers: any of {', '.join(REMOVABLE)}."
+    ),
+    _switch("crops", "Random crops. --no-crops takes the centre and needs --no-flips --no-jitter."),
+    _switch("flips", "Random horizontal flips."),
+    _switch("jitter", "PCA colour jitter."),
 )
 _SPEED: Final = Speed()
 SPEED: Final = (
+    DEVICES,
     click.option(
         "--amp",
         type=click.Choice(get_args(Precision)),
         default=_SPEED.amp,
         show_default=True,
-        help="bf16: products in bfloat16; weights, LRN, softmax and loss stay float32.",
+        help="Mixed precision. bf16: products in bfloat16; weights, LRN, softmax and loss in float32.",
     ),
-    _switch("channels-last", "Maps in memory place by place.", _SPEED.channels_last),
-    _switch("compile", "torch.compile, segment by segment of each tower.", _SPEED.compile),
-    _switch("cuda-graphs", "Each such segment as one CUDA graph.", _SPEED.cuda_graphs),
+    _switch("channels-last", "Channels-last memory format.", _SPEED.channels_last),
+    _switch("compile", "torch.compile for each segment of a tower.", _SPEED.compile),
+    _switch("cuda-graphs", "One CUDA graph for each segment of a tower.", _SPEED.cuda_graphs),
     _switch("fused-norm", "ReLU, LRN and pooling as one operation.", _SPEED.fused_norm),
-    _switch("fused-sgd", "The update of all parameters as one kernel.", _SPEED.fused_sgd),
+    _switch("fused-sgd", "Update of all parameters as one kernel.", _SPEED.fused_sgd),
+    _option("--deterministic", bool, "Bit-identical results in every run, at some cost in speed.", is_flag=True),
+    _option(
+        "--peak-tflops", float, "Peak of one device, for the MFU. [default: known for common GPUs]", metavar="TFLOPS"
+    ),
 )
 OUTPUT: Final = (
     click.option(
-        "--run", "path", type=click.Path(path_type=Path), metavar="DIR", help="Where results go. [default: new]"
+        "--run",
+        "path",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Run folder. [default: a new one in runs/]",
+    ),
+    click.option(
+        "--resume", type=click.Choice(["auto"]), help="Continue from the newest checkpoint of --run, if there is one."
     ),
     _option(
-        "--checkpoint-every", int, "Steps between checkpoints within an epoch; 0: at its end alone.", metavar="STEPS"
+        "--checkpoint-every",
+        int,
+        "Steps between checkpoints within an epoch; 0 saves only at its end.",
+        metavar="STEPS",
     ),
-    _option("--log-every", int, "Steps between lines of the log.", metavar="STEPS"),
-    _option("--deterministic", bool, "The same bits from every run, at the price of some speed.", is_flag=True),
-    _option("--peak-tflops", float, "Of a device, for its MFU.  [default: known of common GPUs]", metavar="TFLOPS"),
-    click.option("--resume", type=click.Choice(["auto"]), help="Go on from --run's newest checkpoint, if it has one."),
+    _option("--log-every", int, "Steps between log lines.", metavar="STEPS"),
 )
+
+_SECTIONS: Final = {
+    "Data source": SOURCE,
+    "Run folder": OUTPUT,
+    "Training recipe": RECIPE,
+    "Network": NETWORK,
+    "Ablations": ABLATION,
+    "Devices and speed": SPEED,
+}
+"""Headings of the help text, in its order."""
+
+
+class SectionedCommand(click.Command):
+    """A command whose help text lists its options in sections."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, last those that belong to no section."""
+        section_of = {name: title for title, group in _SECTIONS.items() for name in _parameter_names(group)}
+        rows: dict[str, list[tuple[str, str]]] = {title: [] for title in (*_SECTIONS, "Other options")}
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Option) and (row := parameter.get_help_record(ctx)):
+                rows[section_of.get(str(parameter.name), "Other options")].append(row)
+        for title, lines in rows.items():
+            if lines:
+                with formatter.section(title):
+                    formatter.write_dl(lines)
+
+
+def _parameter_names(group: Sequence[Any]) -> list[str]:
+    """Return the parameter names of options, which click knows only once they decorate a function."""
+
+    @options(group)
+    def command() -> None: ...
+
+    return [str(parameter.name) for parameter in click.command()(command).params]
 
 
 def options(*groups: Sequence[Any]) -> Callable[[Command], Command]:
-    """A decorator that gives a command all options of ``groups``, in that order."""
+    """Return a decorator that adds the options of ``groups`` to a command, in that order."""
 
     def decorate(command: Command) -> Command:
         for option in reversed([option for group in groups for option in group]):
@@ -140,10 +219,10 @@ def options(*groups: Sequence[Any]) -> Callable[[Command], Command]:
 
 
 def make_config(given: dict[str, Any]) -> RunConfig:
-    """The configuration of a new run.
+    """Return the configuration of a new run, from the values of all options.
 
     Raises:
-        ConfigError: it cannot work.
+        ConfigError: an impossible value.
     """
     groups: dict[str, Any] = {
         name: group(**{field: given[field] for field in group.__struct_fields__}) for name, group in _GROUPS.items()
@@ -152,10 +231,16 @@ def make_config(given: dict[str, Any]) -> RunConfig:
 
 
 def resumed_config(context: click.Context, before: RunConfig, path: Path, given: dict[str, Any]) -> RunConfig:
-    """The configuration ``before`` of the checkpoint at ``path``, with what was typed on the command line this time.
+    """Return the configuration of a checkpoint, changed by the options that the user gave this time.
+
+    Args:
+        context: command line, which knows the given options.
+        before: configuration in the checkpoint.
+        path: file of the checkpoint, for the error.
+        given: values of all options, given or default.
 
     Raises:
-        ConfigError: something was typed that a run cannot change.
+        ConfigError: the user gave an option that a run cannot change.
     """
     typed = {name: given[name] for name in given if context.get_parameter_source(name) in _TYPED}
     for name, value in typed.items():
@@ -163,13 +248,13 @@ def resumed_config(context: click.Context, before: RunConfig, path: Path, given:
         earlier = getattr(getattr(before, owner) if owner else before, name)
         if (owner or name) in FIXED_FOR_A_RUN and value != earlier:
             option = f"--{name.replace('_', '-')}"
-            raise ConfigError(option, value, f"{earlier}, as in the run that goes on from {path}")
+            raise ConfigError(option, value, f"{earlier}, as in the run that continues from {path}")
     changed: dict[str, Any] = {name: value for name, value in typed.items() if name not in _OWNER}
     for name, group in _GROUPS.items():
         fields = {field: value for field, value in typed.items() if _OWNER.get(field) == name}
         if not fields:
             continue
-        # Another place replaces the old one whole: an address beside a folder would contradict it.
+        # A new source replaces the old one as a whole: a new address and the old folder would contradict each other.
         moves = name == "source" and bool(fields.keys() & {"loader", "data"})
         old = group() if moves else getattr(before, name)
         changed[name] = msgspec.structs.replace(old, **fields)

@@ -1,4 +1,4 @@
-"""``python -m trainer`` is the command ``trainer``."""
+"""Entry point of ``python -m trainer``, the same as the command ``trainer``."""
 
 from trainer.cli import main
 

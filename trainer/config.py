@@ -1,4 +1,4 @@
-"""The one place of every default of the trainer, and the configuration that a run folder and a checkpoint carry."""
+"""The configuration of a run, with all defaults; run folders and checkpoints store it."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from trainer.model.speed import Speed
 from trainer.schedule import Policy, Schedule
 
 DEFAULT_RUNS: Final = "runs"
-"""Where new run folders go."""
+"""Parent of new run folders."""
 
 MAX_BATCH: Final = 4096
-"""The most images in an update; a request to a node has the same bound."""
+"""Largest number of images in an update; a request to a node has the same bound."""
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where batches come from.
+    """The source of the batches: a running node, or a private one that the trainer starts.
 
     Fields:
-        loader: address of a running node; None asks ``data``.
-        data: folder of a private node. With neither, a node at the usual address serves, or else a private one on the
-            usual folder.
-        workers: worker processes of a private node.
-        server_key, client_key: files of a remote node's public key and this trainer's secret one; None for nodes that
-            need none.
-        timeout_s: how long a running node may be away before that is an error; None waits for it, and says so.
+        loader: address of a running node; None uses ``data``.
+        data: dataset folder of a private node. If both are None, the trainer uses a node that answers at the default
+            address, or else a private node on the default folder.
+        workers: worker processes of the private node.
+        server_key, client_key: key files for a remote node, its public key and this trainer's secret key; None if the
+            node needs none.
+        timeout_s: seconds without a running node before the run fails; None waits without limit.
     """
 
     loader: str | None = None
@@ -42,7 +42,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if self.loader is not None and self.data is not None:
-            raise ConfigError("--data", self.data, "no --data beside --loader: a running node has its own")
+            raise ConfigError("--data", self.data, "no --data together with --loader: a running node has its own data")
         if self.workers < 1:
             raise ConfigError("--workers", self.workers, "at least 1")
         if self.timeout_s is not None and not self.timeout_s > 0:
@@ -50,25 +50,24 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything that decides what a run computes, and how it reports.
+    """All settings that decide what a run computes and what it reports.
 
     Fields:
-        preset, width, towers, seed: the network's, as in ``trainer.model.alexnet.AlexNet``; the seed also decides the order of
-            the data and every augmentation and dropout mask.
-        crop: side of what the network sees of a record, in pixels; None takes 7/8 of the record's, 224 of 256.
-        epochs: passes over the training split; 90 in the paper.
-        batch_size: images per update; 128 in the paper.
-        lr: learning rate at the start; .01 in the paper.
-        schedule, patience, drop_at, warmup: of the learning rate, as in ``trainer.schedule.Schedule``.
-        devices: where the towers live; empty means what the machine has.
-        checkpoint_every: steps between checkpoints within an epoch; 0 leaves those at each epoch's end.
+        preset, width, towers, seed: as in ``trainer.model.AlexNet``; the seed also decides the order of the data, every
+            augmentation and every dropout mask.
+        crop: side of the network's input, in pixels; None takes 7/8 of the records' side: 224 of 256.
+        epochs: passes over the training split; about 90 in the paper (section 5).
+        batch_size: images per update; 128 in the paper (section 5).
+        lr: initial learning rate; .01 in the paper (section 5).
+        schedule, patience, drop_at, warmup: learning rate schedule, as in ``trainer.schedule.Schedule``.
+        devices: devices of the towers; empty takes those of the machine.
+        checkpoint_every: steps between checkpoints within an epoch; 0 saves only at the end of each epoch.
         log_every: steps between log lines.
-        deterministic: whether kernels whose sums come out otherwise each time are left out; see ``trainer.model.speed.deterministic``.
-        peak_tflops: what one of the devices can do per second, in 1e12 operations, for the share of it that is used; None
-            looks its name up.
-        source: where batches come from.
-        ablation: what differs from the paper's network and recipe; files name it ``variation``, as version 0.1 did.
-        speed: how the network is run; a resumed run may change it.
+        deterministic: avoid kernels whose sums depend on thread timing; see ``trainer.model.speed.deterministic``.
+        peak_tflops: peak of one device in 1e12 operations per second, for the MFU; None looks up the device's name.
+        source: source of the batches.
+        ablation: differences from the paper's network and recipe. Files call it ``variation``, as version 0.1 did.
+        speed: execution options of the network; a resumed run may change them.
     """
 
     preset: PresetName = "paper"
@@ -111,10 +110,10 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ConfigError(option, value, f"at least {least}")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ConfigError("--peak-tflops", self.peak_tflops, "more than 0")
-        self.first_schedule()
+        self.first_schedule()  # checks the options of the schedule
 
     def first_schedule(self) -> Schedule:
-        """The schedule that a run starts with; ConfigError if there can be no such one."""
+        """Return the schedule at the start of the run; raise ConfigError if its options contradict each other."""
         return Schedule(self.lr, self.schedule, self.patience, self.drop_at, self.warmup)
 
 
@@ -131,4 +130,4 @@ FIXED_FOR_A_RUN: Final = (
     "warmup",
     "ablation",
 )
-"""What a resumed run cannot change: the weights, or the meaning of the positions already seen, hang on it."""
+"""Options that a resumed run cannot change: its weights, or the meaning of the positions already seen, depend on them."""

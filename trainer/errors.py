@@ -1,17 +1,17 @@
-"""Every error that the trainer raises on purpose, in one tree.
+"""All errors that the trainer raises on purpose, in one tree.
 
 ::
 
     TrainerError                  exit code 1; never raised itself
-    ├── ConfigError               2  an option that cannot work, or that contradicts the run it resumes
+    ├── ConfigError               2  an option with an impossible value, or one that contradicts the resumed run
     ├── RunFolderError            3  a run folder that is missing, taken or damaged
     ├── CheckpointError           3  a checkpoint that cannot be read or does not fit
-    ├── DeviceError               5  a device that this machine lacks, or that is too small
-    ├── TrainingDiverged          8  the loss is no longer a number, or has exploded
-    └── PeerLost                  9  another process of the run is gone
+    ├── DeviceError               5  a device that is missing, or whose memory is too small
+    ├── TrainingDiverged          8  the loss is NaN or infinite, or has exploded
+    └── PeerLost                  9  another process of the run has died
 
-An error keeps its facts as fields and builds its sentence from them: what was wrong, where, and what to do.
-The command line prints the sentence and ends with the exit code, without a traceback.
+An error keeps its facts as fields and builds one sentence from them: the cause, the place and the remedy. The command
+line prints that sentence and exits with the class's exit code, without a traceback.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 
 
 class TrainerError(Exception):
-    """Base of every deliberate error; ``str(error)`` is a whole sentence for a person."""
+    """Base class of all deliberate errors; ``str(error)`` is a complete sentence for the user."""
 
     exit_code = 1
 
 
 class ConfigError(TrainerError):
-    """An option that cannot work, or that contradicts the run it resumes."""
+    """An option with an impossible value, or one that contradicts the resumed run."""
 
     exit_code = 2
 
@@ -57,7 +57,7 @@ class CheckpointError(TrainerError):
 
 
 class DeviceError(TrainerError):
-    """A device that this machine lacks, or that is too small."""
+    """A device that this machine lacks, or whose memory is too small."""
 
     exit_code = 5
 
@@ -67,29 +67,28 @@ class DeviceError(TrainerError):
 
 
 class TrainingDiverged(TrainerError):
-    """The loss is no longer a number, or far above guessing's: going on would only spoil the weights further."""
+    """A loss that is NaN, infinite, or far above that of guessing; further steps would only damage the weights."""
 
     exit_code = 8
 
     def __init__(self, step: int, loss: float, layer: str | None, checkpoint: Path | None) -> None:
         self.step, self.loss, self.layer, self.checkpoint = step, loss, layer, checkpoint
-        what = f"exploded to {loss:.3g}" if math.isfinite(loss) else "stopped being a number"
-        where = f", {layer} being the first layer to look at" if layer else ""
+        problem = f"exploded to {loss:.3g}" if math.isfinite(loss) else "became NaN or infinite"
+        where = f" (inspect {layer} first)" if layer else ""
         back = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-        super().__init__(f"the loss {what} at step {step}{where}: {back}; try a smaller --lr.")
+        super().__init__(f"the loss {problem} at step {step}{where}: {back}; try a smaller --lr.")
 
 
 class PeerLost(TrainerError):
-    """Another process of the run is gone, and nothing can be computed without it."""
+    """Another process of the run has died; this one cannot compute without it."""
 
     exit_code = 9
 
     def __init__(self, doing: str, reason: str) -> None:
         self.doing, self.reason = doing, reason
-        said = (
-            reason.splitlines()[0].rpartition("] ")[2] if "] " in reason else reason
-        )  # less a place in another's source
+        # torch puts "[file.cpp:line] " before its message; users need only the message's first sentence.
+        message = reason.splitlines()[0].rpartition("] ")[2] if "] " in reason else reason
         super().__init__(
-            f"another process of this run is gone, found while {doing} ({said.partition('. ')[0]}): "
+            f"another process of this run is gone, found while {doing} ({message.partition('. ')[0]}): "
             "start all of them again with --resume auto, or let torchrun do it with --max-restarts."
         )

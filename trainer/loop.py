@@ -1,12 +1,12 @@
-"""The training loop: epochs of steps, a validation after each, checkpoints on the way.
+"""The training loop: epochs of steps, a validation after each epoch, and checkpoints.
 
-What a step changes is ``trainer.run.state.State``; what is written about it, ``trainer.run.recorder.Recorder``. Rules of the file:
+``Training._train_step`` shows a whole step. It changes ``trainer.run.state.State``; ``trainer.run.recorder.Recorder``
+writes log, checkpoints and summary. Rules of the file:
 
-1. The loader's position is taken down after a step is complete, so a checkpoint never counts an image that has not
-   been trained on, nor trains on one twice.
-2. An epoch is over when all of its positions have been trained on and validated. A run stopped between the two
-   validates when it goes on.
-3. All processes of a run take the same way through this file: whatever makes one leave is told to the others first.
+1. The loader's position is read after a step is complete, so a checkpoint neither skips an image nor repeats one.
+2. An epoch is complete when all of its positions have been trained on and the validation is done. A run stopped between
+   the two validates when it resumes.
+3. All processes of a run take the same path through this file: before one of them leaves, it informs the others.
 """
 
 from __future__ import annotations
@@ -55,20 +55,23 @@ def train(
     resume: Resume | None,
     world: World,
 ) -> Summary:
-    """Train until the last epoch is over, or until ``stop`` is asked for.
+    """Train until the last epoch is complete or a stop is requested.
 
     Args:
-        config: of the run.
-        folder: where its results go.
-        node: which feeds it; None in a process of tower 1, which its twin feeds.
-        console: where progress is shown.
-        stop: asked after each step; a checkpoint is saved before leaving.
-        resume: where an earlier run was left.
-        world: the processes that train together; all of them call this.
+        config: configuration of the run.
+        folder: folder of its results.
+        node: node that feeds this process; None in a process of tower 1.
+        console: terminal or file that shows progress.
+        stop: stop request, checked after each step; a checkpoint is saved before this returns.
+        resume: checkpoint of an earlier run; None starts a new one.
+        world: processes that train together; all of them call this function.
+
+    Returns:
+        The summary of the run, also in RUN/summary.json.
 
     Raises:
-        TrainerError: the loss is no longer a number or has exploded, a device is missing or too small, the last checkpoint
-            cannot be written, another process is gone, ...
+        TrainerError: the loss is not finite or has exploded, a device is missing or too small, the last checkpoint cannot
+            be written, or another process has died.
         LoaderServiceError: the node cannot serve.
     """
     if config.batch_size % world.replicas:
@@ -88,12 +91,14 @@ def train(
         try:
             training.run()
         except torch.cuda.OutOfMemoryError:
-            out_of_memory = True  # the batch's tensors hang on the traceback: they are free only after this block
+            out_of_memory = True  # the traceback holds the batch's tensors, which are free only after this block
         except (Stopped, LoaderServiceError) as why:
             training.save()
             path = recorder.finish()
             recorder.note(Event.STOP)
-            reporter.say(f"Stopped at step {state.progress.step}: {path} is where --resume auto goes on.")
+            reporter.say(
+                f"Stopped at step {state.progress.step}. To continue from {path}, run the same command with --resume auto."
+            )
             if isinstance(why, LoaderServiceError):
                 raise
         if out_of_memory:
@@ -106,7 +111,7 @@ def train(
 
 
 def _open_feed(config: RunConfig, node: Endpoint, stop: StopRequest, resume: Resume | None, world: World) -> Feed:
-    """This replica's part of the training split."""
+    """Open this replica's part of the training split."""
     state = resume.checkpoint.plain.loader if resume else None
     with stop.interruptible():
         return Feed(
@@ -125,16 +130,16 @@ def _open_feed(config: RunConfig, node: Endpoint, stop: StopRequest, resume: Res
 
 
 class Training:
-    """One process's part in a run.
+    """The training of one process.
 
     Args:
-        state: what is trained.
-        archive: where it is written.
-        folder: where a learning rate set by hand lies.
-        node, feed: where its images come from; None in a process of tower 1.
-        world: the other processes.
-        reporter: who tells people.
-        stop: asked after each step.
+        state: network, optimiser and counters.
+        recorder: writer of log, checkpoints and summary.
+        folder: run folder, which holds a learning rate set by hand.
+        node, feed: source of the images; None in a process of tower 1.
+        world: all processes of the run.
+        reporter: progress display.
+        stop: stop request, checked after each step.
     """
 
     def __init__(
@@ -159,21 +164,21 @@ class Training:
         )
         self._peak = _peak_of_all(state.config, world)
         self._interval = self._new_interval()
-        self._applied_rate = 0.0
-        state.loader = feed.state() if feed else {}
+        self._applied_rate = 0.0  # the request by ``trainer set-lr`` that is in effect; 0 for none
+        state.loader = feed.state() if feed else {}  # a stop before the first step saves it
 
     def run(self) -> None:
-        """All epochs that remain."""
+        """Train the remaining epochs."""
         while self._state.progress.epoch < self._state.config.epochs:
             self._train_epoch()
             self._end_epoch()
         self._recorder.note(Event.END)
 
     def save(self, is_best: bool = False) -> None:
-        """Begin to write a checkpoint of this moment; all processes take part.
+        """Start writing a checkpoint of the current state; all processes call this.
 
         Raises:
-            TrainingDiverged: such a checkpoint would only push out good ones.
+            TrainingDiverged: the state is damaged; its checkpoint would replace a good one.
         """
         self._read_meter()
         self._recorder.save(is_best, self._applied_rate)
@@ -198,7 +203,7 @@ class Training:
         return self._feed.waited_s if self._feed else 0.0
 
     def _new_meter(self) -> Meter:
-        """One process counts from where the epoch's sums are; the sums of all are added up."""
+        """Return a meter of this epoch; the sums of all processes add up to the epoch's, so only one starts from them."""
         start = self._state.progress.epoch_tally if self._world.is_first else Tally()
         return Meter(self._world.devices[0], start)
 
@@ -206,10 +211,11 @@ class Training:
         return LogInterval(self._state.progress, self._flops, self._peak)
 
     def _agree(self, action: Callable[[], _T]) -> _T:
-        """Do something in every process; if one of them is stopped or loses its node meanwhile, all leave together.
+        """Run ``action`` in every process; if one of them is stopped or loses its node, all leave together.
 
         Raises:
-            Stopped, LoaderServiceError: this process's own reason, or another's.
+            LoaderServiceError: this process lost its node.
+            Stopped: a stop was requested, or another process leaves.
         """
         failure: Exception | None = None
         try:
@@ -217,29 +223,29 @@ class Training:
         except (Stopped, LoaderServiceError) as error:
             failure = error
         leaves = failure is not None or self._stop.received is not None
-        anyone = any(row[0] for row in self._world.gather([leaves]))
+        anyone_leaves = any(row[0] for row in self._world.gather([leaves]))
         if failure is not None:
             raise failure
-        if anyone:
+        if anyone_leaves:
             raise Stopped
         return result
 
-    def _apply_rate_by_hand(self, wanted: float) -> None:
-        """Take over a learning rate that somebody has set by hand meanwhile; 0 if nobody has.
+    def _apply_rate_by_hand(self, requested: float) -> None:
+        """Apply a learning rate requested by ``trainer set-lr``; 0 means no request.
 
-        The request goes away only when a checkpoint holds its effect, so that a crash cannot lose it; until then it is
-        read at every step, and obeyed at the first.
+        A request stays in the run folder until a checkpoint includes it, so a crash cannot lose it. Every step reads it;
+        only the first one applies it.
         """
-        if wanted == self._applied_rate:
+        if requested == self._applied_rate:
             return
-        self._applied_rate = wanted
-        if not wanted:
+        self._applied_rate = requested
+        if not requested:
             return
         state = self._state
-        state.schedule = state.schedule.by_hand(wanted, state.epochs_done, state.config.epochs)
-        self._recorder.note(Event.SET_LR, lr=wanted, before=state.optimizer.lr)
-        self._reporter.say(f"By hand: the learning rate is {wanted:g} from step {state.progress.step + 1} on.")
-        state.optimizer.set_lr(wanted)
+        state.schedule = state.schedule.by_hand(requested, state.epochs_done, state.config.epochs)
+        self._recorder.note(Event.SET_LR, lr=requested, before=state.optimizer.lr)
+        self._reporter.say(f"Learning rate set by hand: {requested:g} from step {state.progress.step + 1}.")
+        state.optimizer.set_lr(requested)
         self.save()
 
     def _train_epoch(self) -> None:
@@ -312,9 +318,9 @@ class Training:
             self.save()
 
     def _end_epoch(self) -> None:
-        """Validate, let the schedule decide on the learning rate, and save."""
+        """Validate, update the learning rate schedule, and save."""
         state, progress = self._state, self._state.progress
-        lr, before = state.optimizer.lr, state.schedule
+        lr, before = state.optimizer.lr, state.schedule  # the rate of the last step, for the log
         self._read_meter()
         result = self._agree(self._validate)
         record = EpochRecord(
@@ -330,15 +336,18 @@ class Training:
         is_best = state.schedule.improves(result.top1_error)
         state.schedule = state.schedule.after_epoch(result.top1_error)
         state.history.append(record)
-        progress.start_next_epoch()
+        progress.start_next_epoch()  # before the save: a resumed run must not validate again
         self._meter, self._interval = self._new_meter(), self._new_interval()
         self._recorder.epoch(record)
         self.save(is_best)
         if state.schedule.drops > before.drops:
-            self._reporter.say(f"The validation error has stalled: the learning rate drops to {state.schedule.lr:g}.")
+            self._reporter.say(
+                f"The validation error has stopped improving: the learning rate drops to {state.schedule.lr:g}."
+            )
         self._recorder.summarise()
 
     def _validate(self) -> Evaluation:
+        """Evaluate the centre crops of the validation split; replicas share its batches."""
         world, member = self._world, Member(self._state.model, self._subtract_mean)
         if self._node is None:
             return evaluate([member], PairedFeed(None, world, self._stop), world)
@@ -356,15 +365,15 @@ class Training:
             return evaluate([member], PairedFeed(feed, world, self._stop), world)
 
     def _read_meter(self) -> None:
-        """Bring the epoch's sums up to date, and make sure that the training is sound."""
+        """Update the epoch's sums over all processes, and check for divergence; waits for the device."""
         progress = self._state.progress
-        everyone = self._world.gather(msgspec.structs.astuple(self._meter.read()))
-        progress.epoch_tally = Tally(*(sum(column) for column in zip(*everyone, strict=True)))
+        rows = self._world.gather(msgspec.structs.astuple(self._meter.read()))  # [loss, wrong, images] of each rank
+        progress.epoch_tally = Tally(*(sum(column) for column in zip(*rows, strict=True)))
         self._divergence.check(self._interval.tally(progress), self._recorder.newest)
 
 
 def _peak_of_all(config: RunConfig, world: World) -> float | None:
-    """FLOP/s that all processes' devices could reach together; None if that of one is not known."""
+    """Return the peak FLOP/s of all processes' devices together; None if one of them is unknown."""
     dtype = torch.bfloat16 if config.speed.amp == "bf16" else torch.float32
     by_hand = (config.peak_tflops or 0.0) * TERA * len(set(world.devices))
     mine = by_hand or peak_flops(world.devices, dtype)

@@ -1,12 +1,13 @@
-"""The paper's update rule (section 5).
+"""Stochastic gradient descent as in the paper (section 5).
 
 ::
 
     v <- 0.9 v - 0.0005 * lr * w - lr * <dL/dw>
     w <- w + v
 
-``torch.optim.SGD`` keeps ``buffer = -v / lr`` instead and so agrees only while the rate stands still; at a change of
-rate the buffer must be multiplied by old / new, or the first steps after a drop are ten times too short.
+``torch.optim.SGD`` stores ``buffer = -v / lr`` instead of v. Both rules agree only while the learning rate is constant.
+When the rate changes, the buffer must be multiplied by old / new, or the first steps after a drop are ten times too
+short.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from torch import Tensor, nn
 
 from trainer.model.presets import Preset
 
-MOMENTUM: Final = 0.9
-WEIGHT_DECAY: Final = 0.0005
+MOMENTUM: Final = 0.9  # paper section 5
+WEIGHT_DECAY: Final = 0.0005  # paper section 5; "not merely a regularizer: it reduces the model's training error"
 
 
 class PaperSGD:
-    """Stochastic gradient descent as published, for all parameters of a network.
+    """An optimiser that follows the paper's update rule, for all parameters of a network.
 
     Args:
-        model: whose parameters are updated; they may live on several devices.
-        preset: the rate and decay of the biases.
+        model: network to update; its parameters may lie on several devices.
+        preset: learning rate and weight decay of the biases.
         lr: learning rate of the weights.
-        fused: whether one kernel for each device updates all of its parameters.
+        fused: update all parameters of a device with one kernel.
     """
 
     def __init__(self, model: nn.Module, preset: Preset, lr: float, fused: bool = True) -> None:
@@ -48,43 +49,43 @@ class PaperSGD:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the weights."""
+        """Learning rate of the weights."""
         return self._lr
 
     def set_lr(self, lr: float) -> None:
-        """Change the learning rate and leave every velocity v as it is."""
+        """Change the learning rate; the velocities v keep their values."""
         if lr == self._lr:
             return
         buffers = list(self._buffers().values())
         if buffers:
-            torch._foreach_mul_(buffers, self._lr / lr)  # one launch for each device, for rates that change each step
+            torch._foreach_mul_(buffers, self._lr / lr)  # one launch per device: warm-up changes the rate at every step
         self._lr = lr
         self._set_group_rates()
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the step before."""
+        """Drop the gradients of the previous step."""
         self._sgd.zero_grad(set_to_none=True)
 
     def step(self) -> None:
-        """Update every parameter by its gradient."""
+        """Update every parameter with its gradient."""
         self._sgd.step()
 
     def momentum(self) -> dict[str, Tensor]:
-        """The momentum buffers, by the name of their parameter; empty before the first step."""
+        """Return the momentum buffers by parameter name, each of its parameter's shape; empty before the first step."""
         return self._buffers()
 
     def rates(self) -> dict[str, float]:
-        """Each parameter's learning rate, by its name: minus its momentum buffer times that is its velocity v."""
+        """Return the learning rate of each parameter by name. The velocity is v = -rate * momentum buffer."""
         return {name: self._lr * (self._bias_rate if _is_bias(name) else 1.0) for name in self._named}
 
     def load_momentum(self, momentum: Mapping[str, Tensor]) -> None:
-        """Take over what ``momentum`` gave, under the same learning rate."""
+        """Restore the result of ``momentum``; the learning rate must be the same as then."""
         for name, buffer in momentum.items():
             parameter = self._named.get(name)
             if parameter is None:
-                continue  # of a tower that lives in another process
-            kept = torch.empty_like(parameter, requires_grad=False)
-            self._sgd.state[parameter]["momentum_buffer"] = kept.copy_(buffer)
+                continue  # it belongs to a tower of another process
+            restored = torch.empty_like(parameter, requires_grad=False)  # the parameter's device and memory format
+            self._sgd.state[parameter]["momentum_buffer"] = restored.copy_(buffer)
 
     def _buffers(self) -> dict[str, Tensor]:
         state = self._sgd.state

@@ -1,9 +1,11 @@
-"""The learning rate of every step.
+"""Learning rate schedules.
 
-The paper's rule: "divide by 10 when the validation error rate stopped improving" (section 5), by hand. Beside it stand
-steps at fixed epochs and half a cosine, a warm-up before any of them, and the hand itself (``trainer set-lr``).
+The authors divided the rate by 10 "when the validation error rate stopped improving with the current learning rate"
+(section 5), by hand. ``plateau`` applies that rule; ``step`` and ``cosine`` are alternatives. A warm-up may precede any of
+them, and ``trainer set-lr`` sets the rate by hand.
 
-A schedule is a value. An epoch's validation error, or a rate set by hand, comes in; the next schedule comes out.
+A schedule is an immutable value: ``after_epoch`` takes a validation error and returns the next schedule, ``by_hand`` does
+so with a rate.
 """
 
 from __future__ import annotations
@@ -19,27 +21,28 @@ from trainer.errors import ConfigError
 Policy = Literal["plateau", "step", "cosine"]
 
 FACTOR: Final = 0.1
+"""Factor of one drop (paper section 5)."""
 
 MAX_DROPS: Final = 3
-"""The paper's rate was reduced three times before the end of training."""
+"""The paper reduced the rate three times before the end of training (section 5)."""
 
 _WARMUP_START: Final = 0.01
-"""Share of the rate that a warm-up starts with."""
+"""Fraction of the rate at the start of a warm-up; not 0, so that the first step moves the weights."""
 
 
 class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What decides the learning rate, and what it has seen so far.
+    """The rule for the learning rate, and the results that it has seen so far.
 
     Fields:
-        lr: the rate before warm-up and policy have their say; ``plateau`` lowers it.
-        policy: ``plateau`` drops the rate by FACTOR after ``patience`` epochs without a better error, at most MAX_DROPS
-            times; ``step`` drops it at fixed epochs; ``cosine`` lets it fall from the first epoch to the last.
-        patience: epochs without improvement that bring a drop.
-        drop_at: epochs at whose start ``step`` drops, in order.
-        warmup: epochs in which the rate rises in a straight line; may be a fraction.
-        best: the lowest validation error so far, None before the first.
-        stalled: epochs since ``best``, or since the last drop.
-        drops: how many drops of the plateau there have been.
+        lr: base rate, before warm-up and policy apply; ``plateau`` lowers it.
+        policy: ``plateau`` multiplies the rate by FACTOR after ``patience`` epochs without a better error, at most
+            MAX_DROPS times; ``step`` does so at fixed epochs; ``cosine`` lowers it from the first epoch to the last.
+        patience: epochs without improvement before a drop.
+        drop_at: epochs at whose start ``step`` drops the rate, in rising order.
+        warmup: epochs of linear warm-up; may be a fraction.
+        best: lowest validation error so far, 0 to 1; None before the first epoch ends.
+        stalled: epochs since ``best`` or since the last drop.
+        drops: drops made by ``plateau``.
     """
 
     lr: float
@@ -64,16 +67,16 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError("--warmup", self.warmup, "0 to 1000 epochs")
 
     def rate(self, epoch: float, epochs: int) -> float:
-        """The learning rate of a step.
+        """Return the learning rate of a step.
 
         Args:
-            epoch: epochs done before it, with the share done of the one under way.
-            epochs: how many there will be.
+            epoch: epochs completed before the step, with the completed fraction of the current one.
+            epochs: total number of epochs.
         """
         return self.lr * self._warmup_factor(epoch) * self._decay_factor(epoch, epochs)
 
     def after_epoch(self, error: float) -> Schedule:
-        """The schedule for the next epoch, after one that ended at validation error ``error`` (0 to 1)."""
+        """Return the schedule of the next epoch, given the validation error of this one, 0 to 1."""
         if self.improves(error):
             return msgspec.structs.replace(self, best=error, stalled=0)
         stalled = self.stalled + 1
@@ -82,11 +85,11 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return msgspec.structs.replace(self, lr=self.lr * FACTOR, stalled=0, drops=self.drops + 1)
 
     def improves(self, error: float) -> bool:
-        """Whether ``error`` is better than every epoch's before; NaN never is."""
+        """Return True if ``error`` is lower than that of all earlier epochs; NaN never is."""
         return error < (math.inf if self.best is None else self.best)
 
     def by_hand(self, rate: float, epoch: float, epochs: int) -> Schedule:
-        """The schedule whose rate is ``rate`` now, and in proportion later; a warm-up is over."""
+        """Return the schedule whose rate is ``rate`` now and changes in proportion later; it ends a warm-up."""
         return msgspec.structs.replace(self, lr=rate / self._decay_factor(epoch, epochs), warmup=0.0, stalled=0)
 
     def _warmup_factor(self, epoch: float) -> float:

@@ -1,10 +1,10 @@
-"""Ctrl-C and SIGTERM, turned into an orderly end between two steps.
+"""Orderly shutdown on Ctrl-C and SIGTERM, between two training steps.
 
 Rules of the file:
 
-1. The first signal asks for an end. The loop sees it after the step under way, saves a checkpoint and leaves.
-2. While the loop waits for data, inside ``interruptible``, the signal ends the waiting at once.
-3. The second signal meets the handlers that were there before, so that a stuck process can still be ended.
+1. The first signal requests a stop. The loop notices it after the current step, saves a checkpoint and returns.
+2. While the loop waits for data, inside ``interruptible``, the signal ends the wait at once.
+3. A second signal reaches the previous handlers, so that a stuck process can still be killed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """Training was asked to end: no error, but the way out of whatever is going on."""
+    """Raised to unwind on shutdown; not an error."""
 
 
 class StopRequest:
-    """Listens for the signals while used as a context; only in the main thread, as Python asks."""
+    """A context in which the signals request a stop. Python allows signal handlers only in the main thread."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -39,8 +39,8 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A block that leaves nothing half done if a signal ends it with ``Stopped``."""
-        self._waiting = True  # before the check: a signal between the two must not be lost
+        """Raise ``Stopped`` inside the block as soon as a signal arrives; the block must be safe to abandon anywhere."""
+        self._waiting = True  # before the check, or a signal between the two lines would be lost
         try:
             self.check()
             yield
@@ -48,13 +48,13 @@ class StopRequest:
             self._waiting = False
 
     def check(self) -> None:
-        """Raise ``Stopped`` if a signal has come."""
+        """Raise ``Stopped`` if a signal has arrived."""
         if self.received is not None:
             raise Stopped
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self._restore()
+        self._restore()  # rule 3
         if self._waiting:
             raise Stopped
 

@@ -132,7 +132,7 @@ def test_evaluate_draws_what_is_taken_for_what(node: str, run: Path, tmp_path: P
     assert "bee" in figure.read_text()
     refused = trainer("evaluate", run, "--loader", node, "--figure", tmp_path / "no" / "confusion.svg")
     assert refused.exit_code != 0
-    assert "a file in a folder that is there" in refused.stderr
+    assert "a file in an existing folder" in refused.stderr
 
 
 def test_predict(run: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_run_folder_is_never_overwritten(node: str, run: Path) -> None:
 def test_a_resumed_run_keeps_its_network(node: str, run: Path) -> None:
     """What the weights hang on cannot change."""
     result = trainer("run", "--loader", node, "--run", run, "--resume", "auto", "--width", "0.5")
-    assert_refused(result, 2, "--width=0.5 cannot work: expected 0.05, as in the run that goes on from")
+    assert_refused(result, 2, "--width=0.5 cannot work: expected 0.05, as in the run that continues from")
 
 
 def test_a_finished_run_can_be_given_more_epochs(node: str, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_loss_that_explodes_stops_the_run(node: str, tmp_path: Path) -> None:
     result = trainer("run", "--loader", node, "--run", tmp_path / "run", *SMALL, "--lr", "0.99", "--preset", "original")
     assert_refused(result, 8, "the loss exploded to ")
     assert re.search(
-        r" at step 2, \S+weight being the first .* there is no checkpoint yet; try a smaller --lr", result.stderr
+        r" at step 2 \(inspect \S+weight first\): there is no checkpoint yet; try a smaller --lr", result.stderr
     )
     for path in tmp_path.glob("run/checkpoints/step-*"):
         assert all(weights.isfinite().all() for weights in checkpoint.load(path).model.values())
@@ -237,7 +237,7 @@ def test_the_schedule_is_what_was_asked_for(node: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "sentence"),
     [
-        (["run", "--data", "x", "--loader", "tcp://127.0.0.1:1"], 2, "no --data beside --loader"),
+        (["run", "--data", "x", "--loader", "tcp://127.0.0.1:1"], 2, "no --data together with --loader"),
         (["set-lr", "nowhere", "0.1"], 3, "nowhere cannot be used: no run was started there"),
         (["run", "--without", "conv9"], 2, "--without=conv9 cannot work"),
         (["run", "--lr", "-1"], 2, "--lr=-1.0 cannot work"),

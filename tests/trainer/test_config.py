@@ -30,7 +30,7 @@ def test_impossible_values_are_named(fields: dict[str, object], sentence: str) -
 
 def test_a_running_node_has_its_own_data() -> None:
     """--loader and --data contradict each other."""
-    with pytest.raises(ConfigError, match="no --data beside --loader"):
+    with pytest.raises(ConfigError, match="no --data together with --loader"):
         Source(loader="tcp://127.0.0.1:1", data="data")
 
 

@@ -1,7 +1,8 @@
-"""Where the trainer meets the loader service, and the only place where it does.
+"""The trainer's interface to the loader service; no other module of the trainer talks to it.
 
-Opens a node or starts a private one, turns a Loader's batches into tensors on the devices, and measures how long the
-trainer waited for them. Pixels stay uint8 until they are on the device; ``trainer.data.normalisation`` makes floats of them there.
+It finds a node or starts a private one, turns the batches of a ``Loader`` into tensors on the devices, and measures how
+long the trainer waits for them. Pixels stay uint8 until they are on the device, where ``trainer.data.normalisation``
+converts them to floats.
 """
 
 from __future__ import annotations
@@ -32,23 +33,24 @@ from trainer.parallel.devices import Stager
 __all__ = ["DeviceBatch", "Endpoint", "Feed", "LoaderServiceError", "load_image", "open_source", "training_view"]
 
 _PROBE_S: Final = 1.0
-"""How long a node at the usual address may take to answer before a private one is started."""
+"""Time for a node at the default address to answer before the trainer starts a private one."""
 
 _GREY_LEVELS: Final = 255
+"""The manifest's eigenvalues are for pixels in 0 to 1; jitter is added to pixels in 0 to 255."""
 
 _PRIVATE_TIMEOUT_S: Final = 60.0
-"""How long a batch of a private node may take. Nobody but its trainer would start it again, so waiting on is no use."""
+"""Time for a batch of a private node to arrive. Only this process would restart that node, so a longer wait is useless."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A node that serves the trainer.
+    """A node that serves the trainer, and how to reach it.
 
     Fields:
-        address: where it answers.
-        about: a sentence that says which node it is.
-        timeout_s: how long to wait for it; None for a node that others may start, now or again.
-        server_key, client_key: as in ``trainer.config.Source``.
+        address: ZeroMQ address of the node.
+        about: sentence for the user that names the node.
+        timeout_s: seconds to wait for the node; None waits without limit, for a node that someone else may restart.
+        server_key, client_key: key files, as in ``trainer.config.Source``.
     """
 
     address: str
@@ -60,15 +62,15 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """What one step works on.
+    """A batch of B records as tensors on the devices.
 
     Fields:
-        images: for each device (B V, S, S, 3) uint8, R, G, B; V pictures of a record follow each other (ten crops, or 1).
-        windows: where each picture was cut.
+        images: for each device (B V, S, S, 3) uint8, R, G, B; the V crops of a record are adjacent.
+        windows: position of each crop in its record.
         labels: (B,) int64 on the first device.
-        ids: (B,) int64, the record number of each position, on the host.
-        epoch: which pass over the data.
-        views: V.
+        ids: (B,) int64 on the host, the record number of each position.
+        epoch: number of the epoch, from 0.
+        views: V, crops of each record: 10 for ten-crop, else 1.
     """
 
     images: tuple[Tensor, ...]
@@ -80,21 +82,21 @@ class DeviceBatch:
 
 
 class Feed:
-    """The batches of a split, on the devices; a context manager and an iterator over all epochs that remain.
+    """An iterator over the batches of a split, for the remaining epochs; use it as a context manager.
 
     Args:
-        node: where batches come from.
+        node: source of the batches.
         split: ``train`` or ``val``.
-        view: which augmentation; a name or a value.
+        view: augmentation policy, a name or a value.
         batch_size: records per batch and rank; an epoch's last batch may be smaller, or empty if there are several ranks.
-        devices: where the images go, one copy for each entry.
-        seed: of the order and the augmentation.
-        epochs: how many passes, counted from the first.
-        state: what ``state`` gave of an earlier feed, to go on from there.
-        rank, world_size: which part of each batch, of how many.
-        crop: side of the pictures, in pixels; None takes what the view says, and with a name 7/8 of the records' side.
+        devices: targets of the images, one copy for each entry.
+        seed: seed of the order and the augmentation.
+        epochs: total number of epochs, including those before ``state``.
+        state: result of ``state`` of an earlier feed, to continue there; None starts at the first sample.
+        rank, world_size: part of each batch that this process takes, and number of parts.
+        crop: side of the crops, in pixels; None takes the view's, and for a view's name 7/8 of the records' side.
 
-    A CPU batch's images are views of the loader's memory: use them before asking for many more.
+    On a CPU the images are views of the loader's memory: release a batch before fetching many more.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class Feed:
         self._stager = Stager(devices)
         self._first = devices[0]
         self.waited_s = 0.0
-        """Seconds that the trainer has spent waiting for the loader."""
+        """Seconds spent waiting for the loader."""
 
     def __enter__(self) -> Feed:
         self._loader.__enter__()
@@ -151,19 +153,19 @@ class Feed:
             batch = next(self._batches)
         finally:
             self.waited_s += time.perf_counter() - began_s
-        draws = batch.draws.reshape(-1)
+        draws = batch.draws.reshape(-1)  # (B V,) struct: y, x, flip, shift
         return DeviceBatch(
-            images=self._stager.put(batch.images.reshape(-1, *batch.images.shape[-3:])),
+            images=self._stager.put(batch.images.reshape(-1, *batch.images.shape[-3:])),  # (B V, S, S, 3)
             windows=Windows(draws["y"].astype(np.int64), draws["x"].astype(np.int64), draws["flip"].copy()),
             labels=torch.from_numpy(batch.labels.copy()).to(self._first, non_blocking=True),
             ids=batch.ids.copy(),
             epoch=batch.epoch,
-            views=draws.size // max(1, len(batch.labels)),
+            views=draws.size // max(1, len(batch.labels)),  # a rank's part of a short last batch may be empty
         )
 
     @property
     def facts(self) -> Facts:
-        """What the node said of the dataset."""
+        """Facts about the split, as the node reports them."""
         dataset = self._loader.dataset
         return Facts(
             count=dataset.count,
@@ -174,18 +176,18 @@ class Feed:
         )
 
     def state(self) -> dict[str, Any]:
-        """The position of the first sample that has not been handed out, as plain values."""
+        """Return the position of the first sample that has not been delivered, as plain values."""
         state: dict[str, Any] = self._loader.state_dict()
         return state
 
     def accounts(self) -> list[EpochAccount]:
-        """The ledger of each epoch that this feed has begun."""
+        """Return the account of each epoch that this feed has begun."""
         return self._loader.ledger
 
 
 @contextmanager
 def open_source(source: Source) -> Iterator[Endpoint]:
-    """Find a running node or start a private one, for as long as the context lasts."""
+    """Find a running node, or start a private one that stops with the context."""
     if source.loader is not None:
         about = f"Batches come from the node at {source.loader}."
         yield Endpoint(source.loader, about, source.timeout_s, source.server_key, source.client_key)
@@ -202,32 +204,34 @@ def open_source(source: Source) -> Iterator[Endpoint]:
 
 
 def training_view(preset: Preset, ablation: Ablation, node: Endpoint) -> View:
-    """The random crops, mirror images and colour jitter of the paper's section 4.1, as preset and variation have it.
+    """Return the augmentation policy of training (paper section 4.1): random crops, flips and PCA colour jitter.
 
-    Its crop is left to the dataset.
+    The preset decides the scale of the jitter, the ablation may switch parts off. The crop is 0: the records' side decides.
     """
     if not ablation.crops:
-        return View(kind="center", crop=0, flip=False, jitter=0.0)  # in shuffled order all the same
+        return View(kind="center", crop=0, flip=False, jitter=0.0)  # the order stays shuffled
     if not ablation.jitter:
         return View(crop=0, flip=ablation.flips, jitter=0.0)
     if not preset.jitter_by_deviation:
         return View(crop=0, flip=ablation.flips)
     facts = describe(node.address, split="train", server_key=node.server_key, client_key=node.client_key)
+    # The authors' code scales each axis by its standard deviation, not by its eigenvalue.
     deviations = np.sqrt(np.asarray(facts.eigenvalues, np.float64))
-    basis = _GREY_LEVELS * np.asarray(facts.eigenvectors, np.float64) * deviations  # column k is axis k
+    basis = _GREY_LEVELS * np.asarray(facts.eigenvectors, np.float64) * deviations  # (3, 3), column k is axis k
     return View(crop=0, flip=ablation.flips, basis=tuple(basis.flatten().tolist()))
 
 
 def load_image(path: Path, facts: Facts) -> tuple[Tensor, Windows]:
-    """The centre crop of any picture file, prepared as the dataset was: (1, crop, crop, 3) uint8, and its window."""
+    """Return the centre crop of an image file, preprocessed like the dataset: (1, crop, crop, 3) uint8, and its window."""
     side, crop = len(facts.mean), facts.crop
     windows = Windows.centre(1, side, crop)
     top, left = int(windows.y[0]), int(windows.x[0])
-    picture = load_picture(path, side=side)[top : top + crop, left : left + crop]
-    return torch.from_numpy(np.ascontiguousarray(picture))[None], windows
+    image = load_picture(path, side=side)[top : top + crop, left : left + crop]
+    return torch.from_numpy(np.ascontiguousarray(image))[None], windows
 
 
 def _answers(address: str, source: Source) -> bool:
+    """Return True if a node answers at ``address`` within _PROBE_S."""
     keys = {"server_key": source.server_key, "client_key": source.client_key}
     try:
         describe(address, split="train", timeout_s=_PROBE_S, **keys)

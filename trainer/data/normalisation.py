@@ -1,6 +1,7 @@
-"""From uint8 pixels to what the network sees: 0 to 255 minus the mean image (paper section 2), in one operation.
+"""Normalisation of the network's input: uint8 pixels minus the mean image (paper section 2).
 
-The cast to float32, the subtraction and the layout (channels-last) are one pass over the batch, on its device.
+The result stays on the scale 0 to 255: a division by the standard deviation would leave almost no signal at the logits,
+with weights of std .01. Cast to float32, subtraction and channels-last layout are one pass over the batch, on its device.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from trainer.model.presets import Preset
 
 @dataclass(frozen=True)
 class Facts:
-    """A split, as its node describes it.
+    """Facts about a split. Checkpoints carry them, so a network can be used without its data.
 
     Fields:
         count: records in the split.
-        class_names: in the order of the labels.
-        fingerprint: of the split's logical records.
-        mean: (side, side, 3) float32, the training split's mean image, R, G, B in 0 to 255; as wide as the records.
-        crop: the side of what the network sees of a record, in pixels.
+        class_names: names of the classes, in the order of the labels.
+        fingerprint: fingerprint of the split's logical records.
+        mean: (side, side, 3) float32, mean image of the training split, R, G, B in 0 to 255; ``side`` is the records'.
+        crop: side of the network's input, in pixels.
     """
 
     count: int
@@ -37,11 +38,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Windows:
-    """Where in its record each picture of a batch was cut.
+    """Positions of P crops in their records.
 
     Fields:
-        y, x: (P,) integers, the first row and column.
-        flip: (P,) bool, whether the crop was mirrored.
+        y, x: (P,) int64, first row and column, before the flip.
+        flip: (P,) bool, True for mirrored crops.
     """
 
     y: npt.NDArray[np.int64]
@@ -49,35 +50,35 @@ class Windows:
     flip: npt.NDArray[np.bool_]
 
     @classmethod
-    def centre(cls, pictures: int, record_side: int, crop_side: int) -> Windows:
-        """The centre crop, unmirrored, of ``pictures`` records."""
-        first = np.full(pictures, (record_side - crop_side) // 2)
-        return cls(first, first, np.zeros(pictures, np.bool_))
+    def centre(cls, count: int, record_side: int, crop_side: int) -> Windows:
+        """Return the centre crops of ``count`` records, not mirrored."""
+        first = np.full(count, (record_side - crop_side) // 2)
+        return cls(first, first, np.zeros(count, np.bool_))
 
 
 class MeanSubtraction:
-    """Subtracts the mean image.
+    """Subtraction of the mean image from batches of crops.
 
     Args:
-        mean: (side, side, 3) float32, the training split's.
-        preset: whether the window that is subtracted follows the crop and its mirroring, or stays at the centre.
-        devices: where batches will be.
+        mean: (side, side, 3) float32, mean image of the training split.
+        preset: decides if the window of the mean follows each crop, or is always the centre (the authors' code).
+        devices: devices of the batches.
     """
 
     def __init__(self, mean: Tensor, preset: Preset, devices: Sequence[torch.device]) -> None:
         self._follows_crop = preset.mean_follows_crop
-        both = torch.stack([mean, mean.flip(1)])  # (2, side, side, 3): as it is, and mirrored
+        both = torch.stack([mean, mean.flip(1)])  # (2, side, side, 3): the mean and its mirror image
         self._means = {device: both.to(device) for device in devices}
 
     def __call__(self, images: Sequence[Tensor], windows: Windows) -> list[Tensor]:
-        """MeanSubtraction a batch that lies on one or several devices.
+        """Subtract the mean from a batch of P crops.
 
         Args:
             images: for each device (P, S, S, 3) uint8, R, G, B.
-            windows: where the P pictures were cut.
+            windows: positions of the P crops.
 
         Returns:
-            For each device (P, 3, S, S) float32, channels-last.
+            For each device (P, 3, S, S) float32, channels-last, -255 to 255.
         """
         return [self._on_device(batch, windows) for batch in images]
 
@@ -86,8 +87,9 @@ class MeanSubtraction:
         side, record_side = images.shape[1], means.shape[1]
         if not self._follows_crop:
             windows = Windows.centre(len(images), record_side, side)
-        # A mirrored crop's window lies mirrored in the mirrored mean.
+        # A mirrored crop reads the mirrored mean, where its window starts at the other edge.
         x = np.where(windows.flip, record_side - side - windows.x, windows.x)
+        # A CPU call is cheap and memory traffic is not; on a GPU the launches of a loop would take longer than the work.
         subtract = subtract_by_loop if images.device.type == "cpu" else subtract_at_once
         return subtract(images, means, windows.flip, windows.y, x)
 
@@ -99,14 +101,14 @@ def subtract_by_loop(
     y: npt.NDArray[np.int64],
     x: npt.NDArray[np.int64],
 ) -> Tensor:
-    """Subtract a window for each picture, one by one: least memory traffic, best where a call costs little (CPU).
+    """Subtract the window of each crop, one by one: least memory traffic, best on a CPU.
 
     Args:
         images: (P, S, S, 3) uint8.
-        means: (2, M, M, 3) float32, on the same device.
-        which: (P,) bool, which of the two means.
-        y: (P,) integers, the window's first row in it.
-        x: (P,) integers, the window's first column.
+        means: (2, M, M, 3) float32, on the same device: the mean image and its mirror image.
+        which: (P,) bool, index into ``means``.
+        y: (P,) int64, first row of each window.
+        x: (P,) int64, first column of each window.
 
     Returns:
         (P, 3, S, S) float32, channels-last.
@@ -115,7 +117,7 @@ def subtract_by_loop(
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     for i, (mean, top, left) in enumerate(zip(which.tolist(), y.tolist(), x.tolist(), strict=True)):
         torch.sub(images[i], means[int(mean), top : top + side, left : left + side], out=out[i])
-    return out.permute(0, 3, 1, 2)
+    return out.permute(0, 3, 1, 2)  # a view; its memory is channels-last
 
 
 def subtract_at_once(
@@ -125,8 +127,8 @@ def subtract_at_once(
     y: npt.NDArray[np.int64],
     x: npt.NDArray[np.int64],
 ) -> Tensor:
-    """Like ``subtract_by_loop``, in two operations however many pictures: best where a call costs much (GPU)."""
+    """Subtract all windows in two operations, best on a GPU; arguments and result as in ``subtract_by_loop``."""
     side = images.shape[1]
-    windows = means.unfold(1, side, 1).unfold(2, side, 1)  # a view, (2, places, places, 3, S, S)
-    index = torch.from_numpy(np.stack([which, y, x]).astype(np.int64)).to(images.device, non_blocking=True)
+    windows = means.unfold(1, side, 1).unfold(2, side, 1)  # a view, (2, M - S + 1, M - S + 1, 3, S, S)
+    index = torch.from_numpy(np.stack([which, y, x]).astype(np.int64)).to(images.device, non_blocking=True)  # (3, P)
     return torch.sub(images.permute(0, 3, 1, 2), windows[index[0], index[1], index[2]])

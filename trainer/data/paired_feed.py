@@ -1,7 +1,7 @@
-"""A feed for two processes: tower 0's owns the client of the loader and hands each batch to its twin.
+"""A feed for a pair of processes: tower 0's process owns the loader's client and sends each batch to its peer.
 
-The uint8 pixels go from device to device; where they were cut and the labels go through the host. Whatever ends the feed
-in the owner, its end, a stop or a lost node, ends it in the twin too.
+The uint8 pixels go from device to device; windows and labels go through the host. When the feed ends in the owner, by its
+last batch, a stop or a lost node, it ends in the peer too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer.stop import Stopped, StopRequest
 
 
 class _Message(IntEnum):
-    """The first number that the owner sends."""
+    """Kinds of message, the first number that the owner sends."""
 
     BATCH = 0
     END = 1
@@ -28,13 +28,13 @@ class _Message(IntEnum):
 
 
 def share_facts(facts: Facts | None, world: World) -> Facts:
-    """The facts that tower 0's process has of the training split, in both; the twin needs no names."""
+    """Return the facts about the training split in both processes; only tower 0's knows the names of the classes."""
     pair = world.pair
     if pair is None:
         assert facts is not None
         return facts
     if facts is not None:
-        pair.send(torch.tensor([facts.count, len(facts.class_names), len(facts.mean), facts.crop]))
+        pair.send(torch.tensor([facts.count, len(facts.class_names), len(facts.mean), facts.crop]))  # (4,) int64
         pair.send(facts.mean.contiguous())
         return facts
     count, classes, side, crop = pair.receive(torch.empty(4, dtype=torch.int64)).tolist()
@@ -43,12 +43,12 @@ def share_facts(facts: Facts | None, world: World) -> Facts:
 
 
 class PairedFeed:
-    """The batches of ``feed``, in both processes of a pair, or in the one process there is.
+    """An iterator over the batches of a feed, in both processes of a pair, or in a process with all towers.
 
     Args:
-        feed: an open feed; None in tower 1's process.
-        world: who else is there.
-        stop: ends the waiting.
+        feed: open feed; None in tower 1's process.
+        world: processes of the run.
+        stop: stop request, which interrupts the wait for a batch.
     """
 
     def __init__(self, feed: Feed | None, world: World, stop: StopRequest) -> None:
@@ -62,7 +62,7 @@ class PairedFeed:
         if self._feed is None:
             assert self._pair is not None
             return _receive_batch(self._pair, self._device)
-        message = _Message.BROKEN
+        message = _Message.BROKEN  # unless a batch or the end comes
         try:
             with self._stop.interruptible():
                 batch = next(self._feed)
@@ -70,7 +70,7 @@ class PairedFeed:
         except StopIteration:
             message = _Message.END
             raise
-        finally:
+        finally:  # also after an error: the peer waits for a message
             if self._pair is not None and message is not _Message.BATCH:
                 _announce(self._pair, message)
         if self._pair is not None:
@@ -79,37 +79,40 @@ class PairedFeed:
 
 
 def _announce(pair: Pair, message: _Message, *numbers: int) -> None:
+    """Send a kind of message and at most four numbers, as (5,) int64: the receiver must know the size."""
     pair.send(torch.tensor([message, *numbers, *[0] * (4 - len(numbers))]))
 
 
 def _send_batch(pair: Pair, batch: DeviceBatch) -> None:
-    (images,) = batch.images
+    """Send a batch in the order that ``_receive_batch`` reads."""
+    (images,) = batch.images  # (P, S, S, 3) uint8; a process of a pair has one device
     _announce(pair, _Message.BATCH, len(images), images.shape[1], batch.views, batch.epoch)
     if not len(images):
         return
     windows = batch.windows
-    pair.send(torch.from_numpy(np.stack([windows.y, windows.x, windows.flip.astype(np.int64)])))
-    pair.send(batch.labels.cpu())
+    pair.send(torch.from_numpy(np.stack([windows.y, windows.x, windows.flip.astype(np.int64)])))  # (3, P) int64
+    pair.send(batch.labels.cpu())  # (B,) int64
     pair.send(images.contiguous())
 
 
 def _receive_batch(pair: Pair, device: torch.device) -> DeviceBatch:
-    message, pictures, side, views, epoch = pair.receive(torch.empty(5, dtype=torch.int64)).tolist()
+    """Return the peer's next batch; raise StopIteration after its last one, Stopped if the peer leaves."""
+    message, count, side, views, epoch = pair.receive(torch.empty(5, dtype=torch.int64)).tolist()
     if message == _Message.END:
         raise StopIteration
     if message == _Message.BROKEN:
         raise Stopped
-    windows, labels = np.zeros((3, 0), np.int64), torch.empty(pictures // views, dtype=torch.int64)
-    images: Tensor = torch.empty(pictures, side, side, 3, dtype=torch.uint8, device=device)
-    if pictures:
-        windows = pair.receive(torch.empty(3, pictures, dtype=torch.int64)).numpy()
+    windows, labels = np.zeros((3, 0), np.int64), torch.empty(count // views, dtype=torch.int64)
+    images: Tensor = torch.empty(count, side, side, 3, dtype=torch.uint8, device=device)
+    if count:  # an empty batch is its announcement alone
+        windows = pair.receive(torch.empty(3, count, dtype=torch.int64)).numpy()
         pair.receive(labels)
         pair.receive(images)
     return DeviceBatch(
         images=(images,),
         windows=Windows(windows[0], windows[1], windows[2].astype(np.bool_)),
         labels=labels.to(device),
-        ids=np.zeros(0, np.int64),  # nobody asks the twin
+        ids=np.zeros(0, np.int64),  # not needed in tower 1's process
         epoch=epoch,
         views=views,
     )

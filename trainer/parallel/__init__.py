@@ -1,1 +1,1 @@
-"""The processes and devices of a run: who they are, and how the two towers exchange activations between them."""
+"""Processes and devices of a run, and the exchange of activations between the two towers."""

@@ -1,29 +1,30 @@
-"""Where the two towers meet: each reader gets the outputs of all towers, side by side (paper section 3.2, figure 2).
+"""The exchange between the two towers: each reader gets the outputs of all towers (paper section 3.2, figure 2).
 
-It happens before conv3 and before each fully connected layer, and nowhere else. There are several ways to run it; all
-give the same numbers, forward and backward:
+Towers exchange maps before conv3 and units before each fully connected layer, and nowhere else. There are three ways to
+run it; all give the same numbers, forward and backward:
 
-- ``OneDevice``: both towers on one device. The towers' outputs are put together once and shared.
-- ``BetweenDevices``: two devices in one process. Parts are copied beside the computation, both ways at once; so are
-  their gradients on the way back.
-- ``BetweenProcesses``: one process for each tower, under ``torchrun``. Twins swap outputs, and gradients on the way back.
+- ``OneDevice``: both towers on one device. The outputs are concatenated once and shared by all readers.
+- ``BetweenDevices``: two devices in one process. Copies in both directions overlap with computation, as do the copies of
+  gradients in the backward pass.
+- ``BetweenProcesses``: one process for each tower, under ``torchrun``. The two processes swap outputs, and gradients in the
+  backward pass.
 
-Between GPUs a copy has streams of its own, one at each end: it waits for nothing that its devices were told to do after
-the tensor was made, and holds none of it up::
+A copy between GPUs has its own streams, one at each end. It waits for nothing that was queued after its tensor, and nothing
+waits for it before the tensor is used::
 
     source, computing   ── tensor made ──●────────────────────────────────────────▶
     source, sending                      └─ wait ─ copy ─┐
     target, receiving                                    └─ arrived ─┐
     target, computing   ─────────────────────────────────────────────●─ tensor used ▶
 
-Rules of the file:
+Rules of the copies:
 
-1. The sending stream waits for the computing one, or it would copy what is not computed yet. The receiver's computing
-   stream waits for that one copy, not for all that were sent since, and only when the copy is about to be used.
-2. Memory belongs to the stream that it was allocated on, and is given away when the tensor is let go of, whatever other
-   streams still do with it. So a tensor is recorded on the second stream that uses it (pytorch issues 15568, 33909).
-3. What arrives is allocated on the receiving stream. On the computing one it could lie where queued work still reads, and
-   the copy would have to wait for that.
+1. The sending stream waits for the computing stream, or it would copy a tensor that is not computed yet. The receiver's
+   computing stream waits for that one copy, not for later ones, and only when the copy is about to be used.
+2. The allocator ties memory to the stream that allocated it, and reuses it when the tensor is deleted even if other streams
+   still read it. So a tensor is recorded on the second stream that uses it (pytorch issues 15568, 33909).
+3. A received tensor is allocated on the receiving stream. On the computing stream it could get memory that queued work
+   still reads, and the copy would have to wait for that work.
 """
 
 from __future__ import annotations
@@ -42,35 +43,35 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from trainer.parallel.world import Pair
 
 _PROBE_NUMBERS: Final = 1 << 20
-"""Numbers in the test of a peer-to-peer copy: 4 MiB, more than one transfer's granule."""
+"""Numbers in the test of a peer-to-peer copy: 4 MiB of int32, so that the copy takes several chunks."""
 
 
 class Exchange(Protocol):
-    """One way for the towers to meet."""
+    """One way to exchange outputs between towers."""
 
     def __call__(self, parts: Iterable[Tensor], readers: Sequence[int]) -> Iterator[Tensor]:
         """Give each reader the outputs of all towers.
 
-        Both ends may be lazy. A part is passed on before the next one is asked for, and a result is made when it is asked
-        for: given ``parts`` that compute as they come, copies start early and are waited for late.
+        Both ends are lazy: a part is sent before the next one is requested, and a result is assembled when it is
+        requested. If ``parts`` computes on demand, copies start early and are waited for late.
 
         Args:
             parts: for each tower of this process (B, C, ...), on the tower's device.
-            readers: the towers that need the result.
+            readers: numbers of the towers that need the result.
 
         Yields:
             For each reader in this process (B, towers * C, ...), on its device, in the order of the towers. A process
-            with no reader gets a zero, (), whose backward pass fetches the gradients of what it gave.
+            with no reader gets a zero, (), whose backward pass receives the gradients of its part.
         """
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a process has of a network that is spread over several.
+    """The part of a distributed network that one process has.
 
     Fields:
-        towers: the numbers of the towers that live here.
-        exchange: how they meet the others.
+        towers: numbers of the towers in this process.
+        exchange: exchange with the other towers.
     """
 
     towers: tuple[int, ...]
@@ -83,7 +84,7 @@ class OneDevice:
     def __call__(self, parts: Iterable[Tensor], readers: Sequence[int]) -> Iterator[Tensor]:
         """See ``Exchange``."""
         given = list(parts)
-        whole = given[0] if len(given) == 1 else torch.cat(given, dim=1)
+        whole = given[0] if len(given) == 1 else torch.cat(given, dim=1)  # (B, towers * C, ...)
         for _ in readers:
             yield whole
 
@@ -91,9 +92,8 @@ class OneDevice:
 class BetweenDevices:
     """One device for each tower, in one process.
 
-    The pieces that one tower can compute without the other end here, so what a copy overlaps with is the other tower's
-    part of the piece before, the other way's copy, and the drawing of dropout masks; on the way back, whatever of a layer
-    does not wait for that gradient.
+    A copy overlaps with the other tower's part of the preceding segment, with the copy in the other direction, and with the
+    drawing of dropout masks. In the backward pass it overlaps with the work that does not need that gradient.
     """
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
@@ -101,8 +101,8 @@ class BetweenDevices:
         through_host = not peer_copies_work(self._devices)
         if through_host:
             warnings.warn(
-                f"copies between {' and '.join(map(str, devices))} arrive damaged on this machine: "
-                "the towers meet through host memory instead, which is slower",
+                f"peer-to-peer copies between {' and '.join(map(str, devices))} are damaged on this machine: "
+                "the towers exchange maps through host memory instead, which is slower",
                 stacklevel=2,
             )
         self._routes = {(a, b): Route(a, b, through_host) for a, b in permutations(set(self._devices), 2)}
@@ -111,34 +111,35 @@ class BetweenDevices:
         """See ``Exchange``."""
         sent = [{reader: self._send(part, tower, reader) for reader in readers} for tower, part in enumerate(parts)]
         for reader in readers:
-            yield torch.cat([on_its_way[reader]() for on_its_way in sent], dim=1)
+            yield torch.cat([copies[reader]() for copies in sent], dim=1)  # (B, towers * C, ...)
 
     def _send(self, part: Tensor, tower: int, reader: int) -> Callable[[], Tensor]:
-        """Begin to bring a part to a reader; returns what makes the reader's stream wait for it."""
+        """Start to copy a part to a reader; return a function that waits for the copy, on the reader's stream, and returns it."""
         source, target = self._devices[tower], self._devices[reader]
         if source == target:
             return lambda: part
+        # One autograd function for each end of the copy: the backward pass sends the gradient and waits for it apart, too.
         trip = _RoundTrip(self._routes[source, target], self._routes[target, source])
-        departed: Tensor = _StartCopy.apply(part, trip)  # type: ignore[no-untyped-call]
-        return partial(_FinishCopy.apply, departed, trip)
+        started: Tensor = _StartCopy.apply(part, trip)  # type: ignore[no-untyped-call]
+        return partial(_FinishCopy.apply, started, trip)
 
 
 class _RoundTrip:
-    """A part's way to a reader on another device, and its gradient's way home."""
+    """The copy of a part to a reader on another device, and later the copy of its gradient back."""
 
     def __init__(self, there: Route, back: Route) -> None:
         self.there, self.back = there, back
         self._transfer: Transfer | None = None
 
     def start(self, transfer: Transfer) -> Tensor:
-        """Keep what has just been sent; returns its tensor, whose numbers are not there yet."""
+        """Keep a transfer that has just started; return its tensor, which is not filled yet."""
         self._transfer = transfer
         return transfer.tensor
 
     def finish(self) -> Tensor:
-        """Wait for what was put, and let go of it: the trip lives as long as its graph."""
+        """Wait for the transfer and return its tensor; drop the reference, since this object lives as long as the graph."""
         transfer, self._transfer = self._transfer, None
-        assert transfer is not None, "nothing was sent"
+        assert transfer is not None, "no transfer was started"
         return transfer.wait()
 
 
@@ -147,35 +148,35 @@ class _TripContext(FunctionCtx):
 
 
 class _StartCopy(torch.autograd.Function):
-    """The part itself, whose copy sets out. Back, its gradient lands.
+    """Starts the copy of a part and returns the part; its backward pass waits for the gradient.
 
-    Autograd runs a node on the thread and stream of the device where its output lies, what is ready and was made last
-    first. So it is the source's stream that waits for the gradient, after all else that there was to do; and since parts
-    depart before any arrives, no tower waits for a gradient before it has sent its own.
+    Autograd runs a node on the thread and stream of its output's device, and of the ready nodes the newest first. So the
+    source's stream waits for the gradient after all its other work; and since every copy starts before the first one is
+    waited for, no tower waits for a gradient before it has sent its own.
     """
 
     @staticmethod
     def forward(ctx: _TripContext, part: Tensor, trip: _RoundTrip) -> Tensor:
         ctx.trip = trip
         trip.start(trip.there.send(part))
-        return part.view_as(part)
+        return part.view_as(part)  # a view: autograd must see an output other than the input
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _TripContext, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.trip.finish()  # it is the gradient
+        ctx.trip.finish()  # the same tensor as ``gradient``, filled from here on
         return gradient, None
 
 
 class _FinishCopy(torch.autograd.Function):
-    """The part's copy on the reader's device, landed. Back, its gradient sets out.
+    """Waits for the copy of a part on the reader's device; its backward pass starts the copy of the gradient.
 
-    A gradient should be complete when a node hands it on, since autograd might add others to it. Only ``_StartCopy`` gets
-    this one, and waits for it.
+    A backward pass normally returns complete gradients, since autograd may add others to them. This one goes to
+    ``_StartCopy`` alone, which waits for it.
     """
 
     @staticmethod
-    def forward(ctx: _TripContext, _departed: Tensor, trip: _RoundTrip) -> Tensor:
+    def forward(ctx: _TripContext, _started: Tensor, trip: _RoundTrip) -> Tensor:
         ctx.trip = trip
         return trip.finish()
 
@@ -193,12 +194,12 @@ class BetweenProcesses:
 
     def __call__(self, parts: Iterable[Tensor], readers: Sequence[int]) -> Iterator[Tensor]:
         """See ``Exchange``."""
-        (mine,) = parts
+        (mine,) = parts  # (B, C, H, W) maps or (B, C) units
         if len(readers) == 1 and self._pair.tower != readers[0]:
             yield _Send.apply(_as_sent(mine), self._pair)  # type: ignore[no-untyped-call]
             return
-        way = _Swap if len(readers) == 2 else _Receive
-        theirs = _as_maps(way.apply(_as_sent(mine), self._pair))  # type: ignore[no-untyped-call]
+        operation = _Swap if len(readers) == 2 else _Receive
+        theirs = _as_maps(operation.apply(_as_sent(mine), self._pair))  # type: ignore[no-untyped-call]
         both = [mine, theirs] if self._pair.tower == 0 else [theirs, mine]
         yield torch.cat(both, dim=1)
 
@@ -209,7 +210,7 @@ class _PairContext(FunctionCtx):
 
 
 class _Swap(torch.autograd.Function):
-    """The twin's part for ours; back, our gradient of the twin's part for its gradient of ours."""
+    """Swaps parts with the peer; the backward pass swaps the gradients."""
 
     @staticmethod
     def forward(ctx: _PairContext, mine: Tensor, pair: Pair) -> Tensor:
@@ -223,7 +224,7 @@ class _Swap(torch.autograd.Function):
 
 
 class _Receive(torch.autograd.Function):
-    """The twin's part; back, its gradient goes to the twin. Our own part only says what it looks like."""
+    """Receives the peer's part, which has the shape of ours; the backward pass sends its gradient to the peer."""
 
     @staticmethod
     def forward(ctx: _PairContext, mine: Tensor, pair: Pair) -> Tensor:
@@ -238,13 +239,13 @@ class _Receive(torch.autograd.Function):
 
 
 class _Send(torch.autograd.Function):
-    """Our part to the twin; back, its gradient comes from the twin."""
+    """Sends our part to the peer; the backward pass receives its gradient."""
 
     @staticmethod
     def forward(ctx: _PairContext, mine: Tensor, pair: Pair) -> Tensor:
         ctx.pair, ctx.shape = pair, mine.shape
         pair.send(mine.contiguous())
-        return mine.new_zeros(())
+        return mine.new_zeros(())  # starts the backward pass of this process
 
     @staticmethod
     @once_differentiable
@@ -253,25 +254,25 @@ class _Send(torch.autograd.Function):
 
 
 def _as_sent(part: Tensor) -> Tensor:
-    """Maps (B, C, H, W) as (B, H, W, C), which is free for channels-last ones; units as they are."""
+    """Return maps (B, C, H, W) as (B, H, W, C), without a copy if they are channels-last; return units (B, C) unchanged."""
     return part.permute(0, 2, 3, 1) if part.dim() == 4 else part
 
 
 def _as_maps(sent: Tensor) -> Tensor:
-    """The inverse of ``_as_sent``."""
+    """Invert ``_as_sent``."""
     return sent.permute(0, 3, 1, 2) if sent.dim() == 4 else sent
 
 
 def choose_exchange(devices: Sequence[torch.device]) -> Exchange:
-    """The way to run towers that live on ``devices``: one entry puts all towers there, two give each its own."""
+    """Return the exchange for towers on ``devices``: one entry holds all towers, two hold one each."""
     return OneDevice() if len(devices) == 1 else BetweenDevices(devices)
 
 
 def peer_copies_work(devices: Sequence[torch.device]) -> bool:
-    """Whether tensors survive a copy between each two of ``devices``, both ways.
+    """Return True if copies between all pairs of ``devices`` arrive intact, in both directions.
 
-    On some machines the driver says that peers reach each other and then delivers zeros or garbage without an error
-    (pytorch issues 13803, 84803, 87363).
+    On some machines the driver reports peer access and then delivers zeros or garbage without an error (pytorch issues
+    13803, 84803, 87363).
     """
     for source, target in permutations(set(devices), 2):
         sent = torch.arange(_PROBE_NUMBERS, dtype=torch.int32, device=source)
@@ -282,12 +283,12 @@ def peer_copies_work(devices: Sequence[torch.device]) -> bool:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A tensor on its way.
+    """A copy in flight.
 
     Fields:
-        tensor: the copy, whose numbers count after ``land``.
-        target: the device that it lies on.
-        arrived: when the numbers are there; None if they are already.
+        tensor: target of the copy, valid after ``wait``.
+        target: device of ``tensor``.
+        arrived: event at the end of the copy; None if it is complete.
     """
 
     tensor: Tensor
@@ -295,20 +296,20 @@ class Transfer:
     arrived: torch.cuda.Event | None = None
 
     def wait(self) -> Tensor:
-        """The copy, for the target's current stream to use: that stream waits, the caller does not."""
+        """Make the target's current stream wait for the copy, and return it; the host does not wait."""
         if self.arrived is not None:
             computing = torch.cuda.current_stream(self.target)
             computing.wait_event(self.arrived)
-            self.tensor.record_stream(computing)
+            self.tensor.record_stream(computing)  # rule 2
         return self.tensor
 
 
 class Route:
-    """The way from one device to another.
+    """Copies from one device to another.
 
     Args:
-        source, target: where tensors come from, and where their copies go.
-        through_host: whether copies between GPUs go through host memory instead of from peer to peer.
+        source, target: devices of the tensors and of their copies.
+        through_host: copy between GPUs through host memory instead of peer to peer.
     """
 
     def __init__(self, source: torch.device, target: torch.device, through_host: bool = False) -> None:
@@ -319,29 +320,29 @@ class Route:
             self._receiving = torch.cuda.Stream(device=target)  # type: ignore[no-untyped-call]
 
     def send(self, tensor: Tensor) -> Transfer:
-        """Begin to copy a tensor that the source's current stream computes; of its shape, dtype and order of channels.
+        """Start to copy a tensor that the source's current stream computes; shape, dtype and memory format stay.
 
-        With a CPU at either end the copy is complete when this returns.
+        If either end is a CPU, the copy is complete when this returns.
         """
         if not self._between_gpus:
             return Transfer(tensor.to(self._target), self._target)
-        self._sending.wait_stream(torch.cuda.current_stream(self._source))
+        self._sending.wait_stream(torch.cuda.current_stream(self._source))  # rule 1
         with torch.cuda.stream(self._sending), torch.cuda.stream(self._receiving):
-            copy = self._copy(_packed(tensor))
+            copy = self._copy(_packed(tensor))  # rule 3
             arrived = self._receiving.record_event()
-        tensor.record_stream(self._sending)
+        tensor.record_stream(self._sending)  # rule 2
         return Transfer(copy, self._target, arrived)
 
     def _copy(self, packed: Tensor) -> Tensor:
-        """Copy on the two streams of this route, which are torch's current ones."""
+        """Copy on the two streams of this route, which are torch's current streams now."""
         if not self._through_host:
-            return packed.to(self._target, non_blocking=True)  # torch has the receiving stream wait for the sending one
-        in_host = packed.to("cpu", non_blocking=True)  # pinned, and kept by torch until both streams have done with it
+            return packed.to(self._target, non_blocking=True)  # torch makes the receiving stream wait
+        in_host = packed.to("cpu", non_blocking=True)  # pinned; torch keeps it until both streams are done
         self._receiving.wait_stream(self._sending)
         return in_host.to(self._target, non_blocking=True)
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """The tensor in one piece, which an engine for copies moves by itself; kernels would take units from computation."""
+    """Return the tensor in one contiguous block: a copy engine moves that, while a strided copy would need a kernel."""
     last = tensor.dim() == 4 and tensor.stride(1) == 1
     return tensor.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)

@@ -4,14 +4,14 @@
 
     rank = replica * towers + tower          a mesh of two dimensions, data x tower
 
-Processes of one replica are a pair: they exchange maps and gradients (``trainer.parallel.exchange``). Processes of one tower hold
-equal weights: they add up their gradients. Small facts (who was stopped, how many images) go round among all of them, over
-gloo; tensors on GPUs go over NCCL. A run that torchrun did not start is a world of one process, where nothing is said.
+The processes of one replica are a pair: they exchange maps and gradients (``trainer.parallel.exchange``). The processes of
+one tower hold equal weights and add up their gradients. Small facts (stop requests, numbers of images) are gathered from
+all processes over gloo; tensors on GPUs travel over NCCL. Without torchrun the world is one process, and nothing is sent.
 
-Nobody waits for data inside a collective of NCCL: processes first agree, over gloo, that everyone has its batch.
+No process waits for data inside a collective of NCCL: all processes first agree, over gloo, that each has its batch.
 
-A process that dies takes the others with it: its connections close, whoever waits for it gets ``PeerLost`` and leaves, and
-so does whoever waits for that one. torchrun starts all of them again, if ``--max-restarts`` lets it.
+The death of one process ends all: its connections close, so a process that waits for it gets ``PeerLost`` and exits, and
+so on. torchrun starts all of them again, as often as ``--max-restarts`` allows.
 """
 
 from __future__ import annotations
@@ -37,25 +37,26 @@ from trainer.errors import ConfigError, DeviceError, PeerLost
 from trainer.parallel.devices import choose_devices
 
 _WAIT_TIMEOUT: Final = timedelta(days=1)
-"""How long a process waits for another. A loader that is gone for the night is no failure; a process that has died is
-noticed at once, by its connection."""
+"""Time that a process waits for another. A node may be down for a night; a dead process is noticed at once, by its
+connection."""
 
 _START_TIMEOUT: Final = timedelta(minutes=10)
-"""How long processes may take to start, from the first to the last."""
+"""Time between the starts of the first and the last process."""
 
 _RETRY_AFTER: Final = timedelta(seconds=1)
+"""Time for rank 0 to answer, before the others read its token again."""
 
 _TEXT_BYTES: Final = 1 << 14
-"""The longest text that processes tell each other."""
+"""Longest text that ``gather_text`` sends."""
 
 
 @contextmanager
-def _communication(what: str) -> Iterator[None]:
-    """A block that talks to other processes; PeerLost if one of them is gone."""
+def _communication(doing: str) -> Iterator[None]:
+    """Raise ``PeerLost`` if communication inside the block fails, because another process has died."""
     try:
         yield
-    except RuntimeError as error:  # both backends raise it, or its kin, for a connection that broke
-        raise PeerLost(what, str(error)) from error
+    except RuntimeError as error:  # gloo and NCCL raise it, or a subclass, for a broken connection
+        raise PeerLost(doing, str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class Pair:
     """The two processes of one replica, as one of them sees it.
 
     Fields:
-        tower: which tower lives here.
-        twin: rank of the other.
-        group: of the two.
+        tower: number of the tower in this process.
+        peer: rank of the other process.
+        group: process group of the two.
     """
 
     tower: int
@@ -73,24 +74,25 @@ class Pair:
     group: dist.ProcessGroup
 
     def send(self, tensor: Tensor) -> None:
-        """Give the twin a contiguous tensor, which it ``receive``s."""
-        with _communication("sending to its twin"):
+        """Send a contiguous tensor to the peer, which calls ``receive``."""
+        with _communication("sending to its peer"):
             dist.send(tensor, self.peer, self.group)
 
     def receive(self, buffer: Tensor) -> Tensor:
-        """Fill ``buffer``, contiguous, with what the twin sends; returns it."""
-        with _communication("waiting for its twin"):
+        """Receive a tensor from the peer into ``buffer``, which is contiguous; return ``buffer``."""
+        with _communication("waiting for its peer"):
             dist.recv(buffer, self.peer, self.group)
         return buffer
 
     def swap(self, mine: Tensor) -> Tensor:
-        """Give the twin a contiguous tensor and get its own, of the same shape and dtype."""
+        """Send a contiguous tensor to the peer and return the peer's, of the same shape and dtype."""
         theirs = torch.empty_like(mine)
+        # One batch of both operations: two blocking sends would wait for each other.
         operations = [
             dist.P2POp(dist.isend, mine, self.peer, self.group),
             dist.P2POp(dist.irecv, theirs, self.peer, self.group),
         ]
-        with _communication("swapping with its twin"):
+        with _communication("exchanging with its peer"):
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
         return theirs
@@ -101,11 +103,11 @@ class World:
     """All processes of a run, as one of them sees it.
 
     Fields:
-        devices: of the towers that live in this process.
-        rank, size: which process this is, of how many.
-        pair: this replica's two processes; None if all of its towers live here.
-        data: the processes of this tower, one of each replica; None if there is one replica.
-        machine: which of the run's machines this process is on.
+        devices: devices of the towers in this process.
+        rank, size: number of this process, and number of processes.
+        pair: the two processes of this replica; None if this process has all towers.
+        data: process group of this tower, one process of each replica; None with one replica.
+        machine: number of the machine that this process runs on.
     """
 
     devices: tuple[torch.device, ...]
@@ -117,58 +119,59 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes the files and talks to people."""
+        """True in the process that writes files and console."""
         return self.rank == 0
 
     @property
     def has_head(self) -> bool:
-        """Whether tower 0 lives here, and with it fc8, the loss, and the replica's client of the loader."""
+        """True in a process with tower 0, which also has fc8, the loss, and the replica's client of the loader."""
         return self.pair is None or self.pair.tower == 0
 
     @property
     def replica(self) -> int:
-        """Which copy of the network this process is a part of."""
+        """Number of the network's copy that this process is a part of."""
         return self.rank // (2 if self.pair else 1)
 
     @property
     def replicas(self) -> int:
-        """How many copies of the network learn together."""
+        """Number of copies of the network that train together."""
         return self.size // (2 if self.pair else 1)
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
-        """What every process said, by rank; all say equally many numbers. Waits for the last one."""
+        """Return the numbers of every process, by rank; all give equally many. Waits for the last process."""
         if self.size == 1:
             return [list(numbers)]
-        mine = torch.tensor(numbers, dtype=torch.float64)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        with _communication("asking all others"):
-            dist.all_gather(everyone, mine)
-        return [row.tolist() for row in everyone]
+        mine = torch.tensor(numbers, dtype=torch.float64)  # exact for integers up to 2^53
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        with _communication("gathering from all processes"):
+            dist.all_gather(rows, mine)
+        return [row.tolist() for row in rows]
 
     def gather_text(self, text: str) -> list[str]:
-        """What every process tells, by rank; waits for the last one. At most 16 KiB of UTF-8."""
+        """Return the text of every process, by rank; at most 16 KiB of UTF-8 each. Waits for the last process."""
         content = text.encode()
         if len(content) > _TEXT_BYTES:
-            raise ValueError(f"{len(content)} bytes are more than the {_TEXT_BYTES} that a process may tell")
-        rows = self.gather([*content, *[0] * (_TEXT_BYTES - len(content))])
+            raise ValueError(f"the text has {len(content)} bytes; at most {_TEXT_BYTES} can be gathered")
+        rows = self.gather([*content, *[0] * (_TEXT_BYTES - len(content))])  # all_gather needs equal sizes
         return [bytes(int(byte) for byte in row).rstrip(b"\0").decode() for row in rows]
 
     def add_gradients(self, model: nn.Module) -> None:
-        """Make every gradient the sum over the replicas; a process without images counts as zeros."""
+        """Replace every gradient by its sum over the replicas; a process without images contributes zeros."""
         if self.data is None:
             return
         for parameter in model.parameters():
-            if parameter.grad is None:
+            if parameter.grad is None:  # its part of a short last batch was empty
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         with _communication("adding up gradients"):
+            # All reductions start before the first wait, so that they overlap.
             for work in [dist.all_reduce(gradient, group=self.data, async_op=True) for gradient in gradients]:
                 work.wait()
 
     def merge_towers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of both towers, by name, in the process that ``is_first``; elsewhere just those given.
+        """Return the tensors of both towers, by name, in the first process; elsewhere return those given.
 
-        The towers are alike, so tower 1's tensors have the names and shapes of tower 0's, but for the number.
+        Tower 1's tensors have the names and shapes of tower 0's except for the tower's number, so no shape is sent.
         """
         together = {name: tensor.detach() for name, tensor in tensors.items()}
         if self.pair is None or self.replica != 0:
@@ -184,16 +187,16 @@ class World:
 
 @contextmanager
 def join(asked: Sequence[str], towers: int) -> Iterator[World]:
-    """Find the other processes of this run, for as long as the context lasts.
+    """Join the other processes of this run, for as long as the context lasts.
 
     Args:
-        asked: the devices that the user named; under torchrun ``cpu`` or nothing.
-        towers: of the network.
+        asked: device names given by the user; under torchrun ``cpu`` or nothing.
+        towers: towers of the network, 1 or 2.
 
     Raises:
-        ConfigError: not a whole number of networks, or devices named one by one.
+        ConfigError: the processes do not make whole networks, or the user named single devices.
         DeviceError: a device that this machine lacks.
-        PeerLost: another process died before all had met.
+        PeerLost: another process died before all had joined.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" not in os.environ or size == 1:
@@ -202,13 +205,13 @@ def join(asked: Sequence[str], towers: int) -> Iterator[World]:
     device = _own_device(asked)
     if size % towers:
         raise ConfigError("--nproc-per-node", size, f"a multiple of {towers}: one process for each tower of a network")
-    with _communication("looking for the others"):
+    with _communication("joining the other processes"):
         store, rank, _ = next(iter(rendezvous("env://", timeout=_START_TIMEOUT)))
         store = PrefixStore(_agree_on_launch(store, rank, size), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_WAIT_TIMEOUT, store=store, rank=rank, world_size=size)
     try:
-        with _communication("looking for the others"):
+        with _communication("joining the other processes"):
             mesh = init_device_mesh(device.type, (size // towers, towers), mesh_dim_names=("data", "tower"))
         pair = Pair(rank % towers, rank ^ 1, mesh.get_group("tower")) if towers == 2 else None
         data = mesh.get_group("data") if size > towers else None
@@ -218,10 +221,10 @@ def join(asked: Sequence[str], towers: int) -> Iterator[World]:
 
 
 def leave(world: World) -> None:
-    """End this process at once, with success, if it was one of several and has done and closed everything.
+    """Exit this process at once with code 0, if it is one of several; call this when everything is closed.
 
-    Threads of torch's that a group leaves behind have been seen to abort the interpreter on its way out, which torchrun
-    takes for a failure of the run.
+    Threads that torch leaves behind after a process group have aborted the interpreter during its normal exit. torchrun
+    would report that as a failure of the run.
     """
     if world.size > 1:
         sys.stdout.flush()
@@ -230,50 +233,54 @@ def leave(world: World) -> None:
 
 
 def _agree_on_launch(store: Store, rank: int, size: int) -> str:
-    """A word that the processes of this start have in common, and those of no other.
+    """Return a token that is common to the processes of this start and different at every other start.
 
-    torchrun's store outlives its restarts, with the addresses of the processes that died (pytorch issue 135712), and
-    machines count their restarts apart. So rank 0 makes up a word and answers each of the others, who call it by that word and
-    give one of their own: a word that nobody answers to is from an earlier start, and rank 0's is asked for again.
+    torchrun's store survives restarts and still has the addresses of dead processes (pytorch issue 135712), and each
+    machine counts restarts separately. So rank 0 draws a token and answers every process that calls it by that token and
+    a token of its own. A token that gets no answer is from an earlier start; then rank 0's is read again.
     """
     mine = secrets.token_hex(8)
     if rank == 0:
-        store.set("word", mine)
+        store.set("token", mine)
         store.wait([f"{mine} from {other}" for other in range(1, size)], _START_TIMEOUT)
         for other in range(1, size):
             store.set(f"{mine} to {store.get(f'{mine} from {other}').decode()}", "welcome")
         return mine
     until_s = time.monotonic() + _START_TIMEOUT.total_seconds()
     while time.monotonic() < until_s:
-        word: str = store.get("word").decode()
-        store.set(f"{word} from {rank}", mine)
+        token: str = store.get("token").decode()
+        store.set(f"{token} from {rank}", mine)
         try:
-            store.wait([f"{word} to {mine}"], _RETRY_AFTER)
-        except dist.DistStoreError:  # nobody answered in time
+            store.wait([f"{token} to {mine}"], _RETRY_AFTER)
+        except dist.DistStoreError:  # no answer in time: the token is old
             continue
-        return word
-    raise PeerLost("looking for the others", f"rank 0 did not answer within {_START_TIMEOUT}")
+        return token
+    raise PeerLost("joining the other processes", f"rank 0 did not answer within {_START_TIMEOUT}")
 
 
 def launch_id() -> str | None:
-    """What stays the same when torchrun starts this run's processes again; None if torchrun has not started this one."""
+    """Return an id of the torchrun launch, which survives its restarts; None without torchrun."""
     run = os.environ.get("TORCHELASTIC_RUN_ID")
-    return run if run != "none" else f"torchrun {os.getppid()}"
+    return (
+        run if run != "none" else f"torchrun {os.getppid()}"
+    )  # "none" is torchrun's default, the same for all launches
 
 
 def was_restarted() -> bool:
-    """Whether torchrun has started this run's processes before, and one of them died."""
+    """Return True if torchrun has started this process again after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def _own_device(asked: Sequence[str]) -> torch.device:
-    """This process's device: the GPU of its local rank, or the CPU."""
+    """Return this process's device: the GPU of its local rank, or the CPU."""
     if tuple(asked) not in ((), ("cpu",)):
-        raise ConfigError("--devices", ",".join(asked), "cpu, or nothing: under torchrun each process takes a GPU")
+        raise ConfigError(
+            "--devices", ",".join(asked), "cpu, or no --devices: under torchrun each process takes one GPU"
+        )
     if asked or not torch.cuda.is_available():
         return torch.device("cpu")
     local = int(os.environ["LOCAL_RANK"])
     if local >= torch.cuda.device_count():
-        raise DeviceError(f"cuda:{local}", "there are fewer GPUs here than processes; lower --nproc-per-node")
+        raise DeviceError(f"cuda:{local}", "this machine has fewer GPUs than processes; lower --nproc-per-node")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)

@@ -1,4 +1,4 @@
-"""The network: AlexNet in two towers, its layers, presets and faster forms.
+"""AlexNet in two towers: its layers, presets, ablations and faster forms.
 
 >>> from trainer.model import AlexNet
 """

@@ -1,4 +1,4 @@
-"""Departures from the network and the recipe, one for each comparison that the paper makes."""
+"""Ablations: changes of network and recipe, one for each comparison in the paper."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import msgspec
 from trainer.errors import ConfigError
 
 REMOVABLE: Final = ("conv2", "conv3", "conv4", "conv5", "fc6", "fc7")
-"""The middle layers (section 7: "removing any of the middle layers results in a loss of about 2%")."""
+"""Layers that can be left out (section 7: "removing any of the middle layers results in a loss of about 2%")."""
 
 _ACROSS_TOWERS: Final = frozenset({"conv3", "conv4", "conv5"})
+"""The first of these that is present reads the maps of both towers."""
 
 Activation = Literal["relu", "tanh"]
 Pooling = Literal["overlapping", "plain"]
 
 
 class Ablation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is otherwise than in the paper's net; the default is the paper's net itself.
+    """Differences from the paper's network and recipe; the defaults are the paper's.
 
     Fields:
-        activation: ``tanh`` is what figure 1 compares ReLUs with (section 3.1).
+        activation: ``relu``, or ``tanh``, which figure 1 compares it with (section 3.1).
         lrn: local response normalisation (section 3.3: 1.4 % top-1).
-        pooling: windows of 3, two apart, or ``plain``: windows of 2, two apart (section 3.4: .4 %).
-        dropout: of fc6 and fc7 (section 4.2). Without it their outputs are not halved in use either.
-        without: layers to leave out, of REMOVABLE, with their activation, normalisation and dropout. The layer after
-            reads what the missing one would have read; poolings stay, and so do the sizes of the maps.
-        crops, flips, jitter: random crops and mirror images, and colour jitter (section 4.1). Without crops the centre
-            is trained on.
+        pooling: ``overlapping``, windows of 3 at stride 2, or ``plain``, windows of 2 at stride 2 (section 3.4: .4 %).
+        dropout: dropout of fc6 and fc7 (section 4.2). Without it their outputs are not halved at test time either.
+        without: layers to leave out, from REMOVABLE, with their activation, normalisation and dropout. The next layer
+            reads the missing layer's input; poolings, and so the sizes of the maps, stay.
+        crops, flips, jitter: random crops, horizontal flips and colour jitter (section 4.1). Without crops, training uses
+            the centre crop.
     """
 
     activation: Activation = "relu"
@@ -53,4 +54,6 @@ class Ablation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if set(self.without) >= _ACROSS_TOWERS:
             raise ConfigError("--without", ",".join(self.without), "at least one of conv3, conv4 and conv5 to stay")
         if not self.crops and (self.flips or self.jitter):
-            raise ConfigError("--crops", "off", "--no-flips and --no-jitter beside it: nodes serve the centre as it is")
+            raise ConfigError(
+                "--crops", "off", "also --no-flips and --no-jitter: nodes serve the centre crop unchanged"
+            )

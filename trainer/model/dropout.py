@@ -1,6 +1,6 @@
-"""Dropout as the paper has it (section 4.2): outputs are dropped in training and halved in use.
+"""Dropout as in the paper (section 4.2): half of the outputs are zeroed in training, and all are halved at test time.
 
-Most libraries double the kept outputs in training instead; the two differ in how large gradients and biases act.
+Most libraries double the kept outputs in training instead. The two differ in the scale of gradients and biases.
 """
 
 from __future__ import annotations
@@ -14,33 +14,34 @@ from torch import Tensor
 from trainer.model.rng import DropoutKey, dropout_bits
 
 KEEP: Final = 0.5
-"""Probability of keeping a unit, and the factor of every output in use. One fair bit decides, so it is fixed."""
+"""Probability of keeping a unit, and factor of all outputs at test time. It is fixed, since one random bit decides."""
 
 
 def dropout_mask(
     shape: tuple[int, int], key: DropoutKey | None, tower: int, layer: int, device: torch.device
 ) -> Tensor:
-    """Which units stay as they are, by chance; the others are set to zero.
+    """Draw a dropout mask.
 
     Args:
         shape: (B, U), images and units.
-        key: which masks to draw; None takes them from torch's own generator.
-        tower: whose units these are; towers have masks of their own.
+        key: key of the masks; None draws from torch's own generator.
+        tower: number of the tower; each has its own masks.
         layer: 6 or 7.
-        device: where the units are.
+        device: device of the units.
 
     Returns:
-        (B, U) bool.
+        (B, U) bool, True for kept units.
     """
     if key is None:
         return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(KEEP)
     count = math.prod(shape)
+    # Bits are drawn on the host, so that every device and process sees the same masks, and travel packed: a byte per 8 units.
     packed = torch.from_numpy(dropout_bits(key, tower, layer, count)).to(device, non_blocking=True)
     places = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
-    bits = (packed[:, None] >> places) & 1  # (bytes, 8), the first unit in the highest bit
+    bits = (packed[:, None] >> places) & 1  # (bytes, 8), first unit in the highest bit
     return bits.flatten()[:count].view(shape).bool()
 
 
 def halve(units: Tensor) -> Tensor:
-    """What dropout is in use: the mean over all masks, (B, U) times a half."""
+    """Return (B, U) times a half: the expectation over all masks, for test time."""
     return units * KEEP

@@ -1,8 +1,8 @@
-"""How much of a device's arithmetic a training uses: its model FLOP utilisation (MFU).
+"""The arithmetic of the model, and the model FLOP utilisation (MFU) of a training.
 
-Arithmetic of the model alone counts, not what an implementation does besides: two operations for each multiply-add of a
-convolution or a fully connected layer, forward once and backward twice (for its inputs and its weights; conv1 needs no
-gradient of its inputs). At width 1 these are 4.136 GFLOP an image.
+Only the model's own arithmetic counts: two operations per multiply-add of convolutions and fully connected layers, once
+forward and twice backward (for inputs and for weights; conv1 needs no gradient of its input). At width 1 this is
+4.136 GFLOP per image.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ PEAKS: Final[dict[str, dict[Arithmetic, float]]] = {
     "RTX 4090": {Arithmetic.BFLOAT16: 165, Arithmetic.FLOAT16: 165, Arithmetic.TF32: 82.6, Arithmetic.FLOAT32: 82.6},
     "RTX 3090": {Arithmetic.BFLOAT16: 71, Arithmetic.FLOAT16: 71, Arithmetic.TF32: 35.6, Arithmetic.FLOAT32: 35.6},
 }
-"""TFLOP/s of dense arithmetic with float32 sums, by the makers' data sheets, for the first key that a device's name
-has in it. Sparse figures are twice as high, and nobody reaches them here."""
+"""TFLOP/s of dense arithmetic with float32 accumulation, from the vendors' data sheets, for the first key that is a part of
+the device's name. The sheets' sparse figures are twice as high and do not apply to a dense network."""
 
 
 def multiply_adds(sizes: Sizes, num_classes: int, crop: int, pooling: str) -> dict[str, int]:
-    """Of one image's forward pass, by layer, over all towers.
+    """Return the multiply-adds of one image's forward pass by layer, both towers together.
 
     Args:
-        sizes: of the layers.
-        num_classes: how many logits.
+        sizes: sizes of the layers.
+        num_classes: number of logits.
         crop: side of the images, in pixels.
         pooling: ``overlapping`` or ``plain``.
     """
@@ -59,15 +59,15 @@ def multiply_adds(sizes: Sizes, num_classes: int, crop: int, pooling: str) -> di
 
 
 def training_flops(sizes: Sizes, num_classes: int, crop: int, pooling: str) -> int:
-    """Of one image, forward and backward, over all towers; arguments as in ``multiply_adds``."""
+    """Return the FLOP of one image, forward and backward, both towers together; arguments as in ``multiply_adds``."""
     layers = multiply_adds(sizes, num_classes, crop, pooling)
-    return 2 * (3 * sum(layers.values()) - layers["conv1"])
+    return 2 * (3 * sum(layers.values()) - layers["conv1"])  # no gradient of conv1's input
 
 
 def peak_flops(devices: Sequence[torch.device], dtype: torch.dtype) -> float | None:
-    """What ``devices`` can do together per second in ``dtype``; None if one of them is not in the table.
+    """Return the peak FLOP/s of ``devices`` together in ``dtype``; None if one of them is not in the table.
 
-    float32 counts as TF32 where torch may use that, for a share of a peak that is not in use would flatter.
+    float32 counts as TF32 if torch may use that: a utilisation of the lower float32 peak would be too flattering.
     """
     kind = Arithmetic(str(dtype).removeprefix("torch."))
     if dtype == torch.float32 and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
@@ -84,16 +84,16 @@ def peak_flops(devices: Sequence[torch.device], dtype: torch.dtype) -> float | N
 
 
 def peak_of(name: str, kind: Arithmetic) -> float | None:
-    """FLOP/s of a GPU by its name, in ``bfloat16``, ``float16``, ``tf32`` or ``float32``; None if it is not known."""
+    """Return the peak FLOP/s of a GPU by its name; None if it is unknown."""
     found = next((peaks for key, peaks in PEAKS.items() if key in name), dict[Arithmetic, float]())
     peak = found.get(
         kind, found.get(Arithmetic.FLOAT32) if kind is Arithmetic.TF32 else None
-    )  # before Ampere there was no TF32
+    )  # GPUs before Ampere have no TF32
     return peak * TERA if peak else None
 
 
 def _places(crop: int, pooling: str) -> dict[str, int]:
-    """At how many places of an image each convolution's kernels are."""
+    """Return the number of output positions of each convolution."""
     kernel, stride, _ = KERNELS["conv1"]
     conv1 = (crop + CONV1_PADDING[1] - kernel) // stride + 1
     conv2 = (conv1 - POOLING_SIDES[pooling]) // 2 + 1

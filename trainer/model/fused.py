@@ -1,11 +1,11 @@
 """ReLU, local response normalisation and max pooling as one operation (paper sections 3.1, 3.3 and 3.4).
 
-One after the other, they read and write maps that are larger than anything else in the network. As one operation they
-read what the convolution wrote, write what is pooled, and remember of each window which unit won; the backward pass
-makes everything between anew. So memory for three or four tensors of the size of conv1's and conv2's maps is saved too.
+As separate operations they read and write the largest maps of the network several times. The fused operation reads the
+convolution's output, writes the pooled maps, and stores for each window which unit won; the backward pass recomputes the
+rest. That also saves the memory of three or four tensors of the size of conv1's and conv2's maps.
 
-On a GPU with Triton it is a kernel (``trainer.model.fused_triton``), elsewhere the same in PyTorch's operations, which is no
-faster than the three but shows what the kernel must give. Being an operator of its own, it may stand in compiled code.
+On a GPU with Triton it is a kernel (``trainer.model.fused_triton``). Elsewhere it is made of PyTorch's operations, which
+are no faster than the three but define the kernel's results. It is a registered operator, so ``torch.compile`` accepts it.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from torch.nn import functional
 from trainer.model.lrn import ALPHA, as_maps, as_rows, gradient_of_normalise, normalise
 
 HAS_TRITON: Final = find_spec("triton") is not None
-"""It comes with torch's CUDA build."""
+"""True with torch's CUDA builds, which bring Triton."""
 
 if HAS_TRITON:
     from trainer.model import fused_triton
 
 STRIDE: Final = 2
-"""Of the pooling windows, overlapping or plain."""
+"""Stride of the pooling windows, overlapping or plain (paper section 3.4)."""
 
 
 def relu_lrn_pool(maps: Tensor, alpha: float = ALPHA, side: int = 3, relu_first: bool = True) -> Tensor:
-    """Max pooling of local response normalisation of ReLU.
+    """Apply ReLU, local response normalisation and max pooling.
 
     Args:
-        maps: (B, C, H, W) floating point, what a convolution gave; channels-last is fastest.
+        maps: (B, C, H, W) floating point, output of a convolution; channels-last is fastest.
         alpha: weight of each square in LRN.
-        side: of the pooling windows, 2 or 3, STRIDE apart.
-        relu_first: whether ReLU comes before LRN, or after the pooling (as preset ``original`` has it for conv1).
+        side: side of the pooling windows, 2 or 3.
+        relu_first: apply ReLU before LRN; False applies it after the pooling (preset ``original``, conv1).
 
     Returns:
-        (B, C, (H - side) // 2 + 1, (W - side) // 2 + 1), of the dtype and memory layout of ``maps``.
+        (B, C, (H - side) // 2 + 1, (W - side) // 2 + 1), with the dtype and memory format of ``maps``.
     """
     pooled: Tensor
     pooled, _ = _forward(maps, alpha, side, relu_first)
@@ -48,14 +48,15 @@ def relu_lrn_pool(maps: Tensor, alpha: float = ALPHA, side: int = 3, relu_first:
 
 @torch.library.custom_op("trainer::relu_lrn_pool", mutates_args=())
 def _forward(maps: Tensor, alpha: float, side: int, relu_first: bool) -> tuple[Tensor, Tensor]:
-    """What is pooled, and which place of its window won: row * side + column, uint8."""
+    """Return the pooled maps and, of the same shape, the winner's place in its window: row * side + column, uint8."""
     if HAS_TRITON and maps.is_cuda:
         return fused_triton.forward(maps, alpha, side, relu_first)
     rows = as_rows(functional.relu(maps) if relu_first else maps)
     normalised = as_maps(normalise(rows, alpha)[0], maps)
     pooled, flat = functional.max_pool2d(normalised, side, STRIDE, return_indices=True)
-    top, left = (torch.arange(n, device=maps.device) * STRIDE for n in pooled.shape[2:])
+    top, left = (torch.arange(n, device=maps.device) * STRIDE for n in pooled.shape[2:])  # corners of the windows
     width = maps.shape[3]
+    # max_pool2d numbers places in the whole map; a place in the window fits a byte.
     winners = (flat // width - top[:, None]) * side + (flat % width - left)
     return (pooled if relu_first else functional.relu(pooled)), winners.to(torch.uint8)
 
@@ -69,16 +70,16 @@ def _(maps: Tensor, alpha: float, side: int, relu_first: bool) -> tuple[Tensor, 
 
 @torch.library.custom_op("trainer::relu_lrn_pool_backward", mutates_args=())
 def _backward(gradient: Tensor, maps: Tensor, winners: Tensor, alpha: float, side: int, relu_first: bool) -> Tensor:
-    """The gradient of ``maps``."""
+    """Return the gradient of ``maps``."""
     if HAS_TRITON and maps.is_cuda:
         return fused_triton.backward(gradient, maps, winners, alpha, side, relu_first)
     rows = as_rows(functional.relu(maps) if relu_first else maps)
     normalised, scale = normalise(rows, alpha)
     flat = _flat(winners, side, maps.shape[3])
-    if not relu_first:  # where the winner was negative, ReLU gave 0
+    if not relu_first:  # a negative winner was set to 0 by ReLU
         won = as_maps(normalised, maps).flatten(2).gather(2, flat.flatten(2)).view_as(gradient)
         gradient = gradient * (won > 0)
-    # Windows overlap, so a unit may win several times; the sums are made as wide as the rest.
+    # Windows overlap, so a unit may win several times; its gradients are summed in float32 or wider.
     wide = torch.promote_types(maps.dtype, torch.float32)
     spread = torch.zeros(maps.shape, dtype=wide, device=maps.device).flatten(2)
     spread = spread.scatter_add_(2, flat.flatten(2), gradient.to(wide).flatten(2)).view(maps.shape)
@@ -105,7 +106,7 @@ _forward.register_autograd(_derive, setup_context=_keep)
 
 
 def _flat(winners: Tensor, side: int, width: int) -> Tensor:
-    """Where in its map each winner lies: row * width + column, int64, the shape of ``winners``."""
+    """Return each winner's place in its map: row * width + column, int64, of the shape of ``winners``."""
     place = winners.long()
     top, left = (torch.arange(n, device=winners.device) * STRIDE for n in winners.shape[2:])
     return (top[:, None] + place // side) * width + left + place % side

@@ -1,11 +1,11 @@
 """The kernels of ``trainer.model.fused`` for GPUs, in Triton.
 
-One program makes all channels of a few places of a row, so what a thread wants of a neighbouring channel or an overlapping
-window is in the cache of its multiprocessor. Only what the convolution wrote comes from memory, and only what is pooled
-goes there, with a byte for which unit won: some 2 + 3 / 4 bytes for each of the convolution's units, in bfloat16, where the
-operations one by one move over 20. All arithmetic is float32.
+One program computes all channels at a few places of a row, so neighbouring channels and overlapping windows are in the
+cache of its multiprocessor. Memory traffic is the convolution's output, the pooled maps, and one byte per window for the
+winner: about 2 + 3 / 4 bytes per unit of the convolution in bfloat16, where separate operations move more than 20. All
+arithmetic is float32.
 
-Checked in Triton's interpreter, on a CPU, against the operations one by one. These kernels have not met a GPU yet.
+Tests compare the kernels with the separate operations in Triton's interpreter, on a CPU. They have not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 from trainer.model import lrn
 
 _UNITS: Final = 1024
-"""Of a program: eight for each thread of four warps."""
+"""Units of a program: eight for each thread of four warps."""
 
-_REACH = tl.constexpr(lrn.SIZE // 2)
+_REACH = tl.constexpr(lrn.SIZE // 2)  # neighbours on each side in LRN's window
 _K = tl.constexpr(lrn.K)
 
 
 def forward(maps: Tensor, alpha: float, side: int, relu_first: bool) -> tuple[Tensor, Tensor]:
-    """As ``trainer.model.fused`` has it: what is pooled, and which place of its window won, uint8."""
+    """Return the pooled maps and each winner's place in its window, uint8; see ``trainer.model.fused``."""
     shape = [*maps.shape[:2], *((n - side) // 2 + 1 for n in maps.shape[2:])]
     last = maps.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
@@ -45,8 +45,10 @@ def forward(maps: Tensor, alpha: float, side: int, relu_first: bool) -> tuple[Te
 
 
 def backward(gradient: Tensor, maps: Tensor, winners: Tensor, alpha: float, side: int, relu_first: bool) -> Tensor:
-    """The gradient of ``maps``, of its dtype and layout."""
-    gradient = torch.empty_like(winners, dtype=gradient.dtype).copy_(gradient)  # whoever made it chose its layout
+    """Return the gradient of ``maps``, with its dtype and memory format."""
+    gradient = torch.empty_like(winners, dtype=gradient.dtype).copy_(
+        gradient
+    )  # in the layout of winners, whose strides the kernel uses
     back = torch.empty_like(maps)
     batch, channels, height, width = maps.shape
     block_c, block_x = _blocks(channels)
@@ -60,25 +62,25 @@ def backward(gradient: Tensor, maps: Tensor, winners: Tensor, alpha: float, side
 
 
 def _blocks(channels: int) -> tuple[int, int]:
-    """How many channels and columns a program has: powers of two."""
+    """Return the numbers of channels and columns of a program, powers of two as Triton requires."""
     block_c = triton.next_power_of_2(channels)
     return block_c, max(1, _UNITS // block_c)
 
 
 def _on(maps: Tensor) -> Any:
-    """Triton launches on torch's current device."""
+    """Make the device of ``maps`` current, since Triton launches on torch's current device."""
     return torch.cuda.device(maps.device) if maps.is_cuda else nullcontext()
 
 
 @triton.jit
 def _squares(at: Any, stride_c: Any, channel: Any, inside: Any, channels: Any, relu_first: tl.constexpr) -> Any:
-    """The sum of squares over the window of maps around ``channel``, at the places ``at``; ``inside`` are real ones."""
+    """Return the sum of squares over LRN's window around ``channel``, at the places ``at``; ``inside`` masks real units."""
     total = tl.zeros(inside.shape, tl.float32)
     for d in tl.static_range(-_REACH, _REACH + 1):
         near = channel + d
         value = tl.load(at + near * stride_c, inside & (near >= 0) & (near < channels), 0.0).to(tl.float32)
         if relu_first:
-            value = tl.where(value <= 0, 0.0, value)  # so that what is no number stays none
+            value = tl.where(value <= 0, 0.0, value)  # unlike tl.maximum, it keeps NaN
         total += value * value
     return total
 
@@ -91,7 +93,7 @@ def _forward_kernel(
     channels: Any, out_height: Any, out_width: Any, alpha: Any,
     side: tl.constexpr, relu_first: tl.constexpr, block_c: tl.constexpr, block_x: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A row of windows, ``block_x`` of them, all channels; units are (block_x, block_c)."""
+    """Compute ``block_x`` windows of a row, all channels; tensors are (block_x, block_c)."""
     row = tl.program_id(0)
     image, top = (row // out_height).to(tl.int64), row % out_height
     left = tl.program_id(1) * block_x + tl.arange(0, block_x)[:, None]
@@ -105,9 +107,10 @@ def _forward_kernel(
             value = tl.load(at + channel * map_c, inside, 0.0).to(tl.float32)
             if relu_first:
                 value = tl.where(value <= 0, 0.0, value)
+            # s^-3/4 = s^-1/2 * (s^-1/2)^1/2, as in trainer.model.lrn: beta is 3/4 (paper section 3.3).
             root = tl.rsqrt(alpha * _squares(at, map_c, channel, inside, channels, relu_first) + _K)
             value = value * root * tl.sqrt(root)
-            better = (value > best) | (value != value)
+            better = (value > best) | (value != value)  # NaN wins, as in torch's max_pool2d
             best = tl.where(better, value, best)
             winner = tl.where(better, dy * side + dx, winner)
     if not relu_first:
@@ -125,10 +128,10 @@ def _backward_kernel(
     channels: Any, height: Any, width: Any, out_height: Any, out_width: Any, alpha: Any,
     side: tl.constexpr, relu_first: tl.constexpr, block_c: tl.constexpr, block_x: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A row of units before pooling, ``block_x`` of them, all channels; units are (block_x, block_c).
+    """Compute the gradients of ``block_x`` units of a row before pooling, all channels; tensors are (block_x, block_c).
 
-    See ``trainer.model.lrn.gradient_of_normalise`` for the formula. What the neighbours' windows of maps hold is made anew for
-    each: 25 loads from cache cost less than a meeting of threads.
+    ``trainer.model.lrn.gradient_of_normalise`` has the formula. Each thread recomputes the sums of its neighbours: 25 loads
+    from cache cost less than a synchronisation of threads.
     """
     row = tl.program_id(0)
     image, y = (row // height).to(tl.int64), row % height
@@ -144,7 +147,7 @@ def _backward_kernel(
         real = inside & (near >= 0) & (near < channels)
         value = tl.load(at + near * map_c, real, 0.0).to(tl.float32)
         came = tl.zeros(inside.shape, tl.float32)  # the gradient of the neighbour's normalised value
-        for up in tl.static_range((side + 1) // 2):  # windows two apart: at most this many begin above and hold row y
+        for up in tl.static_range((side + 1) // 2):  # at stride 2, at most this many windows contain row y
             for before in tl.static_range((side + 1) // 2):
                 top, left = y // 2 - up, x // 2 - before
                 dy, dx = y - top * 2, x - left * 2

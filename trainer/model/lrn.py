@@ -1,9 +1,9 @@
 """Local response normalisation across adjacent maps (paper section 3.3), forward and backward.
 
-b = a / (k + alpha * sum of a^2 over the n nearest maps)^beta, the sum cut off at the first and last map.
+b = a / (k + alpha * sum of a^2 over the n nearest maps)^beta; the window is cut off at the first and last map.
 
-The sum over a window of maps is a product with a band matrix of ones. On a CPU with channels-last tensors that is
-far faster than ``torch.nn.LocalResponseNorm``, which also divides alpha by n.
+The sum over the window is a product with a band matrix of ones. On a CPU with channels-last tensors that is much faster
+than ``torch.nn.LocalResponseNorm``, which also divides alpha by n and has another default of k.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 SIZE: Final = 5
-"""n: how many adjacent maps, the map itself included."""
+"""n, the number of adjacent maps with the map itself (paper section 3.3, as k, alpha and beta)."""
 
 K: Final = 2.0
 
 ALPHA: Final = 1e-4
 
 BETA: Final = 0.75
-"""A constant of the code, not a parameter: s^-3/4 is made of two square roots, at half the cost of a power."""
+"""Not a parameter: the code computes s^-3/4 from two square roots, at half the cost of a power."""
 
 
 def local_response_norm(maps: Tensor, alpha: float = ALPHA) -> Tensor:
-    """Normalise each unit by the squares of its neighbours at the same place in adjacent maps (paper section 3.3).
+    """Normalise each unit by the squares at the same place of adjacent maps (paper section 3.3).
 
     Args:
         maps: (B, C, H, W) floating point; channels-last is fastest.
         alpha: weight of each square. The paper's text gives 1e-4; its authors' code divides that by n.
 
     Returns:
-        Like ``maps``: same shape, dtype and memory layout.
+        A tensor like ``maps``: same shape, dtype and memory format.
     """
     normalised: Tensor = _LocalResponseNorm.apply(maps, alpha)  # type: ignore[no-untyped-call]
     return normalised
@@ -45,7 +45,7 @@ class _Saved(FunctionCtx):
 
 
 class _LocalResponseNorm(torch.autograd.Function):
-    """Saves two tensors for the backward pass, where autograd would save seven."""
+    """LRN with a backward pass that saves two tensors, where autograd would save seven."""
 
     @staticmethod
     def forward(ctx: _Saved, maps: Tensor, alpha: float) -> Tensor:
@@ -63,10 +63,10 @@ class _LocalResponseNorm(torch.autograd.Function):
 
 
 def normalise(rows: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """The formula, on the units of many places.
+    """Apply the formula to the units of many places.
 
-    Squares and their sums have at least float32's accuracy, also under autocast: in bfloat16, whose numbers have eight
-    bits, alpha times a square would often vanish beside k.
+    Squares and sums are float32 or wider, also under autocast: bfloat16 has eight significant bits, in which alpha times a
+    square would often vanish beside k.
 
     Args:
         rows: (P, C), the C maps at P places; any floating dtype.
@@ -82,18 +82,18 @@ def normalise(rows: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 
 def gradient_of_normalise(gradient: Tensor, rows: Tensor, scale: Tensor, alpha: float) -> Tensor:
-    """Back through ``normalise``.
+    """Return the gradient through ``normalise``.
 
     With p = s^-beta:  da_j = g_j p_j - 2 alpha beta a_j * sum over i near j of (g_i a_i p_i / s_i).
 
     Args:
-        gradient: (P, C), of the normalised units.
-        rows: what went in, (P, C).
-        scale: what came out beside, (P, C).
+        gradient: (P, C), gradient of the normalised units.
+        rows: (P, C), input of ``normalise``.
+        scale: (P, C), second output of ``normalise``.
         alpha: weight of each square.
 
     Returns:
-        (P, C), of ``rows`` and of their dtype.
+        (P, C), gradient of ``rows``, in their dtype.
     """
     with torch.autocast(rows.device.type, enabled=False):
         wide = _wide(rows)
@@ -103,12 +103,12 @@ def gradient_of_normalise(gradient: Tensor, rows: Tensor, scale: Tensor, alpha: 
 
 
 def as_rows(maps: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B H W, C): free for channels-last maps."""
+    """Return maps (B, C, H, W) as rows (B H W, C); channels-last maps need no copy."""
     return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
 def as_maps(rows: Tensor, like: Tensor) -> Tensor:
-    """(B H W, C) -> (B, C, H, W), in the memory layout of ``like``: free if that is channels-last."""
+    """Return rows (B H W, C) as maps (B, C, H, W) in the memory format of ``like``; channels-last needs no copy."""
     batch, channels, height, width = like.shape
     maps = rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
     return maps if like.is_contiguous(memory_format=torch.channels_last) else maps.contiguous()
@@ -119,12 +119,12 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _power(scale: Tensor) -> Tensor:
-    """scale^-BETA: s^-3/4 = s^-1/2 * (s^-1/2)^1/2."""
+    """Return scale^-BETA, as s^-3/4 = s^-1/2 * (s^-1/2)^1/2."""
     root = scale.rsqrt()
     return root.sqrt().mul_(root)
 
 
 def _band(rows: Tensor) -> Tensor:
-    """(C, C): 1 where two maps are neighbours, else 0."""
+    """Return the band matrix (C, C): 1 for maps in the same window, else 0."""
     index = torch.arange(rows.shape[1], device=rows.device)
     return ((index[:, None] - index).abs() <= SIZE // 2).to(rows.dtype)

@@ -1,6 +1,6 @@
-"""What the paper's text says, and where its authors' own code of 2012 does otherwise: two presets, all differences here.
+"""Two presets: ``paper`` follows the paper's text, ``original`` the authors' code of 2012. All their differences are here.
 
-Both pad conv1's input with zeros at the right and bottom only, as the code did (the text does not say), and both
+Both pad conv1's input with zeros at the right and bottom only, as the code does (the text does not say), and both
 normalise within each tower.
 """
 
@@ -17,19 +17,18 @@ PresetName = Literal["paper", "original"]
 
 @dataclass(frozen=True)
 class Preset:
-    """The choices in which two readings of AlexNet differ.
+    """The choices in which the presets differ.
 
     Fields:
-        name: what ``--preset`` calls it.
-        relu_before_lrn1: whether conv1's ReLU comes before LRN (section 3.5), or after the pooling. (The code also
-            moves conv5's ReLU behind its pooling; there the two commute, so nothing differs.)
+        name: value of ``--preset``.
+        relu_before_lrn1: apply conv1's ReLU before LRN (section 3.5), not after the pooling. (The code also moves conv5's
+            ReLU behind its pooling; these two commute, so the result is the same.)
         lrn_alpha: weight of each square in LRN (section 3.3).
-        middle_std: standard deviation of the weights of conv3 to conv5 at the start (section 5); all others have .01.
+        middle_std: initial std of the weights of conv3 to conv5 (section 5); all others have .01.
         bias_rate: learning rate of the biases, as a multiple of the weights'.
-        bias_decay: whether weight decay acts on biases too, as the update rule of section 5 reads.
-        mean_follows_crop: whether the mean image's window that is subtracted is the crop's own, mirrored with it, or
-            always the centre.
-        jitter_by_deviation: whether colour jitter is .1 x standard deviation along each principal axis, or
+        bias_decay: apply weight decay to biases, too, as the update rule of section 5 reads.
+        mean_follows_crop: subtract the crop's own window of the mean image, mirrored with it, not always the centre.
+        jitter_by_deviation: scale colour jitter by .1 x standard deviation along each principal axis, not by
             .1 x eigenvalue (section 4.1).
     """
 
@@ -57,9 +56,9 @@ PRESETS: Final[dict[str, Preset]] = {
     "original": Preset(
         name="original",
         relu_before_lrn1=False,
-        lrn_alpha=lrn.ALPHA / lrn.SIZE,
+        lrn_alpha=lrn.ALPHA / lrn.SIZE,  # cuda-convnet divides alpha by the window's size
         middle_std=0.03,
-        bias_rate=2.0,
+        bias_rate=2.0,  # inferred from the authors' logs
         bias_decay=False,
         mean_follows_crop=False,
         jitter_by_deviation=True,
@@ -68,7 +67,7 @@ PRESETS: Final[dict[str, Preset]] = {
 
 
 def preset_named(name: str) -> Preset:
-    """The preset of that name; ConfigError if there is none."""
+    """Return the preset of that name; raise ConfigError if there is none."""
     if name not in PRESETS:
         raise ConfigError("--preset", name, f"one of {', '.join(get_args(PresetName))}")
     return PRESETS[name]

@@ -1,10 +1,9 @@
-"""A segment of a tower's way from one meeting to the next: what is compiled, or recorded as a CUDA graph, as one piece.
+"""Segments of a tower between two exchanges, each compiled or recorded as a CUDA graph on its own.
 
-Towers exchange maps between segments, so the pieces are the same whether both towers share a device, have one each, or
-live in processes of their own.
+Towers exchange maps only between segments, so the same segments serve towers on one device, on two, and in two processes.
 
-The fast form serves the batches that a training consists of: those of the largest size seen, with gradients. Validation,
-predictions and an epoch's short last batch take the plain form, so that none of them costs another compilation.
+The fast form serves training batches of the largest size seen. Validation, predictions and an epoch's short last batch
+take the plain form, so that none of them costs another compilation.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ class TowerSegment:
     """One segment of one tower.
 
     Args:
-        run: computes it from what comes in: tensors on ``device``, the batch first.
-        layers: those whose parameters it uses.
-        speed: how it is run.
-        device: the tower's.
+        run: function of the segment; its arguments are tensors on ``device``, the first of them the batch.
+        layers: layers whose parameters ``run`` uses.
+        speed: execution options.
+        device: device of the tower.
     """
 
     def __init__(self, run: Callable[..., Tensor], layers: list[nn.Module], speed: Speed, device: torch.device) -> None:
@@ -37,11 +36,11 @@ class TowerSegment:
         self._size = 0
 
     def __call__(self, *given: Tensor) -> Tensor:
-        """Run it."""
+        """Compute the segment."""
         if not torch.is_grad_enabled():
             return self._plain(*given)
         size = len(given[0])
-        if size > self._size:
+        if size > self._size:  # graphs have fixed shapes, so a larger batch needs a new one
             self._size, self._graph = size, self._record(given) if self._speed.cuda_graphs else None
         if size < self._size:
             return self._plain(*given)
@@ -53,26 +52,26 @@ class TowerSegment:
             return run
 
         def narrow(*given: Tensor) -> Tensor:
-            # No cache: a segment uses each weight once, and a graph must not keep a cast made outside of it.
+            # No cache: a segment uses each weight once, and a graph must not refer to a cast made outside of it.
             with torch.autocast(self._device.type, torch.bfloat16, cache_enabled=False):
                 return run(*given)
 
         return narrow
 
     def _record(self, given: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-        """The segment as two CUDA graphs, forward and backward, for inputs like those ``given``."""
+        """Return the segment as two CUDA graphs, forward and backward, for inputs of the shapes of ``given``."""
         like = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in given)
         with self._here():
             graph = torch.cuda.make_graphed_callables(_Callable(self._fast, self._layers), like)
         return cast("Callable[..., Tensor]", graph)
 
     def _here(self) -> AbstractContextManager[object]:
-        """Graphs are recorded and replayed on torch's current device."""
+        """Make the tower's device current: graphs are recorded and replayed on torch's current device."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
 
 class _Callable(nn.Module):
-    """A segment as torch wants it to be recorded: a module that knows its parameters."""
+    """A segment as a module with its parameters, the form in which torch records graphs."""
 
     def __init__(self, run: Callable[..., Tensor], layers: list[nn.Module]) -> None:
         super().__init__()

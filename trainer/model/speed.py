@@ -1,6 +1,6 @@
-"""Faster forms of the same arithmetic, each switchable: nothing here changes what is computed, but for rounding.
+"""Execution options: faster or deterministic forms of the same arithmetic, which differ only in rounding.
 
-What has not been measured on a GPU is not the default.
+Options that have not been measured on a GPU are off by default.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from trainer.errors import ConfigError
 Precision = Literal["off", "bf16"]
 
 _WORKSPACE: Final = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-"""What cuBLAS needs for one order of its sums; it reads this when it is first used."""
+"""Setting with which cuBLAS sums in a fixed order; cuBLAS reads it when it is first used."""
 
 
 class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a network is run.
+    """The execution options of a network.
 
     Fields:
-        amp: ``bf16`` runs convolutions and products in bfloat16 (autocast). Weights, their gradients and updates, the
-            sums within LRN, softmax and the loss stay float32.
-        channels_last: maps lie in memory place by place, all channels of a place together.
-        compile: each segment of a tower between two meetings is compiled by ``torch.compile``.
-        cuda_graphs: each such segment, forward and backward, is one CUDA graph.
-        fused_norm: ReLU, LRN and pooling of conv1 and conv2 are one operation; see ``trainer.model.fused``.
-        fused_sgd: the update of all parameters of a device is one kernel.
+        amp: ``bf16`` runs convolutions and matrix products in bfloat16 (autocast). Weights, their gradients and updates,
+            sums within LRN, softmax and loss stay float32.
+        channels_last: use the channels-last memory format for maps.
+        compile: compile each segment of a tower between two exchanges with ``torch.compile``.
+        cuda_graphs: record each segment, forward and backward, as a CUDA graph.
+        fused_norm: run ReLU, LRN and pooling of conv1 and conv2 as one operation; see ``trainer.model.fused``.
+        fused_sgd: update all parameters of a device with one kernel.
     """
 
     amp: Precision = "off"
@@ -49,18 +49,18 @@ class Speed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 REFERENCE: Final = Speed()
-"""How a network is evaluated and exported, however it was trained."""
+"""Options for evaluation and export, independent of those in training."""
 
 
 def check_speed(speed: Speed, devices: Sequence[torch.device]) -> None:
-    """Make sure that towers on ``devices`` can be run so.
+    """Check that towers on ``devices`` can run with these options.
 
     Raises:
-        ConfigError: the machine lacks what an option needs.
+        ConfigError: the machine lacks a requirement of an option.
     """
     kinds = {device.type for device in devices}
     if speed.cuda_graphs and kinds != {"cuda"}:
-        raise ConfigError("--cuda-graphs", "on", "GPUs for all towers; --no-cuda-graphs runs anywhere")
+        raise ConfigError("--cuda-graphs", "on", "GPUs for all towers; use --no-cuda-graphs elsewhere")
     if not speed.compile:
         return
     if "cpu" in kinds and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
@@ -71,13 +71,14 @@ def check_speed(speed: Speed, devices: Sequence[torch.device]) -> None:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """A block in which torch uses deterministic kernels alone, if that is ``wanted``.
+    """Restrict torch to deterministic kernels inside the block, if ``wanted`` (``--deterministic``).
 
-    Order, augmentation, weights and dropout masks hang on the seed alone in any case, and on a CPU so do all sums. On GPUs
-    some of the fastest kernels add up in whatever order their threads come; this leaves them out.
+    The same command on the same machine then gives the same bits. Order, augmentation, weights and dropout masks depend on
+    the seed alone in any case, and on a CPU so do all sums; some of the fastest GPU kernels add up in the order in which
+    their threads finish.
 
-    torch itself raises a RuntimeError that names the operation if there is no such kernel; by the list in its manual, this
-    network has no such operation.
+    torch raises a RuntimeError with the operation's name if it has no such kernel. By the list in its manual, this network
+    has no such operation.
     """
     if not wanted:
         yield
@@ -86,7 +87,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
     torch.use_deterministic_algorithms(True)
-    cudnn.deterministic, cudnn.benchmark = True, False
+    cudnn.deterministic, cudnn.benchmark = True, False  # a benchmark may choose another kernel in another run
     try:
         yield
     finally:

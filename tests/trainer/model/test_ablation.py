@@ -84,7 +84,7 @@ def test_tanh_starts_without_biases_of_one() -> None:
         ({"without": ("conv3", "conv4", "conv5")}, "expected at least one of conv3, conv4 and conv5 to stay"),
         ({"activation": "gelu"}, "--activation=gelu cannot work: expected one of relu, tanh."),
         ({"pooling": "mean"}, "--pooling=mean cannot work: expected one of overlapping, plain."),
-        ({"crops": False}, "expected --no-flips and --no-jitter beside it"),
+        ({"crops": False}, "expected also --no-flips and --no-jitter"),
     ],
 )
 def test_what_cannot_be_varied_is_named(fields: dict[str, object], sentence: str) -> None:

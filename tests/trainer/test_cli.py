@@ -88,7 +88,7 @@ def test_the_log_tells_steps_and_epochs(run: Path) -> None:
 
 
 def test_evaluate_agrees_with_the_last_validation(node: str, run: Path) -> None:
-    """MeanSubtraction crop, JSON: the summary's accuracy from the newest checkpoint."""
+    """The newest checkpoint gives the accuracy of the summary, on centre crops and as JSON."""
     result = trainer("evaluate", run, "--loader", node, "--batch-size", "32", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -157,13 +157,13 @@ def test_export(run: Path, tmp_path: Path) -> None:
     both = torch.cat([state["towers.0.conv1.weight"], state["towers.1.conv1.weight"]])
     assert torch.equal(tensors["conv1.weight"], both)
     assert tensors["mean"].shape == (256, 256, 3)
-    assert_refused(trainer("export", run, target), 3, "there is a file of that name already")
+    assert_refused(trainer("export", run, target), 3, "the file exists already")
 
 
 def test_a_run_folder_is_never_overwritten(node: str, run: Path) -> None:
     """Another run into the same folder is refused, and says how to go on instead."""
     before = summary(run)
-    assert_refused(trainer("run", "--loader", node, "--run", run, *SMALL), 3, "it is not empty; name another")
+    assert_refused(trainer("run", "--loader", node, "--run", run, *SMALL), 3, "it is not empty; choose another")
     assert summary(run) == before
 
 
@@ -238,7 +238,7 @@ def test_the_schedule_is_what_was_asked_for(node: str, tmp_path: Path) -> None:
     ("arguments", "exit_code", "sentence"),
     [
         (["run", "--data", "x", "--loader", "tcp://127.0.0.1:1"], 2, "no --data together with --loader"),
-        (["set-lr", "nowhere", "0.1"], 3, "nowhere cannot be used: no run was started there"),
+        (["set-lr", "nowhere", "0.1"], 3, "nowhere cannot be used: no run was started in it"),
         (["run", "--without", "conv9"], 2, "--without=conv9 cannot work"),
         (["run", "--lr", "-1"], 2, "--lr=-1.0 cannot work"),
         (["run", "--workers", "0"], 2, "--workers=0 cannot work: expected at least 1."),

@@ -128,5 +128,5 @@ def test_another_launchs_run_is_not_gone_on_with(dataset_dir: Path, tmp_path: Pa
     (tmp_path / "run" / "config.json").write_text(about)
     done = torchrun(tmp_path, 2, ["--data", dataset_dir, "--run", tmp_path / "run"])
     assert done.returncode != 0
-    assert done.stderr.count("it is not empty; name another") == 2
+    assert done.stderr.count("it is not empty; choose another") == 2
     assert (tmp_path / "run" / "config.json").read_text() == about

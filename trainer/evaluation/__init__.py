@@ -1,1 +1,1 @@
-"""Use a trained network: evaluate it on a split, predict classes of pictures, export it."""
+"""Evaluation of a trained network on a split, prediction of classes of images, and export."""

@@ -1,6 +1,6 @@
-"""Errors on a split, as the paper reports them (section 6): top-1 and top-5, from one crop or ten, from one net or several.
+"""Evaluation on a split as in the paper (section 6): top-1 and top-5 error of one or several networks, on one or ten crops.
 
-The softmax outputs are averaged, over the views of a picture (section 4.1) and over the networks (table 2).
+Softmax outputs are averaged over the crops of an image (section 4.1) and over the networks (table 2).
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ from trainer.run.state import build_network, restore_weights
 
 VIEWS_PER_RECORD: Final = {"center": 1, "ten-crop": 10}
 VIEWS: Final = tuple(VIEWS_PER_RECORD)
-"""How a picture is looked at: its centre crop, or four corners and the centre, and their mirror images."""
+"""Crops of each image: the centre, or the four corners, the centre, and their mirror images (paper section 4.1)."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One network of those whose outputs are averaged, and how it wants its input centred."""
+    """One network of an ensemble, with the normalisation of its input."""
 
     model: AlexNet
     subtract_mean: MeanSubtraction
 
     def probabilities(self, images: Sequence[Tensor], windows: Windows, views: int) -> Tensor:
-        """Softmax outputs, averaged over the views of each record.
+        """Return softmax outputs, averaged over the crops of each record.
 
         Args:
             images: for each device (B V, S, S, 3) uint8.
-            windows: where the B V pictures were cut.
-            views: V.
+            windows: positions of the B V crops.
+            views: V, crops of each record.
 
         Returns:
             (B, classes) float32 on the first device.
         """
-        logits: Tensor = self.model(self.subtract_mean(images, windows))
+        logits: Tensor = self.model(self.subtract_mean(images, windows))  # (B V, classes)
         if not logits.dim():
-            return logits  # of a process without tower 0
+            return logits  # (), in a process without tower 0
         probabilities = functional.softmax(logits.float(), dim=1)
         return probabilities.view(-1, views, probabilities.shape[1]).mean(1)
 
 
 def evaluate(members: Sequence[Member], batches: Iterable[DeviceBatch], world: World | None = None) -> Evaluation:
-    """Run the networks over all batches and compare with the labels.
+    """Evaluate the averaged outputs of the networks on all batches.
 
-    Of several processes each has its part of the batches; the result is of all of them.
+    Several processes each take a part of the batches; the result covers all of them.
     """
     for member in members:
         member.model.eval()
@@ -68,55 +68,55 @@ def evaluate(members: Sequence[Member], batches: Iterable[DeviceBatch], world: W
     with torch.inference_mode():
         for batch in batches:
             if not len(batch.labels):
-                continue
+                continue  # this rank's part of a short last batch
             outputs = [member.probabilities(batch.images, batch.windows, batch.views) for member in members]
             if world and not world.has_head:
                 continue  # tower 0's process has the outputs
-            counter.add(torch.stack(outputs).mean(0), batch.labels)
+            counter.add(torch.stack(outputs).mean(0), batch.labels)  # (B, classes), the mean over networks
     return counter.evaluation(world)
 
 
 def evaluate_runs(
     paths: Sequence[Path], node: Endpoint, views: str, batch_size: int, devices: Sequence[str]
 ) -> tuple[Evaluation, tuple[str, ...]]:
-    """Errors on the validation split of several runs' networks, their outputs averaged.
+    """Evaluate the averaged outputs of several runs' networks on the validation split.
 
     Args:
         paths: run folders or checkpoint files.
-        node: which serves the split.
+        node: node that serves the split.
         views: one of VIEWS.
-        batch_size: pictures per batch, each view counted.
-        devices: at most one; empty means what the machine has.
+        batch_size: images per batch; every crop counts.
+        devices: at most one name; empty takes what the machine has.
 
     Returns:
-        The errors, and the names of the classes.
+        The evaluation, and the names of the classes.
 
     Raises:
-        ConfigError: networks that were trained on other classes, or on records or crops of other sides.
-        TrainerError: otherwise, a checkpoint or device that cannot be used.
+        ConfigError: a network was trained on other classes, or on records or crops of another side.
+        TrainerError: a checkpoint or device cannot be used.
         LoaderServiceError: the node cannot serve.
     """
     device = choose_device(devices)
     loaded = [load_member(path, device) for path in paths]
     records = max(1, batch_size // VIEWS_PER_RECORD[views])
     with Feed(node, "val", views, records, (device,), crop=loaded[0][1].crop) as feed:
-        sees = (len(feed.facts.mean), feed.facts.crop)
+        sides = (len(feed.facts.mean), feed.facts.crop)
         for path, (_, facts) in zip(paths, loaded, strict=True):
             if facts.class_names != feed.facts.class_names:
                 raise ConfigError("RUN", path, "a network of the same classes as the validation split's")
-            if (len(facts.mean), facts.crop) != sees:
-                raise ConfigError("RUN", path, f"a network for records of {sees[0]} pixels and crops of {sees[1]}")
+            if (len(facts.mean), facts.crop) != sides:
+                raise ConfigError("RUN", path, f"a network for records of {sides[0]} pixels and crops of {sides[1]}")
         return evaluate([member for member, _ in loaded], feed), feed.facts.class_names
 
 
 def load_member(path: Path, device: torch.device) -> tuple[Member, Facts]:
-    """The network of a run's newest checkpoint, or of a checkpoint file, ready for use on one device, in float32.
+    """Load the network of a run's newest checkpoint, or of a checkpoint file, onto one device, in float32.
 
     Returns:
-        The network, and the training split it knows.
+        The network in evaluation mode, and the facts about its training split.
 
     Raises:
-        CheckpointError, RunFolderError: there is none, or it is damaged.
+        CheckpointError, RunFolderError: there is no checkpoint, or it is damaged.
     """
     path = find_checkpoint(path)
     saved = checkpoint.load(path)

@@ -1,7 +1,7 @@
-"""A trained network as one file for other programs: safetensors, the towers merged into one grouped network.
+"""Export of a trained network to a safetensors file, with the towers merged into one network with grouped convolutions.
 
-Tower by tower, a layer's kernels stand one below the other. A layer that reads its own tower alone (conv2, conv4, conv5) is
-then a convolution in groups; the others read everything, and LRN stays within each group.
+The kernels of both towers are concatenated. Layers that read only their own tower (conv2, conv4, conv5) become grouped
+convolutions; the others read all maps, and LRN stays within each group.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.run.state import build_network, restore_weights
 
 
 class Grouped(nn.Module):
-    """The network of ``model`` without towers: grouped convolutions and whole layers, for use, not for training.
+    """The network of ``model`` without towers, for inference only.
 
     Maps (B, 3, crop, crop) float32, 0 to 255 minus the mean, to (B, classes) logits.
     """
@@ -34,12 +34,12 @@ class Grouped(nn.Module):
         super().__init__()
         self._towers, self._preset, self._ablation = model.sizes.towers, model.preset, model.ablation
         self._activate = torch.tanh if model.ablation.activation == "tanh" else functional.relu
-        self._first_after_meeting = next(name for name in ("conv3", "conv4", "conv5") if name in model.sizes.counts())
+        self._first_after_exchange = next(name for name in ("conv3", "conv4", "conv5") if name in model.sizes.counts())
         for name, tensor in merge(model).items():
             self.register_buffer(name.replace(".", "_"), tensor)
 
     def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
+        """Return the logits of a batch; shapes as in the class."""
         maps = self._convolve("conv1", functional.pad(images, CONV1_PADDING))
         if self._preset.relu_before_lrn1:
             maps = self._pool(self._normalise(self._activate(maps)))
@@ -55,7 +55,7 @@ class Grouped(nn.Module):
         for name in ("fc6", "fc7"):
             if self._has(name):
                 units = self._activate(functional.linear(units, *self._of(name)))
-                units = units * 0.5 if self._ablation.dropout else units
+                units = units * 0.5 if self._ablation.dropout else units  # paper section 4.2
         return functional.linear(units, *self._of("fc8"))
 
     def _has(self, name: str) -> bool:
@@ -66,12 +66,14 @@ class Grouped(nn.Module):
 
     def _convolve(self, name: str, maps: Tensor) -> Tensor:
         _, stride, padding = KERNELS[name]
-        groups = 1 if name in ("conv1", self._first_after_meeting) else self._towers
+        # conv1 reads the image and the first layer after the exchange reads both towers, so neither has groups.
+        groups = 1 if name in ("conv1", self._first_after_exchange) else self._towers
         return functional.conv2d(maps, *self._of(name), stride=stride, padding=padding, groups=groups)
 
     def _normalise(self, maps: Tensor) -> Tensor:
         if not self._ablation.lrn:
             return maps
+        # The window of LRN ends at the edge of its tower.
         parts = [local_response_norm(part, self._preset.lrn_alpha) for part in maps.chunk(self._towers, 1)]
         return torch.cat(parts, 1)
 
@@ -80,7 +82,7 @@ class Grouped(nn.Module):
 
 
 def merge(model: AlexNet) -> dict[str, Tensor]:
-    """The parameters of the grouped network, ``conv1.weight`` to ``fc8.bias``, contiguous, on the CPU."""
+    """Return the parameters of the grouped network, ``conv1.weight`` to ``fc8.bias``, contiguous, on the CPU."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     first = [name.removeprefix("towers.0.") for name in state if name.startswith("towers.0.")]
     merged = {
@@ -91,7 +93,7 @@ def merge(model: AlexNet) -> dict[str, Tensor]:
 
 
 def split(merged: Mapping[str, Tensor], towers: int) -> dict[str, Tensor]:
-    """The inverse of ``merge``: the state of an ``AlexNet`` with that many towers."""
+    """Invert ``merge``: return the state of an ``AlexNet`` with ``towers`` towers."""
     state: dict[str, Tensor] = {}
     for name, tensor in merged.items():
         parts: Sequence[Tensor] = [tensor] if name.startswith("fc8.") else tensor.chunk(towers)
@@ -101,16 +103,16 @@ def split(merged: Mapping[str, Tensor], towers: int) -> dict[str, Tensor]:
 
 
 def export_run(run: Path, target: Path) -> None:
-    """Write the network of a run's newest checkpoint, its mean image and class names to a safetensors file.
+    """Export the network of a run's newest checkpoint, its mean image and class names to a safetensors file.
 
     Raises:
-        RunFolderError: there is no run, or the file is there already or cannot be written.
-        CheckpointError: its checkpoint cannot be used.
+        RunFolderError: there is no run, or the file exists or cannot be written.
+        CheckpointError: the checkpoint cannot be used.
     """
     path = find_checkpoint(run)
     saved = checkpoint.load(path)
     if target.exists():
-        raise RunFolderError(target, "there is a file of that name already; name another")
+        raise RunFolderError(target, "the file exists already; choose another name")
     config, facts = msgspec.structs.replace(saved.plain.config, speed=REFERENCE), saved.facts
     model = build_network(config, facts, (torch.device("cpu"),))
     restore_weights(model, saved, path)

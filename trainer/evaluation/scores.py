@@ -1,7 +1,7 @@
-"""What an evaluation comes to: errors, class by class, and what was taken for what.
+"""Evaluation metrics: top-1 and top-5 errors, overall and by class, and the confusion matrix.
 
-Everything follows from two counts that add up over batches and processes: how often a picture of one class was taken for
-another, and how often a class was not among the best guesses.
+All of them follow from two counts that add up over batches and processes: images of each class by best guess, and images of
+each class outside the TOP best guesses.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from torch import Tensor
 from trainer.parallel.world import World
 
 TOP: Final = 5
-"""The benchmark's other error counts a picture as right if its class is among the five best guesses."""
+"""Guesses of the top-5 error, which counts an image as right if its class is among them (paper section 1)."""
 
 MATRIX_CLASSES: Final = 20
-"""A terminal has room for a confusion matrix of so many classes; of more, the worst classes and mistakes are shown."""
+"""Most classes for which a terminal shows the confusion matrix; beyond, it shows the worst classes and mistakes."""
 
 _SHOWN: Final = 15
-"""How many of the worst are shown."""
+"""Rows in the tables of the worst classes and mistakes."""
 
 
 class Evaluation(msgspec.Struct, frozen=True):
-    """Results on a split.
+    """The results of an evaluation on a split.
 
     Fields:
-        images: how many pictures.
+        images: number of images.
         loss: mean of -log(probability of the label).
-        top1_error, top5_error: shares of 1.
-        confusion: ``confusion[label][guess]`` pictures of class ``label`` got ``guess`` as their best guess.
-        top5_missed: of each class, how many pictures had it not among their TOP best guesses.
+        top1_error, top5_error: fractions, 0 to 1.
+        confusion: ``confusion[label][guess]``, number of images of class ``label`` with the best guess ``guess``.
+        top5_missed: for each class, number of its images without it among the TOP best guesses.
     """
 
     images: int
@@ -47,7 +47,7 @@ class Evaluation(msgspec.Struct, frozen=True):
 
 
 class ClassErrors(msgspec.Struct, frozen=True):
-    """One class of an evaluation; the errors, shares of 1, are None where the split has no picture of it."""
+    """The errors of one class, 0 to 1; None if the split has no image of it."""
 
     name: str
     images: int
@@ -56,7 +56,7 @@ class ClassErrors(msgspec.Struct, frozen=True):
 
 
 class ScoreCounter:
-    """Adds up the outputs of many batches, on their device: nothing waits for it until ``evaluation`` is asked for."""
+    """Counts over batches, kept on their device, so that no batch waits for it; ``evaluation`` does."""
 
     def __init__(self) -> None:
         self._loss: Tensor | None = None  # (), float64, a sum
@@ -71,12 +71,12 @@ class ScoreCounter:
             labels: (B,) int64, on the same device.
         """
         classes = probabilities.shape[1]
-        of_label = probabilities.gather(1, labels[:, None])
+        of_label = probabilities.gather(1, labels[:, None])  # (B, 1)
         best = probabilities.topk(min(TOP, classes)).indices  # (B, TOP)
-        missed = (best != labels[:, None]).all(1)
-        # An impossible guess costs much, but not everything.
+        missed = (best != labels[:, None]).all(1)  # (B,)
+        # A probability of 0 gives a large but finite loss.
         loss = -of_label.clamp_min(torch.finfo(of_label.dtype).tiny).log().double().sum()
-        confusion = torch.bincount(labels * classes + best[:, 0], minlength=classes**2)
+        confusion = torch.bincount(labels * classes + best[:, 0], minlength=classes**2)  # (classes * classes,)
         by_class = torch.bincount(labels[missed], minlength=classes)
         if self._loss is None:
             self._loss, self._confusion, self._missed = loss, confusion, by_class
@@ -88,13 +88,13 @@ class ScoreCounter:
             )
 
     def evaluation(self, world: World | None) -> Evaluation:
-        """The results of everything that was added, in all processes of ``world``, which all call this."""
+        """Return the results of all batches in all processes of ``world``, which all call this."""
         classes, loss = len(self._missed), float(self._loss) if self._loss is not None else 0.0
         mine = [loss, *self._confusion.tolist(), *self._missed.tolist()]
-        if world and world.size > 1:  # a process without tower 0, or without a batch, does not know how many classes
+        if world and world.size > 1:  # without tower 0 or a batch, a process does not know the classes
             classes = int(max(row[0] for row in world.gather([classes])))
-            said = world.gather(mine if self._loss is not None else [0.0] * (1 + classes**2 + classes))
-            mine = [sum(column) for column in zip(*said, strict=True)]
+            rows = world.gather(mine if self._loss is not None else [0.0] * (1 + classes**2 + classes))
+            mine = [sum(column) for column in zip(*rows, strict=True)]
         counts = [round(count) for count in mine[1:]]
         confusion = [counts[label * classes : (label + 1) * classes] for label in range(classes)]
         missed = counts[classes**2 :]
@@ -111,7 +111,7 @@ class ScoreCounter:
 
 
 def class_errors(result: Evaluation, names: Sequence[str]) -> list[ClassErrors]:
-    """The errors of each class; ``names`` in the order of the labels."""
+    """Return the errors of each class; ``names`` are in the order of the labels."""
     found = []
     for label, (name, row, missed) in enumerate(zip(names, result.confusion, result.top5_missed, strict=True)):
         images = sum(row)
@@ -121,7 +121,7 @@ def class_errors(result: Evaluation, names: Sequence[str]) -> list[ClassErrors]:
 
 
 def tables(result: Evaluation, names: Sequence[str]) -> list[Table]:
-    """For people: the errors of each class and the confusion matrix; of many classes, the worst of both."""
+    """Return tables for a terminal: errors by class and confusion matrix, or the worst of both if there are many classes."""
     classes = class_errors(result, names)
     if len(names) <= MATRIX_CLASSES:
         return [_errors(classes), _matrix(result, names)]
@@ -140,7 +140,7 @@ def _errors(classes: Sequence[ClassErrors], title: str = "Errors of each class")
 
 
 def _matrix(result: Evaluation, names: Sequence[str]) -> Table:
-    table = Table("class", title="Confusion: a row for each class, a column for each guess")
+    table = Table("class", title="Confusion matrix: rows are classes, columns are guesses")
     for label in range(len(names)):
         table.add_column(str(label), justify="right")
     for label, (name, row) in enumerate(zip(names, result.confusion, strict=True)):
@@ -155,7 +155,7 @@ def _mistakes(result: Evaluation, names: Sequence[str]) -> Table:
         for guess, count in enumerate(row)
         if count and guess != label
     ]
-    table = Table("class", "taken for", title="The most frequent mistakes")
+    table = Table("class", "guess", title="Most frequent mistakes")
     table.add_column("images", justify="right")
     for count, label, guess in sorted(cells, key=lambda cell: -cell[0])[:_SHOWN]:
         table.add_row(Text(label), Text(guess), str(count))

@@ -1,1 +1,1 @@
-"""The state of a run and what it leaves in its folder: checkpoints, logs, curves and the summary."""
+"""State of a run, and its results on disk: checkpoints, log, figures and summary."""

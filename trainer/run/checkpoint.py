@@ -1,17 +1,16 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+"""Checkpoints: all that a run needs to continue as if it had never stopped.
 
-A file holds tensors and plain values, is read with ``weights_only=True`` and checked against the types below before
-anything of it is believed. It is written under another name, flushed to the disk and then renamed: at any moment, and
-whatever dies, the last good checkpoint is there. The newest KEPT stay, and ``best.pt``, the one of the lowest
-validation error.
+A file holds tensors and plain values. It is loaded with ``weights_only=True``, so no code in it runs, and checked against
+the types below. It is written under a temporary name, flushed to disk and renamed, so that the last good checkpoint
+survives a crash at any moment. The newest KEPT files stay, and ``best.pt``, that of the lowest validation error.
 
-A training does not wait for the disk: a thread writes what it hands over. Rules of ``Saver``:
+Training does not wait for the disk: ``Saver`` writes in a thread. Its rules:
 
-1. ``save`` copies all that training changes before it returns. It waits only for the checkpoint before, if that is still
-   being written: there is never more than one copy of the network.
-2. A checkpoint that cannot be written is no reason to end a training that goes well: those before stay, ``failure`` tells
-   it, and the next one is tried as usual. Only the last one of a run must be written: ``finish`` raises.
-3. Who leaves the context has waited for the write under way.
+1. ``save`` copies the state before it returns. It waits only if the previous checkpoint is still being written, so there
+   is never more than one copy of the network.
+2. A failed write does not stop the training: earlier checkpoints stay, ``failure`` reports the error, and the next
+   checkpoint is tried as usual. Only the last one of a run must succeed: ``finish`` raises.
+3. Leaving the context waits for the current write.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from trainer.run.progress import EpochRecord, Progress
 from trainer.schedule import Schedule
 
 FORMAT: Final = 1
-KEPT: Final = 2
+KEPT: Final = 2  # two, so that a checkpoint damaged on the disk has a predecessor
 BEST: Final = "best.pt"
 _PATTERN: Final = "step-*.pt"
 
@@ -47,14 +46,14 @@ class Plain(msgspec.Struct, forbid_unknown_fields=True):
     """The part of a checkpoint without tensors.
 
     Fields:
-        config: of the run.
-        progress: how far it has come.
-        schedule: of the learning rate.
-        loader: the loader's position.
-        ledger: of each epoch begun.
-        history: of each epoch ended.
-        class_names, fingerprint, count: of the training split.
-        crop: side of what the network sees of a record, in pixels.
+        config: configuration of the run.
+        progress: counters of the run.
+        schedule: learning rate schedule.
+        loader: position of the loader.
+        ledger: accounts of the epochs that have begun.
+        history: results of the epochs that have ended.
+        class_names, fingerprint, count: facts about the training split.
+        crop: side of the network's input, in pixels; 224 in files without it.
     """
 
     config: RunConfig
@@ -71,14 +70,14 @@ class Plain(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run at one moment.
+    """A snapshot of a run.
 
     Fields:
-        plain: everything but tensors.
+        plain: all that is not a tensor.
         model: parameters by name, on any device.
-        momentum: the optimiser's, by the name of the parameter.
-        mean: (side, side, 3) float32, the training split's mean image.
-        random: states of torch's generators, by device. The trainer draws nothing from them; layers of others may.
+        momentum: momentum buffers by parameter name.
+        mean: (side, side, 3) float32, mean image of the training split.
+        random: states of torch's generators by device. The trainer does not draw from them; a user's layers may.
     """
 
     plain: Plain
@@ -89,19 +88,19 @@ class Checkpoint:
 
     @property
     def facts(self) -> Facts:
-        """The training split that the run was made with."""
+        """Facts about the training split."""
         plain = self.plain
         return Facts(plain.count, plain.class_names, plain.fingerprint, self.mean, plain.crop)
 
 
 def save(folder: Path, checkpoint: Checkpoint, is_best: bool) -> Path:
-    """Write a checkpoint into ``folder`` and remove the oldest beyond KEPT.
+    """Write a checkpoint to ``folder`` and remove the oldest beyond KEPT.
 
     Returns:
-        Its path. It is whole and on the disk when this returns.
+        Its path; the file is complete and on disk.
 
     Raises:
-        CheckpointError: it cannot be written; the ones before are untouched.
+        CheckpointError: it cannot be written; earlier checkpoints stay.
     """
     path = path_of(folder, checkpoint.plain.progress.step)
     content = {
@@ -120,7 +119,7 @@ def save(folder: Path, checkpoint: Checkpoint, is_best: bool) -> Path:
         with part.open("wb") as file:
             torch.save(content, file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the rename, or a power cut could leave the name without its content
         part.replace(path)
         if is_best:
             _link(path, folder / BEST)
@@ -135,39 +134,39 @@ def save(folder: Path, checkpoint: Checkpoint, is_best: bool) -> Path:
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` updates lies."""
+    """Return the path of the checkpoint after ``step`` updates."""
     return folder / f"step-{step:09d}.pt"
 
 
 def saved(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, oldest first, without ``best.pt``."""
+    """Return the checkpoints in ``folder``, oldest first, without ``best.pt``."""
     return sorted(folder.glob(_PATTERN))
 
 
 def load(path: Path) -> Checkpoint:
-    """Read and check a checkpoint; its tensors are on the CPU.
+    """Load and check a checkpoint, with its tensors on the CPU.
 
     Raises:
-        CheckpointError: missing, damaged, or not of this trainer.
+        CheckpointError: the file is missing, damaged, or of another program.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(path, "there is no such file") from None
-    except Exception as error:  # torch.load names no errors, and damaged files raise a dozen kinds
+    except Exception as error:  # damaged files raise a dozen undocumented kinds
         raise CheckpointError(path, f"it is damaged or no checkpoint ({_first_line(error)})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(path, f"it is not of this trainer's format {FORMAT}")
+        raise CheckpointError(path, f"it is not in this trainer's format {FORMAT}")
     try:
         plain = msgspec.convert(content.get("plain"), Plain)
         tensors = msgspec.convert(content.get("tensors"), dict[str, dict[str, Tensor]])
         return Checkpoint(plain, tensors["model"], tensors["momentum"], tensors["dataset"]["mean"], tensors["random"])
     except (msgspec.ValidationError, KeyError) as error:
-        raise CheckpointError(path, f"its content is not as it must be ({_first_line(error)})") from error
+        raise CheckpointError(path, f"its content is invalid ({_first_line(error)})") from error
 
 
 def random_states() -> dict[str, Tensor]:
-    """The states of torch's generators: of the CPU and of each GPU in use."""
+    """Return the states of torch's generators, of the CPU and of each GPU in use."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states |= {f"cuda:{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
@@ -175,7 +174,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def restore_random_states(states: Mapping[str, Tensor]) -> None:
-    """Take over what ``random_states`` gave, of the devices that are here."""
+    """Restore the result of ``random_states``, for devices that this machine has."""
     for device, state in states.items():
         if device == "cpu":
             torch.set_rng_state(state)
@@ -184,10 +183,10 @@ def restore_random_states(states: Mapping[str, Tensor]) -> None:
 
 
 class Saver:
-    """Writes the checkpoints of a run, one after the other, each in a thread; a context manager.
+    """A writer of checkpoints, one at a time, each in a thread; use it as a context manager.
 
     Args:
-        folder: where they go.
+        folder: folder of the checkpoints.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -204,7 +203,7 @@ class Saver:
         self.wait()
 
     def save(self, whole: Checkpoint, is_best: bool, written: Callable[[], object]) -> None:
-        """Begin to write a checkpoint of this moment; ``written`` is called, in the thread, once it is on the disk."""
+        """Start to write a checkpoint of the current state; the thread calls ``written`` once it is on disk."""
         self.wait()
         self._writing = threading.Thread(
             target=self._write, args=(_snapshot(whole), is_best, written), name="checkpoint"
@@ -212,12 +211,12 @@ class Saver:
         self._writing.start()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait for the current write."""
         if self._writing is not None:
             self._writing.join()
 
     def failure(self) -> CheckpointError | None:
-        """Why the newest write came to nothing; told once. None if it did not, or is under way."""
+        """Return the error of the newest write, once; None if it succeeded or is still running."""
         if self._writing is not None and self._writing.is_alive():
             return None
         error, self._error = self._error, None
@@ -226,7 +225,7 @@ class Saver:
         return error
 
     def finish(self) -> None:
-        """Wait until the newest checkpoint is on the disk.
+        """Wait until the newest checkpoint is on disk.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -241,12 +240,12 @@ class Saver:
             save(self._folder, whole, is_best)
             self._error = None
             written()
-        except (TrainerError, OSError) as error:  # for the thread that trains to hear of
+        except (TrainerError, OSError) as error:  # ``failure`` reports it to the training thread
             self._error = error
 
 
 def _snapshot(whole: Checkpoint) -> Checkpoint:
-    """The same moment, in memory of the host that training does not touch."""
+    """Return a copy in host memory that training does not change."""
     plain = msgspec.structs.replace(
         whole.plain,
         progress=msgspec.structs.replace(whole.plain.progress),
@@ -264,18 +263,18 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _link(path: Path, name: Path) -> None:
-    """Give ``path`` a second name, replacing what had it, in one step."""
+    """Give ``path`` a second name, atomically, and replace the file of that name."""
     part = name.with_suffix(".part")
     part.unlink(missing_ok=True)
     try:
-        part.hardlink_to(path)  # no second copy on the disk
-    except OSError:  # some network file systems have no links
+        part.hardlink_to(path)  # needs no space
+    except OSError:  # some network file systems have no hard links
         shutil.copyfile(path, part)
     part.replace(name)
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make renames in ``folder`` outlive a power cut."""
+    """Flush the folder itself, so that renames survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

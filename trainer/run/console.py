@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere."""
+"""Progress of a run on the console: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from trainer.run.progress import EpochRecord, StepRecord
 
 _PLAIN_EVERY_S: Final = 5.0
-"""Least time between two plain lines of the same epoch, so that a log file of fast steps stays readable."""
+"""Minimum time between two plain lines of an epoch, so that a log file of fast steps stays readable."""
 
 
 class Reporter:
-    """Tells how a run goes; a context manager.
+    """A display of a run's progress; use it as a context manager.
 
     Args:
-        console: where to write.
-        epochs: how many there will be.
-        epoch_size: positions in one.
+        console: terminal or file to write to.
+        epochs: total number of epochs.
+        epoch_size: positions in an epoch.
     """
 
     def __init__(self, console: Console, epochs: int, epoch_size: int) -> None:
@@ -49,11 +49,11 @@ class Reporter:
         self._bar.stop()
 
     def say(self, sentence: str) -> None:
-        """Print a line of its own."""
+        """Print a line."""
         self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, record: StepRecord) -> None:
-        """Show the newest figures."""
+        """Show the figures of the newest steps."""
         mfu = "n/a" if record.mfu is None else f"{record.mfu:.1%}"
         figures = (
             f"loss {record.loss:.3f}  error {record.error:.1%}  lr {record.lr:g}  "
@@ -73,7 +73,7 @@ class Reporter:
         self._bar.update(self._task, completed=done, epoch=label, figures=figures)
 
     def epoch(self, record: EpochRecord) -> None:
-        """Show an epoch's results."""
+        """Show the results of an epoch."""
         self.say(
             f"epoch {record.epoch + 1}/{self._epochs} done: loss {record.loss:.3f}, error {record.error:.1%}; validation: "
             f"loss {record.val_loss:.3f}, top-1 error {record.val_top1_error:.1%}, top-5 {record.val_top5_error:.1%}"

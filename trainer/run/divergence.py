@@ -1,10 +1,10 @@
-"""Notices that a training has gone wrong, before its weights push out good checkpoints.
+"""Detection of divergence, before damaged weights replace good checkpoints.
 
-Two rules, looked at with every line of the log and before every checkpoint:
+Two conditions are checked with every log line and before every checkpoint:
 
-1. The loss, and every weight and momentum, is a number.
-2. The mean loss since the line before is at most EXPLODED times what guessing gives, ln(classes). A network that answers
-   nothing has that loss; to be so far above it, it must be sure of wrong answers nearly everywhere.
+1. The loss, all weights and all momentum buffers are finite.
+2. The mean loss since the last log line is at most EXPLODED times the loss of guessing, ln(classes). An untrained network
+   has that loss; a far higher one means confident wrong answers for almost all images.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from trainer.run.progress import Tally
 from trainer.run.state import State
 
 EXPLODED: Final = 10.0
-"""Times the loss of guessing. Losses that came back from above 3 times have been seen, from above 10 none."""
+"""Limit as a multiple of the loss of guessing. Runs have recovered from above 3, none from above 10."""
 
 
 class DivergenceMonitor:
-    """Looks at one training.
+    """A monitor of one training.
 
     Args:
-        state: the training.
-        world: its processes; all of them call ``look``.
+        state: state of the training.
+        world: processes of the run; all of them call ``check``.
     """
 
     def __init__(self, state: State, world: World) -> None:
         self._state, self._world = state, world
         self._limit = EXPLODED * math.log(max(2, len(state.facts.class_names)))
-        self._step = -1
+        self._step = -1  # of the last check; none yet
         self.param_stats: dict[str, ParamStats] = {}
-        """What the last look saw."""
+        """Parameter statistics of the last check."""
 
     def check(self, since: Tally, newest: Callable[[], Path | None]) -> None:
-        """Measure every parameter, once a step, and judge.
+        """Measure all parameters, once per step, and check both conditions.
 
         Args:
-            since: sums over the steps since the last line of the log.
-            newest: finds the checkpoint to go back to.
+            since: sums over the steps since the last log line.
+            newest: function that returns the last good checkpoint, for the error.
 
         Raises:
-            TrainingDiverged: one of the rules is broken.
+            TrainingDiverged: a condition is violated.
         """
         step = self._state.progress.step
         if step == self._step:
@@ -57,5 +57,5 @@ class DivergenceMonitor:
         loss = since.mean_loss if since.images else 0.0
         if not all(layer.is_finite for layer in self.param_stats.values()):
             loss = math.nan
-        if not loss <= self._limit:
+        if not loss <= self._limit:  # also true of NaN
             raise TrainingDiverged(step, loss, suspect(self.param_stats, before), newest())

@@ -1,16 +1,16 @@
-"""A run's folder: what a run leaves behind, and where.
+"""The folder of a run and its files.
 
 ::
 
     RUN/
-      config.json            configuration, versions, machine and commit, as of the last start
+      config.json            configuration, versions, machine and commit, of the last start
       log.jsonl              one JSON object per line: start, resume, step, layers, epoch, set-lr, not-saved, stop, end
-      summary.json           the results so far, rewritten after each epoch
-      tensorboard/           the same curves, for TensorBoard
+      summary.json           results so far, rewritten after each epoch
+      tensorboard/           event files for TensorBoard
       checkpoints/           see ``trainer.run.checkpoint``
-      set-lr.json            a learning rate set by hand that no step has used yet
+      set-lr.json            requested learning rate that no checkpoint includes yet
       kernels.png            first-layer kernels, tower by tower
-      curves.svg             loss and error over time
+      curves.svg             loss and error by step
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ _GIT_TIMEOUT_S: Final = 5
 
 
 class RequestedRate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A learning rate that somebody has set by hand."""
+    """A learning rate requested by ``trainer set-lr``."""
 
     lr: Annotated[float, msgspec.Meta(gt=0, lt=1)]
 
 
 class _About(msgspec.Struct, frozen=True):
-    """What is asked of config.json again."""
+    """The part of config.json that the trainer reads back."""
 
     launch: str | None = None
 
 
 class RunFolder:
-    """Paths within a run's folder, and the writing of its small files."""
+    """The paths in a run's folder, and its small files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,27 +62,27 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path | None, parent: Path) -> RunFolder:
-        """Make a new folder: ``path``, which must not exist or be empty, or a new one named by the time under ``parent``.
+        """Create a folder: ``path``, which must be missing or empty, or if None a folder under ``parent`` named by the time.
 
         Raises:
-            RunFolderError: there is something at ``path`` already, or it cannot be made.
+            RunFolderError: ``path`` is in use, or the folder cannot be created.
         """
         try:
             return cls(_make(path) if path is not None else _make_named(parent))
         except OSError as error:
-            raise RunFolderError(path or parent, f"it cannot be made ({error.strerror})") from error
+            raise RunFolderError(path or parent, f"it cannot be created ({error.strerror})") from error
 
     @property
     def has_run(self) -> bool:
-        """Whether a run was started here before."""
+        """True if a run was started in this folder."""
         return self.config.is_file()
 
     def describe(self, config: RunConfig, launch: str | None = None) -> None:
-        """Write down how the run is made from now on: its configuration, and the code that runs it.
+        """Write config.json: the configuration, and the code and machine that run it.
 
         Args:
-            config: of the run.
-            launch: by which torchrun, if any; see ``is_of``.
+            config: configuration of the run.
+            launch: id of the torchrun launch, if any; see ``is_of``.
         """
         about = {
             "config": msgspec.to_builtins(config),
@@ -95,7 +95,7 @@ class RunFolder:
         _write_json(self.config, about)
 
     def is_of(self, launch: str | None) -> bool:
-        """Whether it was ``launch`` that worked on this run last: then starting again is going on."""
+        """Return True if the torchrun launch ``launch`` started this run last, so that its restart may continue it."""
         try:
             about = msgspec.json.decode(self.config.read_bytes(), type=_About)
         except (FileNotFoundError, msgspec.MsgspecError):
@@ -103,28 +103,28 @@ class RunFolder:
         return launch is not None and about.launch == launch
 
     def newest_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, None before the first."""
+        """Return the newest checkpoint, None before the first."""
         saved = checkpoint.saved(self.checkpoints)
         return saved[-1] if saved else None
 
     def request_rate(self, rate: float) -> None:
-        """Ask the run to use another learning rate from its next step on, now or when it goes on.
+        """Request another learning rate from the run's next step, now or after a resume.
 
         Raises:
-            RunFolderError: no run was started here.
-            ConfigError: no learning rate.
+            RunFolderError: no run was started in this folder.
+            ConfigError: ``rate`` is not between 0 and 1.
         """
         if not self.has_run:
-            raise RunFolderError(self.path, "no run was started there")
+            raise RunFolderError(self.path, "no run was started in it")
         if not 0 < rate < 1:
             raise ConfigError("RATE", rate, "a number between 0 and 1")
         _write_json(self.rate, RequestedRate(rate))
 
     def requested_rate(self) -> float | None:
-        """What ``request_rate`` was asked for and nobody has forgotten yet.
+        """Return the pending request of ``request_rate``, None if there is none.
 
         Raises:
-            RunFolderError: something else lies in its place.
+            RunFolderError: its file has other content.
         """
         try:
             content = self.rate.read_bytes()
@@ -133,34 +133,34 @@ class RunFolder:
         try:
             return msgspec.json.decode(content, type=RequestedRate).lr
         except msgspec.MsgspecError as error:
-            raise RunFolderError(self.path, f"{self.rate.name} is not what trainer set-lr writes ({error})") from error
+            raise RunFolderError(self.path, f"{self.rate.name} was not written by trainer set-lr ({error})") from error
 
     def clear_requested_rate(self, rate: float) -> None:
-        """The request for ``rate`` has been obeyed; a newer one stays."""
+        """Remove the request for ``rate``; a newer request stays."""
         if self.requested_rate() == rate:
             self.rate.unlink(missing_ok=True)
 
     def append(self, record: msgspec.Struct | dict[str, Any]) -> None:
-        """Add a line to the log."""
+        """Append a line to the log."""
         with self.log.open("ab") as file:
             file.write(msgspec.json.encode(record) + b"\n")
 
     def write_summary(self, summary: msgspec.Struct) -> None:
-        """Replace the summary."""
+        """Replace summary.json."""
         _write_json(self.summary, summary)
 
 
 def newest_run(parent: Path) -> Path | None:
-    """The youngest run under ``parent`` that has a checkpoint, None if there is none."""
+    """Return the newest run under ``parent`` that has a checkpoint, None if there is none."""
     runs = [run for run in parent.glob("*/config.json") if RunFolder(run.parent).newest_checkpoint()]
     return max(runs, key=lambda config: config.stat().st_mtime).parent if runs else None
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user means by ``path``: the file itself, or the newest of a run's folder.
+    """Return the checkpoint at ``path``: the file itself, or the newest one of a run's folder.
 
     Raises:
-        RunFolderError: a folder without one.
+        RunFolderError: a folder without a checkpoint.
     """
     if not path.is_dir():
         return path
@@ -171,7 +171,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` in one step: a reader sees the old file or the new one, whole."""
+    """Write a file so that a reader sees either the old content or the new one, never a part."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
     part.replace(path)
@@ -184,12 +184,12 @@ def _write_json(path: Path, content: object) -> None:
 def _make(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     if any(path.iterdir()):
-        raise RunFolderError(path, "it is not empty; name another, or go on with that run by --resume auto")
+        raise RunFolderError(path, "it is not empty; choose another, or continue its run with --resume auto")
     return path
 
 
 def _make_named(parent: Path) -> Path:
-    """A new folder named by the time; two runs started within a second get names of their own."""
+    """Create a folder named by the time; runs started in the same second get different names."""
     stamp = time.strftime("%Y-%m-%d-%H%M%S")
     for name in itertools.chain([stamp], (f"{stamp}-{n}" for n in itertools.count(2))):
         try:
@@ -201,20 +201,20 @@ def _make_named(parent: Path) -> Path:
 
 
 def _versions() -> dict[str, str]:
-    """Every library that is installed beside this code, and what torch was built with."""
+    """Return the versions of all installed libraries, and of CUDA and cuDNN in torch."""
     found = {each.name: each.version for each in importlib.metadata.distributions()}
     built = {"CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
     return dict(sorted(found.items())) | {name: str(version) for name, version in built.items() if version}
 
 
 def _machine() -> dict[str, Any]:
-    """Where the run takes place."""
+    """Return facts about this machine."""
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {"host": platform.node(), "platform": platform.platform(), "cpus": os.cpu_count(), "gpus": gpus}
 
 
 def _commit() -> str | None:
-    """The commit that this code is at, None outside a git checkout."""
+    """Return the git commit of this code, None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S, check=False)

@@ -1,7 +1,7 @@
-"""What every parameter's values are like, layer by layer: the authors' logs had mean |w| and mean |dw| of each.
+"""Parameter statistics: mean |w|, mean |dw| and their ratio for each parameter, as in the authors' logs.
 
-A ratio of about one to a thousand is usual; one near 1 tells that the learning rate is too high there, one of a millionth
-that the layer does not learn.
+A ratio of about 1e-3 is usual. A ratio near 1 indicates a learning rate that is too high, one of 1e-6 a layer that does not
+learn.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from trainer.parallel.world import World
 
 
 class ParamStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A parameter at one moment.
+    """The statistics of one parameter.
 
     Fields:
-        mean_w: mean of its values' magnitudes.
-        mean_dw: the same of what the last step added to them.
+        mean_w: mean magnitude of its values.
+        mean_dw: mean magnitude of their last update.
     """
 
     mean_w: float
@@ -31,37 +31,37 @@ class ParamStats(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def ratio(self) -> float:
-        """How large the last step was beside the values themselves."""
+        """Ratio of the last update to the values."""
         return self.mean_dw / self.mean_w if self.mean_w else math.inf if self.mean_dw else 0.0
 
     @property
     def is_finite(self) -> bool:
-        """Whether every one of the values, and of their changes, is a number."""
+        """True if all values and updates are finite: a NaN or infinity makes the mean one, too."""
         return math.isfinite(self.mean_w) and math.isfinite(self.mean_dw)
 
 
 class ParamStatsRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="layers", tag_field="event"):
-    """A line of the log: for each parameter [mean |w|, mean |dw|, their ratio] after ``step``."""
+    """A log line with [mean |w|, mean |dw|, ratio] of each parameter after ``step``."""
 
     step: int
     parameters: dict[str, tuple[float, float, float]]
 
     @classmethod
     def of(cls, step: int, stats: Mapping[str, ParamStats]) -> ParamStatsRecord:
-        """The line for what ``measure`` gave; four digits tell enough."""
+        """Return the log line for a result of ``measure``, in four significant digits."""
         rows = {name: (layer.mean_w, layer.mean_dw, layer.ratio) for name, layer in stats.items()}
         return cls(step, {name: (_short(row[0]), _short(row[1]), _short(row[2])) for name, row in rows.items()})
 
 
 def measure(model: AlexNet, optimizer: PaperSGD, world: World) -> dict[str, ParamStats]:
-    """Every parameter of the whole network, by name, in the order of the layers of each tower; all processes take part.
+    """Measure all parameters of the network, by name, tower by tower; all processes call this.
 
-    It reads each weight and its momentum once: a fraction of a step's own traffic. Waits for the device.
+    It reads each weight and its momentum once, a fraction of the memory traffic of a step. It waits for the device.
     """
     own = dict(model.named_parameters())
     momentum, rates = optimizer.momentum(), optimizer.rates()
     weights = _means([parameter.detach() for parameter in own.values()])
-    # The step before added -rate * buffer; see trainer.optimizer.
+    # The last update was -rate * buffer; see trainer.optimizer.
     buffers = _means([momentum[name] for name in own]) if momentum else [0.0] * len(own)
     steps = [rates[name] * mean for name, mean in zip(own, buffers, strict=True)]
     return {
@@ -70,11 +70,11 @@ def measure(model: AlexNet, optimizer: PaperSGD, world: World) -> dict[str, Para
 
 
 def suspect(stats: Mapping[str, ParamStats], before: Mapping[str, ParamStats]) -> str | None:
-    """The parameter to look at when a training has gone wrong; None if nothing is known.
+    """Return the parameter to inspect after a divergence; None if nothing is known.
 
-    It is the first whose values are not all numbers, as long as others' are: damage spreads to all within a step or two.
-    Else it is the one whose weights the last step changed most, for their size: ``before`` all was damaged, if it is.
-    (Biases start at 0, so theirs tells nothing.)
+    It is the first parameter with a value that is not finite, unless all have one: damage spreads to all parameters within
+    two steps. Otherwise it is the weight with the largest ratio, taken from ``before``, the statistics before the damage, if
+    all are damaged now. Biases start at 0, so their ratios mean nothing.
     """
     bad = [name for name, layer in stats.items() if not layer.is_finite]
     if bad and len(bad) < len(stats):
@@ -84,7 +84,7 @@ def suspect(stats: Mapping[str, ParamStats], before: Mapping[str, ParamStats]) -
 
 
 def _means(tensors: list[Tensor]) -> list[float]:
-    """Mean magnitude of each; one launch for all on a device, and one wait."""
+    """Return the mean magnitude of each tensor, with one kernel launch per device."""
     norms = torch._foreach_norm(tensors, 1)
     return [norm.item() / max(1, tensor.numel()) for norm, tensor in zip(norms, tensors, strict=True)]
 
@@ -92,21 +92,21 @@ def _means(tensors: list[Tensor]) -> list[float]:
 def _everywhere(
     names: list[str], rows: list[tuple[float, float]], world: World
 ) -> list[tuple[str, tuple[float, float]]]:
-    """The rows of this process's parameters, and those of its twin's after them.
+    """Return the rows of both towers' parameters, in every process.
 
-    Towers are alike but for their number, and fc8, which stands last, is tower 0's alone: so the rows of tower 1 are
-    filled up with zeros, and every process knows all names.
+    The towers' parameters have the same names except for the tower's number, so no names are sent. fc8 comes last and is
+    tower 0's alone, so the rows of tower 1 are padded with zeros.
     """
     if world.pair is None:
         return list(zip(names, rows, strict=True))
     shared = [name for name in names if name.startswith("towers.")]
     numbers = [number for row in rows for number in row]
     length = 2 * (len(shared) + 2)
-    said = world.gather([*numbers, *[0.0] * (length - len(numbers))])
-    tower, twin = said[0], said[1]  # all replicas have equal weights
+    gathered = world.gather([*numbers, *[0.0] * (length - len(numbers))])
+    tower_0, tower_1 = gathered[0], gathered[1]  # the first replica; all replicas have equal weights
     first = [name.replace("towers.1.", "towers.0.", 1) for name in shared]
     second = [name.replace("towers.0.", "towers.1.", 1) for name in first]
-    pairs = [[(row[i], row[i + 1]) for i in range(0, length, 2)] for row in (tower, twin)]
+    pairs = [[(row[i], row[i + 1]) for i in range(0, length, 2)] for row in (tower_0, tower_1)]
     zero = list(zip([*first, "fc8.weight", "fc8.bias"], pairs[0], strict=True))
     one = list(zip(second, pairs[1], strict=False))
     return [*zero[: len(first)], *one, *zero[len(first) :]]

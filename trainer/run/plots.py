@@ -1,6 +1,6 @@
-"""Pictures of a run: the first layer's kernels (as figure 3 of the paper), the learning curves, and what it confuses.
+"""Figures of a run: the first layer's kernels (figure 3 of the paper), learning curves, and the confusion matrix.
 
-The kernels go through Pillow; the others are written as SVG by hand, so that no plotting library is needed.
+The kernels are a PNG file, the others SVG documents.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from trainer.run import svg
 from trainer.run.folder import RunFolder, write_atomically
 from trainer.run.progress import EpochRecord, StepRecord
 
-_PER_ROW: Final = 16
-_SCALE: Final = 4
+_PER_ROW: Final = 16  # as in figure 3
+_SCALE: Final = 4  # pixels per weight
 _GAP_PX: Final = 4
 _BETWEEN_TOWERS_PX: Final = 24
 _PANEL_PX: Final = (420, 260)
 _MARGIN_PX: Final = 48
 _MATRIX_PX: Final = 800
 _NAMED_CLASSES: Final = 60
-"""More classes have no room for their names beside the matrix."""
+"""Most classes whose names fit next to the matrix."""
 
 _RIGHT, _WRONG = (26, 127, 55), (207, 34, 46)
-"""Colours of a class taken for itself and for another, where all its pictures are."""
+"""Full colours of right and wrong guesses, R, G, B; cells fade to white with the share of the class's images."""
 
 _MAX_POINTS: Final = 1000
-"""Points of a curve; more would only make the file larger than a screen can show."""
+"""Most points of a curve; more would enlarge the file without a visible difference."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a panel: its name, colour and points (step, value)."""
+    """A curve of a panel: name, colour, and points (step, value)."""
 
     name: str
     colour: str
@@ -48,8 +48,8 @@ class Curve:
 
 
 def draw(folder: RunFolder, kernels: Sequence[Tensor]) -> list[Path]:
-    """Draw both pictures into a run's folder and return their paths; ``kernels`` are each tower's of conv1."""
-    part = folder.kernels.with_suffix(".part.png")
+    """Draw kernels and curves into a run's folder and return their paths; ``kernels`` has (K, 3, 11, 11) for each tower."""
+    part = folder.kernels.with_suffix(".part.png")  # renamed when complete
     Image.fromarray(kernel_picture([weights.detach().cpu().numpy() for weights in kernels])).save(part)
     part.replace(folder.kernels)
     steps, epochs = read_log(folder.log)
@@ -58,10 +58,10 @@ def draw(folder: RunFolder, kernels: Sequence[Tensor]) -> list[Path]:
 
 
 def kernel_picture(towers: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.uint8]:
-    """The first layer's kernels, 16 to a row, one tower below the other, as in figure 3.
+    """Return the first layer's kernels as an image, 16 per row, one tower below the other, as in figure 3.
 
     Args:
-        towers: for each tower (K, 3, 11, 11); each kernel is shown on a scale of its own, grey being 0.
+        towers: for each tower (K, 3, 11, 11); each kernel is scaled to its own largest weight, and 0 is grey.
 
     Returns:
         (height, width, 3) uint8, R, G, B.
@@ -72,10 +72,10 @@ def kernel_picture(towers: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.
 
 
 def _kernel_block(kernels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    largest = np.abs(kernels).max(axis=(1, 2, 3), keepdims=True)
+    largest = np.abs(kernels).max(axis=(1, 2, 3), keepdims=True)  # (K, 1, 1, 1)
     grey = 127.5 + 127.5 * kernels / np.maximum(largest, np.finfo(np.float32).tiny)
     tiles = grey.round().astype(np.uint8).transpose(0, 2, 3, 1).repeat(_SCALE, axis=1).repeat(_SCALE, axis=2)
-    pitch = tiles.shape[1] + _GAP_PX
+    pitch = tiles.shape[1] + _GAP_PX  # tiles are (K, 44, 44, 3)
     rows = -(-len(tiles) // _PER_ROW)
     block = np.full((rows * pitch + _GAP_PX, _PER_ROW * pitch + _GAP_PX, 3), 255, np.uint8)
     for i, tile in enumerate(tiles):
@@ -85,7 +85,7 @@ def _kernel_block(kernels: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 
 def read_log(path: Path) -> tuple[list[StepRecord], list[EpochRecord]]:
-    """The steps and epochs of a log, in order; of a step that was made again after a crash, the last."""
+    """Return the steps and epochs of a log, in order; the last version of a step that was repeated after a crash."""
     steps: dict[int, StepRecord] = {}
     epochs: dict[int, EpochRecord] = {}
     for line in path.read_bytes().splitlines():
@@ -96,12 +96,12 @@ def read_log(path: Path) -> tuple[list[StepRecord], list[EpochRecord]]:
             elif row["event"] == "epoch":
                 epochs[row["epoch"]] = msgspec.convert(row, EpochRecord)
         except (msgspec.DecodeError, KeyError, TypeError):
-            continue  # a line cut off by a crash; the curves do without it
+            continue  # a line that a crash cut off
     return [steps[step] for step in sorted(steps)], [epochs[epoch] for epoch in sorted(epochs)]
 
 
 def learning_curves(steps: Sequence[StepRecord], epochs: Sequence[EpochRecord]) -> str:
-    """Loss and error against the step, in training and validation, as an SVG document."""
+    """Return loss and error of training and validation by step, as an SVG document."""
     steps = steps[:: max(1, len(steps) // _MAX_POINTS)]
     loss = [
         Curve("training", "#999999", [(r.step, r.loss) for r in steps]),
@@ -138,16 +138,16 @@ def _panel(title: str, curves: Iterable[Curve], left: int) -> str:
 
 
 def confusion_svg(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> str:
-    """A confusion matrix as an SVG document: a row for each class, a column for each guess.
+    """Return a confusion matrix as an SVG document, with a row for each class and a column for each guess.
 
-    The more of a class's pictures got a guess, the darker it is: green where the guess is right, red where it is not.
+    A cell is darker the larger its share of the class's images: green for right guesses, red for wrong ones.
 
     Args:
-        confusion: ``confusion[label][guess]`` pictures.
-        names: of the classes; beside the matrix, where there is room for them.
+        confusion: ``confusion[label][guess]``, numbers of images.
+        names: names of the classes, drawn if there are at most 60.
     """
     counts = np.asarray(confusion, np.float64)
-    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))  # (classes, classes), rows sum to 1
     colours = np.where(np.eye(len(names), dtype=bool)[..., None], _RIGHT, _WRONG)
     cells = (255 - shares[..., None] * (255 - colours)).round().astype(np.uint8)
     file = BytesIO()
@@ -155,7 +155,7 @@ def confusion_svg(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> s
     named = len(names) <= _NAMED_CLASSES
     cell, left = _MATRIX_PX / len(names), 200 if named else _MARGIN_PX
     size = left + _MATRIX_PX + _MARGIN_PX
-    caption = f"rows: the class; columns: what it was taken for; {int(counts.sum()):,} images"
+    caption = f"rows: classes; columns: guesses; {int(counts.sum()):,} images"
     parts = [
         svg.image(left, left, _MATRIX_PX, _MATRIX_PX, file.getvalue()),
         svg.rect(left, left, _MATRIX_PX, _MATRIX_PX, fill="none", stroke="black"),

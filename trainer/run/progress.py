@@ -1,4 +1,4 @@
-"""How far a run has come, as plain values: what the log shows and a checkpoint keeps."""
+"""Counters and metrics of a run, as plain values for the log and the checkpoint."""
 
 from __future__ import annotations
 
@@ -10,54 +10,55 @@ from torch import Tensor
 
 
 class Tally(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Sums over images: of the loss, of those whose best guess was wrong, and how many."""
+    """Sums over images: loss, wrong best guesses, and number of images."""
 
     loss: float = 0.0
     wrong: float = 0.0
     images: float = 0.0
 
     def since(self, before: Tally) -> Tally:
-        """What has been added since ``before``."""
+        """Return the difference to an earlier tally."""
         return Tally(self.loss - before.loss, self.wrong - before.wrong, self.images - before.images)
 
     @property
     def mean_loss(self) -> float:
-        """Loss per image; NaN of none."""
+        """Loss per image; NaN without images."""
         return self.loss / self.images if self.images else math.nan
 
     @property
     def error(self) -> float:
-        """Share of images whose best guess was wrong, 0 to 1; NaN of none."""
+        """Fraction of images with a wrong best guess, 0 to 1; NaN without images."""
         return self.wrong / self.images if self.images else math.nan
 
 
 class Meter:
-    """Adds up a tally on the device, so that no step waits for the GPU to be read."""
+    """A tally on the device, so that no step waits for the GPU."""
 
     def __init__(self, device: torch.device, start: Tally) -> None:
+        # (3,); float64 counts the images of an epoch exactly.
         self._sums = torch.tensor([start.loss, start.wrong, start.images], dtype=torch.float64).to(device)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count one batch: its mean loss (), logits (B, classes) and labels (B,)."""
+        """Add one batch, given its mean loss (), logits (B, classes) and labels (B,)."""
         images = len(labels)
         wrong = (logits.detach().argmax(1) != labels).sum()
         self._sums += torch.stack([loss.detach().double() * images, wrong, torch.full_like(wrong, images)])
 
     def read(self) -> Tally:
-        """The sums so far; waits for the device."""
+        """Return the sums so far; waits for the device."""
         return Tally(*self._sums.tolist())
 
 
 class Progress(msgspec.Struct, forbid_unknown_fields=True):
-    """Counters of a run.
+    """The counters of a run.
 
     Fields:
-        step: updates of the weights so far.
-        epoch: the epoch under way, from 0.
+        step: updates of the weights.
+        epoch: number of the current epoch, from 0.
         seen: positions of this epoch that have been trained on.
-        epoch_tally: this epoch's sums.
-        images: trained on altogether.
-        trained_s, waited_s: seconds in training (without validation), and those of them spent waiting for data.
+        epoch_tally: sums of this epoch.
+        images: images trained on, over all epochs.
+        trained_s, waited_s: seconds of training without validation, and the part of them spent waiting for data.
     """
 
     step: int = 0
@@ -69,7 +70,7 @@ class Progress(msgspec.Struct, forbid_unknown_fields=True):
     waited_s: float = 0.0
 
     def start_next_epoch(self) -> None:
-        """Begin to count anew."""
+        """Advance to the next epoch and reset its counters."""
         self.epoch, self.seen, self.epoch_tally = self.epoch + 1, 0, Tally()
 
     @property
@@ -79,15 +80,15 @@ class Progress(msgspec.Struct, forbid_unknown_fields=True):
 
     @property
     def waiting_share(self) -> float:
-        """Share of the training time spent waiting for data, 0 to 1."""
+        """Fraction of the training time spent waiting for data, 0 to 1."""
         return self.waited_s / self.trained_s if self.trained_s else 0.0
 
 
 class StepRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="step", tag_field="event"):
-    """A line of the log: the steps since the line before.
+    """A log line for the steps since the previous one.
 
-    Errors, ``waiting`` (time spent so) and ``mfu`` (see ``trainer.model.flops``; None where the devices' peak is not known) are
-    shares of 1.
+    ``error``, ``waiting`` (time spent waiting for data) and ``mfu`` (see ``trainer.model.flops``; None if the devices' peak
+    is unknown) are fractions, 0 to 1.
     """
 
     step: int
@@ -102,7 +103,7 @@ class StepRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="s
 
 
 class EpochRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="epoch", tag_field="event"):
-    """A line of the log: an epoch's training, and the validation after it (centre crop)."""
+    """A log line for an epoch: its training, and the validation after it (centre crop)."""
 
     epoch: int
     step: int
@@ -115,23 +116,23 @@ class EpochRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
 
 
 class LogInterval:
-    """The steps since the last line of the log.
+    """The steps between two log lines.
 
     Args:
-        progress: at its start.
-        flops: of the model for one image, forward and backward.
-        peak: FLOP/s of all devices of the run; None if that is not known.
+        progress: counters at the start.
+        flops: FLOP of the model for one image, forward and backward.
+        peak: peak FLOP/s of all devices of the run; None if unknown.
     """
 
     def __init__(self, progress: Progress, flops: int, peak: float | None) -> None:
-        self._before, self._flops, self._peak = msgspec.structs.replace(progress), flops, peak
+        self._before, self._flops, self._peak = msgspec.structs.replace(progress), flops, peak  # a copy of the counters
 
     def tally(self, progress: Progress) -> Tally:
-        """What they add up to so far."""
+        """Return the sums since the start."""
         return progress.epoch_tally.since(self._before.epoch_tally)
 
     def close(self, progress: Progress, lr: float) -> StepRecord:
-        """Their line."""
+        """Return the log line of these steps."""
         before, tally = self._before, self.tally(progress)
         trained_s = max(progress.trained_s - before.trained_s, 1e-9)
         images_per_s = tally.images / trained_s

@@ -1,6 +1,6 @@
-"""What a run leaves behind while it trains: its log, its curves, its checkpoints and its summary.
+"""The recorder of a run: it writes log, TensorBoard events, checkpoints and summary.
 
-All processes of a run call these methods together, for each has a part of what is written; the first one writes.
+All processes of a run call its methods together, since each has a part of the data; the first process writes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainer.run.tensorboard import TensorBoard
 
 
 class Event(StrEnum):
-    """Lines of the log that say what happened to a run; the values are the log's ``event``."""
+    """Events of a run in the log; the values stand in its ``event`` fields."""
 
     START = "start"
     RESUME = "resume"
@@ -42,14 +42,14 @@ class Event(StrEnum):
 
 
 class Recorder:
-    """Writes about one training; a context manager.
+    """The recorder of one training; use it as a context manager.
 
     Args:
-        folder: of the run.
-        state: the training.
-        world: its processes.
-        accounts: the loader's ledger of what this process has been given.
-        reporter: who tells people.
+        folder: folder of the run.
+        state: state of the training.
+        world: processes of the run.
+        accounts: function that returns the loader's accounts of the samples that this process has received.
+        reporter: progress display.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class Recorder:
         self._stack.close()
 
     def note(self, event: Event, **more: float | str) -> None:
-        """Add a line to the log that says where the run is, and ``more``."""
+        """Log an event with the run's position and ``more`` fields."""
         progress = self._state.progress
         where = {"step": progress.step, "epoch": progress.epoch, "seen": progress.seen}
         self._log({"event": event, "unix_s": time.time(), **where, **more})
 
     def step(self, record: StepRecord, stats: Mapping[str, ParamStats]) -> None:
-        """Tell of the steps since the last line, and of every parameter."""
+        """Record the steps since the last log line, and the parameter statistics."""
         self._log(record)
         self._log(ParamStatsRecord.of(record.step, stats))
         if self._tensorboard:
@@ -95,19 +95,19 @@ class Recorder:
         self._report_failed_save(self._saver.failure())
 
     def epoch(self, record: EpochRecord) -> None:
-        """Tell of an epoch that is over."""
+        """Record an epoch."""
         self._log(record)
         if self._tensorboard:
             self._tensorboard.epoch(record)
         self._reporter.epoch(record)
 
     def save(self, is_best: bool = False, rate_by_hand: float = 0.0) -> None:
-        """Begin to write a checkpoint of this moment, and go on.
+        """Start to write a checkpoint of the current state.
 
         Args:
-            is_best: whether no epoch before had a lower validation error.
-            rate_by_hand: a learning rate that somebody asked for, and that this checkpoint has; 0 for none. The request
-                is forgotten when the checkpoint is on the disk.
+            is_best: True if no earlier epoch had a lower validation error.
+            rate_by_hand: requested learning rate that this checkpoint includes; 0 for none. The request is cleared when
+                the checkpoint is on disk.
         """
         state = self._state
         model = self._world.merge_towers(state.model.state_dict())
@@ -130,7 +130,7 @@ class Recorder:
         self._saver.save(whole, is_best, partial(self._folder.clear_requested_rate, rate_by_hand))
 
     def finish(self) -> Path:
-        """Wait until the newest checkpoint is on the disk, and return where it lies.
+        """Wait until the newest checkpoint is on disk, and return its path.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -139,12 +139,12 @@ class Recorder:
         return checkpoint.path_of(self._folder.checkpoints, self._state.progress.step)
 
     def newest(self) -> Path | None:
-        """The last good checkpoint."""
+        """Return the last good checkpoint, None if there is none."""
         self._saver.wait()
         return self._folder.newest_checkpoint()
 
     def summarise(self) -> Summary:
-        """Write the summary and the figures of what has been reached so far."""
+        """Write the summary and the figures of the results so far."""
         state, progress, best = self._state, self._state.progress, self._state.schedule.best
         kernels = self._world.merge_towers(
             {name: weights for name, weights in state.model.state_dict().items() if name.endswith("conv1.weight")}
@@ -171,11 +171,12 @@ class Recorder:
         return summary
 
     def ledger(self) -> list[EpochAccount]:
-        """Of each epoch begun, before and after a resumption; ``delivered`` counts what was trained on."""
+        """Return the accounts of all epochs begun, also before a resume; ``delivered`` counts the samples trained on."""
         progress = self._state.progress
         epochs = range(self._first_epoch, progress.epoch + 1)
-        everyone = self._world.gather(as_numbers(self._accounts(), epochs))
-        merged = merge_accounts(self._state.earlier_accounts, from_numbers(everyone, epochs))
+        rows = self._world.gather(as_numbers(self._accounts(), epochs))
+        merged = merge_accounts(self._state.earlier_accounts, from_numbers(rows, epochs))
+        # The loader has delivered batches that are not trained on yet; the current epoch counts only those that are.
         return [
             msgspec.structs.replace(account, delivered=progress.seen) if account.epoch == progress.epoch else account
             for account in merged
@@ -185,9 +186,9 @@ class Recorder:
     def _report_failed_save(self, failure: CheckpointError | None) -> None:
         if failure:
             self.note(Event.NOT_SAVED, reason=failure.reason)
-            self._reporter.say(f"Not saved: {failure} The run goes on; the next checkpoint is tried as usual.")
+            self._reporter.say(f"Not saved: {failure} The run continues and tries the next checkpoint as usual.")
 
     def _log(self, record: msgspec.Struct | dict[str, Any]) -> None:
-        """Add a line to the log; the first process's is everyone's."""
+        """Append a line to the log, in the first process."""
         if self._world.is_first:
             self._folder.append(record)

@@ -1,4 +1,4 @@
-"""What a training changes, and what of it must survive: all that a checkpoint is made of."""
+"""The state of a training: all that its steps change and its checkpoints store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.schedule import Schedule
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to go on from, and where it lies."""
+    """A checkpoint to resume from, and its path."""
 
     path: Path
     checkpoint: Checkpoint
@@ -33,17 +33,17 @@ class Resume:
 
 @dataclass
 class State:
-    """A training between two steps, as one of its processes has it.
+    """The state of one process between two steps.
 
     Fields:
-        config: of the run.
-        facts: of the training split.
+        config: configuration of the run.
+        facts: facts about the training split.
         model, optimizer: this process's part of the network, and its momentum.
-        schedule: of the learning rate.
-        progress: counters.
-        loader: the position of the first sample that has not been trained on.
-        earlier_accounts: the ledger up to where this process began.
-        history: of each epoch ended.
+        schedule: learning rate schedule.
+        progress: counters of the run.
+        loader: position of the first sample that has not been trained on.
+        earlier_accounts: accounts of the epochs before this process started.
+        history: results of the epochs that have ended.
     """
 
     config: RunConfig
@@ -58,10 +58,10 @@ class State:
 
     @classmethod
     def begin(cls, config: RunConfig, facts: Facts, world: World, resume: Resume | None) -> State:
-        """A new training, or an earlier one where it was left.
+        """Return the state of a new training, or of one resumed from a checkpoint.
 
         Raises:
-            CheckpointError: what was left does not fit the network.
+            CheckpointError: the checkpoint does not fit the network.
         """
         share = Share((world.pair.tower,), BetweenProcesses(world.pair)) if world.pair else None
         model = build_network(config, facts, world.devices, share)
@@ -80,26 +80,26 @@ class State:
             )
         optimizer = PaperSGD(model, model.preset, config.lr, config.speed.fused_sgd)
         state = cls(config, facts, model, optimizer, schedule, progress, {}, earlier_accounts, history)
-        optimizer.set_lr(state.rate)
+        optimizer.set_lr(state.rate)  # before the momentum: a change of rate would rescale it
         if resume:
             optimizer.load_momentum(resume.checkpoint.momentum)
         return state
 
     @property
     def epochs_done(self) -> float:
-        """With the share of the epoch under way."""
+        """Epochs completed, with the fraction of the current one."""
         return self.progress.epoch + self.progress.seen / self.facts.count
 
     @property
     def rate(self) -> float:
-        """The learning rate of the next step."""
+        """Learning rate of the next step."""
         return self.schedule.rate(self.epochs_done, self.config.epochs)
 
 
 def build_network(
     config: RunConfig, facts: Facts, devices: Sequence[torch.device], share: Share | None = None
 ) -> AlexNet:
-    """The network that a configuration describes, for the classes and crops of a split, with the weights it starts with."""
+    """Return the network that a configuration describes, for a split's classes and crops, with initial weights."""
     return AlexNet(
         num_classes=len(facts.class_names),
         width=config.width,
@@ -115,13 +115,13 @@ def build_network(
 
 
 def restore_weights(model: AlexNet, saved: Checkpoint, path: Path) -> None:
-    """Give ``model`` the weights of a checkpoint.
+    """Load the weights of a checkpoint into ``model``.
 
     Raises:
-        CheckpointError: they are another network's.
+        CheckpointError: the weights belong to another network.
     """
     try:
-        # Towers that live in other processes restore themselves.
+        # Other processes restore their own towers.
         model.load_state_dict({name: tensor for name, tensor in saved.model.items() if model.owns(name)})
     except RuntimeError as error:
         raise CheckpointError(path, "its weights do not fit the network that it describes") from error

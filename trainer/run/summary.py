@@ -1,4 +1,4 @@
-"""The results of a run, RUN/summary.json, and the accounts of its epochs over all the pieces that it was made in."""
+"""The results of a run, RUN/summary.json, and the merging of its epochs' accounts over resumes and processes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import msgspec
 from loader_service.types import EpochAccount
 
 _COUNTS: Final = len(EpochAccount.__struct_fields__) - 1
+"""Counts in an account: all its fields but the epoch."""
 
 
 def merge_accounts(earlier: Sequence[EpochAccount], later: Sequence[EpochAccount]) -> list[EpochAccount]:
-    """The accounts of a run that was left and resumed.
+    """Return the accounts of a resumed run.
 
-    An epoch in both was left in its middle: the earlier part expected all of it, the later what was left.
+    An epoch in both was interrupted: its earlier account expected the whole epoch, the later one the rest.
     """
     merged = {account.epoch: account for account in earlier}
     for account in later:
@@ -25,31 +26,31 @@ def merge_accounts(earlier: Sequence[EpochAccount], later: Sequence[EpochAccount
 
 
 def as_numbers(accounts: Sequence[EpochAccount], epochs: Sequence[int]) -> list[float]:
-    """The counts of ``epochs`` one after the other, zeros where there is no account; the inverse of ``from_numbers``."""
+    """Return the counts of ``epochs`` in one list, zeros for a missing account; ``from_numbers`` inverts it."""
     known = {account.epoch: msgspec.structs.astuple(account)[1:] for account in accounts}
     return [count for epoch in epochs for count in known.get(epoch, (0,) * _COUNTS)]
 
 
-def from_numbers(everyone: Sequence[Sequence[float]], epochs: Sequence[int]) -> list[EpochAccount]:
-    """The accounts of ``epochs``, added up over the processes that each had a part of the samples."""
-    sums = [int(sum(column)) for column in zip(*everyone, strict=True)]
+def from_numbers(rows: Sequence[Sequence[float]], epochs: Sequence[int]) -> list[EpochAccount]:
+    """Return the accounts of ``epochs``, summed over the processes, one row each, which share the samples."""
+    sums = [int(sum(column)) for column in zip(*rows, strict=True)]
     counts = [sums[i : i + _COUNTS] for i in range(0, len(sums), _COUNTS)]
     return [EpochAccount(epoch, *of_epoch) for epoch, of_epoch in zip(epochs, counts, strict=True) if any(of_epoch)]
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """What a run reached so far.
+    """The results of a run so far.
 
     Fields:
-        finished: whether all epochs are over.
-        epochs, steps: done.
-        accuracy, top5_accuracy: shares of the validation split after the last epoch, centre crop; None before the first.
-        best_accuracy: the highest ``accuracy`` of any epoch.
-        chance: the accuracy of guessing, 1 / number of classes.
-        images_per_s: trained on, waiting included.
-        waiting_share: share of the training time spent waiting for data, 0 to 1.
-        ledger: of each epoch begun: samples delivered, expected, and so on.
-        checkpoint, log, figures: paths of what the run made.
+        finished: True when all epochs are complete.
+        epochs, steps: numbers completed.
+        accuracy, top5_accuracy: on the validation split after the last epoch, centre crop, 0 to 1; None before the first.
+        best_accuracy: highest ``accuracy`` of all epochs.
+        chance: accuracy of guessing, 1 / number of classes.
+        images_per_s: training images per second, waiting included.
+        waiting_share: fraction of the training time spent waiting for data, 0 to 1.
+        ledger: accounts of the epochs begun: samples expected, delivered, and so on.
+        checkpoint, log, figures: paths of the run's files.
     """
 
     finished: bool
@@ -68,5 +69,5 @@ class Summary(msgspec.Struct, frozen=True):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the run is over and every sample of every epoch was seen exactly once."""
+        """True if the run is complete and saw every sample of every epoch exactly once."""
         return self.finished and all(account.delivered == account.expected for account in self.ledger)

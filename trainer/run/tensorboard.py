@@ -1,6 +1,6 @@
-"""A run's curves as TensorBoard reads them: RUN/tensorboard, written beside the log.
+"""TensorBoard event files of a run, in RUN/tensorboard, with the figures of the log by step.
 
-Axes are steps. A run that goes on hides the steps that were made again after a crash.
+A resumed run hides the events of steps that it repeats after a crash.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from trainer.run.param_stats import ParamStats
 from trainer.run.progress import EpochRecord, StepRecord
 
 _FLUSH_S: Final = 10
-"""How far a board may be behind the run."""
+"""Longest delay of the event files behind the run."""
 
 
 class TensorBoard:
-    """Writes event files.
+    """A writer of event files.
 
     Args:
-        folder: where they go.
+        folder: folder of the event files.
         step: updates made so far.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
+        # purge_step hides events of later steps, which a run that crashed may have written.
         self._writer = SummaryWriter(logdir=str(folder), purge_step=step + 1, flush_secs=_FLUSH_S)
 
     def step(self, record: StepRecord, stats: Mapping[str, ParamStats]) -> None:
-        """The steps since the line before, and each parameter."""
+        """Write the steps since the last log line, and the parameter statistics."""
         values: dict[str, float | None] = {
             "train/loss": record.loss,
             "train/error": record.error,
@@ -44,14 +45,14 @@ class TensorBoard:
         self._add(values, record.step)
 
     def epoch(self, record: EpochRecord) -> None:
-        """The validation after an epoch."""
+        """Write the validation after an epoch."""
         errors = {"top-1 error": record.val_top1_error, "top-5 error": record.val_top5_error}
         self._add(
             {f"validation/{name}": value for name, value in {"loss": record.val_loss, **errors}.items()}, record.step
         )
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the event files."""
         self._writer.close()
 
     def _add(self, values: Mapping[str, float | None], step: int) -> None:

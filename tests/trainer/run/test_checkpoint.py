@@ -123,14 +123,14 @@ class Foreign:
     ("content", "sentence"),
     [
         ({"format": 1, "plain": Foreign()}, "damaged or no checkpoint"),
-        ({"format": 99}, "not of this trainer's format"),
-        ([1, 2], "not of this trainer's format"),
-        ({"format": 1, "plain": {}, "tensors": {}}, "not as it must be"),
+        ({"format": 99}, "not in this trainer's format"),
+        ([1, 2], "not in this trainer's format"),
+        ({"format": 1, "plain": {}, "tensors": {}}, "its content is invalid"),
         (
             {"format": 1, "plain": msgspec.to_builtins(made().plain), "tensors": {"model": {"w": 3}}},
-            "not as it must be",
+            "its content is invalid",
         ),
-        ({"format": 1, "plain": msgspec.to_builtins(made().plain), "tensors": {}}, "not as it must be"),
+        ({"format": 1, "plain": msgspec.to_builtins(made().plain), "tensors": {}}, "its content is invalid"),
     ],
 )
 def test_strange_content_is_refused(tmp_path: Path, content: object, sentence: str) -> None:

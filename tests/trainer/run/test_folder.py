@@ -45,7 +45,7 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     """A file is in the way."""
     (tmp_path / "file").touch()
-    with pytest.raises(RunFolderError, match="it cannot be made"):
+    with pytest.raises(RunFolderError, match="it cannot be created"):
         RunFolder.create(tmp_path / "file" / "run", tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""One thread for torch, and one node for all tests that need data."""
+"""Fixtures of the trainer's tests: one thread for torch, and one node for all tests that need data."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from loader_service import LocalNode
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    """Small tensors gain nothing from more, and equal thread counts make equal sums."""
+    """Limit torch to one thread: small tensors gain nothing from more, and sums depend on the number of threads."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def node(dataset_dir: Path) -> Iterator[str]:
-    """The address of a node that serves 300 training and 60 validation records of 3 classes."""
+    """Yield the address of a node that serves 300 training and 60 validation records of 3 classes."""
     with LocalNode(data=dataset_dir, workers=1) as running:
         yield running.address

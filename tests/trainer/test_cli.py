@@ -1,4 +1,4 @@
-"""The commands, from outside: what they make, and one sentence for what cannot work."""
+"""The trainer's commands: their results, and one sentence for each deliberate error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def assert_refused(result: Result, exit_code: int, sentence: str) -> None:
 
 @pytest.fixture(scope="module")
 def run(node: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
+    """Return the folder of a finished run."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     result = trainer("run", "--loader", node, "--run", folder, *SMALL)
     assert result.exit_code == 0, result.output
@@ -51,12 +51,12 @@ def summary(run: Path) -> dict[str, Any]:
 
 
 def summary_steps(run: Path) -> int:
-    """How far a run's newest checkpoint is."""
+    """Return the step of a run's newest checkpoint."""
     return checkpoint.load(checkpoint.saved(run / "checkpoints")[-1]).plain.progress.step
 
 
 def test_a_run_leaves_what_it_says(run: Path) -> None:
-    """Summary, log, checkpoint and pictures, at the paths that the summary names."""
+    """Summary, log, checkpoint and figures are at the paths that the summary names."""
     made = summary(run)
     assert made["finished"]
     assert made["chance"] == pytest.approx(1 / 3)
@@ -67,7 +67,7 @@ def test_a_run_leaves_what_it_says(run: Path) -> None:
 
 
 def test_every_sample_was_seen_exactly_once(run: Path) -> None:
-    """The ledger of each epoch: as many delivered as expected."""
+    """Each epoch's account has as many samples delivered as expected."""
     ledger = summary(run)["ledger"]
     assert [(account["epoch"], account["expected"], account["delivered"]) for account in ledger] == [
         (0, 300, 300),
@@ -77,7 +77,7 @@ def test_every_sample_was_seen_exactly_once(run: Path) -> None:
 
 
 def test_the_log_tells_steps_and_epochs(run: Path) -> None:
-    """One JSON object per line, from start to end."""
+    """The log has one JSON object per line, from start to end."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert rows[0]["event"] == "start"
     assert rows[-1]["event"] == "end"
@@ -97,7 +97,7 @@ def test_evaluate_agrees_with_the_last_validation(node: str, run: Path) -> None:
 
 
 def test_evaluate_several_runs_with_ten_crops(node: str, run: Path) -> None:
-    """A run averaged with itself is that run; a checkpoint file will do as well as a folder."""
+    """A run averaged with itself gives its own errors; a checkpoint file works like its folder."""
     once = trainer("evaluate", run, "--loader", node, "--views", "ten-crop", "--json")
     twice = trainer("evaluate", run, summary(run)["checkpoint"], "--loader", node, "--views", "ten-crop", "--json")
     assert once.exit_code == twice.exit_code == 0, once.output + twice.output
@@ -107,14 +107,14 @@ def test_evaluate_several_runs_with_ten_crops(node: str, run: Path) -> None:
 
 
 def test_evaluate_says_it_in_words(node: str, run: Path) -> None:
-    """One line."""
+    """Without --json, evaluate prints one line."""
     result = trainer("evaluate", run, "--loader", node)
     assert result.stdout.startswith("60 images, center: top-1 error ")
     assert len(result.stdout.splitlines()) == 1
 
 
 def test_evaluate_tells_of_each_class(node: str, run: Path) -> None:
-    """In JSON and as tables: each class's errors, and a row of the confusion matrix for each, which add up."""
+    """Errors by class and confusion matrix add up to the total, in JSON and as tables."""
     found = json.loads(trainer("evaluate", run, "--loader", node, "--json").stdout)
     assert [(each["name"], each["images"]) for each in found["classes"]] == [("ant", 20), ("bee", 20), ("cat", 20)]
     assert [sum(row) for row in found["confusion"]] == [20, 20, 20]
@@ -126,7 +126,7 @@ def test_evaluate_tells_of_each_class(node: str, run: Path) -> None:
 
 
 def test_evaluate_draws_what_is_taken_for_what(node: str, run: Path, tmp_path: Path) -> None:
-    """Into the file that is named; a folder that is not there is known before the work is done."""
+    """--figure writes the confusion matrix; a missing folder is an error before the evaluation starts."""
     figure = tmp_path / "confusion.svg"
     assert trainer("evaluate", run, "--loader", node, "--figure", figure).exit_code == 0
     assert "bee" in figure.read_text()
@@ -136,7 +136,7 @@ def test_evaluate_draws_what_is_taken_for_what(node: str, run: Path, tmp_path: P
 
 
 def test_predict(run: Path, tmp_path: Path) -> None:
-    """Any picture file; probabilities of the best classes, most probable first."""
+    """predict takes any image file and prints the classes in falling order of probability."""
     Image.new("RGB", (300, 400), (200, 10, 10)).save(tmp_path / "red.png")
     result = trainer("predict", run, tmp_path / "red.png", "--json")
     assert result.exit_code == 0, result.output
@@ -149,7 +149,7 @@ def test_predict(run: Path, tmp_path: Path) -> None:
 
 
 def test_export(run: Path, tmp_path: Path) -> None:
-    """A file that safetensors reads, with both towers' kernels and the mean image; it is not overwritten."""
+    """The safetensors file has both towers' kernels and the mean image; an existing file is not overwritten."""
     target = tmp_path / "net.safetensors"
     assert trainer("export", run, target).exit_code == 0
     tensors = load_file(target)
@@ -161,20 +161,20 @@ def test_export(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_folder_is_never_overwritten(node: str, run: Path) -> None:
-    """Another run into the same folder is refused, and says how to go on instead."""
+    """A second run in the same folder is refused, and the error says how to continue the first."""
     before = summary(run)
     assert_refused(trainer("run", "--loader", node, "--run", run, *SMALL), 3, "it is not empty; choose another")
     assert summary(run) == before
 
 
 def test_a_resumed_run_keeps_its_network(node: str, run: Path) -> None:
-    """What the weights hang on cannot change."""
+    """A resume refuses options that the weights depend on."""
     result = trainer("run", "--loader", node, "--run", run, "--resume", "auto", "--width", "0.5")
     assert_refused(result, 2, "--width=0.5 cannot work: expected 0.05, as in the run that continues from")
 
 
 def test_a_finished_run_can_be_given_more_epochs(node: str, tmp_path: Path) -> None:
-    """--resume auto with a larger --epochs trains the rest; without, there is nothing to do."""
+    """--resume auto with a larger --epochs trains the rest; with the same --epochs nothing remains."""
     for epochs, expected in (("1", 5), ("1", 5), ("2", 10)):
         options = ["--loader", node, "--run", tmp_path / "run", "--resume", "auto", *SMALL, "--epochs", epochs]
         assert trainer("run", *options).exit_code == 0
@@ -182,7 +182,7 @@ def test_a_finished_run_can_be_given_more_epochs(node: str, tmp_path: Path) -> N
 
 
 def test_new_runs_go_under_runs(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without --run, a folder named by the time; --resume auto finds it again."""
+    """Without --run the folder is named by the time; --resume auto finds it."""
     monkeypatch.chdir(tmp_path)
     assert trainer("run", "--loader", node, *SMALL, "--epochs", "1").exit_code == 0
     (made,) = Path("runs").iterdir()
@@ -192,7 +192,7 @@ def test_new_runs_go_under_runs(node: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_loss_that_explodes_stops_the_run(node: str, tmp_path: Path) -> None:
-    """It names the step and a layer, keeps only good checkpoints, and leaves with an exit code of its own."""
+    """The error names step and layer, has its own exit code, and only good checkpoints are kept."""
     result = trainer("run", "--loader", node, "--run", tmp_path / "run", *SMALL, "--lr", "0.99", "--preset", "original")
     assert_refused(result, 8, "the loss exploded to ")
     assert re.search(
@@ -205,7 +205,7 @@ def test_a_loss_that_explodes_stops_the_run(node: str, tmp_path: Path) -> None:
 def test_a_rate_set_by_hand_holds_from_the_next_step(
     node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the run trains: at once, in the log, in the checkpoint, and once only."""
+    """A rate set during training applies once, from the next step, and is in log and checkpoint."""
     append = RunFolder.append
     by_hand = []
 
@@ -225,7 +225,7 @@ def test_a_rate_set_by_hand_holds_from_the_next_step(
 
 
 def test_the_schedule_is_what_was_asked_for(node: str, tmp_path: Path) -> None:
-    """A warm-up over the first epoch and a drop at the second, step by step in the log."""
+    """The log shows a warm-up over the first epoch and a drop at the second, step by step."""
     schedule = ["--schedule", "step", "--drop-at", "1", "--warmup", "1", "--log-every", "1"]
     assert trainer("run", "--loader", node, "--run", tmp_path / "run", *SMALL, *schedule).exit_code == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -249,14 +249,14 @@ def test_the_schedule_is_what_was_asked_for(node: str, tmp_path: Path) -> None:
 def test_what_cannot_work_is_one_sentence(
     arguments: list[str], exit_code: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With an exit code, without a traceback, and without a run folder left behind."""
+    """An impossible command prints one sentence, sets its exit code, and leaves no run folder."""
     monkeypatch.chdir(tmp_path)
     assert_refused(trainer(*arguments), exit_code, sentence)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_data_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The private node says why it cannot start, and no run folder is left behind."""
+    """The private node reports why it cannot start, and no run folder is left."""
     monkeypatch.chdir(tmp_path)
     result = trainer("run", "--data", "nowhere", "--devices", "cpu")
     assert result.exit_code != 0
@@ -268,7 +268,7 @@ def test_data_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pyt
 def test_a_private_node_that_dies_costs_nothing(
     dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run ends with a sentence and a checkpoint; resumed, every sample of every epoch was still seen exactly once."""
+    """The run ends with an error and a checkpoint; after a resume every sample was seen exactly once."""
     started: list[LocalNode] = []
     append = RunFolder.append
 
@@ -295,14 +295,14 @@ def test_a_private_node_that_dies_costs_nothing(
 
 
 def test_a_node_that_stays_away_is_an_error_where_a_timeout_is_given(tmp_path: Path) -> None:
-    """Without --timeout the trainer waits for its node; with it, the sentence says how to start one."""
+    """With --timeout a missing node is an error that says how to start one; without it the trainer waits."""
     nobody = ("--loader", "tcp://127.0.0.1:9", "--timeout", "0.3")
     assert_refused(trainer("run", *nobody, "--run", tmp_path / "run", *SMALL), 4, "no node answered within 0.3 s")
     assert_refused(trainer("run", *nobody[:3], "0", "--run", tmp_path / "run", *SMALL), 2, "--timeout=0.0 cannot work")
 
 
 def test_records_of_another_side(tmp_path: Path, make_dataset: Callable[..., Any]) -> None:
-    """Trained, evaluated, used and exported on crops of 84 of 96 pixels; a net for crops of 70 is not mixed with it."""
+    """A network on crops of 84 of 96 pixels trains, evaluates, predicts and exports; one on crops of 70 does not mix with it."""
     for split, count in (("train", 12), ("val", 6)):
         make_dataset(tmp_path / f"{split}.lmdb", count, side=96)
     Image.new("RGB", (100, 120), "red").save(tmp_path / "red.png")

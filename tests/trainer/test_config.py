@@ -1,4 +1,4 @@
-"""The configuration refuses what cannot work, and says what would."""
+"""The configuration refuses impossible values and names possible ones."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from trainer.errors import ConfigError
     ],
 )
 def test_impossible_values_are_named(fields: dict[str, object], sentence: str) -> None:
-    """One sentence: the option, its value, and what would work."""
+    """The error names the option, its value and the possible values, in one sentence."""
     with pytest.raises(ConfigError) as caught:
         RunConfig(**fields)
     assert str(caught.value) == sentence
 
 
 def test_a_running_node_has_its_own_data() -> None:
-    """--loader and --data contradict each other."""
+    """--loader and --data exclude each other."""
     with pytest.raises(ConfigError, match="no --data together with --loader"):
         Source(loader="tcp://127.0.0.1:1", data="data")
 
 
 def test_a_configuration_survives_json() -> None:
-    """What a run folder holds is what the run was started with."""
+    """A configuration read from JSON equals the one that was written."""
     config = RunConfig(width=0.25, devices=("cpu", "cpu"), source=Source(data="elsewhere", workers=3))
     assert msgspec.json.decode(msgspec.json.encode(config), type=RunConfig) == config
 
 
 def test_the_defaults_are_the_papers() -> None:
-    """Section 5: batches of 128, rate .01, about 90 epochs; two towers at full width."""
+    """Defaults follow section 5: batches of 128, rate .01, 90 epochs, two towers at full width."""
     config = RunConfig()
     assert (config.batch_size, config.lr, config.epochs) == (128, 0.01, 90)
     assert (config.preset, config.towers, config.width) == ("paper", 2, 1.0)

@@ -1,4 +1,4 @@
-"""A run goes on with other processes: one, a process for each tower, pairs of them as replicas, and one again."""
+"""A run resumes with other numbers of processes: one, one for each tower, replicas of such pairs, and one again."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def free_port() -> int:
 
 
 def leg(node: str, folder: Path, processes: int, devices: str, last: int) -> None:
-    """Go on until ``last`` in so many processes, with what torchrun would tell them."""
+    """Continue the run until step ``last`` in several processes, with the environment that torchrun would set."""
     command = [sys.executable, "-c", STOP_AT_STEP, "run", "--loader", node, "--run", str(folder), "--resume", "auto"]
     settings = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
     settings |= {"MASTER_PORT": str(free_port())}
@@ -75,7 +75,7 @@ def ended(folder: Path) -> Checkpoint:
 
 
 def test_a_run_goes_on_in_any_layout(node: str, tmp_path: Path) -> None:
-    """Losses and weights are those of one unbroken process but for rounding, and the ledger has each sample once."""
+    """Losses and weights are those of one uninterrupted process up to rounding, and the ledger has each sample once."""
     for processes, devices, last in LEGS:
         leg(node, tmp_path / "run", processes, devices, last)
     alone = CliRunner().invoke(

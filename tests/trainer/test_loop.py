@@ -1,4 +1,4 @@
-"""What may happen to a run while it trains: disks fill up, memory runs out, nodes go away; and what it tells meanwhile."""
+"""Faults during training: full disks, too little memory, lost nodes; and the log of a sound run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def log(folder: Path, event: str) -> list[dict[str, Any]]:
 
 
 def test_it_tells_of_speed_and_layers(node: str, tmp_path: Path) -> None:
-    """MFU against the peak that was named, and every parameter's mean |w|, mean |dw| and their ratio, at each line."""
+    """Each log line has the MFU against the given peak, and mean |w|, mean |dw| and ratio of every parameter."""
     result = run(node, tmp_path / "run", "--peak-tflops", "0.5", "--deterministic")
     assert result.exit_code == 0, result.output
     steps, layers = log(tmp_path / "run", "step"), log(tmp_path / "run", "layers")
@@ -50,7 +50,7 @@ def test_it_tells_of_speed_and_layers(node: str, tmp_path: Path) -> None:
 
 
 def test_deterministic_holds_while_training(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And without it torch is left as it is."""
+    """--deterministic changes torch's settings during training; without it they stay."""
     forward, seen = AlexNet.forward, []
 
     def forward_and_look(self: AlexNet, *given: Any) -> Any:
@@ -65,7 +65,7 @@ def test_deterministic_holds_while_training(node: str, tmp_path: Path, monkeypat
 
 
 def test_a_full_disk_ends_no_training(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told on the screen and in the log; the next checkpoint is written."""
+    """A failed checkpoint is reported on the console and in the log, and the next one is written."""
     save, tried = checkpoint.save, []
 
     def full_at_first(folder: Path, whole: Checkpoint, is_best: bool) -> Path:
@@ -84,7 +84,7 @@ def test_a_full_disk_ends_no_training(node: str, tmp_path: Path, monkeypatch: py
 
 
 def test_the_last_checkpoint_must_be_written(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the run ends with a sentence, not as if all were well."""
+    """A run whose last checkpoint fails ends with an error."""
 
     def full(folder: Path, whole: Checkpoint, is_best: bool) -> Path:
         raise CheckpointError(folder, "it cannot be written (No space left on device)")
@@ -98,7 +98,7 @@ def test_the_last_checkpoint_must_be_written(node: str, tmp_path: Path, monkeypa
 def test_memory_that_is_too_small_is_said_with_what_would_fit(
     node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A device that has room for 20 images, 100 bytes each: the batch of 64 is refused with 16, a multiple of 8."""
+    """With memory for 20 images, a batch of 64 is refused and 16, a multiple of 8, recommended."""
     forward = AlexNet.forward
     images: list[int] = []
 
@@ -125,7 +125,7 @@ def test_memory_that_is_too_small_is_said_with_what_would_fit(
 def test_a_node_that_goes_away_and_comes_back(
     dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run waits for it and goes on; each sample is seen exactly once."""
+    """The run waits for its node and continues; each sample is seen exactly once."""
     address, nodes, append = f"ipc://{tmp_path}/node", [], RunFolder.append
 
     def start() -> None:

@@ -1,4 +1,4 @@
-"""The optimiser against the paper's rule written out, across a drop of the learning rate."""
+"""The optimiser follows the paper's rule, also across a drop of the learning rate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def gradients() -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def by_the_rule(w: np.ndarray, grads: list[np.ndarray], rate: float, decay: float) -> np.ndarray:
-    """Section 5: v <- .9 v - .0005 lr w - lr g; w <- w + v."""
+    """Apply section 5: v <- .9 v - .0005 lr w - lr g; w <- w + v."""
     v = np.zeros_like(w)
     for lr, g in zip(RATES, grads, strict=True):
         v = 0.9 * v - decay * rate * lr * w - rate * lr * g
@@ -39,7 +39,7 @@ def by_the_rule(w: np.ndarray, grads: list[np.ndarray], rate: float, decay: floa
     ("preset", "bias_rate", "bias_decay"), [("paper", 1.0, 0.0005), ("original", 2.0, 0.0)], ids=["paper", "original"]
 )
 def test_steps_are_the_papers_across_drops(preset: str, bias_rate: float, bias_decay: float) -> None:
-    """Six steps with two drops of the rate; biases by the preset's own rate and decay."""
+    """Six steps with two drops of the rate equal the rule, with the preset's rate and decay of the biases."""
     model = layer()
     weight, bias = model.weight.detach().numpy().copy(), model.bias.detach().numpy().copy()
     optimizer = PaperSGD(model, PRESETS[preset], RATES[0])
@@ -54,7 +54,7 @@ def test_steps_are_the_papers_across_drops(preset: str, bias_rate: float, bias_d
 
 
 def test_momentum_survives_a_save() -> None:
-    """An optimiser that took over another's momentum goes on bit for bit like it."""
+    """An optimiser with another's momentum makes the same steps, bit for bit."""
     one, other = layer(), layer()
     first = PaperSGD(one, PRESETS["original"], 0.01)
     grads = gradients()

@@ -1,4 +1,4 @@
-"""Under torchrun: a process is killed, the others leave, and all of them together go on from the last checkpoint."""
+"""Under torchrun, all processes restart after the death of one and continue from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def ended(folder: Path) -> Checkpoint:
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
     dataset_dir: Path, tmp_path: Path, processes: int, victim: int
 ) -> None:
-    """SIGKILL: the others say so at once, and the end is, bit for bit, that of a run that nothing happened to."""
+    """After SIGKILL the others exit at once, and the result equals that of an undisturbed run, bit for bit."""
     unbroken = torchrun(tmp_path, processes, ["--data", dataset_dir, "--run", tmp_path / "unbroken"])
     assert unbroken.returncode == 0, unbroken.stderr
     began_s = time.monotonic()
@@ -111,7 +111,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
 
 
 def test_a_torchrun_that_is_ended_ends_in_order(dataset_dir: Path, tmp_path: Path) -> None:
-    """SIGTERM to torchrun, as schedulers send it: every process leaves with 0, after a checkpoint of that very step."""
+    """After SIGTERM to torchrun every process saves a checkpoint of the current step and exits with 0."""
     done = torchrun(tmp_path, 2, ["--data", dataset_dir, "--run", tmp_path / "run"], 0, signal.SIGTERM)
     assert "SIGTERM" in done.stderr, "torchrun tells of it, and ends with 1 itself"
     stopped = log(tmp_path / "run")[-1]
@@ -122,7 +122,7 @@ def test_a_torchrun_that_is_ended_ends_in_order(dataset_dir: Path, tmp_path: Pat
 
 
 def test_another_launchs_run_is_not_gone_on_with(dataset_dir: Path, tmp_path: Path) -> None:
-    """A folder in use is refused at the first start, and again when torchrun tries once more."""
+    """A folder in use is refused at the first start and again after torchrun's restart."""
     (tmp_path / "run").mkdir()
     about = '{"config": {}, "launch": "another"}'
     (tmp_path / "run" / "config.json").write_text(about)

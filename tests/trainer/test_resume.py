@@ -1,4 +1,4 @@
-"""A run that was stopped in mid-epoch, or killed, and went on, ends exactly as one that was never stopped."""
+"""A run that was stopped or killed within an epoch ends, after a resume, like one that was never stopped."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def log(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def unbroken(node: str, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """The end of a run that was never stopped."""
+    """Return the last checkpoint of a run that was never stopped."""
     return run_to_the_end(node, tmp_path_factory.mktemp("unbroken") / "run")
 
 
 def assert_same_end(one: Checkpoint, other: Checkpoint) -> None:
-    """Weights and momentum bit for bit; counters, schedule, position and history too."""
+    """Compare weights and momentum bit for bit, and counters, schedule, position and history."""
     for tensors, others in ((one.model, other.model), (one.momentum, other.momentum)):
         assert tensors.keys() == others.keys()
         assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
@@ -87,7 +87,7 @@ def assert_each_sample_once(end: Checkpoint) -> None:
 
 @pytest.mark.parametrize("step", [3, STEPS_PER_EPOCH, 13], ids=["first epoch", "before validation", "second epoch"])
 def test_stopped_by_sigterm(node: str, tmp_path: Path, unbroken: Checkpoint, step: int) -> None:
-    """It saves and exits with 0; then it sees exactly what was left, also if only the validation was left."""
+    """A stopped run saves and exits with 0; its resume trains on the rest, even if only the validation remains."""
     stopped = run_until(node, tmp_path / "run", signal.SIGTERM, step)
     assert stopped.returncode == 0, stopped.stderr
     assert steps_logged(tmp_path / "run")[-1] == step
@@ -98,7 +98,7 @@ def test_stopped_by_sigterm(node: str, tmp_path: Path, unbroken: Checkpoint, ste
 
 
 def test_killed_after_a_checkpoint(node: str, tmp_path: Path, unbroken: Checkpoint) -> None:
-    """SIGKILL two steps after a checkpoint: those two are made again, and counted once."""
+    """The two steps between the checkpoint and SIGKILL are repeated and counted once."""
     killed = run_until(node, tmp_path / "run", signal.SIGKILL, 6)
     assert killed.returncode == -signal.SIGKILL
     end = run_to_the_end(node, tmp_path / "run", "--resume", "auto")
@@ -108,7 +108,7 @@ def test_killed_after_a_checkpoint(node: str, tmp_path: Path, unbroken: Checkpoi
 
 
 def test_killed_before_the_first_checkpoint(node: str, tmp_path: Path, unbroken: Checkpoint) -> None:
-    """There is nothing to go on from, so the same command starts over in the same folder."""
+    """Without a checkpoint the same command starts over in the same folder."""
     killed = run_until(node, tmp_path / "run", signal.SIGKILL, 2)
     assert killed.returncode == -signal.SIGKILL
     assert_same_end(run_to_the_end(node, tmp_path / "run", "--resume", "auto"), unbroken)

@@ -1,4 +1,4 @@
-"""The learning rate of every step."""
+"""The learning rate schedules."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ def rates(errors: list[float], patience: int = 2) -> list[float]:
 
 
 def test_no_drop_while_the_error_falls() -> None:
-    """Every improvement, however small, starts the patience anew."""
+    """Every improvement, however small, resets the patience."""
     assert rates([0.9, 0.8, 0.85, 0.79, 0.8, 0.78]) == [0.01] * 6
 
 
 def test_a_drop_after_patience_epochs_without_improvement() -> None:
-    """The drop comes with the second stalled epoch, and then the patience starts anew."""
+    """The rate drops after two epochs without improvement, and the patience restarts."""
     assert rates([0.5, 0.5, 0.6, 0.6, 0.6]) == [0.01, 0.01, 0.001, 0.001, 0.0001]
 
 
 def test_at_most_three_drops() -> None:
-    """The paper's rate was reduced three times, whatever comes after."""
+    """The rate drops at most three times, as in the paper."""
     assert rates([0.5] * 20)[-1] == pytest.approx(1e-5)
 
 
 def test_nan_is_no_improvement() -> None:
-    """An error that is no number counts as a stalled epoch."""
+    """A NaN error counts as an epoch without improvement."""
     assert not Schedule(0.01).improves(math.nan)
     assert rates([0.5, math.nan, math.nan])[-1] == 0.001
 
 
 def test_steps_drop_at_their_epochs() -> None:
-    """By ten at the start of each, and not by the error."""
+    """The rate drops by ten at the start of each given epoch, independently of the error."""
     schedule = Schedule(0.01, "step", patience=1, drop_at=(3, 6))
     for error in (0.5, 0.6, 0.7):
         schedule = schedule.after_epoch(error)
@@ -50,7 +50,7 @@ def test_steps_drop_at_their_epochs() -> None:
 
 
 def test_cosine_falls_from_the_first_epoch_to_the_last() -> None:
-    """Whole at the start, half in the middle, nothing after the last step, never rising."""
+    """The rate is full at the start, half in the middle, zero after the last step, and never rises."""
     schedule = Schedule(0.01, "cosine")
     assert [schedule.rate(epoch, 90) for epoch in (0, 45, 90)] == pytest.approx([0.01, 0.005, 0.0])
     found = [schedule.rate(epoch / 4, 90) for epoch in range(360)]
@@ -59,7 +59,7 @@ def test_cosine_falls_from_the_first_epoch_to_the_last() -> None:
 
 
 def test_warm_up_rises_in_a_straight_line() -> None:
-    """From a hundredth to all of the rate, step by step."""
+    """The rate rises linearly from a hundredth to its full value."""
     schedule = Schedule(0.01, warmup=2.0)
     assert [schedule.rate(epoch, 90) for epoch in (0, 1, 2, 50)] == pytest.approx([0.0001, 0.00505, 0.01, 0.01])
 
@@ -70,7 +70,7 @@ def test_warm_up_rises_in_a_straight_line() -> None:
     ids=["warm-up", "step", "cosine"],
 )
 def test_by_hand_holds_at_once(schedule: Schedule) -> None:
-    """Whatever the policy, the rate is now what was typed, and falls later as it would have."""
+    """With any policy, the rate is now the given one, and later falls in proportion."""
     changed, warm = schedule.by_hand(0.002, 3.0, 90), msgspec.structs.replace(schedule, warmup=0.0)
     assert changed.rate(3.0, 90) == pytest.approx(0.002)
     assert changed.rate(60, 90) / changed.rate(3, 90) == pytest.approx(warm.rate(60, 90) / warm.rate(3, 90))
@@ -88,7 +88,7 @@ def test_by_hand_holds_at_once(schedule: Schedule) -> None:
     ],
 )
 def test_impossible_schedules_are_named(fields: dict[str, object], sentence: str) -> None:
-    """One sentence: the option, its value, and what would work."""
+    """The error names the option, its value and the possible values, in one sentence."""
     with pytest.raises(ConfigError) as caught:
         Schedule(0.01, **fields)
     assert sentence in str(caught.value)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM between steps, while waiting, and twice."""
+"""Ctrl-C and SIGTERM between steps, during a wait, and twice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.stop import Stopped, StopRequest
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_a_step_is_seen_after_it(number: signal.Signals) -> None:
-    """Nothing is interrupted; the next check leaves."""
+    """A signal interrupts nothing; the next check raises Stopped."""
     with StopRequest() as stop:
         stop.check()
         signal.raise_signal(number)
@@ -20,13 +20,13 @@ def test_a_signal_during_a_step_is_seen_after_it(number: signal.Signals) -> None
 
 
 def test_a_signal_ends_waiting_at_once() -> None:
-    """Inside ``interruptible`` the signal itself raises."""
+    """A signal inside ``interruptible`` raises Stopped."""
     with StopRequest() as stop, pytest.raises(Stopped), stop.interruptible():
         signal.raise_signal(signal.SIGTERM)
 
 
 def test_waiting_does_not_begin_after_a_signal() -> None:
-    """A request that came before is not lost."""
+    """An earlier signal prevents the wait."""
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(Stopped), stop.interruptible():
@@ -34,7 +34,7 @@ def test_waiting_does_not_begin_after_a_signal() -> None:
 
 
 def test_the_second_signal_meets_the_former_handler() -> None:
-    """A stuck process can still be ended by a second Ctrl-C."""
+    """A second Ctrl-C kills a stuck process."""
     with StopRequest():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -42,7 +42,7 @@ def test_the_second_signal_meets_the_former_handler() -> None:
 
 
 def test_handlers_are_given_back() -> None:
-    """Afterwards everything is as before."""
+    """The previous handlers are restored after the context."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopRequest():
         assert signal.getsignal(signal.SIGTERM) != before[0]

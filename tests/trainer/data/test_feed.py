@@ -1,4 +1,4 @@
-"""Batches as tensors: what arrives, what is left after a stop, and which node it comes from."""
+"""Batches as tensors, resumed feeds, and the choice of the node."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ids_of(batches: Feed) -> list[int]:
 
 
 def test_batches_are_tensors(node: str) -> None:
-    """uint8 pixels, the labels of their records, where they were cut, and the facts of the dataset."""
+    """A batch has uint8 pixels, labels and crop positions; the feed knows the facts about the dataset."""
     with Feed(Endpoint(node, ""), "train", "train", 32, (*CPU, *CPU)) as batches:
         batch = next(batches)
         assert [images.shape for images in batch.images] == [(32, 224, 224, 3)] * 2
@@ -43,7 +43,7 @@ def test_batches_are_tensors(node: str) -> None:
 
 
 def test_ten_crops_follow_each_other(node: str) -> None:
-    """Ten pictures of a record, then the next one's; one label for each record."""
+    """The ten crops of a record are adjacent; each record has one label."""
     with Feed(Endpoint(node, ""), "val", "ten-crop", 4, CPU) as batches:
         batch = next(batches)
     assert batch.views == 10
@@ -53,7 +53,7 @@ def test_ten_crops_follow_each_other(node: str) -> None:
 
 
 def test_a_feed_goes_on_where_another_was_left(node: str) -> None:
-    """What was handed out and what a second feed hands out are together each sample once, in both epochs."""
+    """Two feeds, the second resumed from the first, deliver each sample of both epochs once."""
     with Feed(Endpoint(node, ""), "train", "train", 32, CPU, seed=3, epochs=2) as batches:
         first = [int(number) for _ in range(4) for number in next(batches).ids]
         state = batches.state()
@@ -66,7 +66,7 @@ def test_a_feed_goes_on_where_another_was_left(node: str) -> None:
 
 
 def test_original_jitter_is_by_standard_deviation(node: str) -> None:
-    """The basis is 255 x eigenvector x sqrt(eigenvalue), column by column; the paper's is the loader's default."""
+    """The basis is 255 x eigenvector x sqrt(eigenvalue) by column; the paper's is the loader's default."""
     facts = describe(node)
     basis = np.array(training_view(PRESETS["original"], Ablation(), Endpoint(node, "")).basis).reshape(3, 3)
     np.testing.assert_allclose(basis, 255 * facts.eigenvectors * np.sqrt(facts.eigenvalues)[None, :])
@@ -74,7 +74,7 @@ def test_original_jitter_is_by_standard_deviation(node: str) -> None:
 
 
 def test_augmentations_can_be_switched_off(node: str) -> None:
-    """Jitter, mirror images and crops, each; without crops the centre comes, in shuffled order."""
+    """Jitter, flips and crops can be off, each; without crops the centre comes in shuffled order."""
     plain = {"jitter": False, "flips": False}
     for ablation in (Ablation(jitter=False), Ablation(**plain), Ablation(**plain, crops=False)):
         view = training_view(PRESETS["original"], ablation, Endpoint(node, ""))
@@ -87,13 +87,13 @@ def test_augmentations_can_be_switched_off(node: str) -> None:
 
 
 def test_a_named_loader_is_used(node: str) -> None:
-    """Without asking whether it is there: it may come later."""
+    """--loader is used without a probe, since the node may start later."""
     with open_source(Source(loader="tcp://127.0.0.1:1")) as used:
         assert used == Endpoint("tcp://127.0.0.1:1", "Batches come from the node at tcp://127.0.0.1:1.", timeout_s=None)
 
 
 def test_keys_reach_the_named_loader(tmp_path: Path) -> None:
-    """A key file that is not there is said by the loader, which was given it."""
+    """The loader receives the key files and reports a missing one."""
     source = Source(
         loader="tcp://127.0.0.1:1", server_key=str(tmp_path / "no.pub"), client_key=str(tmp_path / "no.key")
     )
@@ -102,14 +102,14 @@ def test_keys_reach_the_named_loader(tmp_path: Path) -> None:
 
 
 def test_a_node_at_the_usual_address_is_used(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With neither --loader nor --data, if it answers."""
+    """With neither --loader nor --data, a node that answers at the default address is used."""
     monkeypatch.setattr(defaults, "ADDRESS", node)
     with open_source(Source()) as used:
         assert used == Endpoint(node, f"Batches come from the node that answers at {node}.", timeout_s=None)
 
 
 def test_keys_reach_the_node_at_the_usual_address(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is asked with them: a key file that is not there is said."""
+    """The probe of the default address uses the key files and reports a missing one."""
     monkeypatch.setattr(defaults, "ADDRESS", node)
     source = Source(server_key=str(tmp_path / "no.pub"), client_key=str(tmp_path / "no.key"))
     with pytest.raises(LoaderServiceError, match=r"no\.(pub|key)"), open_source(source):
@@ -117,7 +117,7 @@ def test_keys_reach_the_node_at_the_usual_address(node: str, tmp_path: Path, mon
 
 
 def test_else_a_private_node_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dataset_dir: Path) -> None:
-    """When nobody answers at the usual address, on the usual folder; it is gone afterwards."""
+    """Without an answer at the default address, a private node on the default folder serves, and stops afterwards."""
     started: list[LocalNode] = []
 
     @contextmanager
@@ -138,12 +138,12 @@ def test_else_a_private_node_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def facts(side: int, crop: int) -> Facts:
-    """Of a dataset of records of ``side`` pixels."""
+    """Return facts about a dataset with records of ``side`` pixels."""
     return Facts(1, ("ant",), "", torch.zeros(side, side, 3), crop)
 
 
 def test_any_picture_can_be_loaded(tmp_path: Path) -> None:
-    """Short side to 256, then the centre 224, as (1, 224, 224, 3) uint8."""
+    """An image's short side is resized to the records' side, then its centre is cropped."""
     Image.new("RGB", (640, 480), (10, 20, 30)).save(tmp_path / "p.png")
     pixels, windows = load_image(tmp_path / "p.png", facts(256, 224))
     assert pixels.shape == (1, 224, 224, 3)
@@ -155,14 +155,14 @@ def test_any_picture_can_be_loaded(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_picture_is_said(tmp_path: Path) -> None:
-    """By its name."""
+    """The error names the file."""
     (tmp_path / "p.png").write_text("no picture")
     with pytest.raises(PictureError, match=r"p\.png"):
         load_image(tmp_path / "p.png", facts(256, 224))
 
 
 def test_a_private_node_that_died_is_not_waited_for(dataset_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody would start it again: the trainer hears of it instead of waiting for ever."""
+    """A dead private node is an error after a timeout, since only the trainer could restart it."""
     monkeypatch.setattr(feed, "_PRIVATE_TIMEOUT_S", 0.3)
     with open_source(Source(data=str(dataset_dir), workers=1)) as used:
         assert used.timeout_s == 0.3

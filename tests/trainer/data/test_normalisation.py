@@ -1,4 +1,4 @@
-"""The mean image's window: the crop's own, mirrored with it, or the centre's."""
+"""Subtraction of the mean image: the crop's own window, mirrored with it, or the centre."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pixels() -> np.ndarray:
 
 
 def test_paper_subtracts_the_crops_own_window(mean: np.ndarray, windows: Windows, pixels: np.ndarray) -> None:
-    """What is left of a crop of the mean image itself, mirrored or not, is zero."""
+    """A crop of the mean image itself, mirrored or not, becomes zero."""
     for i in range(PICTURES):
         y, x = windows.y[i], windows.x[i]
         crop = mean[y : y + 224, x : x + 224]
@@ -44,7 +44,7 @@ def test_paper_subtracts_the_crops_own_window(mean: np.ndarray, windows: Windows
 
 
 def test_original_subtracts_the_centre(mean: np.ndarray, windows: Windows, pixels: np.ndarray) -> None:
-    """Wherever the crop was cut."""
+    """Preset ``original`` subtracts the centre window from every crop."""
     (centred,) = MeanSubtraction(torch.from_numpy(mean), PRESETS["original"], (CPU,))(
         (torch.from_numpy(pixels),), windows
     )
@@ -53,7 +53,7 @@ def test_original_subtracts_the_centre(mean: np.ndarray, windows: Windows, pixel
 
 
 def test_output_is_channels_last_float32(mean: np.ndarray, windows: Windows, pixels: np.ndarray) -> None:
-    """The layout that convolutions want, without another copy."""
+    """The result has the layout of convolutions, without another copy."""
     (centred,) = MeanSubtraction(torch.from_numpy(mean), PRESETS["paper"], (CPU,))((torch.from_numpy(pixels),), windows)
     assert centred.shape == (PICTURES, 3, 224, 224)
     assert centred.dtype == torch.float32
@@ -61,7 +61,7 @@ def test_output_is_channels_last_float32(mean: np.ndarray, windows: Windows, pix
 
 
 def test_both_ways_to_subtract_agree(mean: np.ndarray, windows: Windows, pixels: np.ndarray) -> None:
-    """The way for the CPU and the one for GPUs give the same bits."""
+    """The CPU's loop and the GPU's indexing give the same bits."""
     both = torch.stack([torch.from_numpy(mean), torch.from_numpy(mean[:, ::-1].copy())])
     arguments = torch.from_numpy(pixels), both, windows.flip, windows.y, windows.x
     one, other = normalisation.subtract_by_loop(*arguments), normalisation.subtract_at_once(*arguments)

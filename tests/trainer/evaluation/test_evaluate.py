@@ -1,4 +1,4 @@
-"""Errors, and what is averaged before they are counted."""
+"""Top-1 and top-5 errors, and the averages of softmax outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Fixed(nn.Module):
-    """Gives the logits that it was made with, whatever it sees."""
+    """A network with fixed logits."""
 
     def __init__(self, logits: list[list[float]]) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def log(probabilities: list[float]) -> list[float]:
 
 
 def test_top1_top5_and_loss() -> None:
-    """Six classes; the label is the best guess, the fifth and the sixth."""
+    """Of six classes, the labels are the best, the fifth and the sixth guess."""
     row = log([0.3, 0.25, 0.2, 0.15, 0.07, 0.03])
     result = evaluate([member([row] * 3)], [batch([0, 4, 5])])
     assert result.images == 3
@@ -57,7 +57,7 @@ def test_top1_top5_and_loss() -> None:
 
 
 def test_probabilities_are_averaged_over_views() -> None:
-    """Two views of one record: the mean of their softmax outputs decides, not of their logits."""
+    """The mean of softmax outputs over the crops of a record decides, not the mean of logits."""
     sure, unsure = [0.98, 0.01, 0.01], [0.001, 0.998, 0.001]
     result = evaluate([member([log(sure), log(unsure)])], [batch([1], views=2)])
     assert result.top1_error == 0
@@ -65,7 +65,7 @@ def test_probabilities_are_averaged_over_views() -> None:
 
 
 def test_probabilities_are_averaged_over_networks() -> None:
-    """Three networks, as the paper averages five and seven."""
+    """Outputs of three networks are averaged, as the paper averages those of five and seven."""
     opinions = [[0.6, 0.4], [0.6, 0.4], [0.1, 0.9]]
     result = evaluate([member([log(opinion)]) for opinion in opinions], [batch([1])])
     assert result.top1_error == 0
@@ -73,12 +73,12 @@ def test_probabilities_are_averaged_over_networks() -> None:
 
 
 def test_fewer_classes_than_five() -> None:
-    """Top-5 of three classes cannot be wrong."""
+    """The top-5 error of three classes is zero."""
     assert evaluate([member([log([0.5, 0.3, 0.2])])], [batch([2])]).top5_error == 0
 
 
 def test_a_batch_of_another_size_counts_by_its_images() -> None:
-    """An epoch's short last batch weighs less."""
+    """Every image has the same weight, also in an epoch's short last batch."""
     model = member([log([0.9, 0.1])])
     first = evaluate([model], [batch([0]), batch([0]), batch([1])])
     assert first.images == 3
@@ -86,7 +86,7 @@ def test_a_batch_of_another_size_counts_by_its_images() -> None:
 
 
 def test_an_impossible_guess_costs_a_finite_loss() -> None:
-    """A probability of exactly zero for the label is no infinite loss."""
+    """A probability of zero for the label gives a finite loss."""
     result = evaluate([member([[200.0, 0.0]])], [batch([1])])
     assert math.isfinite(result.loss)
     assert result.top1_error == 1

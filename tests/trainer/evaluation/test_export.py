@@ -1,4 +1,4 @@
-"""The towers merged into one grouped network, and taken apart again."""
+"""Export: the towers merged into one grouped network, and split again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def images(batch: int) -> torch.Tensor:
     "ablation", [Ablation(), Ablation(without=("conv3", "fc6")), Ablation(activation="tanh", lrn=False)], ids=str
 )
 def test_the_grouped_network_gives_the_same_logits(preset: str, towers: int, ablation: Ablation) -> None:
-    """Whatever the preset, the number of towers and the variation."""
+    """The merged network gives the same logits for each preset, number of towers and ablation."""
     model = AlexNet(5, 0.1, preset, towers=towers, seed=2, ablation=ablation).eval()
     with torch.inference_mode():
         expected = model(images(3))
@@ -32,7 +32,7 @@ def test_the_grouped_network_gives_the_same_logits(preset: str, towers: int, abl
 
 @pytest.mark.parametrize("towers", [1, 2])
 def test_there_and_back(towers: int) -> None:
-    """Merged and split again, every tensor is what it was, bit for bit."""
+    """Tensors that were merged and split are equal, bit for bit."""
     model = AlexNet(5, 0.1, towers=towers)
     back = split(merge(model), towers)
     state = model.state_dict()
@@ -41,7 +41,7 @@ def test_there_and_back(towers: int) -> None:
 
 
 def test_merged_shapes_are_the_grouped_papers() -> None:
-    """96 kernels of 3 channels, 256 of 48, 384 of 256: as figure 2 counts them."""
+    """The shapes are those of figure 2: 96 kernels of 3 channels, 256 of 48, 384 of 256."""
     shapes = {name: tuple(tensor.shape) for name, tensor in merge(AlexNet()).items() if name.endswith("weight")}
     assert shapes["conv1.weight"] == (96, 3, 11, 11)
     assert shapes["conv2.weight"] == (256, 48, 5, 5)

@@ -1,4 +1,4 @@
-"""Counts of an evaluation, and what is read off them."""
+"""Evaluation metrics and their tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.evaluation.scores import Evaluation, ScoreCounter, class_errors, ta
 
 
 def guesses(classes: int, labels: list[int], best: list[int]) -> Evaluation:
-    """Each picture's best guess gets most, the classes after it (in a ring) less and less."""
+    """Return an evaluation in which the best guess has the highest probability, and the next classes (in a ring) less and less."""
     rank = (np.arange(classes)[None, :] - np.array(best)[:, None]) % classes
     probabilities = torch.from_numpy(np.float32(1) / (1 + rank.astype(np.float32)))
     counter = ScoreCounter()
@@ -21,7 +21,7 @@ def guesses(classes: int, labels: list[int], best: list[int]) -> Evaluation:
 
 
 def test_confusion_is_counted_over_batches() -> None:
-    """Rows are classes, columns guesses; the errors are the matrix's."""
+    """Rows of the confusion matrix are classes, columns guesses, and the errors follow from it."""
     result = guesses(3, labels=[0, 0, 1, 2, 2], best=[0, 1, 1, 0, 0])
     assert result.confusion == [[1, 1, 0], [0, 1, 0], [2, 0, 0]]
     assert result.images == 5
@@ -30,7 +30,7 @@ def test_confusion_is_counted_over_batches() -> None:
 
 
 def test_errors_of_each_class() -> None:
-    """Shares of the class's own pictures; a class without pictures has none."""
+    """Errors are fractions of the class's own images; a class without images has None."""
     result = guesses(8, labels=[0, 0, 1, 2], best=[0, 1, 1, 3])
     assert result.top5_missed == [1, 0, 1, 0, 0, 0, 0, 0]  # guesses 1..5 miss 0, and 3..7 miss 2
     ant, bee, cat, dog, *_ = class_errors(result, "abcdefgh")
@@ -41,7 +41,7 @@ def test_errors_of_each_class() -> None:
 
 
 def test_nothing_evaluated_is_no_error() -> None:
-    """An empty split divides by no zero."""
+    """An evaluation of nothing does not divide by zero."""
     assert ScoreCounter().evaluation(None).images == 0
 
 
@@ -54,14 +54,14 @@ def shown(result: Evaluation, names: list[str]) -> str:
 
 
 def test_few_classes_are_shown_as_a_matrix() -> None:
-    """Whatever their names look like."""
+    """Class names that look like markup are printed unchanged."""
     text = shown(guesses(3, labels=[0, 0, 1, 2, 2], best=[0, 1, 1, 0, 0]), ["[red]", "bee", "cat"])
     assert "[red]" in text
     assert "Confusion" in text
 
 
 def test_of_many_classes_the_worst_are_shown() -> None:
-    """A thousand rows help nobody: the worst classes, and the most frequent mistakes."""
+    """With many classes the tables show the worst classes and the most frequent mistakes."""
     names = [f"class{label}" for label in range(30)]
     text = shown(guesses(30, labels=[7, 7, 7, 3], best=[9, 9, 9, 3]), names)
     mistakes = text.split("Most frequent mistakes")[1]

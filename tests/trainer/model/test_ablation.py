@@ -1,4 +1,4 @@
-"""The comparisons of the paper: each really changes what it says, and nets without a layer still learn."""
+"""The paper's ablations: each changes the network, and networks without a layer still learn."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def made(**fields: object) -> AlexNet:
     "fields", [{"activation": "tanh"}, {"lrn": False}, {"pooling": "plain"}, {"dropout": False}], ids=str
 )
 def test_each_switch_changes_the_network(fields: dict[str, object]) -> None:
-    """From the same weights, in use, other logits of the same shape come out."""
+    """With the same weights, an ablation gives other logits of the same shape."""
     plain, varied, pictures = made().eval(), made(**fields).eval(), images(2)
     varied.load_state_dict(plain.state_dict())
     with torch.inference_mode():
@@ -40,7 +40,7 @@ def test_each_switch_changes_the_network(fields: dict[str, object]) -> None:
 @pytest.mark.parametrize("layer", REMOVABLE)
 @pytest.mark.parametrize("towers", [1, 2])
 def test_a_net_without_a_layer_learns(layer: str, towers: int) -> None:
-    """Its parameters are gone, all others get gradients, and steps on one batch lower its loss."""
+    """The layer's parameters are gone, all others get gradients, and steps on one batch lower its loss."""
     model = AlexNet(3, SMALL, towers=towers, ablation=Ablation(without=(layer,), dropout=False))
     assert not any(layer in name for name, _ in model.named_parameters())
     optimizer = PaperSGD(model, model.preset, 0.005)
@@ -57,7 +57,7 @@ def test_a_net_without_a_layer_learns(layer: str, towers: int) -> None:
 
 @pytest.mark.parametrize(("layer", "parameters"), [("conv4", 663_936), ("fc7", 16_781_312)])
 def test_parameters_without_a_layer(layer: str, parameters: int) -> None:
-    """Leaving out a layer with as many outputs as inputs takes its parameters away; conv5 and fc8 read as much as before."""
+    """Removing a layer with as many outputs as inputs removes its parameters; the next layers read as much as before."""
     kept = Sizes.of(2, 1.0).fan_ins()
     left = Sizes.of(2, 1.0, (layer,)).fan_ins()
     assert {name: n for name, n in kept.items() if name != layer} == left
@@ -65,7 +65,7 @@ def test_parameters_without_a_layer(layer: str, parameters: int) -> None:
 
 
 def test_without_dropout_training_and_use_agree() -> None:
-    """Nothing is dropped and nothing halved."""
+    """Without dropout, training and evaluation give the same logits."""
     model, pictures = made(dropout=False), images(2)
     with torch.inference_mode():
         trained = model(pictures, DropoutKey(0, 0))
@@ -73,7 +73,7 @@ def test_without_dropout_training_and_use_agree() -> None:
 
 
 def test_tanh_starts_without_biases_of_one() -> None:
-    """They are there to push ReLUs into their positive part."""
+    """With tanh all biases start at 0."""
     assert not any(p.any() for name, p in made(activation="tanh").named_parameters() if name.endswith("bias"))
 
 
@@ -88,7 +88,7 @@ def test_tanh_starts_without_biases_of_one() -> None:
     ],
 )
 def test_what_cannot_be_varied_is_named(fields: dict[str, object], sentence: str) -> None:
-    """One sentence: the option, its value, and what would work."""
+    """The error names the option, its value and the possible values, in one sentence."""
     with pytest.raises(ConfigError) as caught:
         Ablation(**fields)
     assert sentence in str(caught.value)

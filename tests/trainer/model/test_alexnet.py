@@ -1,4 +1,4 @@
-"""The network's golden numbers, its two towers, and its start."""
+"""The network: its golden numbers, its two towers, and its initial weights."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ def images(batch: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_parameters_of_the_paper(paper: AlexNet) -> None:
-    """60,965,224 parameters, layer by layer; 62,378,344 would mean that the towers were forgotten."""
+    """The network has 60,965,224 parameters; 62,378,344 would mean that the groups were forgotten."""
     assert {layer: parameters_of(paper, layer) for layer in PER_LAYER} == PER_LAYER
     assert sum(p.numel() for p in paper.parameters()) == 60_965_224
 
 
 def test_parameters_of_one_tower() -> None:
-    """The paper's smaller net has half the kernels, but conv5 and the fully connected layers whole."""
+    """The smaller network has half the kernels, but the full conv5 and fully connected layers."""
     assert sum(p.numel() for p in AlexNet(towers=1).parameters()) == 59_798_312
 
 
 def test_map_sizes_and_multiply_adds(paper: AlexNet) -> None:
-    """Every layer's maps, both towers counted, and the arithmetic of one forward pass."""
+    """Maps and multiply-adds of both towers are the paper's."""
     shapes: dict[str, tuple[int, ...]] = {}
     work = 0
 
@@ -99,7 +99,7 @@ def test_map_sizes_and_multiply_adds(paper: AlexNet) -> None:
 
 
 def test_conv1_sees_zeros_only_at_the_right_and_bottom() -> None:
-    """The first place of conv1 reads the image's first 11 rows and columns: no zeros at the left and top."""
+    """The first position of conv1 reads the image's first 11 rows and columns; zeros follow at the right and bottom."""
     tower = AlexNet(2, width=0.05).each_tower[0]
     picture = images(1)
     seen = []
@@ -115,7 +115,7 @@ def test_conv1_sees_zeros_only_at_the_right_and_bottom() -> None:
 
 
 def test_towers_meet_only_where_the_paper_says() -> None:
-    """Before the first exchange, tower 0 knows nothing of tower 1: its maps do not change with tower 1's weights."""
+    """Before the first exchange, tower 0's maps do not depend on tower 1's weights."""
     one, other = AlexNet(3, width=0.05).eval(), AlexNet(3, width=0.05).eval()
     with torch.no_grad():
         other.each_tower[1].conv1.weight.mul_(2)
@@ -127,7 +127,7 @@ def test_towers_meet_only_where_the_paper_says() -> None:
 @pytest.mark.parametrize("towers", [1, 2])
 @pytest.mark.parametrize("preset", ["paper", "original"])
 def test_every_parameter_gets_a_gradient(towers: int, preset: str) -> None:
-    """No layer is cut off, in either preset, with one tower or two."""
+    """Each parameter gets a gradient, in both presets, with one tower or two."""
     model = AlexNet(5, width=0.1, preset=preset, towers=towers)
     functional.cross_entropy(model(images(4), DropoutKey(0, 0)), torch.arange(4)).backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -137,7 +137,7 @@ def test_every_parameter_gets_a_gradient(towers: int, preset: str) -> None:
 def losses(
     devices: tuple[str, ...], steps: int, speed: Speed = REFERENCE, preset: str = "paper", last: int = 8
 ) -> list[float]:
-    """Of batches of 8; of ``last`` images in the last one."""
+    """Return the losses of steps on batches of 8 images; the last batch has ``last``."""
     model = AlexNet(5, width=0.1, preset=preset, devices=devices, seed=3, speed=speed)
     optimizer = PaperSGD(model, model.preset, 0.01, speed.fused_sgd)
     out = []
@@ -153,19 +153,19 @@ def losses(
 
 
 def test_one_device_and_two_give_the_same_losses() -> None:
-    """Both towers on one device, and one on each of two (the CPU twice): equal step by step, dropout included."""
+    """Towers on one device and on two (the CPU twice) give equal losses at each step, with dropout."""
     assert losses(("cpu",), 5) == losses(("cpu", "cpu"), 5)
 
 
 def test_images_may_be_given_per_device() -> None:
-    """A batch that is already on each device gives what one tensor gives."""
+    """A batch on each device gives the same logits as one tensor."""
     model, picture = AlexNet(3, width=0.05, devices=("cpu", "cpu")).eval(), images(2)
     with torch.inference_mode():
         assert torch.equal(model(picture), model([picture, picture]))
 
 
 def test_dropout_is_keyed_by_step_in_training() -> None:
-    """The same key gives the same logits, another step others; in use there is no chance at all."""
+    """Equal keys give equal logits, another step gives others; evaluation is not random."""
     model, picture = AlexNet(3, width=0.05), images(2)
     with torch.inference_mode():
         assert torch.equal(model(picture, DropoutKey(0, 1)), model(picture, DropoutKey(0, 1)))
@@ -175,7 +175,7 @@ def test_dropout_is_keyed_by_step_in_training() -> None:
 
 
 def test_initial_weights_and_biases(paper: AlexNet) -> None:
-    """Standard deviation .01 everywhere; biases of conv2, 4, 5, fc6 and fc7 at 1, the others, fc8's too, at 0."""
+    """The std is .01 everywhere; biases of conv2, conv4, conv5, fc6 and fc7 start at 1, all others at 0."""
     for name, parameter in paper.named_parameters():
         layer = name.split(".")[-2]
         if name.endswith("bias"):
@@ -187,7 +187,7 @@ def test_initial_weights_and_biases(paper: AlexNet) -> None:
 
 
 def test_original_starts_the_middle_wider() -> None:
-    """The authors' code draws conv3 to conv5 with .03."""
+    """Preset ``original`` draws conv3 to conv5 with std .03."""
     tower = AlexNet(10, width=0.5, preset="original", towers=1).each_tower[0]
     widening = math.sqrt(2)  # of a net of half the width
     for layer in (tower.conv3, tower.conv4, tower.conv5):
@@ -196,7 +196,7 @@ def test_original_starts_the_middle_wider() -> None:
 
 
 def test_narrow_nets_start_with_wider_weights() -> None:
-    """Each std grows by sqrt(full fan-in / fan-in); conv1's inputs are the image's, so its does not."""
+    """Each std grows by sqrt(full fan-in / fan-in); conv1 reads the image, so its std stays."""
     tower = AlexNet(10, width=0.25).each_tower[0]
     assert tower.conv1.weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert tower.conv3.weight.std().item() == pytest.approx(0.02, rel=0.03)
@@ -204,7 +204,7 @@ def test_narrow_nets_start_with_wider_weights() -> None:
 
 
 def test_weights_hang_on_the_seed_and_not_on_devices() -> None:
-    """Equal seeds give equal weights however the towers are placed; other seeds, and other towers, give others."""
+    """Equal seeds give equal weights on any devices; other seeds and other towers give others."""
     one, same = AlexNet(3, width=0.05, seed=1), AlexNet(3, width=0.05, seed=1, devices=("cpu", "cpu"))
     other = AlexNet(3, width=0.05, seed=2)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
@@ -233,7 +233,7 @@ def test_weights_hang_on_the_seed_and_not_on_devices() -> None:
     ],
 )
 def test_impossible_networks_are_refused(options: dict[str, object], sentence: str) -> None:
-    """An argument that cannot work is named, with what would."""
+    """The error names the argument, its value and the possible values."""
     with pytest.raises(ConfigError) as caught:
         AlexNet(2, **options)
     assert str(caught.value) == sentence
@@ -242,7 +242,7 @@ def test_impossible_networks_are_refused(options: dict[str, object], sentence: s
 @pytest.mark.parametrize(("crop", "pooled"), [(64, 1), (84, 1), (112, 2), (227, 6), (256, 7)])
 @pytest.mark.parametrize("pooling", ["overlapping", "plain"])
 def test_other_crops_have_a_network_that_fits(crop: int, pooled: int, pooling: Literal["overlapping", "plain"]) -> None:
-    """fc6 reads as many maps as there are, gradients reach every layer, and fc6's weights make up for fewer inputs."""
+    """fc6 reads the maps of any crop, gradients reach all layers, and fc6's std makes up for fewer inputs."""
     model = AlexNet(3, width=0.05, crop=crop, ablation=Ablation(pooling=pooling))
     pictures = torch.from_numpy(np.random.default_rng(0).normal(0, 60, (2, 3, crop, crop)).astype(np.float32))
     functional.cross_entropy(model(pictures), torch.arange(2)).backward()
@@ -255,12 +255,12 @@ def test_other_crops_have_a_network_that_fits(crop: int, pooled: int, pooling: L
 
 
 def test_the_narrowest_layers_have_one_kernel() -> None:
-    """No width makes a layer vanish."""
+    """No width removes all kernels of a layer."""
     assert Sizes.of(2, 0.001).kernels == (1, 1, 1, 1, 1)
 
 
 def spectral_noise(count: int) -> torch.Tensor:
-    """Noise with a photograph's spectrum (amplitude falls as 1 / frequency) and contrast (std 60), 0-255 minus mean."""
+    """Return noise with a photograph's spectrum (amplitude ~ 1 / frequency) and contrast (std 60), 0-255 minus mean."""
     rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(224)[:, None], np.fft.rfftfreq(224)[None, :])
     frequency[0, 0] = 1 / 224
@@ -271,7 +271,7 @@ def spectral_noise(count: int) -> torch.Tensor:
 
 
 def photographs(count: int) -> torch.Tensor:
-    """Of ImageNet, minus the mean image of four times as many."""
+    """Return ImageNet photographs, minus the mean image of four times as many."""
     if not PHOTOGRAPHS.is_file():
         pytest.skip(
             f"there are no photographs at {PHOTOGRAPHS}; the variable IMAGENET_SAMPLE may name an archive of some"
@@ -286,7 +286,7 @@ def photographs(count: int) -> torch.Tensor:
 @pytest.mark.parametrize("pictures", [spectral_noise, photographs])
 @pytest.mark.parametrize(("preset", "spread"), [("paper", 0.011), ("original", 0.16)])
 def test_logit_spread_at_the_start(preset: str, spread: float, pictures: Callable[[int], torch.Tensor]) -> None:
-    """How much each logit differs between pictures, dropout left out: too little, and nothing is ever learnt."""
+    """The std of logits across images, without dropout, is large enough to learn."""
     model = AlexNet(50, preset=preset, ablation=Ablation(dropout=False)).eval()
     with torch.inference_mode():
         assert model(pictures(24)).std(0).mean().item() == pytest.approx(spread, rel=0.3)
@@ -303,7 +303,7 @@ FAST = {
 @pytest.mark.parametrize("preset", ["paper", "original"])
 @pytest.mark.parametrize("speed", FAST.values(), ids=FAST.keys())
 def test_faster_forms_learn_what_the_plain_one_does(speed: Speed, preset: str) -> None:
-    """Losses of four steps, dropout included: to float32's accuracy, with products in bfloat16 to two percent."""
+    """Losses of four steps with dropout agree with the plain form's: to 1e-4, and to 2 % with bfloat16."""
     plain = losses(("cpu",), 4, preset=preset)
     assert losses(("cpu",), 4, speed, preset) == pytest.approx(plain, rel=2e-2 if speed.amp == "bf16" else 1e-4)
     assert plain[-1] != pytest.approx(plain[0], rel=5e-2)  # they have learnt something that can be out
@@ -311,12 +311,12 @@ def test_faster_forms_learn_what_the_plain_one_does(speed: Speed, preset: str) -
 
 @pytest.mark.parametrize("speed", FAST.values(), ids=FAST.keys())
 def test_faster_forms_give_the_same_losses_on_two_devices(speed: Speed) -> None:
-    """What holds of the plain form holds of each."""
+    """Each form gives equal losses on one device and on two."""
     assert losses(("cpu",), 3, speed) == pytest.approx(losses(("cpu", "cpu"), 3, speed), rel=1e-6)
 
 
 def test_in_bfloat16_weights_and_logits_stay_float32() -> None:
-    """Autocast is for products alone; what meets the loss is wide again."""
+    """Autocast narrows products alone; weights, gradients and logits stay float32."""
     model = AlexNet(3, width=0.05, speed=Speed(amp="bf16"))
     logits = model(images(2), DropoutKey(0, 0))
     logits.sum().backward()
@@ -330,7 +330,7 @@ def test_in_bfloat16_weights_and_logits_stay_float32() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # both of them
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler here")
 def test_compiled_towers_learn_what_plain_ones_do() -> None:
-    """Losses and gradients of steps with full batches and a short one, on one device and two."""
+    """Losses agree with the plain form's over full batches and a short one, on one device and two."""
     plain, compiled = losses(("cpu",), 3, last=3), losses(("cpu",), 3, Speed(compile=True, fused_norm=True), last=3)
     assert compiled == pytest.approx(plain, rel=1e-4)
     assert losses(("cpu", "cpu"), 3, Speed(compile=True, fused_norm=True), last=3) == pytest.approx(compiled, rel=1e-6)

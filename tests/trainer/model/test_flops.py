@@ -1,4 +1,4 @@
-"""The arithmetic of a training, against the paper's layers."""
+"""The arithmetic of a training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trainer.model.flops import Arithmetic
 
 
 def test_multiply_adds_of_the_paper() -> None:
-    """Layer by layer, and 4.136 GFLOP an image forward and backward."""
+    """Each layer has the paper's multiply-adds; an image takes 4.136 GFLOP forward and backward."""
     sizes = Sizes.of(2, 1.0)
     assert flops.multiply_adds(sizes, 1000, 224, "overlapping") == {
         "conv1": 105_415_200,
@@ -28,7 +28,7 @@ def test_multiply_adds_of_the_paper() -> None:
 
 
 def test_layers_that_are_left_out_cost_nothing() -> None:
-    """And the layer after them has other inputs."""
+    """A layer that is left out has no arithmetic, and the next layer has other inputs."""
     layers = flops.multiply_adds(Sizes.of(2, 1.0, ("conv4", "fc7")), 1000, 224, "overlapping")
     assert not layers.keys() & {"conv4", "fc7"}
     assert layers["fc8"] == 1000 * 4096
@@ -46,10 +46,10 @@ def test_layers_that_are_left_out_cost_nothing() -> None:
     ],
 )
 def test_peaks_are_found_by_name(name: str, kind: Arithmetic, peak: float | None) -> None:
-    """The nearest name counts; what is not known is not guessed."""
+    """The first matching name decides; unknown devices have no peak."""
     assert flops.peak_of(name, kind) == peak
 
 
 def test_a_cpu_has_no_peak_of_its_own() -> None:
-    """Its name tells nothing of its speed."""
+    """CPUs have no peak in the table."""
     assert flops.peak_flops([torch.device("cpu")], torch.float32) is None

@@ -1,4 +1,4 @@
-"""The fused operation beside the three that it stands for, in PyTorch's operations and as Triton kernels."""
+"""The fused operation, in PyTorch's operations and as Triton kernels, against the three separate operations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def one_by_one(maps: Tensor, side: int, relu_first: bool) -> Tensor:
 
 
 def maps(dtype: torch.dtype = torch.float32, layout: str = "last", shape: tuple[int, ...] = (2, 7, 8, 9)) -> Tensor:
-    """As large as what conv1 gives, with many negative values and no two alike."""
+    """Return maps as large as conv1's, with many negative values and all different."""
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 60
     return drawn.to(dtype).contiguous(memory_format=LAYOUTS[layout])
 
@@ -41,7 +41,7 @@ def weights(like: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("side", "relu_first"), FORMS)
 def test_forward_and_backward_are_the_three_operations(side: int, relu_first: bool, layout: str) -> None:
-    """Windows of 2 and 3, ReLU first or last, either memory layout: in float64 to the last bits, and laid out alike."""
+    """Results and gradients agree in float64, for both window sides, ReLU positions and memory formats."""
     one = maps(torch.float64, layout).requires_grad_()
     other = one.detach().clone().requires_grad_()
     expected, found = one_by_one(one, side, relu_first), relu_lrn_pool(other, ALPHA, side, relu_first)
@@ -60,14 +60,14 @@ def test_backward_is_the_derivative(side: int, relu_first: bool) -> None:
 
 
 def test_it_may_stand_in_compiled_code() -> None:
-    """Torch's own checks of an operator: what it claims of its results without running, and its gradient, hold."""
+    """Torch's own checks of a custom operator pass."""
     opcheck(fused._forward, (maps().requires_grad_(), ALPHA, 3, True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("side", "relu_first"), FORMS)
 def test_kernels_are_the_three_operations(side: int, relu_first: bool, layout: str) -> None:
-    """Triton's interpreter runs the kernels in float32: forward, and the gradient from which window won."""
+    """In Triton's interpreter, the kernels' results and gradients agree in float32."""
     given = maps(layout=layout).requires_grad_()
     expected = one_by_one(given, side, relu_first)
     (expected * weights(expected)).sum().backward()
@@ -78,7 +78,7 @@ def test_kernels_are_the_three_operations(side: int, relu_first: bool, layout: s
 
 
 def test_kernels_take_bfloat16_and_calculate_in_float32() -> None:
-    """From maps in bfloat16 the result is float32's but for its last bit: the interpreter cuts off where GPUs round."""
+    """Results for bfloat16 maps differ from float32's in the last bit: the interpreter truncates where GPUs round."""
     given = maps(torch.bfloat16)
     pooled, winners = fused_triton.forward(given, ALPHA, 3, True)
     exact, places = fused_triton.forward(given.float(), ALPHA, 3, True)
@@ -91,7 +91,7 @@ def test_kernels_take_bfloat16_and_calculate_in_float32() -> None:
 
 
 def test_kernels_pass_on_what_is_no_number() -> None:
-    """A NaN is not lost in ReLU or pooling: the loss must show it."""
+    """ReLU and pooling keep a NaN, so that the loss shows it."""
     given = maps(shape=(1, 3, 5, 5))
     given[0, 1, 2, 2] = torch.nan
     pooled, _ = fused_triton.forward(given, ALPHA, 3, True)

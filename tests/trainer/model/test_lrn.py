@@ -1,4 +1,4 @@
-"""LRN against the paper's formula written out."""
+"""LRN against the paper's formula."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.model.lrn import ALPHA, local_response_norm
 
 
 def by_the_formula(a: np.ndarray, alpha: float) -> np.ndarray:
-    """Section 3.3, index by index: b_i = a_i / (2 + alpha * sum over max(0, i-2)..min(N-1, i+2) of a_j^2)^.75."""
+    """Apply section 3.3: b_i = a_i / (2 + alpha * sum over max(0, i-2)..min(N-1, i+2) of a_j^2)^.75."""
     b = np.empty_like(a)
     maps = a.shape[1]
     for i in range(maps):
@@ -24,7 +24,7 @@ def by_the_formula(a: np.ndarray, alpha: float) -> np.ndarray:
 @pytest.mark.parametrize("maps", [1, 3, 5, 12])
 @pytest.mark.parametrize("alpha", [ALPHA, ALPHA / 5])
 def test_forward_is_the_formula(maps: int, alpha: float) -> None:
-    """Values as large as the first layer's, also with fewer maps than the window."""
+    """Results equal the formula for values as large as conv1's, also with fewer maps than the window."""
     a = np.random.default_rng(0).normal(0, 300, (2, maps, 4, 3))
     b = local_response_norm(torch.from_numpy(a), alpha).numpy()
     np.testing.assert_allclose(b, by_the_formula(a, alpha), rtol=1e-12)
@@ -38,7 +38,7 @@ def test_backward_is_the_derivative() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_any_memory_layout_gives_the_same(layout: torch.memory_format) -> None:
-    """Channels-last maps, which need no copy, and contiguous ones give equal values and gradients."""
+    """Channels-last and contiguous maps give equal values and gradients."""
     base = torch.from_numpy(np.random.default_rng(0).normal(0, 100, (2, 6, 3, 5)).astype(np.float32))
     one = base.clone().requires_grad_()
     other = base.clone(memory_format=layout).requires_grad_()
@@ -50,7 +50,7 @@ def test_any_memory_layout_gives_the_same(layout: torch.memory_format) -> None:
 
 
 def test_squares_are_float32_under_autocast() -> None:
-    """In bfloat16 the sum of squares would be out by a percent; from bfloat16 maps, the result is rounded once alone."""
+    """bfloat16 maps give a result that is rounded once, at the end."""
     a = torch.from_numpy(np.random.default_rng(0).normal(0, 300, (2, 12, 4, 3)).astype(np.float32)).to(torch.bfloat16)
     exact = local_response_norm(a.double())
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Random numbers by address: what an address decides, and that nothing else does."""
+"""Addressed random numbers: each part of an address matters, and nothing else does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def units(key: DropoutKey, tower: int = 0, layer: int = 6) -> np.ndarray:
 
 
 def test_dropout_bits_golden() -> None:
-    """The masks are pinned: a change would make checkpoints resume into another run."""
+    """The masks are pinned: other ones would change resumed runs."""
     assert dropout_bits(DropoutKey(seed=1, step=2, replica=3), 1, 7, 64).tobytes().hex() == "6b5be0686449a9ae"
 
 
@@ -31,7 +31,7 @@ def test_dropout_bits_golden() -> None:
     ids=["seed", "step", "replica", "tower", "layer"],
 )
 def test_each_part_of_the_address_gives_independent_masks(key: DropoutKey, tower: int, layer: int) -> None:
-    """Masks that differ in one part of their address agree in about half of the units, as independent ones do."""
+    """Masks whose addresses differ in one part agree in about half of the units."""
     agreement = (units(DropoutKey(0, 0)) == units(key, tower, layer)).mean()
     assert abs(agreement - 0.5) < 4 * 0.5 / np.sqrt(UNITS)
 
@@ -42,13 +42,13 @@ def test_half_of_the_units_are_kept() -> None:
 
 
 def test_seed_and_step_are_not_added() -> None:
-    """(seed 0, step 1) and (seed 1, step 0) draw different masks."""
+    """(seed 0, step 1) and (seed 1, step 0) give different masks."""
     assert not np.array_equal(units(DropoutKey(0, 1)), units(DropoutKey(1, 0)))
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 63, 64, 65, 1000])
 def test_dropout_bits_of_any_count(count: int) -> None:
-    """There are just enough bytes, and a shorter draw is the beginning of a longer one."""
+    """Any count gives just enough bytes, and a shorter draw is a prefix of a longer one."""
     bits = dropout_bits(DropoutKey(0, 0), 0, 6, count)
     assert len(bits) == -(-count // 8)
     assert bits.tobytes() == dropout_bits(DropoutKey(0, 0), 0, 6, 2000).tobytes()[: len(bits)]

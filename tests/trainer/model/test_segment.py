@@ -1,4 +1,4 @@
-"""Which batches take the fast form of a segment, and which the plain one."""
+"""The choice between a segment's fast and plain forms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes for which graphs were recorded; a graph of the fixture adds 1000 to what it computes."""
+    """Return the shapes of recorded graphs; a graph of this fixture adds 1000 to its result."""
     shapes: list[tuple[int, ...]] = []
 
     def record(run: nn.Module, like: tuple[Tensor, ...]) -> Callable[..., Tensor]:
@@ -36,7 +36,7 @@ def linear(speed: Speed) -> TowerSegment:
 
 
 def test_full_batches_in_training_take_the_graph(recorded: list[tuple[int, ...]]) -> None:
-    """It is recorded once, for the first batch; a short last one, and whatever needs no gradients, go without."""
+    """A graph is recorded for the first batch; short batches and those without gradients do not use it."""
     segment = linear(Speed(cuda_graphs=True))
     assert segment(torch.zeros(4, 3)).mean() == 1000
     assert segment(torch.zeros(4, 3)).mean() == 1000
@@ -47,7 +47,7 @@ def test_full_batches_in_training_take_the_graph(recorded: list[tuple[int, ...]]
 
 
 def test_a_larger_batch_takes_the_graphs_place(recorded: list[tuple[int, ...]]) -> None:
-    """A run that goes on with an epoch's short last batch still gets its graph for the full ones."""
+    """A run that resumes with a short batch still gets a graph for full ones."""
     segment = linear(Speed(cuda_graphs=True))
     segment(torch.zeros(2, 3))
     assert segment(torch.zeros(4, 3)).mean() == 1000
@@ -56,7 +56,7 @@ def test_a_larger_batch_takes_the_graphs_place(recorded: list[tuple[int, ...]]) 
 
 
 def test_bfloat16_is_in_the_plain_form_too(recorded: list[tuple[int, ...]]) -> None:
-    """Whether a batch is short or not, products are made alike; the weights stay what they are."""
+    """Short and full batches compute in bfloat16; the weights stay float32."""
     layer = nn.Linear(3, 2)
     segment = TowerSegment(layer, [layer], Speed(amp="bf16"), CPU)
     assert segment(torch.zeros(2, 3)).dtype == torch.bfloat16
@@ -68,7 +68,7 @@ def test_bfloat16_is_in_the_plain_form_too(recorded: list[tuple[int, ...]]) -> N
 
 
 def test_full_batches_in_training_take_the_compiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with graphs: a short batch and what needs no gradients cost no compilation."""
+    """Short batches and those without gradients cost no compilation."""
     monkeypatch.setattr(torch, "compile", lambda run, dynamic: lambda *given: run(*given) + 1000)
     segment = linear(Speed(compile=True))
     assert segment(torch.zeros(4, 3)).mean() == 1000

@@ -1,4 +1,4 @@
-"""What is refused where it cannot run."""
+"""Execution options: their requirements, and deterministic kernels."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_graphs_need_gpus() -> None:
-    """The sentence says what to do."""
+    """CUDA graphs on a CPU are refused, with the option that helps."""
     with pytest.raises(ConfigError, match="--no-cuda-graphs"):
         check_speed(Speed(cuda_graphs=True), [GPU, CPU])
     check_speed(Speed(cuda_graphs=True), [GPU])
 
 
 def test_compiling_for_the_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said before training, not after the first batch."""
+    """A missing compiler is reported before training."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="C\\+\\+ compiler"):
@@ -30,7 +30,7 @@ def test_compiling_for_the_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_unknown_precision_is_refused() -> None:
-    """Also in a configuration that was read from a file."""
+    """An unknown precision is refused, also in a configuration from a file."""
     with pytest.raises(ConfigError, match="one of off, bf16"):
         Speed(amp="fp8")  # type: ignore[arg-type]
 
@@ -41,7 +41,7 @@ def settings() -> tuple[bool, bool, bool]:
 
 
 def test_torch_is_told_and_told_back() -> None:
-    """Kernels, cuDNN's and cuBLAS's; afterwards everything is as before."""
+    """torch, cuDNN and cuBLAS are deterministic inside the block; the settings are restored after it."""
     before = settings()
     with deterministic(True):
         assert settings() == (True, True, False)
@@ -50,7 +50,7 @@ def test_torch_is_told_and_told_back() -> None:
 
 
 def test_nothing_changes_unasked() -> None:
-    """The fastest kernels are the default."""
+    """By default torch's settings stay."""
     before = settings()
     with deterministic(False):
         assert settings() == before

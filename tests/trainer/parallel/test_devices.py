@@ -1,4 +1,4 @@
-"""Which devices are taken, and which are refused."""
+"""Devices: their choice, the staging of batches, and the batch that fits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MIB = 1 << 20
 def test_devices_are_what_the_machine_has_or_the_user_names(
     monkeypatch: pytest.MonkeyPatch, gpus: int, asked: tuple[str, ...], towers: int, expected: tuple[str, ...]
 ) -> None:
-    """By default two GPUs, one, or the CPU."""
+    """The default is two GPUs, one, or the CPU; the user's names take precedence."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert tuple(map(str, choose_devices(asked, towers))) == expected
 
@@ -50,14 +50,14 @@ def test_devices_are_what_the_machine_has_or_the_user_names(
 def test_devices_that_cannot_be_had_are_refused(
     monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...], towers: int, error: type[Exception]
 ) -> None:
-    """A name that is no device, one that is not here, or too many."""
+    """Unknown, missing and too many devices are refused."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(error):
         choose_devices(asked, towers)
 
 
 def test_the_cpu_gets_no_copy() -> None:
-    """The tensor is the loader's own memory, once for each tower."""
+    """A CPU tensor shares the loader's memory, for both towers."""
     array = np.arange(6, dtype=np.uint8).reshape(2, 3)
     one, other = Stager((CPU, CPU)).put(array)
     array[0, 0] = 7
@@ -67,7 +67,7 @@ def test_the_cpu_gets_no_copy() -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One with 1,000 MiB, on which a network takes 100 MiB and each image 2."""
+    """Pretend a GPU with 1,000 MiB, on which a network takes 100 MiB and each image 2."""
     monkeypatch.setattr(devices, "available_bytes", lambda _: 1000 * MIB)
 
     def peak(_: torch.device, trial: Callable[[int], None], images: int) -> int:
@@ -79,7 +79,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_a_batch_that_fits_is_named() -> None:
-    """By two small steps: 90 % of 1,000 MiB, less 100, at 2 for each image."""
+    """Two small steps give the recommendation: 90 % of 1,000 MiB, less 100, at 2 per image."""
     tried: list[int] = []
     error = out_of_memory_error(4096, [GPU, GPU], tried.append)
     assert "cuda:0 cannot be used: its memory is too small for a batch of 4096 images" in str(error)
@@ -89,13 +89,13 @@ def test_a_batch_that_fits_is_named() -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_what_failed_is_not_recommended() -> None:
-    """However much room there seems to be."""
+    """The recommended batch is smaller than the one that failed."""
     assert "about 255 images" in str(out_of_memory_error(256, [GPU], lambda _: None))
 
 
 @pytest.mark.usefixtures("gpu")
 def test_a_network_that_does_not_fit_at_all() -> None:
-    """When even four images are too many, or nothing can be tried, no number is made up."""
+    """No number is recommended if four images are too many or no trial is possible."""
 
     def fails(_: int) -> None:
         raise torch.cuda.OutOfMemoryError

@@ -1,4 +1,4 @@
-"""The ways for towers to meet give the same numbers, forward and backward."""
+"""The exchange between towers: equal numbers in every form, and copies that overlap, on pretended GPUs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def parts() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("meet", [OneDevice(), BetweenDevices((CPU, CPU))], ids=["one", "two"])
 def test_each_reader_gets_all_towers_in_order(meet: Exchange) -> None:
-    """Side by side in the order of the towers, for each reader that asked."""
+    """Each reader gets the towers' outputs side by side, in the order of the towers."""
     left, right = parts()
     wholes = list(meet([left, right], (0, 1)))
     assert len(wholes) == 2
@@ -47,7 +47,7 @@ def test_each_reader_gets_all_towers_in_order(meet: Exchange) -> None:
 
 @pytest.mark.parametrize("meet", [OneDevice(), BetweenDevices((CPU, CPU))], ids=["one", "two"])
 def test_gradients_of_all_readers_add_up(meet: Exchange) -> None:
-    """Each tower's gradient is the sum of what both readers send back."""
+    """Each tower's gradient is the sum of both readers' gradients."""
     left, right = parts()
     first, second = meet([left, right], (0, 1))
     (first.sum() + (second * torch.arange(6.0)).sum()).backward()
@@ -56,13 +56,13 @@ def test_gradients_of_all_readers_add_up(meet: Exchange) -> None:
 
 
 def test_the_form_follows_the_devices() -> None:
-    """One entry puts all towers on it; two give each tower its own, even if they are the same."""
+    """One device holds all towers; two hold one each, even if they are the same."""
     assert isinstance(choose_exchange((CPU,)), OneDevice)
     assert isinstance(choose_exchange((CPU, CPU)), BetweenDevices)
 
 
 def test_damaged_peer_copies_go_through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose copies between devices arrive damaged is said so once, and the numbers stay right."""
+    """Damaged copies give one warning, and the numbers stay right."""
     monkeypatch.setattr(exchange, "peer_copies_work", lambda devices: False)
     with pytest.warns(UserWarning, match="through host memory"):
         meet = BetweenDevices((CPU, CPU))
@@ -71,13 +71,13 @@ def test_damaged_peer_copies_go_through_the_host(monkeypatch: pytest.MonkeyPatch
 
 
 def test_one_device_twice_needs_no_probe() -> None:
-    """Nothing is copied between a device and itself."""
+    """A device needs no copy to itself."""
     assert peer_copies_work((CPU, CPU))
 
 
 @pytest.mark.parametrize("damage", [torch.zeros_like, lambda sent: sent.roll(1)], ids=["zeros", "garbage"])
 def test_damaged_copies_are_noticed(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Tensor], Tensor]) -> None:
-    """Copies that arrive as zeros, or as other numbers, without any error; here between two names of the CPU."""
+    """Copies that arrive as zeros or as other numbers are detected (here between two names of the CPU)."""
     devices = (CPU, torch.device("cpu", 0))
     assert peer_copies_work(devices)
     whole = Tensor.to
@@ -86,7 +86,7 @@ def test_damaged_copies_are_noticed(monkeypatch: pytest.MonkeyPatch, damage: Cal
 
 
 class Stream:
-    """Does its work when it is waited for, at the latest possible moment; a computing one has done it at once."""
+    """A pretended stream that works when it is waited for, as late as possible; a computing stream has worked at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -138,7 +138,7 @@ class PretendedGpus:
         self._current[stream.device] = before
 
     def _copy(self, tensor: Tensor, target: object, non_blocking: bool) -> Tensor:
-        """As torch copies, on the current streams of both ends: from a GPU to the other, to the host, or from there."""
+        """Copy as torch does, on the current streams of both ends: between GPUs, to the host, or from it."""
         assert non_blocking
         assert tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
         copy = torch.full_like(tensor, torch.nan)
@@ -183,7 +183,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> PretendedGpus:
 
 @pytest.fixture(params=[False, True], ids=["peers", "host"])
 def meet(request: pytest.FixtureRequest, gpus: PretendedGpus, monkeypatch: pytest.MonkeyPatch) -> BetweenDevices:
-    """Towers on both GPUs, whose copies from peer to peer are sound, or go through host memory."""
+    """Return an exchange between two GPUs, with intact peer-to-peer copies or through host memory."""
     monkeypatch.setattr(exchange, "peer_copies_work", lambda devices: not request.param)
     if request.param:
         with pytest.warns(UserWarning, match="through host memory"):
@@ -194,7 +194,7 @@ def meet(request: pytest.FixtureRequest, gpus: PretendedGpus, monkeypatch: pytes
 @pytest.mark.parametrize("through_host", [False, True], ids=["peers", "host"])
 @pytest.mark.parametrize("given", [torch.arange(6.0), MAPS[:, :3], LAST[:, :3]], ids=["units", "maps", "channels-last"])
 def test_a_copy_lands_when_it_is_waited_for(gpus: PretendedGpus, given: Tensor, through_host: bool) -> None:
-    """Not sooner; in one piece and the given order; the memory at both ends is kept for the second stream that uses it."""
+    """A copy is filled when it is waited for; it is contiguous, keeps its format, and both ends' memory is kept."""
     transfer = Route(*GPUS, through_host).send(given)
     assert transfer.tensor.isnan().all()
     assert torch.equal(transfer.wait(), given)
@@ -207,7 +207,7 @@ def test_a_copy_lands_when_it_is_waited_for(gpus: PretendedGpus, given: Tensor, 
 
 
 def test_a_copy_is_waited_for_alone(gpus: PretendedGpus) -> None:
-    """Whoever uses the first copy does not wait for the second, which may hang on much more computation."""
+    """The user of the first copy does not wait for the second."""
     route = Route(*GPUS)
     first, second = route.send(torch.zeros(2)), route.send(torch.ones(2))
     first.wait()
@@ -219,7 +219,7 @@ def test_a_copy_is_waited_for_alone(gpus: PretendedGpus) -> None:
 def test_with_a_cpu_at_an_end_the_copy_is_complete(
     monkeypatch: pytest.MonkeyPatch, ends: tuple[torch.device, torch.device]
 ) -> None:
-    """The host reads at once what torch says is there: no stream would keep it from doing so too early."""
+    """A copy to or from a CPU is synchronous, since no stream would delay the host's read."""
     asked: list[tuple[object, ...]] = []
     monkeypatch.setattr(Tensor, "to", lambda tensor, *how: asked.append(how) or tensor.clone())
     assert torch.equal(Route(*ends).send(torch.arange(3.0)).tensor, torch.arange(3.0))
@@ -227,14 +227,14 @@ def test_with_a_cpu_at_an_end_the_copy_is_complete(
 
 
 def towers(gpus: PretendedGpus) -> Iterator[Tensor]:
-    """What two towers compute, one after the other, as it is asked for."""
+    """Yield the outputs of two towers, computed on demand."""
     for tower in range(2):
         gpus.log.append(f"tower {tower}")
         yield torch.arange(4.0).add(tower).view(2, 2).requires_grad_()
 
 
 def test_copies_start_at_once_and_are_waited_for_late(gpus: PretendedGpus, meet: BetweenDevices) -> None:
-    """A part is on its way before the other tower computes; a reader goes on before the other one waits, and passes on."""
+    """A part is sent before the other tower computes, and a reader continues before the other one waits."""
     wholes = meet((part * 2 for part in meet(towers(gpus), (0, 1))), (0,))
     (whole,) = wholes
     assert gpus.log == ["tower 0", "0>1", "tower 1", "1>0", "1>0 used", "0>1 used", "1>0", "1>0 used"]
@@ -242,7 +242,7 @@ def test_copies_start_at_once_and_are_waited_for_late(gpus: PretendedGpus, meet:
 
 
 def test_gradients_cross_both_ways_at_once(gpus: PretendedGpus, meet: BetweenDevices) -> None:
-    """Both are on their way before either tower waits for its own."""
+    """Both gradients are sent before either tower waits."""
     first, second = meet(towers(gpus), (0, 1))
     gpus.log.clear()
     (first.sum() + second.sum()).backward()
@@ -251,7 +251,7 @@ def test_gradients_cross_both_ways_at_once(gpus: PretendedGpus, meet: BetweenDev
 
 
 def step(meet: Exchange | None) -> tuple[Tensor, list[Tensor]]:
-    """The loss of a step and all gradients."""
+    """Return the loss and all gradients of a step."""
     share = Share((0, 1), meet) if meet else None
     model = AlexNet(3, width=0.05, seed=1, share=share, crop=84)
     pictures = torch.linspace(-100, 100, 4 * 3 * 84 * 84).view(4, 3, 84, 84).sin() * 100
@@ -261,7 +261,7 @@ def step(meet: Exchange | None) -> tuple[Tensor, list[Tensor]]:
 
 
 def test_a_step_on_two_gpus_is_that_on_one(gpus: PretendedGpus, meet: BetweenDevices) -> None:
-    """Bit for bit: loss and gradients, dropout included; a single wait left out would make them no numbers."""
+    """Loss and gradients are equal bit for bit, with dropout; a missing wait would make them NaN."""
     (loss, gradients), (expected, others) = step(meet), step(None)
     assert gpus.log.count("0>1") == gpus.log.count("0>1 used") == 7  # three parts, and gradients of four
     assert torch.equal(loss, expected)

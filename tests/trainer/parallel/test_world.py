@@ -1,6 +1,6 @@
-"""A process for each tower, and pairs of them as replicas, learn what one process does.
+"""A process for each tower, and replicas of such pairs, learn the same as one process.
 
-For runs that go on in other layouts see test_layouts.py. Run as a program, this file is one of several processes.
+For runs that resume in other layouts see test_layouts.py. As a program, this file is one of several processes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def alone(node: str, folder: Path, *more: str) -> Path:
-    """The same run in one process."""
+    """Make the same run in one process."""
     result = CliRunner().invoke(main, ["run", "--loader", node, "--run", str(folder), *OPTIONS, *more])
     assert result.exit_code == 0, result.output
     return folder
@@ -86,7 +86,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 def test_a_process_for_each_tower(node: str, one_process: Path, tmp_path: Path) -> None:
-    """Two gloo processes learn what one does, dropout included; the one checkpoint has both towers."""
+    """Two gloo processes learn the same as one, with dropout; their checkpoint has both towers."""
     done = torchrun(2, "-m", "--", "trainer", "run", "--loader", node, "--run", tmp_path / "run", *OPTIONS)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", one_process)
@@ -103,7 +103,7 @@ COMPILED = {"compiled": Speed(compile=True, fused_norm=True)} if any(map(shutil.
 
 
 def configs(node: str, replicas: int, speeds: dict[str, Speed]) -> dict[str, RunConfig]:
-    """A run of five short steps in each form. Replicas drop units of their own, so several are compared without."""
+    """Return runs of five short steps in each form. Replicas draw different masks, so they run without dropout."""
     plain = RunConfig(
         width=0.05,
         crop=64,
@@ -120,7 +120,7 @@ def configs(node: str, replicas: int, speeds: dict[str, Speed]) -> dict[str, Run
 
 
 def train_each(runs: dict[str, RunConfig], parent: Path) -> None:
-    """All runs one after the other, in the processes that the environment names."""
+    """Train all runs one after the other, in the processes that the environment names."""
     with join(("cpu",), 2) as world, StopRequest() as stop:
         for name, config in runs.items():
             folder = RunFolder.create(parent / name, parent) if world.is_first else RunFolder(parent / name)
@@ -130,7 +130,7 @@ def train_each(runs: dict[str, RunConfig], parent: Path) -> None:
 
 
 def together(processes: int, runs: dict[str, RunConfig], parent: Path) -> None:
-    """``train_each`` in several processes."""
+    """Run ``train_each`` in several processes."""
     done = torchrun(processes, __file__, msgspec.json.encode(runs).decode(), parent)
     assert done.returncode == 0, done.stderr
 
@@ -153,7 +153,7 @@ def assert_same_form(folder: Path, plain: Path, own: Path) -> None:
 
 @pytest.mark.parametrize(("processes", "speeds"), [(2, FORMS), (4, FORMS | COMPILED)], ids=["a tower each", "replicas"])
 def test_faster_forms_in_company(node: str, tmp_path: Path, processes: int, speeds: dict[str, Speed]) -> None:
-    """A process for each tower, and pairs of them as replicas: each form learns what one plain process does."""
+    """Each form learns the same as one plain process, with a process for each tower and as replicas."""
     alone, parent = tmp_path / "alone", tmp_path / "together"
     alone.mkdir()
     parent.mkdir()

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, few, and checked before they are believed."""
+"""Checkpoints: atomic, few, validated when loaded, and written in a thread."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def assert_equal(one: Checkpoint, other: Checkpoint) -> None:
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
-    """Tensors, counters, schedule, the loader's position with its bytes, ledger and history."""
+    """Tensors, counters, schedule, the loader's position with its bytes, ledger and history are restored."""
     assert_equal(load(save(tmp_path, made(), is_best=False)), made())
 
 
 def test_only_the_newest_and_the_best_stay(tmp_path: Path) -> None:
-    """However many are written; the best one outlives its turn."""
+    """The newest two and the best checkpoint are kept."""
     for step in range(1, 6):
         save(tmp_path, made(step), is_best=step == 2)
     assert [load(path).plain.progress.step for path in saved(tmp_path)] == [4, 5]
@@ -69,7 +69,7 @@ def test_only_the_newest_and_the_best_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
 def test_a_kill_while_writing_leaves_the_last_good_one(tmp_path: Path, moment: str) -> None:
-    """Killed before the new one is on the disk, or before it has its name: the old one is there, and the next save works."""
+    """After a kill before the flush or the rename, the old checkpoint is there and the next save works."""
     old = save(tmp_path, made(1), is_best=False)
     patch = "os.fsync" if moment == "fsync" else "pathlib.Path.replace"
     code = (
@@ -86,7 +86,7 @@ def test_a_kill_while_writing_leaves_the_last_good_one(tmp_path: Path, moment: s
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write that fails is one sentence, and half a file does not stay."""
+    """A failed write raises one sentence and leaves no partial file."""
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -99,7 +99,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
 def test_a_cut_off_file_is_refused(tmp_path: Path, keep: float) -> None:
-    """Whatever is missing of it."""
+    """A truncated file is refused, at any length."""
     path = save(tmp_path, made(), is_best=False)
     os.truncate(path, int(path.stat().st_size * keep))
     with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
@@ -107,13 +107,13 @@ def test_a_cut_off_file_is_refused(tmp_path: Path, keep: float) -> None:
 
 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
-    """By its path."""
+    """The error names the missing file."""
     with pytest.raises(CheckpointError, match=r"nowhere\.pt cannot be used: there is no such file"):
         load(tmp_path / "nowhere.pt")
 
 
 class Foreign:
-    """Something that only code could restore."""
+    """An object that only code could restore."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.system, ("true",))
@@ -134,14 +134,14 @@ class Foreign:
     ],
 )
 def test_strange_content_is_refused(tmp_path: Path, content: object, sentence: str) -> None:
-    """Nothing of a file is executed, and nothing of the wrong type is believed."""
+    """Content with code or of a wrong type is refused, and no code runs."""
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=sentence):
         load(tmp_path / "x.pt")
 
 
 def test_random_states_are_taken_over() -> None:
-    """Torch's generator goes on where it was."""
+    """torch's generator continues from the restored state."""
     before = checkpoint.random_states()
     drawn = torch.rand(3)
     checkpoint.restore_random_states(before)
@@ -159,7 +159,7 @@ def nothing() -> None:
 
 
 class Gate:
-    """Stands in for ``checkpoint.save``: does not begin to write before it is opened."""
+    """A stand-in for ``checkpoint.save`` that waits until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._open, self._save = threading.Event(), checkpoint.save
@@ -174,7 +174,7 @@ class Gate:
 
 
 def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``save`` returns before anything is written; what changes afterwards is not in the file."""
+    """``save`` returns before the write; later changes are not in the file."""
     gate, whole, written = Gate(monkeypatch), small(1), threading.Event()
     with Saver(tmp_path) as saver:
         saver.save(whole, False, written.set)
@@ -191,7 +191,7 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytes
 
 
 def test_one_is_written_after_the_other(tmp_path: Path) -> None:
-    """A save waits for the one before, and leaving for the last."""
+    """A save waits for the previous one, and the end of the context for the last."""
     with Saver(tmp_path) as saver:
         for step in range(1, 5):
             saver.save(small(step), False, nothing)
@@ -199,7 +199,7 @@ def test_one_is_written_after_the_other(tmp_path: Path) -> None:
 
 
 def test_a_failure_is_told_once_and_the_next_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk ends no training, and ``written`` is not called."""
+    """A failure is reported once, without a call of ``written``, and the next save is tried."""
     save = checkpoint.save
 
     def full(folder: Path, whole: Checkpoint, is_best: bool) -> Path:
@@ -218,7 +218,7 @@ def test_a_failure_is_told_once_and_the_next_is_tried(tmp_path: Path, monkeypatc
 
 
 def test_the_last_one_must_be_written(tmp_path: Path) -> None:
-    """``finish`` raises what went wrong."""
+    """``finish`` raises the error of the last write."""
     (tmp_path / "file").touch()
     with Saver(tmp_path / "file") as saver:
         saver.save(small(1), False, nothing)
@@ -245,7 +245,7 @@ with Saver(folder) as saver:
 
 
 def test_a_kill_at_any_moment_leaves_a_good_one(tmp_path: Path) -> None:
-    """Whatever was being written: the newest checkpoint is whole, and no older than the last that was promised."""
+    """After a kill, the newest checkpoint is complete and at least as new as the last one reported."""
     checkpoint.save(tmp_path, small(1), False)
     process = subprocess.Popen([sys.executable, "-c", ENDLESS, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout is not None

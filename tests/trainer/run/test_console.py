@@ -1,4 +1,4 @@
-"""What a person sees, on a terminal and in a file."""
+"""Progress on the console, for a terminal and for a file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shown(terminal: bool) -> str:
 
 
 def test_plain_lines_in_a_file() -> None:
-    """One line for steps that follow each other fast, one for the epoch; nothing is taken for markup."""
+    """A file gets one line for steps in quick succession and one for the epoch; markup is not interpreted."""
     assert shown(terminal=False).splitlines() == [
         "epoch 2/4  38%  loss 1.250  error 40.0%  lr 0.01  1,500 images/s  MFU n/a  waiting 1.3%  0:00 left",
         "epoch 2/4 done: loss 1.200, error 39.0%; validation: loss 1.300, top-1 error 45.0%, top-5 10.0%",
@@ -36,7 +36,7 @@ def test_plain_lines_in_a_file() -> None:
 
 
 def test_a_bar_on_a_terminal() -> None:
-    """The same figures beside a bar that is drawn anew."""
+    """A terminal shows the same figures with a progress bar."""
     text = shown(terminal=True)
     assert "loss 1.250  error 40.0%  lr 0.01  1,500 images/s  MFU n/a  waiting 1.3%" in text
     assert "epoch 2/4" in text

@@ -1,4 +1,4 @@
-"""What counts as a training that has gone wrong, and what is said of it."""
+"""Detection of divergence, and its report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def training() -> State:
 
 
 def test_a_loss_far_above_guessing_has_exploded() -> None:
-    """Up to the limit nothing is said; beyond it step, layer and checkpoint are."""
+    """A loss up to the limit passes; a higher one is reported with step, layer and checkpoint."""
     state = training()
     monitor = DivergenceMonitor(state, ALONE)
     monitor.check(Tally(loss=10 * EXPLODED * GUESSING * 0.99, wrong=0, images=10), lambda: None)
@@ -40,13 +40,13 @@ def test_a_loss_far_above_guessing_has_exploded() -> None:
 
 
 def test_a_loss_that_is_no_number() -> None:
-    """Whatever the weights are."""
+    """A NaN loss is a divergence, even with finite weights."""
     with pytest.raises(TrainingDiverged, match="the loss became NaN or infinite at step 0"):
         DivergenceMonitor(training(), ALONE).check(Tally(loss=math.nan, wrong=0, images=10), lambda: None)
 
 
 def test_a_weight_that_is_no_number_is_named() -> None:
-    """Also where no image has been counted, as before a checkpoint."""
+    """A weight that is not finite is reported, also before an image is counted."""
     state = training()
     with torch.no_grad():
         state.model.get_parameter("towers.1.conv3.weight")[0, 0, 0, 0] = math.inf
@@ -55,7 +55,7 @@ def test_a_weight_that_is_no_number_is_named() -> None:
 
 
 def test_a_training_of_no_steps_is_sound() -> None:
-    """No images have no loss, and that is no reason to worry."""
+    """A state without a step passes."""
     monitor = DivergenceMonitor(training(), ALONE)
     monitor.check(Tally(), lambda: None)
     assert monitor.param_stats["towers.0.conv1.weight"].mean_w > 0

@@ -1,4 +1,4 @@
-"""Run folders: new ones are new, old ones are found."""
+"""Run folders: new ones are created, existing ones are found."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.run.folder import RunFolder, find_checkpoint, newest_run
 
 
 def test_a_new_folder_tells_how_it_was_made(tmp_path: Path) -> None:
-    """Configuration, machine, commit, and the versions of all libraries: also of those that only others need."""
+    """config.json has configuration, machine, commit, and the versions of all libraries."""
     folder = RunFolder.create(tmp_path / "run", tmp_path)
     assert not folder.has_run
     folder.describe(RunConfig(seed=4))
@@ -30,27 +30,27 @@ def test_a_new_folder_tells_how_it_was_made(tmp_path: Path) -> None:
 
 
 def test_named_folders_never_collide(tmp_path: Path) -> None:
-    """Runs started in the same second have folders of their own."""
+    """Runs started in the same second get different folders."""
     made = {RunFolder.create(None, tmp_path / "runs").path for _ in range(3)}
     assert len(made) == 3
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
-    """Nothing is ever overwritten."""
+    """A folder that is not empty is refused."""
     (tmp_path / "precious").touch()
     with pytest.raises(RunFolderError, match="it is not empty"):
         RunFolder.create(tmp_path, tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
-    """A file is in the way."""
+    """A file in the way is an error."""
     (tmp_path / "file").touch()
     with pytest.raises(RunFolderError, match="it cannot be created"):
         RunFolder.create(tmp_path / "file" / "run", tmp_path)
 
 
 def test_the_newest_run_is_the_one_with_a_checkpoint(tmp_path: Path) -> None:
-    """A run that never saved anything is nothing to go on from."""
+    """A newer run without a checkpoint is skipped."""
     assert newest_run(tmp_path) is None
     with_checkpoint = RunFolder.create(tmp_path / "a", tmp_path)
     with_checkpoint.describe(RunConfig())
@@ -61,7 +61,7 @@ def test_the_newest_run_is_the_one_with_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_run_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
-    """By step; a file stands for itself; a folder without one is said."""
+    """A folder gives its checkpoint of the highest step, or an error without one; a file gives itself."""
     folder = RunFolder.create(tmp_path / "run", tmp_path)
     with pytest.raises(RunFolderError, match="no checkpoint yet"):
         find_checkpoint(folder.path)

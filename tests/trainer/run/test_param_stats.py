@@ -1,4 +1,4 @@
-"""Mean |w| and mean |dw| of every parameter, as the authors' logs had them."""
+"""Parameter statistics: mean |w| and mean |dw| of every parameter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALONE = World((torch.device("cpu"),))
 
 @pytest.mark.parametrize("preset", ["paper", "original"])
 def test_they_are_what_the_step_did(preset: str) -> None:
-    """dw is the difference of the weights around a step, also of biases with a rate of their own, and after a drop."""
+    """dw is the change of a step, also of biases with their own rate and after a drop."""
     model = AlexNet(3, 0.05, preset)
     optimizer = PaperSGD(model, PRESETS[preset], 0.01)
     for lr in (0.01, 0.01, 0.001):
@@ -37,14 +37,14 @@ def test_they_are_what_the_step_did(preset: str) -> None:
 
 
 def test_before_the_first_step_nothing_has_moved() -> None:
-    """There is no momentum yet."""
+    """Without momentum, mean |dw| is 0."""
     model = AlexNet(3, 0.05)
     stats = measure(model, PaperSGD(model, PRESETS["paper"], 0.01), ALONE)
     assert {layer.mean_dw for layer in stats.values()} == {0.0}
 
 
 def test_the_first_broken_layer_is_suspected() -> None:
-    """As long as others are whole; when all are broken, the one that moved most before."""
+    """The first damaged parameter is suspected, or the one with the largest earlier ratio if all are damaged."""
     sound = {"a.weight": ParamStats(1.0, 0.1), "b.weight": ParamStats(1.0, 0.5), "b.bias": ParamStats(0.0, 1.0)}
     assert suspect(sound, {}) == "b.weight"
     assert suspect(sound | {"b.bias": ParamStats(math.nan, 0.0)}, sound) == "b.bias"
@@ -54,5 +54,5 @@ def test_the_first_broken_layer_is_suspected() -> None:
 
 
 def test_a_line_of_the_log_has_three_numbers_each() -> None:
-    """Mean |w|, mean |dw| and their ratio, in four digits."""
+    """A log line has mean |w|, mean |dw| and their ratio in four digits."""
     assert ParamStatsRecord.of(7, {"a": ParamStats(0.123456, 0.001)}).parameters == {"a": (0.1235, 0.001, 0.0081)}

@@ -1,4 +1,4 @@
-"""Pictures: the kernels tower by tower, and curves that any viewer reads."""
+"""Figures: kernels by tower, learning curves, and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def step(number: int, loss: float) -> StepRecord:
 
 
 def test_kernel_picture_shows_both_towers() -> None:
-    """Two blocks of 48 kernels, three rows of 16 each; zero is grey and the largest weight white."""
+    """Each tower is a block of three rows of 16 kernels; zero is grey and the largest weight white."""
     tower = np.zeros((48, 3, 11, 11), np.float32)
     tower[0, 0] = 0.5
     picture = plots.kernel_picture([tower, tower])
@@ -34,7 +34,7 @@ def test_kernel_picture_shows_both_towers() -> None:
 
 
 def test_curves_are_svg_with_every_line() -> None:
-    """Two panels; each curve is a line within its panel."""
+    """Two panels have five curves within their axes."""
     epochs = [EpochRecord(0, 10, 1.0, 0.5, 1.2, 0.4, 0.1, 0.01)]
     root = ElementTree.fromstring(plots.learning_curves([step(1, 2.0), step(10, 1.0)], epochs))
     lines = root.findall(".//{http://www.w3.org/2000/svg}polyline")
@@ -43,12 +43,12 @@ def test_curves_are_svg_with_every_line() -> None:
 
 
 def test_curves_of_nothing_are_still_svg() -> None:
-    """A run stopped before its first line."""
+    """A run without log lines gives a valid document."""
     ElementTree.fromstring(plots.learning_curves([], []))
 
 
 def test_a_log_with_a_torn_line_and_steps_made_again(tmp_path: Path) -> None:
-    """After a crash: the last version of a step counts, and half a line is left out."""
+    """The last version of a repeated step counts, and a truncated line is skipped."""
     lines = [msgspec.json.encode(record) for record in (step(1, 2.0), step(2, 9.0), step(2, 1.0))]
     (tmp_path / "log.jsonl").write_bytes(b"\n".join([*lines, b'{"event":"start"}', b'{"event":"st']))
     steps, epochs = plots.read_log(tmp_path / "log.jsonl")
@@ -57,7 +57,7 @@ def test_a_log_with_a_torn_line_and_steps_made_again(tmp_path: Path) -> None:
 
 
 def test_draw_writes_both(tmp_path: Path) -> None:
-    """Into the run's folder, readable."""
+    """Both figures are readable files in the run's folder."""
     folder = RunFolder.create(tmp_path / "run", tmp_path)
     folder.append(step(1, 2.0))
     kernels, curves = plots.draw(folder, [tower.conv1.weight for tower in AlexNet(2, width=0.05).each_tower])
@@ -72,7 +72,7 @@ def test_draw_writes_both(tmp_path: Path) -> None:
 
 
 def test_confusion_is_a_cell_for_each_pair() -> None:
-    """Right guesses are green, wrong ones red, the darker the more of the class; names are beside them, escaped."""
+    """Right guesses are green, wrong ones red, darker with the class's share; names are escaped."""
     root = ElementTree.fromstring(plots.confusion_svg([[4, 0], [1, 3]], ["a & b", "c"]))
     [image] = root.findall("{http://www.w3.org/2000/svg}image")
     cells = np.asarray(Image.open(BytesIO(b64decode(image.attrib["href"].split(",")[1]))))
@@ -83,6 +83,6 @@ def test_confusion_is_a_cell_for_each_pair() -> None:
 
 
 def test_many_classes_have_no_names() -> None:
-    """A thousand of them would be one black line; a class without pictures has white cells."""
+    """A matrix of a thousand classes has no names; a class without images has white cells."""
     root = ElementTree.fromstring(plots.confusion_svg(np.zeros((1000, 1000), int).tolist(), ["n"] * 1000))
     assert len(list(root.iter("{http://www.w3.org/2000/svg}text"))) == 1

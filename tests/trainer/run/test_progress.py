@@ -1,4 +1,4 @@
-"""Counting without waiting for the device."""
+"""Counters and metrics of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.run.progress import LogInterval, Meter, Progress, Tally
 
 
 def test_meter_adds_up_losses_and_errors() -> None:
-    """Means are over images, also when batches differ in size."""
+    """Means are over images, also for batches of different sizes."""
     meter = Meter(torch.device("cpu"), Tally())
     sure = torch.tensor([[9.0, 0.0], [0.0, 9.0]])
     meter.add(torch.tensor(1.0), sure, torch.tensor([0, 0]))  # one of two wrong
@@ -22,7 +22,7 @@ def test_meter_adds_up_losses_and_errors() -> None:
 
 
 def test_meter_goes_on_from_a_tally() -> None:
-    """A resumed epoch counts what was there before, and a window is a difference."""
+    """A resumed epoch continues its sums, and a difference of tallies is an interval."""
     before = Tally(loss=6.0, wrong=2.0, images=3.0)
     meter = Meter(torch.device("cpu"), before)
     meter.add(torch.tensor(2.0), torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
@@ -30,13 +30,13 @@ def test_meter_goes_on_from_a_tally() -> None:
 
 
 def test_nothing_counted_is_no_number() -> None:
-    """A mean over nothing must not look like a result."""
+    """The mean over no images is NaN."""
     assert math.isnan(Tally().mean_loss)
     assert math.isnan(Tally().error)
 
 
 def test_shares_of_time() -> None:
-    """Images per second count waiting; the waiting share is of the same time."""
+    """Images per second include waiting; the waiting share is of the same time."""
     progress = Progress(images=300, trained_s=10.0, waited_s=2.5)
     assert progress.images_per_s == 30.0
     assert progress.waiting_share == 0.25
@@ -44,7 +44,7 @@ def test_shares_of_time() -> None:
 
 
 def test_a_window_is_what_happened_since_it_was_opened() -> None:
-    """Means over its images, speed, the share of its time that was waiting, and of the devices' peak that was used."""
+    """An interval has means over its images, its speed, its waiting share and its MFU."""
     progress = Progress(step=4, seen=40, epoch_tally=Tally(40.0, 30.0, 40.0), trained_s=10.0, waited_s=5.0)
     interval = LogInterval(progress, flops=1000, peak=100_000.0)
     progress.step, progress.seen, progress.epoch_tally = 6, 60, Tally(80.0, 40.0, 60.0)

@@ -1,4 +1,4 @@
-"""Event files: what TensorBoard would show."""
+"""TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EPOCH = EpochRecord(
 
 
 def shown(folder: Path) -> dict[tuple[str, int], float]:
-    """Every scalar of the event files in ``folder``: records of length, checksum, event, checksum."""
+    """Return every scalar of the event files in ``folder``: records of length, checksum, event, checksum."""
     scalars = {}
     for path in folder.glob("events.*"):
         content, at = path.read_bytes(), 0
@@ -32,7 +32,7 @@ def shown(folder: Path) -> dict[tuple[str, int], float]:
 
 
 def test_curves_and_layers_by_step(tmp_path: Path) -> None:
-    """Each figure of the log; the MFU only where it is known."""
+    """The files have each figure of the log, and no MFU if it is unknown."""
     tensorboard = TensorBoard(tmp_path, 0)
     tensorboard.step(STEP, {"fc8.weight": ParamStats(2.0, 0.5)})
     tensorboard.epoch(EPOCH)
@@ -46,7 +46,7 @@ def test_curves_and_layers_by_step(tmp_path: Path) -> None:
 
 
 def test_the_mfu_is_there_where_it_is_known(tmp_path: Path) -> None:
-    """As a share of 1."""
+    """A known MFU is written as a fraction."""
     known = StepRecord(**{name: getattr(STEP, name) for name in STEP.__struct_fields__} | {"mfu": 0.375})
     tensorboard = TensorBoard(tmp_path, 0)
     tensorboard.step(known, {})

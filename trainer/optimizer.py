@@ -37,6 +37,7 @@ class PaperSGD:
     def __init__(self, model: nn.Module, preset: Preset, lr: float, fused: bool = True) -> None:
         self._named = dict(model.named_parameters())
         self._bias_rate = preset.bias_rate
+        # Two groups, since presets treat biases differently.
         weights = [p for name, p in self._named.items() if not _is_bias(name)]
         biases = [p for name, p in self._named.items() if _is_bias(name)]
         groups = [
@@ -57,7 +58,7 @@ class PaperSGD:
         if lr == self._lr:
             return
         buffers = list(self._buffers().values())
-        if buffers:
+        if buffers:  # none before the first step
             torch._foreach_mul_(buffers, self._lr / lr)  # one launch per device: warm-up changes the rate at every step
         self._lr = lr
         self._set_group_rates()

@@ -242,6 +242,7 @@ def resumed_config(context: click.Context, before: RunConfig, path: Path, given:
     Raises:
         ConfigError: the user gave an option that a run cannot change.
     """
+    # Defaults of this command line must not override the checkpoint's values.
     typed = {name: given[name] for name in given if context.get_parameter_source(name) in _TYPED}
     for name, value in typed.items():
         owner = _OWNER.get(name)

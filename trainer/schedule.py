@@ -80,6 +80,7 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.improves(error):
             return msgspec.structs.replace(self, best=error, stalled=0)
         stalled = self.stalled + 1
+        # Drops end at MAX_DROPS: further ones would only stop the learning.
         if self.policy != "plateau" or stalled < self.patience or self.drops == MAX_DROPS:
             return msgspec.structs.replace(self, stalled=stalled)
         return msgspec.structs.replace(self, lr=self.lr * FACTOR, stalled=0, drops=self.drops + 1)
@@ -90,6 +91,7 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def by_hand(self, rate: float, epoch: float, epochs: int) -> Schedule:
         """Return the schedule whose rate is ``rate`` now and changes in proportion later; it ends a warm-up."""
+        # Divided by the policy's current factor, so that the rate is exactly ``rate`` now.
         return msgspec.structs.replace(self, lr=rate / self._decay_factor(epoch, epochs), warmup=0.0, stalled=0)
 
     def _warmup_factor(self, epoch: float) -> float:
@@ -97,7 +99,7 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def _decay_factor(self, epoch: float, epochs: int) -> float:
         if self.policy == "step":
-            return FACTOR ** sum(epoch >= drop for drop in self.drop_at)
+            return FACTOR ** sum(epoch >= drop for drop in self.drop_at)  # one factor for each drop passed
         if self.policy == "cosine":
-            return (1 + math.cos(math.pi * min(epoch, epochs) / epochs)) / 2
-        return 1.0
+            return (1 + math.cos(math.pi * min(epoch, epochs) / epochs)) / 2  # 1 at the start, 0 at the end
+        return 1.0  # plateau lowers ``lr`` itself

@@ -128,7 +128,7 @@ class Feed:
             client_key=node.client_key,
         )
         if state is not None:
-            self._loader.load_state_dict(state)
+            self._loader.load_state_dict(state)  # refuses another dataset, view or seed
         self._stager = Stager(devices)
         self._first = devices[0]
         self.waited_s = 0.0
@@ -151,7 +151,7 @@ class Feed:
         began_s = time.perf_counter()
         try:
             batch = next(self._batches)
-        finally:
+        finally:  # also if a stop interrupts the wait
             self.waited_s += time.perf_counter() - began_s
         draws = batch.draws.reshape(-1)  # (B V,) struct: y, x, flip, shift
         return DeviceBatch(

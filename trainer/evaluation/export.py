@@ -111,7 +111,7 @@ def export_run(run: Path, target: Path) -> None:
     """
     path = find_checkpoint(run)
     saved = checkpoint.load(path)
-    if target.exists():
+    if target.exists():  # before the work; an export never overwrites
         raise RunFolderError(target, "the file exists already; choose another name")
     config, facts = msgspec.structs.replace(saved.plain.config, speed=REFERENCE), saved.facts
     model = build_network(config, facts, (torch.device("cpu"),))

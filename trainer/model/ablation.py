@@ -42,6 +42,7 @@ class Ablation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     jitter: bool = True
 
     def __post_init__(self) -> None:
+        # msgspec checks literals in files only, so values from the command line and from code are checked here.
         for option, value, known in (
             ("--activation", self.activation, ("relu", "tanh")),
             ("--pooling", self.pooling, ("overlapping", "plain")),

@@ -68,7 +68,7 @@ def pooled_side(crop: int, pooling: str) -> int:
     """
     kernel, stride, _ = KERNELS["conv1"]
     side = (crop + CONV1_PADDING[1] - kernel) // stride + 1
-    for _ in range(3):
+    for _ in range(3):  # after conv1, conv2 and conv5
         side = (side - POOLING_SIDES[pooling]) // 2 + 1
     return side
 
@@ -127,7 +127,7 @@ class Sizes:
     def fan_ins(self) -> dict[str, int]:
         """Return the inputs of one unit of each layer, in the order of the layers, with fc8."""
         counts = self.counts()
-        fan_ins = {"conv1": 3 * 11 * 11}
+        fan_ins = {"conv1": 3 * 11 * 11}  # R, G, B times the kernel
         channels = counts["conv1"]
         if "conv2" in counts:
             fan_ins["conv2"], channels = channels * 5 * 5, counts["conv2"]
@@ -148,16 +148,17 @@ class Tower(nn.Module):
     def __init__(self, sizes: Sizes, preset: Preset, ablation: Ablation, index: int, fused: bool = False) -> None:
         super().__init__()
         self.index, self._preset, self._ablation = index, preset, ablation
-        self._fused = fused and ablation.lrn and ablation.activation == "relu"
+        self._fused = fused and ablation.lrn and ablation.activation == "relu"  # the fused kernel has no other form
         self._activate = torch.tanh if ablation.activation == "tanh" else functional.relu
         count, fan_in = sizes.counts(), sizes.fan_ins()
         for name in count:
             side, stride, padding = KERNELS.get(name, (0, 1, 0))
             layer: nn.Module
             if side:
+                # Weights (kernels, channels, side, side).
                 layer = nn.Conv2d(fan_in[name] // side**2, count[name], side, stride=stride, padding=padding)
             else:
-                layer = nn.Linear(fan_in[name], count[name])
+                layer = nn.Linear(fan_in[name], count[name])  # weights (units, inputs)
             self.add_module(name, layer)
 
     def lower(self, images: Tensor) -> Tensor:
@@ -313,7 +314,7 @@ class AlexNet(nn.Module):
             backward pass is this process's part of the network's.
         """
         given = [images.to(device) for device in self.devices] if isinstance(images, Tensor) else images
-        given = [image.contiguous(memory_format=self._layout) for image in given]
+        given = [image.contiguous(memory_format=self._layout) for image in given]  # no copy if it is so already
         everyone, exchange = range(self.sizes.towers), self.exchange
         # Everything below is lazy: the last exchange asks for its parts, and so on back to the images. Each tower's output
         # is thus sent before the other tower computes.
@@ -347,13 +348,14 @@ class AlexNet(nn.Module):
         """Draw the weights from N(0, std) and set the biases (paper section 5)."""
         fan_in, full_fan_in = self.sizes.fan_ins(), full.fan_ins()
         owners: list[tuple[int, nn.Module]] = [(tower.index, tower) for tower in self.each_tower]
-        for address, owner in [*owners, (self.sizes.towers, self)]:  # fc8 counts as a tower of its own in the address
+        for address, owner in [*owners, (self.sizes.towers, self)]:  # fc8 has the address of one tower more
             for name in fan_in:
                 layer = getattr(owner, name, None)
                 if layer is None:
                     continue  # towers have no fc8, and the network itself has nothing else
                 std = self.preset.middle_std if name in {"conv3", "conv4", "conv5"} else WEIGHT_STD
                 std *= math.sqrt(full_fan_in[name] / fan_in[name])
+                # Drawn in float32 on the host, so that every device and layout gets the same weights.
                 normal = normal_weights(seed, address, LAYER_NUMBERS[name], tuple(layer.weight.shape))
                 layer.weight.data.copy_(torch.from_numpy(normal) * std)
                 starts_at_one = name in BIASES_OF_ONE and self.ablation.activation == "relu"

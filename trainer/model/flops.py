@@ -54,6 +54,7 @@ def multiply_adds(sizes: Sizes, num_classes: int, crop: int, pooling: str) -> di
         pooling: ``overlapping`` or ``plain``.
     """
     counts, fan_ins, places = sizes.counts(), sizes.fan_ins(), _places(crop, pooling)
+    # Each of the units at each of the places reads fan_in inputs.
     layers = {name: sizes.towers * counts[name] * fan_ins[name] * places.get(name, 1) for name in counts}
     return layers | {"fc8": num_classes * fan_ins["fc8"]}
 
@@ -73,7 +74,7 @@ def peak_flops(devices: Sequence[torch.device], dtype: torch.dtype) -> float | N
     if dtype == torch.float32 and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
         kind = Arithmetic.TF32
     total = 0.0
-    for device in dict.fromkeys(devices):
+    for device in dict.fromkeys(devices):  # two towers on one device share its peak
         if device.type != "cuda":
             return None
         peak = peak_of(torch.cuda.get_device_name(device), kind)

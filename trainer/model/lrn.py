@@ -49,7 +49,7 @@ class _LocalResponseNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: _Saved, maps: Tensor, alpha: float) -> Tensor:
-        rows = as_rows(maps)
+        rows = as_rows(maps)  # (B H W, C)
         normalised, scale = normalise(rows, alpha)
         ctx.save_for_backward(rows, scale)
         ctx.alpha = alpha
@@ -77,6 +77,7 @@ def normalise(rows: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """
     with torch.autocast(rows.device.type, enabled=False):
         wide = _wide(rows)
+        # One product with the band matrix instead of n shifted sums.
         scale = torch.addmm(wide.new_tensor(K), wide * wide, _band(wide), alpha=alpha)
         return (wide * _power(scale)).to(rows.dtype), scale
 
@@ -98,6 +99,7 @@ def gradient_of_normalise(gradient: Tensor, rows: Tensor, scale: Tensor, alpha: 
     with torch.autocast(rows.device.type, enabled=False):
         wide = _wide(rows)
         direct = _wide(gradient) * _power(scale)
+        # direct is g p, so (g p a / s) summed over the window is the inner sum of the formula.
         around = torch.mm((direct * wide).div_(scale), _band(wide))
         return direct.addcmul_(wide, around, value=-2 * alpha * BETA).to(rows.dtype)
 
@@ -120,7 +122,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _power(scale: Tensor) -> Tensor:
     """Return scale^-BETA, as s^-3/4 = s^-1/2 * (s^-1/2)^1/2."""
-    root = scale.rsqrt()
+    root = scale.rsqrt()  # s is at least k = 2, so nothing can overflow
     return root.sqrt().mul_(root)
 
 

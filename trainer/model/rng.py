@@ -59,11 +59,12 @@ def dropout_bits(key: DropoutKey, tower: int, layer: int, count: int) -> npt.NDA
 
 def normal_weights(seed: int, tower: int, layer: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """Return draws from N(0, 1) for the weights of one layer of one tower, float32 of ``shape``."""
+    # Step and replica are 0: all replicas start with the same weights.
     generator = np.random.Generator(_philox(seed, 0, Purpose.WEIGHTS, layer, tower, 0))
     return generator.standard_normal(shape, dtype=np.float32)
 
 
 def _philox(seed: int, step: int, purpose: Purpose, layer: int, tower: int, replica: int) -> np.random.Philox:
-    key = np.array([seed, step], np.uint64)
+    key = np.array([seed, step], np.uint64)  # separate words: adding them would make (0, 1) equal (1, 0)
     counter = np.array([0, purpose << 32 | layer, tower, replica], np.uint64)
     return np.random.Philox(counter=counter, key=key)

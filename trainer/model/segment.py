@@ -38,11 +38,11 @@ class TowerSegment:
     def __call__(self, *given: Tensor) -> Tensor:
         """Compute the segment."""
         if not torch.is_grad_enabled():
-            return self._plain(*given)
+            return self._plain(*given)  # validation and prediction
         size = len(given[0])
         if size > self._size:  # graphs have fixed shapes, so a larger batch needs a new one
             self._size, self._graph = size, self._record(given) if self._speed.cuda_graphs else None
-        if size < self._size:
+        if size < self._size:  # an epoch's short last batch
             return self._plain(*given)
         with self._here():
             return (self._graph or self._fast)(*given)
@@ -60,6 +60,7 @@ class TowerSegment:
 
     def _record(self, given: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         """Return the segment as two CUDA graphs, forward and backward, for inputs of the shapes of ``given``."""
+        # Graphs read from fixed addresses: torch records with these tensors and copies each batch into them.
         like = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in given)
         with self._here():
             graph = torch.cuda.make_graphed_callables(_Callable(self._fast, self._layers), like)

@@ -63,6 +63,7 @@ def check_speed(speed: Speed, devices: Sequence[torch.device]) -> None:
         raise ConfigError("--cuda-graphs", "on", "GPUs for all towers; use --no-cuda-graphs elsewhere")
     if not speed.compile:
         return
+    # torch.compile generates C++ on a CPU and Triton on a GPU; without them it would fail at the first batch.
     if "cpu" in kinds and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ConfigError("--compile", "on", "a C++ compiler for the CPU, which this machine lacks; install g++")
     if "cuda" in kinds and importlib.util.find_spec("triton") is None:
@@ -83,7 +84,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    os.environ.setdefault(*_WORKSPACE)
+    os.environ.setdefault(*_WORKSPACE)  # stays set: cuBLAS reads it only once
     cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
     torch.use_deterministic_algorithms(True)

@@ -174,10 +174,10 @@ class World:
         Tower 1's tensors have the names and shapes of tower 0's except for the tower's number, so no shape is sent.
         """
         together = {name: tensor.detach() for name, tensor in tensors.items()}
-        if self.pair is None or self.replica != 0:
+        if self.pair is None or self.replica != 0:  # all replicas have equal weights; the first one sends
             return together
         for name in [name for name in together if name.startswith("towers.")]:
-            tensor = together[name].contiguous()
+            tensor = together[name].contiguous()  # gloo and NCCL need it; names are in the same order in both processes
             if self.pair.tower == 0:
                 together[name.replace("towers.0.", "towers.1.", 1)] = self.pair.receive(torch.empty_like(tensor))
             else:
@@ -199,21 +199,22 @@ def join(asked: Sequence[str], towers: int) -> Iterator[World]:
         PeerLost: another process died before all had joined.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if "RANK" not in os.environ or size == 1:
+    if "RANK" not in os.environ or size == 1:  # not under torchrun, or alone under it
         yield World(choose_devices(asked, towers))
         return
-    device = _own_device(asked)
+    device = _own_device(asked)  # before the group: NCCL uses the current device
     if size % towers:
         raise ConfigError("--nproc-per-node", size, f"a multiple of {towers}: one process for each tower of a network")
     with _communication("joining the other processes"):
         store, rank, _ = next(iter(rendezvous("env://", timeout=_START_TIMEOUT)))
         store = PrefixStore(_agree_on_launch(store, rank, size), store)
+        # CPU tensors (small facts) go over gloo, GPU tensors (maps, gradients) over NCCL.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_WAIT_TIMEOUT, store=store, rank=rank, world_size=size)
     try:
         with _communication("joining the other processes"):
             mesh = init_device_mesh(device.type, (size // towers, towers), mesh_dim_names=("data", "tower"))
-        pair = Pair(rank % towers, rank ^ 1, mesh.get_group("tower")) if towers == 2 else None
+        pair = Pair(rank % towers, rank ^ 1, mesh.get_group("tower")) if towers == 2 else None  # ranks 2r and 2r + 1
         data = mesh.get_group("data") if size > towers else None
         yield World((device,), rank, size, pair, data, int(os.environ.get("GROUP_RANK", "0")))
     finally:
@@ -227,6 +228,7 @@ def leave(world: World) -> None:
     would report that as a failure of the run.
     """
     if world.size > 1:
+        # os._exit skips the interpreter's own flush.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

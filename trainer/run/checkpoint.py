@@ -105,7 +105,7 @@ def save(folder: Path, checkpoint: Checkpoint, is_best: bool) -> Path:
     path = path_of(folder, checkpoint.plain.progress.step)
     content = {
         "format": FORMAT,
-        "plain": msgspec.to_builtins(checkpoint.plain, builtin_types=(bytes,)),
+        "plain": msgspec.to_builtins(checkpoint.plain, builtin_types=(bytes,)),  # weights_only allows nothing else
         "tensors": {
             "model": _on_host(checkpoint.model),
             "momentum": _on_host(checkpoint.momentum),
@@ -123,11 +123,11 @@ def save(folder: Path, checkpoint: Checkpoint, is_best: bool) -> Path:
         part.replace(path)
         if is_best:
             _link(path, folder / BEST)
-        _flush_folder(folder)
+        _flush_folder(folder)  # the new file is safe before an old one goes
         for old in [*saved(folder)[:-KEPT], *folder.glob("*.part")]:
             old.unlink()
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with suppress(OSError):
+        with suppress(OSError):  # the disk may be full; the first error is the one to report
             part.unlink()
         raise CheckpointError(path, f"it cannot be written ({_first_line(error)})") from error
     return path
@@ -204,7 +204,7 @@ class Saver:
 
     def save(self, whole: Checkpoint, is_best: bool, written: Callable[[], object]) -> None:
         """Start to write a checkpoint of the current state; the thread calls ``written`` once it is on disk."""
-        self.wait()
+        self.wait()  # rule 1
         self._writing = threading.Thread(
             target=self._write, args=(_snapshot(whole), is_best, written), name="checkpoint"
         )
@@ -220,7 +220,7 @@ class Saver:
         if self._writing is not None and self._writing.is_alive():
             return None
         error, self._error = self._error, None
-        if error is not None and not isinstance(error, CheckpointError):
+        if error is not None and not isinstance(error, CheckpointError):  # such as a damaged set-lr.json
             raise error
         return error
 

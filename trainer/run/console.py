@@ -37,7 +37,7 @@ class Reporter:
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._printed_s = -_PLAIN_EVERY_S
+        self._printed_s = -_PLAIN_EVERY_S  # the first line is due at once
 
     def __enter__(self) -> Reporter:
         self._bar.start()
@@ -50,6 +50,7 @@ class Reporter:
 
     def say(self, sentence: str) -> None:
         """Print a line."""
+        # Paths may contain [brackets], and lines must not be wrapped for tools that read them.
         self._console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, record: StepRecord) -> None:
@@ -62,7 +63,7 @@ class Reporter:
         done = record.epoch * self._epoch_size + record.seen
         total = self._epochs * self._epoch_size
         label = f"{record.epoch + 1}/{self._epochs}"
-        if not self._console.is_terminal:
+        if not self._console.is_terminal:  # a bar would fill a file with control codes
             if time.monotonic() - self._printed_s >= _PLAIN_EVERY_S:
                 self._printed_s = time.monotonic()
                 left_s = (total - done) / record.images_per_s

@@ -99,7 +99,7 @@ class RunFolder:
         try:
             about = msgspec.json.decode(self.config.read_bytes(), type=_About)
         except (FileNotFoundError, msgspec.MsgspecError):
-            return False
+            return False  # no run, or no file of ours
         return launch is not None and about.launch == launch
 
     def newest_checkpoint(self) -> Path | None:
@@ -173,7 +173,7 @@ def find_checkpoint(path: Path) -> Path:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees either the old content or the new one, never a part."""
     part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
+    part.write_bytes(content)  # in the same folder: a rename is atomic only within a file system
     part.replace(path)
 
 

@@ -85,7 +85,7 @@ def suspect(stats: Mapping[str, ParamStats], before: Mapping[str, ParamStats]) -
 
 def _means(tensors: list[Tensor]) -> list[float]:
     """Return the mean magnitude of each tensor, with one kernel launch per device."""
-    norms = torch._foreach_norm(tensors, 1)
+    norms = torch._foreach_norm(tensors, 1)  # sums of magnitudes, all queued before the first .item() waits
     return [norm.item() / max(1, tensor.numel()) for norm, tensor in zip(norms, tensors, strict=True)]
 
 
@@ -101,7 +101,7 @@ def _everywhere(
         return list(zip(names, rows, strict=True))
     shared = [name for name in names if name.startswith("towers.")]
     numbers = [number for row in rows for number in row]
-    length = 2 * (len(shared) + 2)
+    length = 2 * (len(shared) + 2)  # two numbers for each parameter of a tower, and for fc8's weight and bias
     gathered = world.gather([*numbers, *[0.0] * (length - len(numbers))])
     tower_0, tower_1 = gathered[0], gathered[1]  # the first replica; all replicas have equal weights
     first = [name.replace("towers.1.", "towers.0.", 1) for name in shared]

@@ -71,7 +71,7 @@ class Recorder:
         if self._world.is_first:
             self._tensorboard = TensorBoard(self._folder.tensorboard, self._state.progress.step)
             self._stack.callback(self._tensorboard.close)
-        self._stack.enter_context(self._saver)
+        self._stack.enter_context(self._saver)  # closed first: it waits for the last write
         return self
 
     def __exit__(
@@ -92,7 +92,7 @@ class Recorder:
         if self._tensorboard:
             self._tensorboard.step(record, stats)
         self._reporter.step(record)
-        self._report_failed_save(self._saver.failure())
+        self._report_failed_save(self._saver.failure())  # of an earlier save, whose thread has ended
 
     def epoch(self, record: EpochRecord) -> None:
         """Record an epoch."""
@@ -124,6 +124,7 @@ class Recorder:
             count=state.facts.count,
             crop=state.facts.crop,
         )
+        # All processes have taken part in the gathering above; the first one writes.
         if not self._world.is_first:
             return
         whole = Checkpoint(plain, model, momentum, state.facts.mean, checkpoint.random_states())
@@ -140,7 +141,7 @@ class Recorder:
 
     def newest(self) -> Path | None:
         """Return the last good checkpoint, None if there is none."""
-        self._saver.wait()
+        self._saver.wait()  # the newest one may be being written
         return self._folder.newest_checkpoint()
 
     def summarise(self) -> Summary:

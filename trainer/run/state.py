@@ -63,6 +63,7 @@ class State:
         Raises:
             CheckpointError: the checkpoint does not fit the network.
         """
+        # None: all towers live in this process.
         share = Share((world.pair.tower,), BetweenProcesses(world.pair)) if world.pair else None
         model = build_network(config, facts, world.devices, share)
         schedule, progress = config.first_schedule(), Progress()

@@ -1,4 +1,4 @@
-"""What version 0.1.0 wrote and promised still holds: its files load, its command lines, exit codes and names stay.
+"""Compatibility with version 0.1.0: its files load, and its command lines, exit codes and names are still there.
 
 ``fixtures/version-0.1.tar.xz`` was written by version 0.1.0: ``data``, ``raw`` and ``centered`` (preprocessed at side 80
 from 30 pictures, 24 for training, with the codecs jpeg, raw and centered), ``loader-state.json`` (a Loader's state after

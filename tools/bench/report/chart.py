@@ -1,14 +1,14 @@
-"""The figures of a run as a bar chart, ``docs/benchmarks.svg``; SVG is written directly, without a plotting library."""
+"""The figures of a run as a bar chart, ``docs/benchmarks.svg``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
-from xml.sax.saxutils import escape
 
 import msgspec
 
 from tools.bench.contest import Kind
+from trainer.run import svg
 
 COLOURS: Final = {Kind.OURS: "#1a7f37", Kind.PEER: "#8c959f", Kind.LIMIT: "#d8dee4"}
 LEGEND: Final = {Kind.OURS: "this project", Kind.PEER: "others", Kind.LIMIT: "limits of the machine"}
@@ -20,6 +20,9 @@ _FIGURE_PX: Final = 62
 
 _ROW_PX: Final = 22
 _BAR_PX: Final = 14
+
+_QUIET: Final = "#57606a"
+"""Colour of column headings and of the caption."""
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -48,8 +51,8 @@ COLUMNS: Final[tuple[tuple[str, Callable[[Row], float], str], ...]] = (
 """Heading, figure and format of each column. Higher is better in the first, lower in the others."""
 
 
-def svg(panels: Mapping[str, Sequence[Row]], caption: str) -> str:
-    """Return an SVG document.
+def draw(panels: Mapping[str, Sequence[Row]], caption: str) -> str:
+    """Return the chart as an SVG document.
 
     Args:
         panels: rows of each panel, in order, by the panel's heading.
@@ -57,44 +60,32 @@ def svg(panels: Mapping[str, Sequence[Row]], caption: str) -> str:
     """
     parts, top = list[str](), 30
     for heading, rows in panels.items():
-        parts.append(_panel(heading, rows, top))
-        top += (len(rows) + 3) * _ROW_PX
+        parts += _panel(heading, rows, top)
+        top += (len(rows) + 3) * _ROW_PX  # the heading and two rows of space
     width = _NAMES_PX + len(COLUMNS) * _COLUMN_PX + 10
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + _ROW_PX}" '
-            'font-family="sans-serif" font-size="12">',
-            '<rect width="100%" height="100%" fill="white"/>',
-            *parts,
-            _legend(top),
-            f'<text x="{width - 10}" y="{top}" text-anchor="end" fill="#57606a">{escape(caption)}</text>',
-            "</svg>\n",
-        ]
-    )
+    parts += [*_legend(top), svg.text(width - 10, top, caption, text_anchor="end", fill=_QUIET)]
+    return svg.document(width, top + _ROW_PX, parts)
 
 
-def _panel(heading: str, rows: Sequence[Row], top: int) -> str:
-    parts = [f'<text x="10" y="{top}" font-size="15" font-weight="bold">{escape(heading)}</text>']
+def _panel(heading: str, rows: Sequence[Row], top: int) -> list[str]:
+    parts = [svg.text(10, top, heading, font_size=15, font_weight="bold")]
     for number, (name, _, _) in enumerate(COLUMNS):
-        parts.append(f'<text x="{_NAMES_PX + number * _COLUMN_PX}" y="{top}" fill="#57606a">{escape(name)}</text>')
+        parts.append(svg.text(_NAMES_PX + number * _COLUMN_PX, top, name, fill=_QUIET))
     for index, row in enumerate(rows):
         y = top + 14 + index * _ROW_PX
-        weight = ' font-weight="bold"' if row.kind is Kind.OURS else ""
-        parts.append(f'<text x="{_NAMES_PX - 10}" y="{y + 11}" text-anchor="end"{weight}>{escape(row.title)}</text>')
+        weight = "bold" if row.kind is Kind.OURS else "normal"
+        parts.append(svg.text(_NAMES_PX - 10, y + 11, row.title, text_anchor="end", font_weight=weight))
         for number, (_, figure, form) in enumerate(COLUMNS):
             left, most = _NAMES_PX + number * _COLUMN_PX, max(figure(each) for each in rows) or 1.0
-            length = max(1.0, (_COLUMN_PX - _FIGURE_PX) * figure(row) / most)
-            parts.append(
-                f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{_BAR_PX}" fill="{COLOURS[row.kind]}"/>'
-                f'<text x="{left + length + 4:.1f}" y="{y + 11}">{figure(row):{form}}</text>'
-            )
-    return "\n".join(parts)
+            length = max(1.0, (_COLUMN_PX - _FIGURE_PX) * figure(row) / most)  # a bar of 0 would not be seen
+            parts.append(svg.rect(left, y, length, _BAR_PX, fill=COLOURS[row.kind]))
+            parts.append(svg.text(left + length + 4, y + 11, f"{figure(row):{form}}"))
+    return parts
 
 
-def _legend(top: int) -> str:
+def _legend(top: int) -> list[str]:
     parts = list[str]()
     for number, (kind, name) in enumerate(LEGEND.items()):
         left = 10 + number * 110
-        parts.append(f'<rect x="{left}" y="{top - 11}" width="12" height="12" fill="{COLOURS[kind]}"/>')
-        parts.append(f'<text x="{left + 16}" y="{top}">{escape(name)}</text>')
-    return "\n".join(parts)
+        parts += [svg.rect(left, top - 11, 12, 12, fill=COLOURS[kind]), svg.text(left + 16, top, name)]
+    return parts

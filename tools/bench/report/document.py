@@ -12,7 +12,7 @@ import msgspec
 
 from tools.bench.contest import Contestant, Kind, Rounds
 from tools.bench.records import Facts
-from tools.bench.report.chart import Row, svg
+from tools.bench.report.chart import Row, draw
 from tools.bench.report.targets import Spread, Target, ratio, spread, targets
 from tools.bench.single import Single
 from tools.bench.turns import BATCH
@@ -109,7 +109,7 @@ def chart(results: Results) -> str:
         ]
         for codec in LIMITS
     }
-    return svg(panels, f"{results.machine}; {results.workers} workers; {results.date}")
+    return draw(panels, f"{results.machine}; {results.workers} workers; {results.date}")
 
 
 def _setting(results: Results) -> str:

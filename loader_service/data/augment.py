@@ -27,9 +27,10 @@ def complete_view(view: View, statistics: Statistics) -> View:
         ValueError: the crop is larger than the records.
     """
     view = view.of_records(statistics.side)
+    # A given basis stays: it is part of the view, and so of the identity of every slice.
     if view.kind != "train" or not view.jitter or view.basis:
         return view
-    basis = 255.0 * statistics.eigenvectors * statistics.eigenvalues
+    basis = 255.0 * statistics.eigenvectors * statistics.eigenvalues  # (3, 3): column k times value k
     return msgspec.structs.replace(view, basis=tuple(basis.ravel().tolist()))
 
 
@@ -67,24 +68,28 @@ def augment_records(
     form = form or kernel.chosen()
     if form != "numpy":
         assert kernel.compiled is not None
+        # It makes the same checks, then one loop over the whole slice without the GIL.
         return kernel.compiled.augment(form, images, values, draws, labels, numbers, at, mean, record_side)
+    # Before the first write, as in the compiled forms: an error leaves the output untouched.
     check_draws(draws, images.shape[-2], record_side)
     size, shape = raw_bytes(record_side), (record_side, record_side, 3)
     for i, value in enumerate(values):
         if at is not None:
             at[0] = numbers[i]  # before the first read: a page that the disk cannot read kills the process
+        # Byte 4 of HEADER is the codec. The exact length keeps frombuffer() within the value.
         if len(value) != HEADER.size + size or value[4] != CODECS["raw"]:
             return i
         labels[i] = HEADER.unpack_from(value)[0]
         pixels = np.frombuffer(value, np.uint8, size, HEADER.size).reshape(shape)
-        targets = images[i] if images.ndim == 5 else images[i : i + 1]
+        targets = images[i] if images.ndim == 5 else images[i : i + 1]  # (samples, side, side, 3)
         for target, drawn in zip(targets, np.atleast_1d(draws[i]), strict=True):
             if mean is None:
                 augment(target, pixels, drawn)
             else:
+                # The shift saturates in uint8 whatever the output is: float pixels are uint8 pixels minus the mean.
                 sample = np.empty(target.shape, np.uint8)
                 augment(sample, pixels, drawn)
-                centre(target, sample, mean[0], drawn)
+                centre(target, sample, mean[0], drawn)  # mean[1], the mirror image, is for the compiled forms
     return len(values)
 
 
@@ -92,6 +97,7 @@ def check_draws(draws: npt.NDArray[np.void], side: int, record_side: int) -> Non
     """Raise ValueError for the first draw that does not fit a crop of ``side`` pixels in records of ``record_side``."""
     last = record_side - side
     y, x, shift = draws["y"], draws["x"], draws["shift"]
+    # y and x are (n,) or (n, samples); shift has the channel as one more axis.
     wrong = (y < 0) | (y > last) | (x < 0) | (x > last) | ((shift < -MAX_SHIFT) | (shift > MAX_SHIFT)).any(axis=-1)
     if wrong.any():
         i = int(np.flatnonzero(wrong)[0])
@@ -111,12 +117,13 @@ def augment(out: Pixels, pixels: Pixels, draw: npt.NDArray[np.void] | np.void) -
     flat = out.reshape(side, side * 3)  # (side, side * 3): NumPy's inner loops then run over whole rows
     if draw["flip"]:
         out[...] = pixels[y : y + side, x : x + side][:, ::-1]
-        source = flat
+        source = flat  # the shift then works in place
     else:
+        # A view of the record: the shift below writes straight into `out`.
         source = pixels.reshape(pixels.shape[0], -1)[y : y + side, 3 * x : 3 * (x + side)]
     shift = draw["shift"]
     if not shift.any():
-        if source is not flat:
+        if source is not flat:  # a flipped sample is already in place
             flat[...] = source
         return
     # Saturating addition without leaving uint8: lower the pixels that would overflow, then add; likewise downwards.
@@ -146,4 +153,5 @@ def centre(
     side = sample.shape[0]
     y, x = int(draw["y"]), int(draw["x"])
     window = mean_image[y : y + side, x : x + side]
+    # Subtract in float32 whatever the output is: a float16 is rounded from that difference.
     np.subtract(sample, window[:, ::-1] if draw["flip"] else window, out=out, dtype=np.float32, casting="same_kind")

@@ -27,14 +27,14 @@ from loader_service.data import kernel
 from loader_service.data.kernel import Window
 from loader_service.types import RECORD_SIDE_PX
 
-HEADER: Final = struct.Struct("<IBxxxQ")
+HEADER: Final = struct.Struct("<IBxxxQ")  # the padding puts the checksum at a multiple of 8
 """Label, codec number, xxh3-64 of the payload: 16 bytes."""
 
 SHAPE: Final = (RECORD_SIDE_PX, RECORD_SIDE_PX, 3)
 """Shape of a record of the default side."""
 
 Codec = Literal["raw", "jpeg", "centered"]
-CODECS: Final[dict[Codec, int]] = {"raw": 0, "jpeg": 1, "centered": 2}
+CODECS: Final[dict[Codec, int]] = {"raw": 0, "jpeg": 1, "centered": 2}  # on disk: a number never changes its meaning
 """Number of each codec in HEADER."""
 
 FRACTION_BITS: Final = 7
@@ -85,7 +85,7 @@ def encode(pixels: Pixels, codec: Literal["raw", "jpeg"], parameters: dict[str, 
     chosen = DEFAULT_PARAMETERS["jpeg"] | (parameters or {})
     return bytes(
         simplejpeg.encode_jpeg(
-            np.ascontiguousarray(pixels),
+            np.ascontiguousarray(pixels),  # simplejpeg refuses rows that are not contiguous
             quality=int(chosen["quality"]),
             colorspace="RGB",
             colorsubsampling=str(chosen["subsampling"]),
@@ -118,17 +118,19 @@ def decode(
     if codec == CODECS["raw"]:
         if len(payload) != size:
             raise ValueError(f"a raw payload has {size} bytes, this one {len(payload)}")
+        # A view: of an LMDB page it is valid until the transaction ends.
         return np.frombuffer(payload, np.uint8).reshape(shape)
     if codec == CODECS["jpeg"]:
         # Always decode into a buffer of the record's size: simplejpeg then refuses a JPEG that claims to be huge.
         buffer = np.empty(size, np.uint8) if into is None else into
+        # If this returns False, part of the buffer may be written; libjpeg-turbo then overwrites all of it.
         if window is not None and kernel.decode_window(payload, buffer, (side, side), window):
             return buffer.reshape(shape)
         try:
             pixels: Pixels = simplejpeg.decode_jpeg(payload, colorspace="RGB", buffer=buffer)
         except ValueError as error:
             raise ValueError(f"its JPEG cannot be decoded ({error})") from error
-        if pixels.shape != shape:
+        if pixels.shape != shape:  # a smaller JPEG fits into the buffer, so simplejpeg accepts it
             raise ValueError(f"the JPEG decodes to {pixels.shape}, not {shape}")
         return pixels
     raise ValueError(f"codec number {codec} is unknown")
@@ -144,6 +146,7 @@ def centre_of(mean_image: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
         (side, side, 3) int16, 0 .. 255 * 2**FRACTION_BITS. Scaling by a power of two is exact, so every machine gets the
         same values.
     """
+    # Without clip, a mean beyond 0..255 in a damaged manifest would overflow int16.
     return np.rint(np.ldexp(np.clip(mean_image, 0, 255), FRACTION_BITS)).astype(np.int16)
 
 
@@ -154,8 +157,8 @@ def encode_centred(pixels: npt.NDArray[np.uint8], centre: npt.NDArray[np.int16])
         pixels: (side, side, 3) uint8, RGB.
         centre: (side, side, 3) int16 from :func:`centre_of`.
     """
-    scaled = np.left_shift(pixels.astype(np.int16), FRACTION_BITS)
-    return np.subtract(scaled, centre).astype("<i2", copy=False).tobytes()
+    scaled = np.left_shift(pixels.astype(np.int16), FRACTION_BITS)  # 0 .. 32,640
+    return np.subtract(scaled, centre).astype("<i2", copy=False).tobytes()  # no conversion on a little-endian CPU
 
 
 def decode_centred(
@@ -188,6 +191,6 @@ def raw_value(side: int = RECORD_SIDE_PX) -> npt.NDArray[np.uint8]:
     non-temporal stores, which bypass the caches: 8 % slower when the pixels are read at once.
     """
     size = HEADER.size + raw_bytes(side)
-    memory = np.empty(size + 32, np.uint8)
+    memory = np.empty(size + 32, np.uint8)  # 32 more, to move the start by up to 31
     start = -memory.ctypes.data % 32  # the header starts at a multiple of 32, and has 16 bytes
     return memory[start : start + size]

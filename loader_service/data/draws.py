@@ -50,7 +50,7 @@ WORD_X: Final = 1
 WORD_FLIP: Final = 2
 WORD_ALPHA: Final = slice(3, 6)
 
-QUANTILE_BITS: Final = 14
+QUANTILE_BITS: Final = 14  # a table of 16,384 int64, 128 KiB
 FIXED_POINT_BITS: Final = 16
 """Normals and the jitter matrix are integers in units of 2**-16; their products are in units of 2**-32."""
 MAX_SHIFT: Final = 255
@@ -62,12 +62,14 @@ TEN_CROPS: Final = ("top-left", "top-right", "bottom-left", "bottom-right", "cen
 
 def raw_words(seed: int, epoch: int, stream: int, start: int, n: int) -> npt.NDArray[np.uint64]:
     """Return (n,) uint64 words of a stream; ``start`` counts blocks of four words, ``n`` counts words."""
+    # The bit generator alone: NumPy keeps its words stable, but not the distributions of np.random.Generator.
     generator = np.random.Philox(key=_words(seed, epoch), counter=_words(start, 0, stream, 0))
     return generator.random_raw(n)
 
 
 def position_words(seed: int, epoch: int, stream: int, start: int, n: int) -> npt.NDArray[np.uint64]:
     """Return the words that positions start .. start + n - 1 own in a stream: (n, 16) uint64."""
+    # Positions are at most 2**60 (types.Position), so the block number fits into 64 bits.
     words = raw_words(seed, epoch, stream, _BLOCKS_PER_POSITION * start, WORDS_PER_POSITION * n)
     return words.reshape(n, WORDS_PER_POSITION)
 
@@ -96,6 +98,7 @@ def draw(view: View, seed: int, epoch: int, start: int, n: int, side: int = RECO
     if view.kind == "train":
         words = position_words(seed, epoch, STREAM_AUGMENT, start, n)
         # words: (n, 16). A view that does not flip or jitter leaves those words unused, so no other draw moves.
+        # The fields are int16; sides are at most 1,024 pixels, so no value is cut.
         draws["y"] = scale(words[:, WORD_Y], places)
         draws["x"] = scale(words[:, WORD_X], places)
         if view.flip:
@@ -103,10 +106,10 @@ def draw(view: View, seed: int, epoch: int, start: int, n: int, side: int = RECO
         if view.jitter:
             draws["shift"] = round_shift(exact_shift(view, words[:, WORD_ALPHA]))
     elif view.kind == "center":
-        draws["y"] = draws["x"] = (places - 1) // 2
+        draws["y"] = draws["x"] = (places - 1) // 2  # if side - crop is odd, the larger margin is below and right
     elif view.kind == "ten-crop":
         last, middle = places - 1, (places - 1) // 2
-        draws["y"] = np.array([0, 0, last, last, middle] * 2, np.int16)
+        draws["y"] = np.array([0, 0, last, last, middle] * 2, np.int16)  # (10,), for all n records; order of TEN_CROPS
         draws["x"] = np.array([0, last, 0, last, middle] * 2, np.int16)
         draws["flip"][:, 5:] = True  # the last five are the mirror images of the first
     return draws
@@ -114,6 +117,7 @@ def draw(view: View, seed: int, epoch: int, start: int, n: int, side: int = RECO
 
 def scale(words: npt.NDArray[np.uint64], n: int) -> npt.NDArray[np.int64]:
     """Map words to 0 .. n - 1, uniform to within n / 2**32 (Lemire's multiplication without rejection)."""
+    # 32-bit times n: no overflow of 64 bits, because n is below 2**32.
     scaled: npt.NDArray[np.uint64] = ((words >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)
     return scaled.astype(np.int64)
 
@@ -129,6 +133,8 @@ def exact_shift(view: View, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int
         (n, 3) int64, in units of 2**-32 grey levels, per channel R, G, B.
     """
     alpha = normal_quantiles()[words >> np.uint64(64 - QUANTILE_BITS)]  # (n, 3) int64, units of 2**-16
+    # Exact: alpha is below 2**19 and the bounds of View keep the matrix below 2**36, so sums stay below 2**57.
+    # NumPy multiplies integers without BLAS, and integer sums do not depend on their order.
     shift: npt.NDArray[np.int64] = alpha @ jitter_matrix(view).T
     return shift
 
@@ -163,7 +169,7 @@ def normal_quantiles() -> npt.NDArray[np.int64]:
     upper = [round(normal.inv_cdf((i + 0.5) / n) * unit) for i in range(n // 2, n)]
     # Mirror the upper half: the mean is then exactly zero, whatever inv_cdf does near 0.
     table = np.array([-q for q in reversed(upper)] + upper, np.int64)
-    table.flags.writeable = False
+    table.flags.writeable = False  # one cached array for all callers
     return table
 
 

@@ -24,7 +24,7 @@ class Stage(IntEnum):
     READ = 0
     DECODE = 1
     AUGMENT = 2
-    NONE = -1
+    NONE = -1  # no index: a stopwatch adds up nothing for it
 
 
 class Stopwatch:
@@ -50,7 +50,7 @@ class Stopwatch:
         if self._stage != Stage.NONE:
             self._seconds[self._stage] += now - self._since
         self._stage, self._since = stage, now
-        self._shown[0] = stage
+        self._shown[0] = stage  # one aligned 8-byte store: the node reads it without a lock
 
     def spent(self, stage: Stage) -> float:
         """Return the seconds in a stage since the last stop, without the stage that is still running."""
@@ -89,11 +89,11 @@ def slice_sources(count: int, what: SliceId) -> npt.NDArray[np.int64]:
     numbers = slice_numbers(count, what)
     if not what.excluded:
         return numbers
-    excluded = np.array(what.excluded, np.int64)
+    excluded = np.array(what.excluded, np.int64)  # (k,), ascending
     bad = np.flatnonzero(np.isin(numbers, excluded))
     if not bad.size:
         return numbers
-    sources = numbers.copy()
+    sources = numbers.copy()  # `numbers` may be a read-only view of the epoch's table
     for i in bad.tolist():
         sources[i] = substitute(count, what.seed, what.epoch, what.start + i, excluded)
     return sources
@@ -131,6 +131,7 @@ def fill(
     records.ahead.ask(numbers)
     watch.enter(Stage.AUGMENT)
     read_s = watch.spent(Stage.READ)  # asking must not count as reading, or read-ahead would keep itself on
+    # The transaction must outlive the copy: values are views of LMDB's pages.
     with records.values() as values:
         if records.manifest.codec == "raw":  # no copy: the kernel crops straight from LMDB's pages into the slot
             watch.enter(Stage.READ)
@@ -172,7 +173,7 @@ def _fill_decoded(
         watch.enter(Stage.DECODE)
         values.unpack(number, found, value, windows[i])
         watch.enter(Stage.AUGMENT)
-        one = slice(i, i + 1)
+        one = slice(i, i + 1)  # arrays of length one, as views of the slice's arrays
         augment_records(
             out.images[one], [value.data], draws[one], out.labels[one], numbers[one], at, mean, record_side=side
         )
@@ -180,6 +181,7 @@ def _fill_decoded(
 
 def _windows(draws: npt.NDArray[np.void], side: int) -> list[Window]:
     """Return for each record the smallest window that contains all of its crops; draws are (n,) or (n, samples)."""
+    # atleast_2d() adds its axis in front, so transpose before and after: (n,) becomes (n, 1).
     tops, lefts = (np.atleast_2d(draws[axis].T).T.astype(np.int64) for axis in ("y", "x"))  # (n, samples)
     top, left = tops.min(axis=1), lefts.min(axis=1)
     height, width = tops.max(axis=1) - top + side, lefts.max(axis=1) - left + side
@@ -191,5 +193,5 @@ def empty_slice(layout: SampleLayout, count: int) -> Slice:
     return Slice(
         images=np.empty((count, *layout.view.shape), layout.dtype),
         labels=np.empty(count, np.int64),
-        draws=np.zeros((count, *layout.view.draws_shape), DRAWS),
+        draws=np.zeros((count, *layout.view.draws_shape), DRAWS),  # zeros: padding is part of the bytes, as in draw()
     )

@@ -38,7 +38,7 @@ from loader_service.data.records import Records
 from loader_service.types import VIEWS, Dtype, Installation, SampleLayout, Slice, SliceId, View
 
 SAMPLES: Final = 16
-_SEED, _EPOCH = 2012, 60
+_SEED, _EPOCH = 2012, 60  # any numbers, but every stored hash depends on them
 _DATASET_VIEWS = ("train", "center")
 
 SIDE_PX: Final = 40
@@ -79,7 +79,7 @@ def picture(number: int) -> Pixels:
     """Return a built-in image: (SIDE_PX, SIDE_PX, 3) uint8, smooth, without symmetry, from black to nearly white."""
     y, x, channel = np.ogrid[:SIDE_PX, :SIDE_PX, :3]
     wave = (9 * y + 5 * x + 110 * channel + 90 * number + x * y // 8) % 510
-    pixels: Pixels = np.minimum(wave, 510 - wave).astype(np.uint8)
+    pixels: Pixels = np.minimum(wave, 510 - wave).astype(np.uint8)  # a triangle wave, 0 .. 255
     return pixels
 
 
@@ -102,6 +102,7 @@ def installation() -> Installation:
     statistics = _statistics()
     # (2, side, side, 3): the mean image and its mirror image, as Records.mean_pair
     mean = np.ascontiguousarray(np.stack((statistics.mean_image, statistics.mean_image[:, ::-1])))
+    # The order of these loops is part of the hash.
     for codec in CODECS:
         values = _values(codec, statistics)
         for name in VIEWS:
@@ -155,7 +156,7 @@ def _values(codec: Codec, statistics: Statistics) -> list[memoryview]:
     values = []
     for number, jpeg in enumerate(jpegs()):
         value = raw_value(SIDE_PX)
-        HEADER.pack_into(value.data, 0, number, CODECS["raw"], 0)
+        HEADER.pack_into(value.data, 0, number, CODECS["raw"], 0)  # no checksum: augment_records does not read it
         into = value[HEADER.size :]
         if codec == "jpeg":
             decode(jpeg, CODECS[codec], into, side=SIDE_PX)

@@ -104,7 +104,7 @@ def add(pixels: npt.NDArray[np.uint8], total: npt.NDArray[np.uint16], products: 
     if chosen() == "numpy":
         if pixels.shape != total.shape:
             raise ValueError(f"pixels of {pixels.shape} cannot be added to a sum of {total.shape}")
-        np.add(total, pixels, out=total)
+        np.add(total, pixels, out=total)  # uint16 + uint8, without a temporary array
         flat = pixels.reshape(-1, 3).astype(np.float64)  # exact: sums stay below 2**53
         products += (flat.T @ flat).astype(np.int64)
     else:

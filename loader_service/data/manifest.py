@@ -20,7 +20,7 @@ FORMAT: Final = 1
 MAX_CLASSES: Final = 2**20
 """Bound on what a file may make this process allocate."""
 
-Floats = Annotated[tuple[float, ...], msgspec.Meta(max_length=9)]
+Floats = Annotated[tuple[float, ...], msgspec.Meta(max_length=9)]  # at most a 3 x 3 matrix
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def statistics(self) -> Statistics:
         """The statistics as arrays."""
         return Statistics(
-            mean_image=np.frombuffer(self.mean_image, "<f4").reshape(self.size, self.size, 3),
+            mean_image=np.frombuffer(self.mean_image, "<f4").reshape(self.size, self.size, 3),  # a read-only view
             channel_means=np.array(self.channel_means),
             covariance=np.array(self.covariance).reshape(3, 3),
             eigenvalues=np.array(self.eigenvalues),
@@ -113,11 +113,13 @@ def fingerprint(manifest: Manifest, headers_digest: bytes) -> str:
         manifest: the dataset's manifest; its own fingerprint and golden hash do not count.
         headers_digest: result of :func:`digest_headers`; a header has its payload's checksum, so this covers the pixels.
     """
+    # Not covered: codec_parameters, made_by and rejected, which describe the making, and class_counts, which follows
+    # from the labels in the headers.
     digest = xxhash.xxh3_128(b"loader-service dataset 1\n")  # versions the fingerprint itself
     digest.update(
         msgspec.msgpack.encode((manifest.format, manifest.count, manifest.size, manifest.codec, manifest.class_names))
     )
-    digest.update(manifest.mean_image)
+    digest.update(manifest.mean_image)  # its length follows from `size`, so the next part starts at a fixed place
     numbers = (manifest.channel_means, manifest.covariance, manifest.eigenvalues, manifest.eigenvectors)
     digest.update(msgspec.msgpack.encode(numbers))
     digest.update(headers_digest)

@@ -47,7 +47,7 @@ def records_at(
     if not 0 <= start <= start + n <= count:
         raise ValueError(f"positions {start} to {start + n} are not within an epoch of {count}")
     if count <= TABLE_MAX:
-        return _table(count, seed, epoch)[start : start + n]
+        return _table(count, seed, epoch)[start : start + n]  # a view of the cached table, read-only
     keys = raw_words(seed, epoch, STREAM_ORDER, 0, ROUNDS)  # (ROUNDS,) uint64, one round key each
     if (form or kernel.chosen()) != "numpy":
         assert kernel.compiled is not None
@@ -84,12 +84,12 @@ def substitute(count: int, seed: int, epoch: int, position: int, excluded: npt.N
         return int(good[0])
     # All sixteen are excluded, so probably most of the dataset is. Some record is not: see above.
     candidate = int(named[-1])
-    while candidate in excluded:
+    while candidate in excluded:  # linear, but `excluded` holds at most types.MAX_EXCLUDED records
         candidate = (candidate + 1) % count
     return candidate
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=8)  # at most 4 MiB per process
 def _table(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """Return an exact shuffle, (count,) int64: record numbers sorted by one random word each.
 
@@ -102,6 +102,7 @@ def _table(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 
 def _walk(values: _Words, count: int, keys: _Words) -> _Words:
     """Permute each value within [0, 2**bits) until it falls below count; fewer than two steps on average."""
+    # 2**bits is below 2 * count, so more than half of all values are inside.
     bits = (count - 1).bit_length()
     values = _permute(values, bits, keys)
     outside = np.flatnonzero(values >= count)
@@ -114,10 +115,12 @@ def _walk(values: _Words, count: int, keys: _Words) -> _Words:
 
 def _permute(values: _Words, bits: int, keys: _Words) -> _Words:
     """Apply one bijection of [0, 2**bits): each round mixes one half of the bits into the other, alternately."""
+    # np.uint64 throughout: NumPy 1 cannot shift a np.uint64 scalar by a Python integer.
     low_bits = np.uint64(bits - bits // 2)  # with an odd number of bits the low half has one more
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
     high_mask = (np.uint64(1) << np.uint64(bits // 2)) - np.uint64(1)
     low, high = values & low_mask, values >> low_bits
+    # XOR with a function of the unchanged half can be undone, so each round is a bijection of [0, 2**bits).
     for i, key in enumerate(keys):
         if i % 2 == 0:
             high = high ^ (_mix(low, key) & high_mask)
@@ -128,7 +131,7 @@ def _permute(values: _Words, bits: int, keys: _Words) -> _Words:
 
 def _mix(half: _Words, key: np.uint64) -> _Words:
     """Hash up to 32 bits to 32 bits with a key: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    z = half + key
+    z = half + key  # wraps modulo 2**64, as SplitMix64 does
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z >> np.uint64(32)
+    return z >> np.uint64(32)  # 32 bits suffice: counts are at most 2**48, so a half has at most 24

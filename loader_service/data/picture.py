@@ -117,7 +117,7 @@ def load_picture(
             raise
         except PIL.UnidentifiedImageError as error:
             raise PictureError(source, f"it is {_name_unknown(content)}") from error
-        except Image.DecompressionBombError as error:
+        except Image.DecompressionBombError as error:  # Pillow raises it above twice its warning limit
             raise PictureError(source, f"it has more than {MAX_PIXELS} pixels") from error
         except MemoryError as error:
             raise PictureError(source, "there is not enough memory to decode it") from error
@@ -134,14 +134,14 @@ def read_content(path: Path, source: str, offset: int = 0, size: int | None = No
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would wait for a writer
         with os.fdopen(descriptor, "rb", buffering=0) as file:
-            status = os.fstat(descriptor)
+            status = os.fstat(descriptor)  # of the open file: the name may mean another file by now
             if not stat.S_ISREG(status.st_mode):
                 raise PictureError(source, "it is not a regular file")
             wanted = status.st_size - offset if size is None else size
             if wanted > MAX_FILE_BYTES:
                 raise PictureError(source, f"it has {wanted} bytes, more than {MAX_FILE_BYTES}")
             file.seek(offset)
-            content = file.read(wanted)
+            content = file.read(wanted)  # one system call: Linux reads up to 2 GiB at once
     except OSError as error:
         raise PictureError(source, f"it cannot be read ({error.strerror})") from error
     if len(content) < wanted:
@@ -158,6 +158,7 @@ def _standardise(image: Image.Image, content: bytes | memoryview, side: int, sou
     drafted = image.draft(None, (side, side))
     size: tuple[float, float] = drafted[1][2:] if drafted else image.size
     plain = None
+    # Only without DCT scaling, which the kernel's decoder does not have.
     if drafted and size == (width, height) and _pillow_has_libjpeg_turbo():
         plain = _decode_middle(image, content, side)
     if plain is None:
@@ -167,10 +168,11 @@ def _standardise(image: Image.Image, content: bytes | memoryview, side: int, sou
     turn = _UPRIGHT.get(_orientation(image))  # after loading: Pillow then reports orientation 1 for a TIFF
     short = min(size)
     left, top = (size[0] - short) / 2, (size[1] - short) / 2
+    # The box may lie between pixels. It is cropped and resized in one step, without a copy.
     square = plain.resize((side, side), FILTER, box=(left, top, left + short, top + short))
     if turn is not None:
         square = square.transpose(turn)  # a centred square stays in place, so rotating the resized one is the same
-    return square if square.mode == "RGB" else square.convert("RGB")
+    return square if square.mode == "RGB" else square.convert("RGB")  # cheaper than before the resize
 
 
 @cache
@@ -185,6 +187,7 @@ def _decode_middle(image: Image.Image, content: bytes | memoryview, side: int) -
     Pixels that a resize of the centre square to ``side`` x ``side`` does not read are undefined.
     """
     width, height = image.size
+    # The decoder's planes have MAX_SIDE_PX columns and rows (_jpeg.c).
     if image.mode != "RGB" or image.format != "JPEG" or max(width, height) > MAX_SIDE_PX:
         return None
     short = min(width, height)
@@ -213,7 +216,7 @@ def _plain(image: Image.Image, source: str) -> Image.Image:
         return image
     if image.mode.startswith("I;16"):
         return _eight_bits(np.asarray(image).astype(np.uint32))
-    if image.mode == "I":
+    if image.mode == "I":  # 32-bit integers; a 16-bit PGM has this mode too
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise PictureError(source, "its grey values are 32-bit integers, which have no defined white")
@@ -228,7 +231,7 @@ def _plain(image: Image.Image, source: str) -> Image.Image:
 
 def _eight_bits(values: npt.NDArray[np.generic]) -> Image.Image:
     """Scale 16-bit grey values to 8 bits, 65535 to 255, rounded; return an "L" image."""
-    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))  # 24 bits at most
 
 
 def _name_unknown(content: bytes | memoryview) -> str:

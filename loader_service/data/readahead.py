@@ -38,8 +38,8 @@ _PAGE: Final = struct.Struct("<8x2xHHH")
 _NODE: Final = struct.Struct("<HHHH")
 _PLACE: Final = struct.Struct("<H")
 _NUMBER: Final = struct.Struct("<Q")
-_DATABASE: Final = struct.Struct("<IHHQQQQQ")
-_BRANCH, _LEAF, _BIG = 1, 2, 1
+_DATABASE: Final = struct.Struct("<IHHQQQQQ")  # md_pad, md_flags, md_depth, numbers of pages and entries, md_root
+_BRANCH, _LEAF, _BIG = 1, 2, 1  # P_BRANCH and P_LEAF of a page, F_BIGDATA of a node
 _DEEPEST: Final = 32  # LMDB's limit on the depth of a tree (CURSOR_STACK); it also ends a cycle in a damaged file
 
 
@@ -54,10 +54,10 @@ class ReadAhead:
 
     def __init__(self, path: Path, database: bytes, page_bytes: int) -> None:
         self.database = database
-        self._root = _DATABASE.unpack(database)[-1]
+        self._root = _DATABASE.unpack(database)[-1]  # stays valid: a finished environment never changes
         self._page_bytes = page_bytes
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.close = weakref.finalize(self, os.close, self._file)
+        self.close = weakref.finalize(self, os.close, self._file)  # on a call, or when this object is collected
         self._left = 1  # slices still to read ahead; the first one measures whether more are needed
 
     @property
@@ -89,14 +89,17 @@ class ReadAhead:
         at = self._root
         try:
             for _ in range(_DEEPEST):
+                # pread, not LMDB's map: a page that cannot be read is an OSError here, and a SIGBUS there.
                 page = os.pread(self._file, self._page_bytes, at * self._page_bytes)
                 flags, lower, _ = _PAGE.unpack_from(page)
+                # `lower` is where the node offsets end; each has two bytes.
                 low, high, node_flags, key_bytes, begin = self._node(page, (lower - _PAGE.size) // 2, key)
                 if flags & _BRANCH:
                     at = low | high << 16 | node_flags << 32  # 48 bits of the child's page number, in three fields
                     continue
                 if not flags & _LEAF or page[begin : begin + key_bytes] != key or not node_flags & _BIG:
                     return None  # no such record, or a small one: it lies in this leaf, which was just read
+                # A big value's pages have one page header, on the first of them.
                 (first,) = _NUMBER.unpack_from(page, begin + key_bytes)
                 return first * self._page_bytes, _PAGE.size + (low | high << 16)
         except (struct.error, OSError, IndexError):  # a damaged tree: LMDB reports it when it reads the record
@@ -114,7 +117,7 @@ class ReadAhead:
             middle = (low + high) // 2
             (start,) = _PLACE.unpack_from(page, _PAGE.size + 2 * middle)
             key_bytes = _NODE.unpack_from(page, start)[3]
-            begin = start + _NODE.size
+            begin = start + _NODE.size  # LMDB compares keys as bytes, as Python does below
             low, high = (middle, high) if page[begin : begin + key_bytes] <= key else (low, middle)
         (start,) = _PLACE.unpack_from(page, _PAGE.size + 2 * low)
         return *_NODE.unpack_from(page, start), start + _NODE.size

@@ -36,8 +36,8 @@ from loader_service.data.manifest import Manifest
 from loader_service.data.readahead import ReadAhead
 from loader_service.errors import DatasetInvalid, DatasetNotFound, DatasetUnfinished, RecordError
 
-KEY: Final = struct.Struct(">Q")
-DATABASES: Final = (b"records", b"sources", b"manifest")
+KEY: Final = struct.Struct(">Q")  # big-endian: LMDB compares keys as bytes, and so sorts them by number
+DATABASES: Final = (b"records", b"sources", b"manifest")  # callers unpack them in this order
 
 StoredRecord = tuple[int, int, int, memoryview]
 """A stored record: label, codec number, checksum, payload."""
@@ -118,7 +118,7 @@ class Records:
         """Return label and pixels of one record: int, and (side, side, 3) uint8 RGB, a copy."""
         with self.values() as values:
             label, codec, _, payload = values.read(number)
-            return label, values.decode(number, payload, codec).copy()
+            return label, values.decode(number, payload, codec).copy()  # views end with the transaction
 
     def check(self, number: int) -> None:
         """Check one record's checksum and label, and that it can be decoded.
@@ -150,7 +150,7 @@ class Records:
         """Iterate over the 16-byte headers of all records, in order; the fingerprint is made from them."""
         with self._env.begin(db=self._records, buffers=True) as txn, txn.cursor() as cursor:
             for _, value in cursor:
-                yield bytes(value[: HEADER.size])
+                yield bytes(value[: HEADER.size])  # a copy: the view ends with the transaction
 
 
 class Values:
@@ -193,7 +193,7 @@ class Values:
             RecordError: there is no such record, or it is too short for a header.
         """
         value = self._find(number)
-        if len(value) <= HEADER.size:
+        if len(value) <= HEADER.size:  # <=: no payload is empty
             raise RecordError(self._path, number, f"it has {len(value)} bytes, fewer than its header")
         label, codec, checksum = HEADER.unpack_from(value)
         return label, codec, checksum, value[HEADER.size :]
@@ -208,6 +208,7 @@ class Values:
     ) -> Pixels:
         """Decode a payload of any codec, as :func:`codecs.decode` does; RecordError names the record if that fails."""
         try:
+            # Without _centre the dataset has another codec: decode() then refuses the number.
             if codec == CODECS["centered"] and self._centre is not None:
                 return decode_centred(payload, self._centre, into)
             return decode(payload, codec, into, side=self._side, window=window)
@@ -231,6 +232,7 @@ class Values:
         label, codec, checksum, payload = found
         if codec != CODECS[self._codec]:
             raise self.foreign(number, codec, self._codec)
+        # The checksum is that of the stored payload. Nothing compares it here; `verify` does.
         HEADER.pack_into(into.data, 0, label, CODECS["raw"], checksum)
         self.decode(number, payload, codec, into[HEADER.size :], window)
 
@@ -271,7 +273,7 @@ def _open_databases(env: Any, path: Path) -> list[Any]:
 def _read_manifest(env: Any, database: Any, path: Path) -> Manifest:
     with env.begin(db=database) as txn:
         data = txn.get(b"manifest")
-    if data is None:
+    if data is None:  # the writer creates the database at its start, and this entry at its end
         raise DatasetUnfinished(path)
     try:
         manifest = msgspec.msgpack.decode(data, type=Manifest)

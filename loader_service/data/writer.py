@@ -45,6 +45,7 @@ _COMMIT_RECORDS: Final = 256
 PROGRESS: Final = b"progress"
 _IDENTITY: Final = re.compile(r"[0-9a-f]{16,64}")
 _STATE: Final = b"state"
+# Of each 16-byte header only the label, at offset 0.
 _HEADER_DTYPE: Final = np.dtype({"names": ["label"], "formats": ["<u4"], "itemsize": HEADER.size})
 
 
@@ -85,13 +86,14 @@ class Writer:
         self._parameters = DEFAULT_PARAMETERS[codec] | dict(codec_parameters or {})
         self._class_names = tuple(class_names)
         self._identity = identity
-        self._partial = partial_path(self.path, identity or secrets.token_hex(8))
+        self._partial = partial_path(self.path, identity or secrets.token_hex(8))  # random: never resumed
         self._committed_count = 0
         self._finished = False
 
     def _open(self) -> None:
         """Open the partial environment; replace it by an empty one if it is damaged."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Read the progress before the environment is opened for writing: LMDB allows one handle per process.
         done = _load_committed(self._partial, len(self._class_names)) if self._partial.exists() else None
         if done is None and self._partial.exists():
             shutil.rmtree(self._partial)
@@ -116,7 +118,7 @@ class Writer:
         try:
             self._open()
         except BaseException as error:  # signals too: __exit__ is not called if __enter__ fails
-            if not was_there:
+            if not was_there:  # else it may hold records that _open() has not counted yet
                 self._remove()
             if isinstance(error, lmdb.Error):
                 raise DatasetInvalid(self.path, f"LMDB cannot create it ({error})") from error
@@ -161,6 +163,7 @@ class Writer:
             # append: keys ascend, so LMDB fills each page instead of splitting it in half.
             self._txn.put(key, record, db=self._records, append=True)
             self._txn.put(key, source.encode("utf-8", "replace"), db=self._sources, append=True)
+        # The transaction may lack half of a record now. The caller must leave the block, which aborts it.
         except lmdb.Error as error:
             raise self._failed(f"cannot write record {self._count}", error) from error
         self._class_counts[label] += 1
@@ -169,6 +172,7 @@ class Writer:
         self._digest.update(stored_header)
         self._new_headers.append(stored_header)
         self.uncommitted_bytes += len(record)
+        # With an identity the caller commits, because each commit needs the caller's state for the same records.
         if self._identity is None and self._count % _COMMIT_RECORDS == 0:
             self.commit()
         return self._count - 1
@@ -193,7 +197,7 @@ class Writer:
         except lmdb.Error as error:
             raise self._failed(f"cannot commit record {self._count}", error) from error
         self.state = state
-        self._committed_count = self._count
+        self._committed_count = self._count  # only now: `kept` must not promise more than LMDB holds
         self._new_headers.clear()
         self._new_rejected.clear()
         self.uncommitted_bytes = 0
@@ -213,11 +217,11 @@ class Writer:
         Raises:
             DatasetInvalid: there are no records, the manifest would be inconsistent, or LMDB cannot write.
         """
-        self.commit(self.state)
+        self.commit(self.state)  # keeps the state, so that a later run can resume if finish() fails
         try:
             self._txn.abort()  # the empty transaction that commit() opened
             manifest = self._describe(statistics, made_by)
-            self._env.sync(True)
+            self._env.sync(True)  # commits without an identity have not synced
             self._env.close()  # LMDB allows one handle per process, and the golden samples need a reader
             with Records(self._partial, manifest=manifest) as records:
                 manifest = msgspec.structs.replace(manifest, golden=golden.of_dataset(records))
@@ -230,13 +234,13 @@ class Writer:
         except lmdb.Error as error:
             raise self._failed("cannot finish it", error) from error
         self._env.close()
-        self._finished = True
+        self._finished = True  # before _publish(): if it fails, __exit__ must not remove a complete environment
         _publish(self._partial, self.path)
         return manifest
 
     def _describe(self, statistics: Statistics, made_by: Mapping[str, str]) -> Manifest:
         def numbers(array: npt.NDArray[Any]) -> tuple[float, ...]:
-            return tuple(float(v) for v in array.ravel())
+            return tuple(float(v) for v in array.ravel())  # MessagePack stores 64-bit floats: nothing is rounded
 
         manifest = Manifest(
             format=FORMAT,
@@ -277,7 +281,7 @@ def adopt(path: Path, identity: str) -> Manifest | None:
     try:
         with Records(partial) as records:
             manifest = records.manifest
-    except DatasetError:
+    except DatasetError:  # not there, or unfinished: a Writer resumes it
         return None
     _publish(partial, path)
     return manifest
@@ -299,6 +303,7 @@ def _publish(partial: Path, path: Path) -> None:
     old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
     if path.exists():
         path.rename(old)
+    # A kill between the two renames leaves no environment at `path`; build._clear() then moves the old one back.
     partial.rename(path)
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
@@ -330,7 +335,7 @@ def _kept(partial: Path) -> int:
         with Records(partial) as records:  # complete, only not renamed yet
             return len(records)
     except DatasetError:
-        done = _load_committed(partial, MAX_CLASSES)
+        done = _load_committed(partial, MAX_CLASSES)  # the classes are not known here, only their bound
         return done.count if done else 0
 
 
@@ -365,6 +370,7 @@ class Committed:
         Raises:
             ValueError: its headers are damaged, or have labels beyond the classes.
         """
+        # frombuffer() raises ValueError if the length is no multiple of 16.
         labels = np.frombuffer(step.headers, _HEADER_DTYPE)["label"]  # (n,) uint32
         counts = np.bincount(labels, minlength=len(self.class_counts))
         if len(counts) > len(self.class_counts):
@@ -387,7 +393,7 @@ def _store_step(txn: Any, progress: Any, headers: bytes, rejected: Sequence[Reje
     """
     if headers or rejected:
         entries = txn.stat(progress)["entries"]
-        number = max(0, entries - 1)  # every entry but the state is a step
+        number = max(0, entries - 1)  # every entry but the state is a step; the first commit finds no state, hence max
         txn.put(KEY.pack(number), msgspec.msgpack.encode(Step(headers, list(rejected))), db=progress)
     txn.put(_STATE, state, db=progress)
 
@@ -410,14 +416,16 @@ def _load_committed(path: Path, classes: int) -> Committed | None:
         records, sources, progress = (env.open_db(name, create=False) for name in (b"records", b"sources", PROGRESS))
         done = Committed(classes)
         with env.begin() as txn:
+            # In the order of the keys: steps by number, then b"state", because a step's key starts with a zero byte.
             for key, value in txn.cursor(progress):
                 if key == _STATE:
                     done.state = bytes(value)
                 else:
                     done.add(msgspec.msgpack.decode(value, type=Step))
+            # One transaction writes all three, so unequal counts mean damage.
             whole = txn.stat(records)["entries"] == txn.stat(sources)["entries"] == done.count
     except (lmdb.Error, msgspec.MsgspecError, ValueError):
         return None
     finally:
         env.close()
-    return done if whole and done.count else None
+    return done if whole and done.count else None  # without records there is nothing to resume

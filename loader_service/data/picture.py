@@ -187,7 +187,7 @@ def _decode_middle(image: Image.Image, content: bytes | memoryview, side: int) -
     Pixels that a resize of the centre square to ``side`` x ``side`` does not read are undefined.
     """
     width, height = image.size
-    # The decoder's planes have MAX_SIDE_PX columns and rows (_jpeg.c).
+    # The decoder's planes fit MAX_SIDE_PX rows and columns (_jpeg.c).
     if image.mode != "RGB" or image.format != "JPEG" or max(width, height) > MAX_SIDE_PX:
         return None
     short = min(width, height)

@@ -73,15 +73,17 @@ def write_records(records: Records, out: Path, form: ExportFormat) -> None:
     storing = (
         folder(out) if form is ExportFormat.FOLDER else shards(out, {name: label for label, name in enumerate(names)})
     )
+    # One read transaction for all: the environment never changes, so it holds back no pages from a writer.
     with storing as put, Progress("export", len(records), "records") as progress, records.values() as values:
         for number in range(len(records)):
             label, codec, _, payload = values.read(number)
-            if label >= len(names):
+            if label >= len(names):  # the payload's checksum does not cover the label
                 raise RecordError(records.path, number, f"its label {label} is beyond the last class")
             if codec == CODECS["jpeg"]:
                 put(number, names[label], "jpg", bytes(payload))
             else:
                 png = BytesIO()
+                # Level 1, the fastest: a PNG is lossless at every level.
                 Image.fromarray(values.decode(number, payload, codec)).save(png, "PNG", compress_level=1)
                 put(number, names[label], "png", png.getvalue())
             progress.advance()
@@ -94,6 +96,7 @@ def folder_names(class_names: tuple[str, ...]) -> list[str]:
     keep their order, so that preprocessing the export gives the same labels.
     """
     names = [re.sub(r"[/\\\0]", "_", name)[:200].strip() or "_" for name in class_names]
+    # Preprocessing skips hidden folders.
     names = [f"_{name}" if name.startswith(".") else name for name in names]
     if len(set(names)) < len(names):  # replacing made two names equal: put the label first
         names = [f"{label:06d}_{name}" for label, name in enumerate(names)]
@@ -124,6 +127,7 @@ def shards(out: Path, labels: dict[str, int]) -> Iterator[Put]:
                 shard.close()
             shard = tarfile.open(out / f"{number // SHARD_RECORDS:06d}.tar", "w")  # noqa: SIM115  # closed below
         assert shard is not None, "numbers begin at 0"
+        # In WebDataset the files of a sample share their name up to the first dot.
         for ending, data in ((suffix, content), ("cls", b"%d" % labels[name])):
             member = tarfile.TarInfo(f"{number:08d}.{ending}")
             member.size = len(data)

@@ -82,7 +82,7 @@ def summarise(path: Path) -> DatasetSummary:
         class_counts=dict(zip(manifest.class_names, manifest.class_counts, strict=True)),
         rejected=dict(Counter(bad.reason for bad in manifest.rejected).most_common()),
         channel_means=manifest.channel_means,
-        deviations=tuple((np.sqrt(statistics.eigenvalues) * 255).tolist()),
+        deviations=tuple((np.sqrt(statistics.eigenvalues) * 255).tolist()),  # variances of values in 0..1
         direction=tuple(statistics.eigenvectors[:, 0].tolist()),
         made_by=manifest.made_by,
     )
@@ -106,7 +106,7 @@ def describe(summary: DatasetSummary) -> list[str]:
 
 def histogram(counts: dict[str, int]) -> list[str]:
     """Return one line with a bar per class, smallest class first; of many classes only the smallest and the largest."""
-    order = sorted(counts, key=lambda name: (counts[name], name))
+    order = sorted(counts, key=lambda name: (counts[name], name))  # by name too, so equal counts have one order
     if len(order) > SHOWN_CLASSES:
         half = SHOWN_CLASSES // 2
         order = [*order[:half], "", *order[-half:]]

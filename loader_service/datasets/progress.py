@@ -29,7 +29,7 @@ class Progress:
 
     def __init__(self, what: str, total: int, unit: str, *, done: int = 0, bad: int = 0) -> None:
         self._what, self._total, self._unit = what, total, unit
-        self._done, self._bad, self._done_before = done, bad, done
+        self._done, self._bad, self._done_before = done, bad, done  # the rate is that of this run alone
         self._started_s = self._shown_s = time.monotonic()
         self._bar: Bar | None = None
 
@@ -42,7 +42,7 @@ class Progress:
                 TextColumn("{task.fields[rate]}"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
-                transient=True,
+                transient=True,  # __exit__ prints a line in its place
             )
             self._bar.start()
             self._task = self._bar.add_task("", total=self._total, completed=self._done, rate="")
@@ -66,11 +66,12 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(text, markup=False, highlight=False)  # file names may contain [brackets]
         else:
             click.echo(text, err=True)
 
     def _rate(self) -> str:
+        # A first call may come at once: no division by zero.
         per_s = (self._done - self._done_before) / max(time.monotonic() - self._started_s, 1e-3)
         return f"{per_s:,.0f} {self._unit}/s{f', {self._bad:,} bad' if self._bad else ''}"
 

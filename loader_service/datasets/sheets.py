@@ -32,7 +32,7 @@ def sheet(tiles: Sequence[npt.NDArray[np.uint8]], captions: Sequence[str], colum
         captions: one caption per tile.
         columns: number of tiles in a row.
     """
-    rows = -(-len(tiles) // columns)
+    rows = -(-len(tiles) // columns)  # rounded up
     out = Image.new("RGB", (columns * (TILE_PX + 2), rows * (TILE_PX + CAPTION_PX)), "white")
     draw = ImageDraw.Draw(out)
     for i, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
@@ -53,8 +53,8 @@ def record_sheet(records: Records) -> Image.Image:
 def sample_sheet(records: Records) -> Image.Image:
     """Return a sheet of training samples: each row has a record, then samples of it from several epochs."""
     # Sequential order: a position then has the same record in every epoch.
-    view = complete_view(View(crop=0, order="sequential"), records.statistics)
-    count = min(TILES // COLUMNS, len(records))
+    view = complete_view(View(crop=0, order="sequential"), records.statistics)  # crop 0: 7/8 of the records' side
+    count = min(TILES // COLUMNS, len(records))  # rows of the sheet
     epochs = []
     for epoch in range(SAMPLE_EPOCHS):
         out = empty_slice(SampleLayout(view, "uint8"), count)
@@ -85,9 +85,9 @@ def colour_sheet(records: Records) -> Image.Image:
     statistics = records.statistics
     tiles, captions = [], []
     for k in range(3):
-        deviation = float(np.sqrt(statistics.eigenvalues[k])) * 255
+        deviation = float(np.sqrt(statistics.eigenvalues[k])) * 255  # grey levels
         for steps in DEVIATIONS:
-            shift = steps * deviation * statistics.eigenvectors[:, k]
+            shift = steps * deviation * statistics.eigenvectors[:, k]  # (3,), broadcast over all pixels
             tiles.append(np.clip(np.rint(pixels + shift), 0, 255).astype(np.uint8))
             captions.append(f"{k + 1}: {steps:+g} x {deviation:.1f}")
     return sheet(tiles, captions, len(DEVIATIONS))

@@ -40,7 +40,7 @@ class Sums:
 
     def __init__(self, side: int = RECORD_SIDE_PX) -> None:
         self.count = 0
-        self.image = np.zeros((side, side, 3), np.uint64)
+        self.image = np.zeros((side, side, 3), np.uint64)  # enough for 2**56 images
         self.products = np.zeros((3, 3), np.int64)  # enough for 2**31 images of 256 x 256 pixels
 
     def add(self, count: int, image: npt.NDArray[np.unsignedinteger], products: npt.NDArray[np.int64]) -> None:
@@ -57,7 +57,7 @@ class Sums:
 
     def add_picture(self, pixels: npt.NDArray[np.uint8]) -> None:
         """Add one image, (side, side, 3) uint8."""
-        image, products = np.zeros(pixels.shape, np.uint16), np.zeros((3, 3), np.int64)
+        image, products = np.zeros(pixels.shape, np.uint16), np.zeros((3, 3), np.int64)  # the kernel's dtypes
         kernel.add(pixels, image, products)
         self.add(1, image, products)
 
@@ -84,7 +84,7 @@ class Sums:
     def statistics(self) -> Statistics:
         """Return the statistics of all images added so far; there must be at least one."""
         n = self.count * self.image.shape[0] * self.image.shape[1]  # pixels per channel
-        sums = [int(s) for s in self.image.sum(axis=(0, 1))]  # (3,)
+        sums = [int(s) for s in self.image.sum(axis=(0, 1))]  # (3,), Python integers: the products below exceed 64 bits
         # Exact fractions, rounded once at the end: every machine gets the same float.
         covariance = [
             [
@@ -95,6 +95,7 @@ class Sums:
         ]
         values, vectors = eigen(covariance)
         return Statistics(
+            # Sums below 2**53 are exact in float64, so a correctly rounded quotient is the same everywhere.
             mean_image=(self.image / self.count).astype(np.float32),
             channel_means=np.array([s / n for s in sums]),
             covariance=np.array(covariance),
@@ -118,6 +119,7 @@ def eigen(matrix: Matrix) -> tuple[list[float], Matrix]:
             _rotate(a, v, p, q)
     order = sorted(range(3), key=lambda k: -a[k][k])
     columns = [_signed([v[i][k] for i in range(3)]) for k in order]
+    # Rounding may leave a zero eigenvalue slightly negative.
     return [max(0.0, a[k][k]) for k in order], [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -128,6 +130,7 @@ def _rotate(a: Matrix, v: Matrix, p: int, q: int) -> None:
     if abs(a[p][q]) < 1e-20 * math.sqrt(abs(a[p][p] * a[q][q])):
         a[p][q] = a[q][p] = 0.0  # far below rounding
         return
+    # t is the smaller root of t**2 + 2 theta t - 1 = 0: a rotation of at most 45 degrees, without cancellation.
     theta = (a[q][q] - a[p][p]) / (2 * a[p][q])
     t = (1.0 if theta >= 0 else -1.0) / (abs(theta) + math.sqrt(theta * theta + 1))
     c = 1 / math.sqrt(t * t + 1)
@@ -138,11 +141,11 @@ def _rotate(a: Matrix, v: Matrix, p: int, q: int) -> None:
         [c * x - s * y for x, y in zip(a[p], a[q], strict=True)],
         [s * x + c * y for x, y in zip(a[p], a[q], strict=True)],
     )
-    a[p][q] = a[q][p] = 0.0
+    a[p][q] = a[q][p] = 0.0  # rounding leaves a rest; eigen() stops only at exact zeros
     for row in v:
         row[p], row[q] = c * row[p] - s * row[q], s * row[p] + c * row[q]
 
 
 def _signed(vector: list[float]) -> list[float]:
     """Return the vector or its negative, so that the component of largest magnitude is positive."""
-    return vector if max(vector, key=abs) > 0 else [-x for x in vector]
+    return vector if max(vector, key=abs) > 0 else [-x for x in vector]  # both are eigenvectors; this one is unique

@@ -34,6 +34,7 @@ def verify(path: Path) -> str:
         DatasetInvalid: something does not match; the error says what.
     """
     with Records(path) as records:
+        # Records first: they are bad by number, and the later checks would only say that something differs.
         sums, counts = check_records(records)
         manifest = records.manifest
         if counts != list(manifest.class_counts):
@@ -61,7 +62,7 @@ def check_records(records: Records) -> tuple[Sums, list[int]]:
         for number in range(len(records)):
             try:
                 records.check(number)
-                records.source(number)
+                records.source(number)  # raises if there is none
                 label, pixels = records.pixels(number)
             except RecordError as error:
                 bad += 1
@@ -87,6 +88,7 @@ def check_statistics(path: Path, manifest: Manifest, own: Statistics) -> None:
     differing = [part for part in PARTS if not np.array_equal(getattr(stored, part), getattr(own, part))]
     if not differing:
         return
+    # A validation split has the statistics of the training split, whose pixels are not here.
     if manifest.made_by.get("statistics", "own") == "own":
         raise DatasetInvalid(path, f"its manifest's {', '.join(differing)} are not those of its records")
     check_form(path, stored)
@@ -102,7 +104,8 @@ def check_form(path: Path, statistics: Statistics) -> None:
     mean = statistics.mean_image
     if not (np.isfinite(mean).all() and mean.min() >= 0 and mean.max() <= 255):
         raise DatasetInvalid(path, "its mean image has values outside of 0..255")
+    # float32 rounds a grey level by at most 8e-6.
     if not np.allclose(mean.mean(axis=(0, 1), dtype=np.float64), statistics.channel_means, atol=1e-3):
         raise DatasetInvalid(path, "its channel means are not those of its mean image")
-    if not np.allclose(vectors * values @ vectors.T, statistics.covariance, atol=1e-9):
+    if not np.allclose(vectors * values @ vectors.T, statistics.covariance, atol=1e-9):  # V diag(values) V^T
         raise DatasetInvalid(path, "its eigenvectors and eigenvalues are not those of its covariance")

@@ -104,6 +104,7 @@ def build(task: SplitTask, writer: Writer, pool: Pool) -> Manifest:
                     f"{len(writer.rejected)} files are bad, the last one {last.source} ({last.reason}): "
                     "is this the right folder? --max-bad sets the fraction of bad files that is accepted."
                 )
+            # Only here, between chunks: a commit's sums are those of exactly its records.
             if writer.uncommitted_bytes >= COMMIT_BYTES or time.monotonic() - committed_s >= COMMIT_S:
                 writer.commit(sums.to_bytes())
                 committed_s = time.monotonic()
@@ -113,6 +114,7 @@ def build(task: SplitTask, writer: Writer, pool: Pool) -> Manifest:
                 task.path,
                 f"none of {len(task.items)} files became a record; the first is {first.source}: {first.reason}",
             )
+        # finish() stores the state of the last commit again, so the final sums go in first.
         writer.commit(sums.to_bytes())
         return writer.finish(task.statistics or sums.statistics(), made_by=task.made_by)
 
@@ -122,7 +124,7 @@ def _take(writer: Writer, result: Result, progress: Progress) -> None:
     bad = 0
     for item, record in zip(result.items, result.records, strict=True):
         if not isinstance(record, str):
-            writer.put_record(record, item.source)
+            writer.put_record(record, item.source)  # LMDB copies it into a page
             continue
         bad += 1
         writer.reject(item.source, record)
@@ -191,6 +193,7 @@ def locked(out: Path) -> Iterator[None]:
         PreprocessingFailed: another run holds the lock.
     """
     out.mkdir(parents=True, exist_ok=True)
+    # The lock is on the folder itself, so no lock file stays behind. O_CLOEXEC: a worker must not keep it locked.
     descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
@@ -199,10 +202,10 @@ def locked(out: Path) -> Iterator[None]:
             raise PreprocessingFailed(
                 f"another run is writing to {out}: wait for it, or name another folder."
             ) from None
-        _clear(out)
+        _clear(out)  # under the lock: no other run owns these files
         yield
     finally:
-        os.close(descriptor)
+        os.close(descriptor)  # also unlocks
 
 
 def _clear(out: Path) -> None:
@@ -211,11 +214,11 @@ def _clear(out: Path) -> None:
         for partial, count in partials(out / f"{split}.lmdb").items():
             if not count:  # nothing was committed, so nothing can be resumed
                 shutil.rmtree(partial)
-    for path in list(out.iterdir()):
+    for path in list(out.iterdir()):  # a list, because the loop renames and removes entries
         if moved := re.fullmatch(r"\.((train|val)\.lmdb)\.[0-9a-f]{8}\.old", path.name):
-            if (final := out / moved[1]).exists():
+            if (final := out / moved[1]).exists():  # killed after both renames of _publish()
                 shutil.rmtree(path)
             else:
-                path.rename(final)
-        elif re.fullmatch(r"\..+\.[0-9a-f]{8}\.(unpacked|jsonl)", path.name):
+                path.rename(final)  # killed between them
+        elif re.fullmatch(r"\..+\.[0-9a-f]{8}\.(unpacked|jsonl)", path.name):  # inputs._unpacked(), report_rejected()
             path.unlink()

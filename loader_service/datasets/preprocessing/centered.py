@@ -36,12 +36,13 @@ def centre_records(task: SplitTask, writer: Writer, raw: Records) -> Manifest:
     centre = centre_of(raw.statistics.mean_image)
     committed_s = time.monotonic()
     with Progress(f"{task.path.stem}, centred", len(raw), "records", done=len(writer)) as progress:
+        # Records have the same numbers in both environments, so the count written is where to resume.
         for number in range(len(writer), len(raw)):
             label, pixels = raw.pixels(number)
             writer.put(label, encode_centred(pixels, centre), raw.source(number))
             progress.advance()
             if writer.uncommitted_bytes >= COMMIT_BYTES or time.monotonic() - committed_s >= COMMIT_S:
-                writer.commit()
+                writer.commit()  # no state: the statistics are those of the raw records
                 committed_s = time.monotonic()
         # The raw run's rejections come last, in one step with the manifest; after an interruption, only the rest of them.
         for bad in raw.manifest.rejected[len(writer.rejected) :]:

@@ -42,7 +42,7 @@ def find_devkit(source: str, files: Sequence[File]) -> Devkit | None:
     Raises:
         DatasetInvalid: the kit cannot be read, or lacks a file.
     """
-    by_name = {PurePosixPath(file.name).name: file for file in files}
+    by_name = {PurePosixPath(file.name).name: file for file in files}  # the kit may lie in any folder
     if GROUND_TRUTH in by_name:
         if META not in by_name:
             raise DatasetInvalid(source, f"its {GROUND_TRUTH} has class numbers only: put the kit's {META} next to it")
@@ -63,7 +63,7 @@ def label_by_devkit(source: str, kit: Devkit, pictures: Sequence[File]) -> list[
     pairs = []
     for picture in pictures:
         named = _PICTURE.fullmatch(PurePosixPath(picture.name).stem)
-        number = int(named[1]) if named else 0
+        number = int(named[1]) if named else 0  # 0 is no image: they count from 1
         if not 1 <= number <= len(lines):
             raise DatasetInvalid(source, f"{kit.name} has {len(lines):,} lines, and none of them is for {picture.name}")
         line = lines[number - 1]
@@ -82,6 +82,7 @@ def _wordnet_ids(source: str, meta: bytes) -> Mapping[int, str]:
         need = "SciPy to read the kit's meta.mat: `pip install 'loader-service[devkit]'`"
         raise OptionError("SRC", source, f"a table of validation labels, or {need}") from error
     try:
+        # squeeze_me drops axes of length 1; reshape() brings one back for a struct array of one.
         synsets = loadmat(BytesIO(meta), squeeze_me=True, variable_names=["synsets"])["synsets"].reshape(-1)
         numbers = [int(number) for number in synsets["ILSVRC2012_ID"]]
         names = [str(name) for name in synsets["WNID"]]
@@ -101,6 +102,7 @@ def _unpack(source: str, name: str, content: bytes) -> Devkit:
         with tarfile.open(fileobj=BytesIO(content)) as archive:
             for member in archive:
                 base = PurePosixPath(member.name).name
+                # tarfile reads no more of a member than its header says, so this bounds the memory.
                 if base in (GROUND_TRUTH, META) and member.isfile() and member.size <= MAX_BYTES:
                     file = archive.extractfile(member)
                     assert file is not None, "it is a file"

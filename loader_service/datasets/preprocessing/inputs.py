@@ -27,7 +27,7 @@ VALIDATION_SHARE: Final = 0.1
 Packed = gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile
 Opener = Callable[[IO[bytes]], Packed]
 COMPRESSIONS: Final[dict[bytes, Opener]] = {
-    b"\x1f\x8b": lambda packed: gzip.GzipFile(fileobj=packed),
+    b"\x1f\x8b": lambda packed: gzip.GzipFile(fileobj=packed),  # its first argument is a file name
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\x00": lzma.LZMAFile,
 }
@@ -82,6 +82,7 @@ def list_splits(inputs: Inputs, scratch: Path, seed: int) -> tuple[Listing, List
     train = label_pairs(inputs.source, _chosen(found.train, inputs.classes), None, found.form)
     if inputs.val is not None:
         other = find(plain(inputs.val, scratch), inputs.layout)
+        # --val may hold both splits itself: use its validation split, else all of it.
         return train, _validation(inputs.val, other._replace(val=other.val or other.train), train, inputs.classes)
     if inputs.val_list is not None:
         return _split_by_list(train, inputs.val_list)
@@ -100,6 +101,7 @@ def _split_by_list(listing: Listing, path: Path) -> tuple[Listing, Listing]:
     """Split a listing by a file that lists the sources of validation, one per line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
+        # `find` prints names like ./CLASS/name.jpg.
         train, val = split_listed(listing, [line.strip().removeprefix("./") for line in lines if line.strip()])
     except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise DatasetInvalid(
@@ -148,7 +150,7 @@ def plain(source: Path | Url, scratch: Path) -> Path | Url:
             return source
         with source.open("rb") as file:
             return _unpacked(file, opener, scratch / f".{source.name}", source.stat().st_mtime_ns)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError) as error:  # EOFError: the archive is cut off
         raise DatasetInvalid(source, f"it cannot be read or decompressed ({error})") from error
 
 
@@ -169,7 +171,7 @@ def _fetched(source: Url, scratch: Path) -> Path:
         with open_remote(source.text) as file:  # open again: a server's answer may not be seekable
             name = PurePosixPath(source.text).name
             return _unpacked(file, opener, scratch / f".{name}", listed.stamp % MAX_STAMP_NS)
-    except (DatasetInvalid, OptionError):
+    except (DatasetInvalid, OptionError):  # raised above, and complete
         raise
     except Exception as error:  # every fsspec file system raises errors of its own
         raise DatasetInvalid(str(source), f"it cannot be read or decompressed ({error})") from error
@@ -181,10 +183,10 @@ def _opener(head: bytes) -> Opener | None:
 
 def _unpacked(file: IO[bytes], opener: Opener, stem: Path, stamp_ns: int) -> Path:
     """Decompress into a new file with the archive's modification time, so that a second run has the same input identity."""
-    path = stem.with_name(f"{stem.name}.{secrets.token_hex(4)}.unpacked")
+    path = stem.with_name(f"{stem.name}.{secrets.token_hex(4)}.unpacked")  # build._clear() knows this form
     with opener(file) as packed, path.open("wb") as unpacked:
         shutil.copyfileobj(packed, unpacked, 2**20)
-    os.utime(path, ns=(stamp_ns, stamp_ns))
+    os.utime(path, ns=(stamp_ns, stamp_ns))  # plan.identity() covers modification times
     return path
 
 

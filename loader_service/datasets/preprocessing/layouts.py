@@ -70,7 +70,7 @@ def find(source: Path | Url, layout: str = "auto") -> FoundSplits:
     if layout == "table" or (layout == "auto" and source.suffix in TABLE_SUFFIXES):
         if isinstance(source, Url):
             raise DatasetInvalid(str(source), "a table must be on this machine, as must the files that it names")
-        if source.is_file():
+        if source.is_file():  # a folder may have such a name too, and any layout
             return FoundSplits(read_table(source), None)
     files = list_files(source)
     for name, look in LAYOUTS.items():
@@ -87,7 +87,7 @@ def find_tree(_source: Path | Url, files: Sequence[File]) -> FoundSplits:
 
 def find_imagenet(source: Path | Url, files: Sequence[File]) -> FoundSplits | None:
     """Find the splits of the layout ``imagenet``: ImageNet's own archives."""
-    train = subtree(files, "ILSVRC2012_img_train")
+    train = subtree(files, "ILSVRC2012_img_train")  # an archive counts as a folder with its name
     if not train:
         return None
     val = subtree(files, "ILSVRC2012_img_val")
@@ -96,7 +96,7 @@ def find_imagenet(source: Path | Url, files: Sequence[File]) -> FoundSplits | No
 
 def find_kaggle(source: Path | Url, files: Sequence[File]) -> FoundSplits | None:
     """Find the splits of the layout ``kaggle``: Kaggle's download of ImageNet."""
-    for prefix in ("", "ILSVRC/"):
+    for prefix in ("", "ILSVRC/"):  # the source is the folder ILSVRC, or the folder that holds it
         train = subtree(files, f"{prefix}Data/CLS-LOC/train")
         if train:
             val = subtree(files, f"{prefix}Data/CLS-LOC/val")
@@ -109,11 +109,13 @@ def find_webdataset(source: Path | Url, files: Sequence[File]) -> FoundSplits | 
     classes = {_key(file): file for file in files if file.name.endswith(".cls")}
     if not classes:
         return None
+    # All other files of a sample count as images; a worker rejects those that are none.
     pairs = [
         (file, _class_number(source, classes[key]))
         for file in files
         if (key := _key(file)) in classes and not file.name.endswith((".cls", ".json", ".txt"))
     ]
+    # The name of a file starts with that of its shard, which list_files() turned into a folder.
     val = [pair for pair in pairs if pair[0].name.startswith(VALIDATION_FOLDERS)]
     train = [pair for pair in pairs if not pair[0].name.startswith(VALIDATION_FOLDERS)]
     return FoundSplits(train, val) if train and val else FoundSplits(pairs, None)
@@ -121,7 +123,7 @@ def find_webdataset(source: Path | Url, files: Sequence[File]) -> FoundSplits | 
 
 def find_cifar(source: Path | Url, files: Sequence[File]) -> FoundSplits | None:
     """Find the splits of the layout ``cifar``: each record is one byte of label and 3,072 planar bytes of pixels."""
-    by_name = {PurePosixPath(file.name).name: file for file in files}
+    by_name = {PurePosixPath(file.name).name: file for file in files}  # the distributed archive has a folder above
     if "data_batch_1.bin" not in by_name or "batches.meta.txt" not in by_name:
         return None
     names = _text(source, by_name["batches.meta.txt"]).split()
@@ -164,7 +166,7 @@ def read_table(source: Path) -> Pairs:
         except OSError:  # the worker rejects it, with its name and the reason
             stamp_ns, size = 0, 0
         pairs.append((File(path, os.fsencode(on_disk), stamp_ns, 0, size), label))
-    if len({file.name for file, _ in pairs}) < len(pairs):
+    if len({file.name for file, _ in pairs}) < len(pairs):  # a source must be unique within its split
         raise DatasetInvalid(str(source), "it names the same path twice")
     return pairs
 
@@ -228,6 +230,7 @@ def _by_table(source: Path | Url, pictures: Sequence[File], files: Sequence[File
 
 def _validation_classes(text: str) -> Mapping[str, str]:
     """Return classes by file name without suffix, from lines like ``ILSVRC2012_val_00000001[.JPEG][, ]n01751748 ...``."""
+    # A header row gives one entry more, which no image looks up. Kaggle's rows go on with boxes, which are ignored.
     rows = (line.replace(",", " ").split() for line in text.splitlines())
     return {PurePosixPath(row[0]).stem: row[1] for row in rows if len(row) > 1}
 
@@ -249,7 +252,7 @@ def _cifar(source: Path | Url, file: File, names: Sequence[str]) -> Pairs:
     content = _read(source, file)
     if not content or len(content) % CIFAR_RECORD_BYTES:
         raise DatasetInvalid(str(source), f"{file.name} does not consist of records of {CIFAR_RECORD_BYTES} bytes")
-    labels = content[::CIFAR_RECORD_BYTES]
+    labels = content[::CIFAR_RECORD_BYTES]  # the first byte of each record
     if max(labels) >= len(names):
         raise DatasetInvalid(
             str(source), f"{file.name} has label {max(labels)}, but only {len(names)} classes have names"
@@ -259,7 +262,7 @@ def _cifar(source: Path | Url, file: File, names: Sequence[str]) -> Pairs:
             msgspec.structs.replace(
                 file,
                 name=f"{file.name}/{number:05d}",
-                offset=file.offset + number * CIFAR_RECORD_BYTES + 1,
+                offset=file.offset + number * CIFAR_RECORD_BYTES + 1,  # after the label
                 size=CIFAR_PICTURE_BYTES,
             ),
             names[label],

@@ -46,12 +46,13 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
 
         A JPEG at 4:4:4 has at most 6 bytes for each pixel of its whole blocks, plus 2,048 (libjpeg-turbo's tjBufSize).
         """
-        whole = -(-self.side // 8) * 8
-        return CHUNK_ITEMS * (2 * raw_bytes(whole) + 4096)
+        whole = -(-self.side // 8) * 8  # a JPEG has whole blocks of 8 x 8 pixels
+        return CHUNK_ITEMS * (2 * raw_bytes(whole) + 4096)  # 4,096: the 2,048 and the record's header, with a margin
 
     @property
     def area_bytes(self) -> int:
         """Bytes of an area, rounded up to whole pages."""
+        # The sum is uint16: 2 bytes for each byte of a raw payload.
         return -(-(self.sum_offset + 2 * raw_bytes(self.side)) // mmap.PAGESIZE) * mmap.PAGESIZE
 
     @property

@@ -32,6 +32,7 @@ RAW_MEMORY_SHARE: Final = 0.5
 MEMORY_LIMITS: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Files with a container's memory limit: cgroup version 2, and version 1."""
 
+# Prefixes of the hashed names: with one seed, the split and the order must not depend on each other.
 _ORDER: Final = b"order\0"
 _SPLIT: Final = b"split\0"
 
@@ -112,7 +113,7 @@ def memory_bytes() -> int:
     fields = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     machine = [int(field[1]) * 1024 for field in fields if field[0] == "MemTotal:"]
     limits = [path.read_text(encoding="ascii").strip() for path in MEMORY_LIMITS if path.is_file()]
-    return min(machine + [int(limit) for limit in limits if limit.isdigit()])
+    return min(machine + [int(limit) for limit in limits if limit.isdigit()])  # cgroup version 2 writes "max" for none
 
 
 def disk_bytes(count: int, codec: Codec, size: int) -> int:

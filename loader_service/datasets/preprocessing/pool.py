@@ -39,6 +39,7 @@ from loader_service.types import RECORD_SIDE_PX
 DEATHS: Final = 2
 """Number of workers that must die at an item before it is refused."""
 
+# A packet of SOCK_SEQPACKET is sent whole or not at all.
 SEND_BUFFER_BYTES: Final = 2**20
 """Socket send buffer: a job with 32 long paths must fit into one packet."""
 
@@ -69,18 +70,19 @@ class _Worker:
         self._setup = setup
         self._file = os.memfd_create("chunks")  # no name in /dev/shm that a crash could leave behind
         os.ftruncate(self._file, setup.memory_bytes)
-        self.memory = mmap.mmap(self._file, setup.memory_bytes)
+        self.memory = mmap.mmap(self._file, setup.memory_bytes)  # shared: a worker maps the same pages
         self.free = list(range(messages.AREAS))
         self.jobs: dict[int, messages.Job] = {}
         self.connection: socket.socket
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None  # end() must also work if start() fails
 
     def start(self) -> None:
         """Start the process, or its replacement."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # answers are short
         self._at()[0] = 0  # a dead predecessor left its item's number here
         self.connection = ours
+        # Close the worker's end here: the pool sees an end of file only if no process holds that end.
         with theirs:
             self.process = subprocess.Popen(
                 [
@@ -91,7 +93,7 @@ class _Worker:
                     str(self._file),
                 ],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), self._file),
+                pass_fds=(theirs.fileno(), self._file),  # the child keeps the numbers, which are its arguments
                 # One process per CPU: threads of NumPy's libraries would only compete with the other workers.
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 process_group=0,  # Ctrl-C then reaches the pool only, which stops the workers in order
@@ -118,9 +120,9 @@ class _Worker:
         """Kill the process, wait for it, and return its exit code."""
         if self.process is None:
             return 0
-        self.connection.close()
+        self.connection.close()  # idempotent, as is the rest: the process may be dead already
         self.process.kill()
-        return self.process.wait()
+        return self.process.wait()  # and reap it
 
     def close(self) -> None:
         """End the process; its memory is freed when the last view of it is gone."""
@@ -178,6 +180,7 @@ class Pool:
             PreprocessingFailed: workers die before they have started a job, or a URL cannot be read now.
         """
         run = _Run(self._workers, self._selector, items)
+        # The lowest unfinished chunk is always with a worker, so the inner loop ends.
         for number in range(len(run.chunks)):
             run.assign()
             while number not in run.done:
@@ -195,8 +198,8 @@ class _Run:
         self.chunks = [items[i : i + messages.CHUNK_ITEMS] for i in range(0, len(items), messages.CHUNK_ITEMS)]
         self.waiting = list(range(len(self.chunks)))  # sorted, so it is a heap
         self.done: dict[int, tuple[_Worker, messages.Done, messages.Job]] = {}
-        self.refused: dict[int, dict[int, str]] = {}
-        self.deaths: Counter[tuple[int, int]] = Counter()
+        self.refused: dict[int, dict[int, str]] = {}  # reasons by chunk, then by item
+        self.deaths: Counter[tuple[int, int]] = Counter()  # by chunk and item
         self.deaths_at_start = 0
 
     def assign(self) -> None:
@@ -207,7 +210,7 @@ class _Run:
             self._give(worker)
 
     def _give(self, worker: _Worker) -> None:
-        if self.waiting and worker.free:
+        if self.waiting and worker.free:  # no free area: the consumer is behind, and memory is bounded
             number = heapq.heappop(self.waiting)
             job = messages.Job(number, worker.free.pop(), list(self.chunks[number]), self.refused.get(number, {}))
             worker.jobs[number] = job
@@ -236,9 +239,9 @@ class _Run:
     def _replace(self, worker: _Worker) -> None:
         """Note the cause of a death, restart the process, and put its jobs back into the queue."""
         at, number = worker.at, next(iter(worker.jobs), None)  # a worker does its jobs in the order of the dict
-        self._selector.unregister(worker.connection)
+        self._selector.unregister(worker.connection)  # before end(): a closed socket has no descriptor to unregister
         code = worker.end()
-        if at is None or number is None:
+        if at is None or number is None:  # it died before its first item, for example at an import
             self.deaths_at_start += 1
             if self.deaths_at_start > DEATHS * len(self._workers):
                 raise PreprocessingFailed(
@@ -255,13 +258,13 @@ class _Run:
         worker.jobs.clear()
         worker.start()
         self._selector.register(worker.connection, selectors.EVENT_READ, worker)
-        self.assign()
+        self.assign()  # its jobs may go to any worker with a free area
 
 
 def _result(worker: _Worker, setup: messages.Setup, done: messages.Done, job: messages.Job) -> Result:
     """Return the result of a chunk, as views of its worker's memory."""
     start, side = job.area * setup.area_bytes, setup.side
-    view = memoryview(worker.memory)
+    view = memoryview(worker.memory)  # keeps the map alive: mmap refuses to close while views of it exist
     records = [
         outcome if isinstance(outcome, str) else view[start + outcome[0] : start + outcome[0] + outcome[1]]
         for outcome in done.outcomes

@@ -61,7 +61,7 @@ def list_remote(source: Url) -> list[RemoteFile]:
     """
     fs, path = _open(source.text)
     try:
-        found = {path: fs.info(path)} if fs.isfile(path) else fs.find(path, detail=True)
+        found = {path: fs.info(path)} if fs.isfile(path) else fs.find(path, detail=True)  # find() is recursive
         root = path.rstrip("/") + "/"
         return [
             RemoteFile(
@@ -91,6 +91,7 @@ def read_remote(url: str, source: str, offset: int, size: int) -> bytes:
         raise PictureError(source, f"it has {size} bytes, more than {MAX_FILE_BYTES}")
     fs, path = _open(url)
     try:
+        # HTTP has no range of zero bytes.
         content: bytes = fs.cat_file(path, start=offset, end=offset + size) if size else b""
     except FileNotFoundError as error:
         raise PictureError(source, "it does not exist any more") from error
@@ -116,7 +117,7 @@ def _open(url: str) -> tuple[Any, str]:
 
 def _stamp(info: dict[str, Any]) -> int:
     """Return a number that changes when a file changes, from the version that its file system reports."""
-    version = [str(info[key]) for key in VERSION_KEYS if key in info]
+    version = [str(info[key]) for key in VERSION_KEYS if key in info]  # empty: only the size tells files apart
     return xxhash.xxh3_64_intdigest(repr(version).encode()) >> 1  # fits into a signed 64-bit integer
 
 

@@ -68,8 +68,10 @@ def preprocess(out: Path, options: Options, report: Report) -> dict[str, Manifes
         PreprocessingFailed: ``out`` is in use or holds another dataset, the disk is too small, or too many files are bad.
     """
     source = options.inputs.source
+    # A second run would otherwise find its own files among the images.
     if isinstance(source, Path) and source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise OptionError("OUT", str(out), f"a folder that is not inside of {source}, where the images are")
+    # The lock first: scratch_folder() removes all decompressed archives in `out`.
     with locked(out), scratch_folder(out) as scratch:
         train, val = list_splits(options.inputs, scratch, options.seed)
         listings = {"train": train} if val is None else {"train": train, "val": val}
@@ -86,6 +88,7 @@ def preprocess(out: Path, options: Options, report: Report) -> dict[str, Manifes
         for split, listing in listings.items():
             # The check of disk space before training also covers validation, so that a run does not fail half-way.
             to_come = len(listing.items) + (len(val.items) if val and split == "train" else 0)
+            # train comes first: None for itself, its manifest for val
             task = plan_split(listing, out / f"{split}.lmdb", codec, options, manifests.get("train"))
             manifests[split] = make_split(task, options, to_come, report)
             shutil.rmtree(raw_path(task.path), ignore_errors=True)  # only after the centered environment is complete
@@ -95,7 +98,7 @@ def preprocess(out: Path, options: Options, report: Report) -> dict[str, Manifes
 
 def plan_split(listing: Listing, path: Path, codec: Codec, options: Options, train: Manifest | None) -> SplitTask:
     """Return the task of one split; ``train`` is the manifest whose statistics it uses, None for its own."""
-    parameters = dict(DEFAULT_PARAMETERS[codec])
+    parameters = dict(DEFAULT_PARAMETERS[codec])  # a copy, because it is changed
     if codec == "jpeg":
         parameters["quality"] = options.quality
     made_by = {
@@ -128,7 +131,7 @@ def make_split(task: SplitTask, options: Options, to_come: int, report: Report) 
         report: called with one line for the environment.
     """
     path, found = task.path, existing(task.path)
-    if found is not None and found.made_by.get("input") == task.made_by["input"]:
+    if found is not None and found.made_by.get("input") == task.made_by["input"]:  # same files, options and libraries
         report(f"{path}: up to date, {found.count:,} records, fingerprint {found.fingerprint}")
         return found
     if path.exists() and not options.replace:
@@ -148,7 +151,7 @@ def write_split(task: SplitTask, options: Options, to_come: int, report: Report)
     if task.codec == "centered":
         return write_centered_split(task, options, to_come, report)
     with open_writer(task) as writer, reporting_kept_work(writer):
-        check_disk_space(task.path.parent, to_come - len(writer), task.codec, task.size)
+        check_disk_space(task.path.parent, to_come - len(writer), task.codec, task.size)  # some may be written already
         workers = min(options.workers, len(task.items))
         with Pool(workers, task.codec, task.parameters, options.file_timeout, task.size) as pool:
             return build(task, writer, pool)
@@ -157,9 +160,9 @@ def write_split(task: SplitTask, options: Options, to_come: int, report: Report)
 def write_centered_split(task: SplitTask, options: Options, to_come: int, report: Report) -> Manifest:
     """Write one environment of ``centered`` records: first raw records, then their conversion."""
     first = raw_task(task)
-    if not first.path.exists():
+    if not first.path.exists():  # once, before the raw records: the share of `centered` includes them
         check_disk_space(task.path.parent, to_come, task.codec, task.size)
-    make_split(first, options, 0, report)
+    make_split(first, options, 0, report)  # 0: their disk space has been checked
     with Records(first.path) as raw, open_writer(task) as writer, reporting_kept_work(writer):
         return centre_records(task, writer, raw)
 
@@ -169,7 +172,7 @@ def reporting_kept_work(writer: Writer) -> Iterator[None]:
     """Tell the user, if the block fails or is stopped, that the same command resumes the run."""
     try:
         yield
-    except BaseException:
+    except BaseException:  # KeyboardInterrupt and SIGTERM's SystemExit too
         if writer.kept:
             click.echo(f"{writer.path}: the finished part is kept; run the same command to resume.", err=True)
         raise

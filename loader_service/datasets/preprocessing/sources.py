@@ -93,7 +93,7 @@ def list_files(root: Path | Url) -> list[File]:
         files = _files_behind(root)
     else:
         files = _files_in_archive(root) if root.is_file() else _files_below(root)
-    return sorted(files, key=lambda file: file.name)
+    return sorted(files, key=lambda file: file.name)  # the order of a folder depends on its file system
 
 
 def split_files(files: Sequence[File]) -> tuple[list[File], list[File] | None]:
@@ -149,7 +149,7 @@ def label_pairs(
     form: Form = Form.PICTURE,
 ) -> Listing:
     """Convert files with class names to items; see :func:`label_files`."""
-    own = sorted({name for _, name in pairs})
+    own = sorted({name for _, name in pairs})  # sorted: labels do not depend on the order of files
     if not own:
         raise DatasetInvalid(str(root), "it holds no files in folders for classes (CLASS/name.jpg)")
     labels = {name: label for label, name in enumerate(own if class_names is None else class_names)}
@@ -168,12 +168,12 @@ def _files_below(folder: Path, prefix: str = "") -> Iterator[File]:
     """Iterate over the files below a folder. Links to folders are followed at its top only: deeper ones may form cycles."""
     for entry in _entries(folder):
         name = prefix + _display(os.fsencode(entry.name))
-        if entry.is_dir(follow_symlinks=not prefix):
+        if entry.is_dir(follow_symlinks=not prefix):  # prefix is "" at the top
             yield from _files_below(folder / entry.name, f"{name}/")
         elif not prefix and name.endswith(".tar") and entry.is_file():
             below = f"{name.removesuffix('.tar')}/"
             yield from (msgspec.structs.replace(f, name=below + f.name) for f in _files_in_archive(Path(entry.path)))
-        elif not entry.is_dir():
+        elif not entry.is_dir():  # excludes deeper links to folders
             try:
                 status = entry.stat()
                 stamp_ns, size = status.st_mtime_ns, status.st_size
@@ -186,7 +186,7 @@ def _files_behind(root: Url) -> Iterator[File]:
     """Iterate over the files at or below a URL; archives are treated as in a folder on disk."""
     for name, url, stamp, size in list_remote(root):
         path = url.encode()
-        if not name or ("/" not in name and name.endswith(".tar")):
+        if not name or ("/" not in name and name.endswith(".tar")):  # "": the URL is an archive itself
             below = f"{name.removesuffix('.tar')}/" if name else ""
             try:
                 with open_remote(url) as file:
@@ -239,11 +239,13 @@ def _visible_members(file: IO[bytes]) -> Iterator[tuple[str, int, int]]:
 def _members(file: IO[bytes], start: int, prefix: str) -> Iterator[tuple[str, int, int]]:
     """Iterate over name, offset in ``file`` and size of each file in the archive that starts at ``start``."""
     file.seek(start)
+    # "r:": members of a compressed archive have no offsets. surrogateescape: os.fsencode() gives back a name's bytes.
     with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as archive:
         for member in archive:
             archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every member: a gigabyte for ImageNet
-            name = prefix + _display(os.fsencode(member.name)).removeprefix("./")
+            name = prefix + _display(os.fsencode(member.name)).removeprefix("./")  # `tar c .` writes ./a/b
             if member.isfile() and name.endswith(".tar"):
+                # It moves the position of `file`; tarfile seeks before it reads the next header.
                 yield from _members(file, member.offset_data, f"{name.removesuffix('.tar')}/")
             elif member.isfile():
                 yield name, member.offset_data, member.size

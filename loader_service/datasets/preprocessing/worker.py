@@ -40,7 +40,7 @@ def main(connection: socket.socket, file: int) -> None:
         file: descriptor of the shared memory.
     """
     setup = memory = None
-    while packet := connection.recv(messages.MESSAGE_BYTES):
+    while packet := connection.recv(messages.MESSAGE_BYTES):  # empty: the pool closed its end
         message = messages.decode_to_worker(packet)
         if isinstance(message, messages.Setup):
             setup, memory = message, mmap.mmap(file, message.memory_bytes)
@@ -57,9 +57,9 @@ def main(connection: socket.socket, file: int) -> None:
 def work(memory: mmap.mmap, setup: messages.Setup, job: messages.Job) -> messages.Done:
     """Write the records and sums of one chunk into the job's area."""
     start, side = job.area * setup.area_bytes, setup.side
-    at = np.frombuffer(memory, np.int64, 1, setup.at_offset)
+    at = np.frombuffer(memory, np.int64, 1, setup.at_offset)  # (1,), a view of the memory shared with the pool
     total = np.frombuffer(memory, np.uint16, raw_bytes(side), start + setup.sum_offset).reshape(side, side, 3)
-    total[...] = 0
+    total[...] = 0  # the area holds the sum of an earlier chunk
     products = np.zeros((3, 3), np.int64)
     outcomes: list[tuple[int, int] | str] = []
     offset = 0
@@ -68,6 +68,7 @@ def work(memory: mmap.mmap, setup: messages.Setup, job: messages.Job) -> message
             outcomes.append(reason)
             continue
         at[0] = index + 1  # if this item kills the process, the pool reads its index here
+        # SIGALRM has its default action: the kernel ends even a decoder that never returns to Python.
         signal.setitimer(signal.ITIMER_REAL, setup.limit_s)
         try:
             payload, pixels = make(item, setup)
@@ -75,12 +76,12 @@ def work(memory: mmap.mmap, setup: messages.Setup, job: messages.Job) -> message
             outcomes.append(error.reason)
             continue
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)  # what follows takes bounded time
         # Copy header and payload into the area, one record after another.
         before = header(item.label, setup.codec, payload)
         first, end = start + offset + len(before), start + offset + len(before) + len(payload)
         memory[start + offset : first] = before
-        memory[first:end] = payload
+        memory[first:end] = payload  # fits: sum_offset leaves space for the largest payloads
         outcomes.append((offset, len(before) + len(payload)))
         offset = end - start
         kernel.add(pixels, total, products)
@@ -98,7 +99,7 @@ def make(item: Item, setup: messages.Setup) -> tuple[bytes | memoryview, npt.NDA
         content = CIFAR_HEADER + np.frombuffer(content, np.uint8).reshape(3, -1).T.tobytes()  # planes to pixels
     pixels = load_picture(content, source=item.source, side=setup.side)
     if setup.codec == "raw":
-        return pixels.data.cast("B"), pixels
+        return pixels.data.cast("B"), pixels  # flat: an mmap slice takes bytes of one dimension
     assert setup.codec == "jpeg", "centered records are made from raw ones"
     payload = encode(pixels, setup.codec, setup.parameters)
     return payload, decode(payload, CODECS[setup.codec], side=setup.side)

@@ -31,6 +31,7 @@ class _Source(click.Path):
     """The type of an argument that is an existing path or a URL."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        # click.Path would look for a file of this name.
         return Url(value) if URL.fullmatch(str(value)) else super().convert(value, param, ctx)
 
 

@@ -34,7 +34,7 @@ class Job(click.Command):
             ctx.exit(LoaderServiceError.exit_code)
         except KeyboardInterrupt:
             click.echo(f"\n{ctx.command_path}: stopped.", err=True)
-            ctx.exit(128 + signal.SIGINT)
+            ctx.exit(128 + signal.SIGINT)  # as a shell reports a process that a signal ended
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:

@@ -35,7 +35,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line, enc_hook=str).decode()
+        return msgspec.json.encode(line, enc_hook=str).decode()  # the caller's `extra` may hold any type
 
 
 def set_up(style: str, level: str) -> None:
@@ -51,4 +51,4 @@ def set_up(style: str, level: str) -> None:
         if style == "json"
         else logging.Formatter("%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     )
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)  # force: replace handlers set by an import

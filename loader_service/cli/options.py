@@ -41,7 +41,7 @@ class Argument(click.Argument):
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         """Return the value of the argument's environment variable, if it is set."""
-        self.envvar = variable(ctx, self)
+        self.envvar = variable(ctx, self)  # click derives names for options only
         return super().resolve_envvar_value(ctx)
 
 
@@ -86,6 +86,7 @@ class LazyCommands(MutableMapping[str, click.Command]):
             self._loaded[name] = getattr(import_module(self._modules[name]), name)
         return self._loaded[name]
 
+    # Mapping's own test would look the command up, and so import it.
     def __contains__(self, name: object) -> bool:
         return name in self._modules
 
@@ -111,7 +112,7 @@ class Group(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
         """Return the names of the commands in the order of --help."""
-        return list(self.commands)
+        return list(self.commands)  # click sorts them by name
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; turn errors and Ctrl-C into exit codes."""
@@ -121,12 +122,12 @@ class Group(click.Group):
             click.echo(f"loader-service: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            ctx.exit(128 + signal.SIGINT)
+            ctx.exit(128 + signal.SIGINT)  # click's own answer is 1
 
 
 def variable(ctx: click.Context, parameter: click.Parameter) -> str:
     """Return the name of the environment variable of a command's parameter."""
-    if parameter.envvar and not isinstance(parameter, Argument):
+    if parameter.envvar and not isinstance(parameter, Argument):  # an Argument's envvar comes from here
         return str(parameter.envvar)
     assert parameter.name is not None
     return f"{ctx.auto_envvar_prefix}_{parameter.name.upper()}"
@@ -138,7 +139,7 @@ def keys(command: click.Command) -> dict[str, click.Parameter]:
     for parameter in command.params:
         if isinstance(parameter, click.Option) and parameter.hidden:
             continue
-        name = max(parameter.opts, key=len).removeprefix("--")
+        name = max(parameter.opts, key=len).removeprefix("--")  # the long form of `-x, --name`
         if name != "config":
             found[name] = parameter
     return found
@@ -185,10 +186,10 @@ def _checked(
             where = f"{path}: [{name}] {key}"
             if key not in known:
                 raise OptionError(where, value, f"one of the options of {name}: {', '.join(sorted(known))}")
-            if not isinstance(value, str | int | float | bool):
+            if not isinstance(value, str | int | float | bool):  # TOML also has dates, arrays and tables
                 raise OptionError(where, value, "a string, a number, true or false")
             try:
-                known[key].type_cast_value(ctx, value)
+                known[key].type_cast_value(ctx, value)  # only to check: click converts the value itself later
             except click.BadParameter as error:
                 raise OptionError(where, value, f"another value, for {error.message}") from error
             checked[name][str(known[key].name)] = value

@@ -74,8 +74,8 @@ def top(interval: float, **node: Any) -> None:
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave by an exception: Live shows the cursor
     try:
         before = ask()
-        screen = _screen(before, Rates.between(None, before))
-        with Live(screen, auto_refresh=False) as live:
+        screen = _screen(before, Rates.between(None, before))  # averages since the node's start
+        with Live(screen, auto_refresh=False) as live:  # no thread: one refresh for each answer
             while not threading.Event().wait(interval):
                 try:
                     after = ask()

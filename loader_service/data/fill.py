@@ -126,7 +126,7 @@ def fill(
     # Copy as bytes: assigning the structs would leave the old padding bytes in the slot. `draws` itself stays private:
     # the kernel checks it once, and a client could change the copy in shared memory afterwards.
     out.draws.view(np.uint8)[...] = draws.view(np.uint8)
-    mean = records.mean_pair if out.images.dtype != np.uint8 else None
+    mean = records.mean_pair if out.images.dtype != np.uint8 else None  # computed once, for the first float slice
     watch.enter(Stage.READ)
     records.ahead.ask(numbers)
     watch.enter(Stage.AUGMENT)

@@ -39,7 +39,7 @@ from loader_service.types import VIEWS, Dtype, Installation, SampleLayout, Slice
 
 SAMPLES: Final = 16
 _SEED, _EPOCH = 2012, 60  # any numbers, but every stored hash depends on them
-_DATASET_VIEWS = ("train", "center")
+_DATASET_VIEWS = ("train", "center")  # one shuffled with all draws, one sequential
 
 SIDE_PX: Final = 40
 PICTURES: Final = 3
@@ -109,7 +109,7 @@ def installation() -> Installation:
             view = complete_view(View.named(name, SIDE_PX), statistics)
             for dtype in _DTYPES:
                 _add(digest, _made(values, view, dtype, mean))
-    digest.update(records_at(_MANY, _SEED, _EPOCH, 0, SAMPLES).tobytes())
+    digest.update(records_at(_MANY, _SEED, _EPOCH, 0, SAMPLES).tobytes())  # the Feistel network; slices use a table
     libraries = {"numpy": np.__version__, "simplejpeg": simplejpeg.__version__, "kernel": kernel.chosen()}
     return Installation(digest.hexdigest(), libraries)
 

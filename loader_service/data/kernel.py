@@ -87,6 +87,7 @@ def decode_window(
     Raises:
         ValueError: the window does not lie within the image, or ``into`` has another size.
     """
+    # It keeps the GIL, which guards its static tables.
     return decodes_windows() and _jpeg.decode(payload, into, *size, *window)
 
 

@@ -62,7 +62,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     format: int
-    count: Annotated[int, msgspec.Meta(ge=1, le=2**48)]
+    count: Annotated[int, msgspec.Meta(ge=1, le=2**48)]  # order._mix relies on the bound
     size: int
     codec: Codec
     codec_parameters: dict[str, int | str]

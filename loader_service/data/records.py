@@ -72,6 +72,7 @@ class Records:
                 database = bytes(txn.get(DATABASES[0]))  # LMDB stores a sub-database's root in the main one
             if entries != self.manifest.count:
                 raise DatasetInvalid(self.path, f"it holds {entries} records, its manifest says {self.manifest.count}")
+            # LMDB keeps the page size of the machine that wrote the file.
             self.ahead = ReadAhead(self.path / "data.mdb", database, self._env.stat()["psize"])
         except BaseException:
             self._env.close()  # py-lmdb refuses to open a path that this process has open
@@ -250,6 +251,7 @@ class Values:
 
 def _open_environment(path: Path) -> Any:
     try:
+        # lock=False: no lock file and no table of readers, so nothing is written to the directory.
         env = lmdb.open(str(path), readonly=True, lock=False, max_dbs=len(DATABASES), create=False)
     except lmdb.Error as error:
         raise DatasetInvalid(path, f"LMDB cannot open it ({error})") from error

@@ -109,7 +109,7 @@ def histogram(counts: dict[str, int]) -> list[str]:
     order = sorted(counts, key=lambda name: (counts[name], name))  # by name too, so equal counts have one order
     if len(order) > SHOWN_CLASSES:
         half = SHOWN_CLASSES // 2
-        order = [*order[:half], "", *order[-half:]]
+        order = [*order[:half], "", *order[-half:]]  # "" becomes the line of dots
     width, most = max(map(len, order)), max(max(counts.values()), 1)
     return [
         f"  {name:<{width}} {counts[name]:>8,} {'█' * round(BAR_COLUMNS * counts[name] / most)}" if name else "  ..."

@@ -89,6 +89,7 @@ def build(task: SplitTask, writer: Writer, pool: Pool) -> Manifest:
         PreprocessingFailed: too many files are bad, or workers cannot start.
     """
     most_bad = max(LEAST_BAD, int(task.max_bad * len(task.items)))
+    # The state of the last commit: the sums of exactly the records that the writer has.
     sums = Sums.from_bytes(writer.state, task.size) if writer.state else Sums(task.size)
     done = len(writer) + len(writer.rejected)
     committed_s = time.monotonic()

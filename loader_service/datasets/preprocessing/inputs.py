@@ -115,6 +115,7 @@ def _split_by_list(listing: Listing, path: Path) -> tuple[Listing, Listing]:
 
 
 def _validation(root: Path | Url, found: FoundSplits, train: Listing, classes: Sequence[str]) -> Listing:
+    # A class has the number that it has in training.
     return label_pairs(root, _chosen(found.val or [], classes), train.class_names, found.form)
 
 

@@ -118,7 +118,7 @@ def find_webdataset(source: Path | Url, files: Sequence[File]) -> FoundSplits | 
     # The name of a file starts with that of its shard, which list_files() turned into a folder.
     val = [pair for pair in pairs if pair[0].name.startswith(VALIDATION_FOLDERS)]
     train = [pair for pair in pairs if not pair[0].name.startswith(VALIDATION_FOLDERS)]
-    return FoundSplits(train, val) if train and val else FoundSplits(pairs, None)
+    return FoundSplits(train, val) if train and val else FoundSplits(pairs, None)  # only one split, by any name
 
 
 def find_cifar(source: Path | Url, files: Sequence[File]) -> FoundSplits | None:

@@ -76,7 +76,7 @@ def preprocess(out: Path, options: Options, report: Report) -> dict[str, Manifes
         train, val = list_splits(options.inputs, scratch, options.seed)
         listings = {"train": train} if val is None else {"train": train, "val": val}
         count = sum(len(listing.items) for listing in listings.values())
-        codec = choose_codec(options.codec, count, options.size)
+        codec = choose_codec(options.codec, count, options.size)  # one for both splits
         click.echo(
             f"{len(train.items):,} files of {len(train.class_names):,} classes for training, "
             f"{count - len(train.items):,} for validation; {codec} records, about {disk_bytes(count, codec, options.size) / 1e9:.2g} GB.",
@@ -106,7 +106,7 @@ def plan_split(listing: Listing, path: Path, codec: Codec, options: Options, tra
         "library": LIBRARY,
         "recipe": RECIPE,
         "seed": str(options.seed),
-        "statistics": f"of {train.fingerprint}" if train else "own",
+        "statistics": f"of {train.fingerprint}" if train else "own",  # tells verify which statistics to expect
     }
     return SplitTask(
         path=path,

@@ -84,7 +84,7 @@ def start(
         elif not quiet:
             click.echo(line)
 
-    with _Metrics(metrics) if metrics else nullcontext() as hook:
+    with _Metrics(metrics) if metrics else nullcontext() as hook:  # nullcontext gives None: no hook
         run_node(
             data,
             workers=workers,

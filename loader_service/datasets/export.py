@@ -95,7 +95,9 @@ def folder_names(class_names: tuple[str, ...]) -> list[str]:
     A manifest's names are not trusted: characters that could lead out of the folder are replaced. Names that need no change
     keep their order, so that preprocessing the export gives the same labels.
     """
-    names = [re.sub(r"[/\\\0]", "_", name)[:200].strip() or "_" for name in class_names]
+    # 200 bytes of UTF-8, since file systems count bytes; a character that the cut would split is dropped.
+    short = [re.sub(r"[/\\\0]", "_", name).encode()[:200].decode(errors="ignore") for name in class_names]
+    names = [name.strip() or "_" for name in short]
     # Preprocessing skips hidden folders.
     names = [f"_{name}" if name.startswith(".") else name for name in names]
     if len(set(names)) < len(names):  # replacing made two names equal: put the label first

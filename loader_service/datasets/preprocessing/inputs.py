@@ -8,6 +8,7 @@ import lzma
 import os
 import secrets
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -151,7 +152,8 @@ def plain(source: Path | Url, scratch: Path) -> Path | Url:
             return source
         with source.open("rb") as file:
             return _unpacked(file, opener, scratch / f".{source.name}", source.stat().st_mtime_ns)
-    except (OSError, EOFError, lzma.LZMAError) as error:  # EOFError: the archive is cut off
+    # EOFError: the archive is cut off; zlib.error: gzip whose bytes are damaged.
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DatasetInvalid(source, f"it cannot be read or decompressed ({error})") from error
 
 
@@ -161,9 +163,12 @@ def _fetched(source: Url, scratch: Path) -> Path:
     Raises:
         DatasetInvalid: there is no such archive, or it cannot be read or decompressed.
     """
-    (listed,) = list_remote(source) or (None,)
-    if listed is None:
+    found = list_remote(source)
+    if not found:
         raise DatasetInvalid(str(source), "there is no such archive")
+    if len(found) > 1:
+        raise DatasetInvalid(str(source), f"its name is that of an archive, but it is a folder of {len(found)} files")
+    (listed,) = found
     try:
         with open_remote(source.text) as file:
             head = file.read(HEAD_BYTES)

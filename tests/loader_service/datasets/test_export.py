@@ -88,3 +88,9 @@ def test_folder_names_stay_apart() -> None:
     """Names that would become equal start with their label."""
     assert folder_names(("a", "b c")) == ["a", "b c"]
     assert folder_names(("a/b", "a_b")) == ["000000_a_b", "000001_a_b"]
+
+
+def test_long_names_fit_a_file_system() -> None:
+    """A folder's name has at most 200 bytes of UTF-8, however wide its characters are, and no character is split."""
+    (name,) = folder_names(("犬" * 200,))
+    assert name == "犬" * 66

@@ -339,3 +339,16 @@ def test_a_named_layout_must_be_there(album: Path, tmp_path: Path, preprocess: P
     result = preprocess(album, tmp_path, "--layout", "cifar")
     assert result.exit_code == 3
     assert "it does not have the layout 'cifar'" in result.output
+
+
+def test_a_damaged_compressed_archive(tmp_path: Path, preprocess: Callable[..., Result]) -> None:
+    """Damaged bytes within a gzip archive give a sentence and exit code 3, as an archive that is cut off does."""
+    content = bytearray(
+        gzip.compress(tar_of({f"ant/{number}.jpg": bytes(range(number, number + 200)) * 3 for number in range(20)}))
+    )
+    content[200:260] = b"\xff" * 60
+    source = tmp_path / "x.tar.gz"
+    source.write_bytes(content)
+    result = preprocess(source, tmp_path / "out")
+    assert result.exit_code == 3, result.output
+    assert "cannot be read or decompressed" in " ".join(result.output.split())

@@ -149,6 +149,17 @@ def test_urls_that_cannot_work(url: str, code: int, sentence: str, tmp_path: Pat
     assert sentence in " ".join(result.output.split())
 
 
+def test_a_folder_that_is_named_like_an_archive(tmp_path: Path, preprocess: Preprocess) -> None:
+    """A URL that ends in .tar.gz but is a folder gives a sentence."""
+    folder = tmp_path / "x.tar.gz"
+    folder.mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        (folder / name).write_bytes(b"")
+    result = preprocess(folder.as_uri(), tmp_path / "out")  # type: ignore[arg-type]
+    assert result.exit_code == 3, result.output
+    assert "it is a folder of 2 files" in " ".join(result.output.split())
+
+
 class Ranges(SimpleHTTPRequestHandler):
     """A web server for files and ranges of them."""
 

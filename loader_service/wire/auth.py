@@ -64,8 +64,9 @@ def generate(directory: Path) -> list[Path]:
     """
     made = []
     for name, public in (("node", directory / "node.key"), ("client", directory / "allowed" / "client.key")):
-        public_key, secret_key = zmq.curve_keypair()
+        public_key, secret_key = zmq.curve_keypair()  # Z85 text, not the 32 raw bytes
         for path, key, mode in ((directory / f"{name}.secret", secret_key, 0o600), (public, public_key, 0o644)):
+            # 0600 marks a secret; _read refuses one that others can read.
             kind = "secret" if mode == 0o600 else "public"
             _write(path, f"# loader-service: {kind} key of a {name}\n{key.decode()}\n", mode)
             made.append(path)
@@ -79,7 +80,7 @@ def node_keys(directory: Path) -> NodeKeys:
         KeyFileError: a file is missing or malformed, or others can read a secret.
     """
     allowed = frozenset(_read(path, secret=False) for path in sorted((directory / "allowed").glob("*.key")))
-    if not allowed:
+    if not allowed:  # an empty list is a mistake of the operator: the node would start and serve nobody
         raise KeyFileError(directory / "allowed", "it holds no client's key, so nobody could connect")
     return NodeKeys(_read(directory / "node.secret", secret=True), allowed)
 
@@ -95,6 +96,7 @@ def client_keys(server_key: str | Path, client_key: str | Path) -> ClientKeys:
         KeyFileError: a file is missing or malformed, or others can read a secret.
     """
     text = str(server_key)
+    # Text of a key's length is the key itself, unless a file has that name. The path stands for the option in errors.
     node = _checked(text, Path("server_key")) if len(text) == KEY_CHARACTERS and not Path(text).exists() else None
     return ClientKeys(_read(Path(client_key), secret=True), node or _read(Path(server_key), secret=False))
 
@@ -116,17 +118,18 @@ def chosen_keys(server_key: str | Path | None, client_key: str | Path | None) ->
 
 def secure_node(router: zmq.Socket[bytes], keys: NodeKeys) -> None:
     """Restrict a node's socket to clients that prove an allowed key. Call it before the socket is bound."""
+    # CURVE's roles do not depend on bind and connect: the server is the end whose key the other knows beforehand.
     router.setsockopt(zmq.CURVE_SERVER, 1)
     router.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
     router.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
-    router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without a handler, reject all keys instead of accepting all
 
 
 def secure_client(dealer: zmq.Socket[bytes], keys: ClientKeys) -> None:
     """Restrict a client's socket to the node that proves its key. Call it before the socket is connected."""
     dealer.setsockopt(zmq.CURVE_SERVERKEY, keys.node)
     dealer.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)
-    dealer.setsockopt(zmq.CURVE_PUBLICKEY, zmq.curve_public(keys.secret))
+    dealer.setsockopt(zmq.CURVE_PUBLICKEY, zmq.curve_public(keys.secret))  # libzmq needs both halves of the pair
 
 
 class Authenticator:
@@ -139,8 +142,9 @@ class Authenticator:
     def __init__(self, context: zmq.Context[Any], keys: NodeKeys) -> None:
         self._allowed = keys.allowed
         self.refused = 0
+        # libzmq's I/O threads are the clients of this socket; it serves every socket of the context.
         self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
-        self.socket.linger = 0
+        self.socket.linger = 0  # an unsent answer must not delay context.term()
         self.socket.bind(_ZAP_ADDRESS)
 
     def answer(self) -> str:
@@ -148,8 +152,12 @@ class Authenticator:
         frames = self.socket.recv_multipart()
         # libzmq itself sends these frames; the checks guard against another mechanism on the same context.
         known = len(frames) == _ZAP_FRAMES_CURVE and frames[5] == b"CURVE" and frames[2] == DOMAIN
+        # The frame has the raw key, the list has Z85.
         welcome = known and len(frames[6]) == 32 and z85.encode(frames[6]) in self._allowed
+        # Status codes of RFC 27; for 400 the client's monitor reports HANDSHAKE_FAILED_AUTH.
         verdict = (b"200", b"OK") if welcome else (b"400", b"the key is not allowed")
+        # Malformed requests get an answer, too: a REP socket receives nothing more before it has answered.
+        # The two empty frames are the user id and the metadata of RFC 27.
         self.socket.send_multipart([b"1.0", frames[1] if len(frames) > 1 else b"", *verdict, b"", b""])
         self.refused += not welcome
         return "" if welcome else frames[3].decode("utf-8", "replace") if len(frames) > 3 else "an unknown address"
@@ -176,7 +184,7 @@ def _read(path: Path, *, secret: bool) -> bytes:
         lines = [line for line in path.read_text("ascii").splitlines() if line and not line.startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
         raise KeyFileError(path, f"it cannot be read ({error})") from error
-    if secret and mode & (stat.S_IRWXG | stat.S_IRWXO):
+    if secret and mode & (stat.S_IRWXG | stat.S_IRWXO):  # a public key may be readable, a secret may not
         raise KeyFileError(path, f"others can read it (mode {mode & 0o777:o}); run `chmod 600 {path}`")
     if len(lines) != 1:
         raise KeyFileError(path, "it must hold exactly one line with a key")
@@ -187,6 +195,6 @@ def _checked(text: str, path: Path) -> bytes:
     try:
         if len(text) != KEY_CHARACTERS or len(z85.decode(text.encode("ascii"))) != 32:
             raise ValueError("length")
-    except (ValueError, KeyError, UnicodeEncodeError) as error:
+    except (ValueError, KeyError, UnicodeEncodeError) as error:  # KeyError: z85.decode looks characters up in a table
         raise KeyFileError(path, f"its content is not a key of {KEY_CHARACTERS} characters (Z85)") from error
     return text.encode("ascii")

@@ -59,6 +59,7 @@ CLIENT_ID_BYTES: Final = 16
 MAX_CONNECTIONS: Final = 16
 """Upper bound of the connections between one client and one node: number 0 is the client's own, the others are lanes."""
 
+# A Request with MAX_EXCLUDED records is the largest: 9 bytes for each in MessagePack, and a few hundred for the rest.
 MAX_CLIENT_MESSAGE_BYTES: Final = 16_384
 """Upper bound of a client's message; libzmq closes the connection of a peer that sends a larger one."""
 
@@ -112,7 +113,7 @@ class Attached(_Message, frozen=True, tag="attached"):
     """The node's answer to Attach: the nonce read from the segment, or an empty one and the reason of the failure."""
 
     segment: SegmentName
-    nonce: Annotated[bytes, Meta(max_length=16)]
+    nonce: Annotated[bytes, Meta(max_length=16)]  # not Nonce: empty after a failure
     reason: Text = ""
 
 
@@ -126,6 +127,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     part: Annotated[int, Meta(ge=0, le=2**20)]
     generation: Counter
+    # In bytes; Segment.array checks them against the segment's size.
     images: Counter
     labels: Counter
     draws: Counter
@@ -179,11 +181,12 @@ class Failed(_Message, frozen=True, tag="failed"):
     """
 
     id: Counter
-    record: Annotated[int, Meta(ge=-1, le=2**48)]
+    record: Annotated[int, Meta(ge=-1, le=2**48)]  # the upper bound of DatasetFacts.count
     reason: Text
     source: Text = ""
 
 
+# The tag is older than the class's name; another tag would be another PROTOCOL.
 class UnknownClient(_Message, frozen=True, tag="stranger"):
     """The node does not know this client: it was restarted, or the client was silent for too long."""
 
@@ -289,6 +292,7 @@ class Status(_Message, frozen=True, tag="status"):
     send_s: float = 0.0
 
 
+# Without forbid_unknown_fields, so that it decodes messages of other versions, too.
 class _Version(msgspec.Struct):
     """The fields that a Welcome and a Status have in every version of the protocol."""
 
@@ -308,7 +312,7 @@ _version = msgspec.msgpack.Decoder(_Version)
 
 def lane_id(client: bytes, lane: int) -> bytes:
     """Return the routing identity of a client's lane: for lane 0 the client's own."""
-    return client + bytes([lane]) if lane else client
+    return client + bytes([lane]) if lane else client  # one byte is enough for MAX_CONNECTIONS
 
 
 def encode(message: FromClient | FromNode) -> bytes:
@@ -347,5 +351,6 @@ def protocol_of(frame: bytes | memoryview) -> int | None:
     """Return the protocol version in a node's message, even if this version cannot decode the rest; None without one."""
     try:
         return _version.decode(frame).protocol
+    # An error here would hide the first one, which the caller reports.
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None

@@ -58,7 +58,7 @@ DIRECTORY: Final = Path("/dev/shm")  # noqa: S108 - POSIX shared memory; names a
 HEADER: Final = struct.Struct("<16s16sIIQ")
 """Magic, nonce, number of parts, 4 bytes of zeros, offset of the data."""
 
-MAGIC: Final = b"loader-service 1"
+MAGIC: Final = b"loader-service 1"  # 16 bytes; the digit is the version of the layout
 PAGE_BYTES: Final = 4096
 GENERATION_BYTES: Final = 8
 
@@ -86,10 +86,12 @@ class Segment:
 
     def __init__(self, descriptor: int, name: str, size: int) -> None:
         self._descriptor, self.name, self.size = descriptor, name, size
-        self._map = mmap.mmap(descriptor, size)
+        self._map = mmap.mmap(descriptor, size)  # shared; mmap duplicates the descriptor and keeps the copy
         header: tuple[bytes, bytes, int, int, int] = HEADER.unpack_from(self._map)
         _, self.nonce, self.parts, _, self.data_offset = header
+        # (parts,) u64 in the shared pages. Only the owner writes them, and only with the part's lock.
         self._generations = np.frombuffer(self._map, "<u8", self.parts, PAGE_BYTES)
+        # (size,): the base of every array, so each keeps the mapping alive.
         self._bytes = np.frombuffer(self._map, np.uint8)
 
     @classmethod
@@ -111,8 +113,9 @@ class Segment:
         size = data_offset + _round_up(data_bytes)
         descriptor = _allocate(size, named=named, reserve=reserve or named)
         try:
+            # Before the name exists, so no other process sees half a header.
             os.pwrite(descriptor, HEADER.pack(MAGIC, secrets.token_bytes(16), parts, 0, data_offset), 0)
-            _lock(descriptor, fcntl.F_WRLCK, _OWNER_LOCK_AT)  # held until this descriptor is closed
+            _lock(descriptor, fcntl.F_WRLCK, _OWNER_LOCK_AT)  # held until close() and the end of the map
             name = f"loader-service-{secrets.token_hex(16)}" if named else ""
             if named:
                 # The name comes last: a sweep in another process must never see a segment whose owner lock is free.
@@ -142,6 +145,7 @@ class Segment:
             header = os.pread(descriptor, HEADER.size, 0)
             if len(header) < HEADER.size:
                 raise SharedMemoryError(f"{name} is too short for a segment")
+            # The file belongs to a client, so its numbers are checked like those of a message.
             magic, _, parts, _, data_offset = HEADER.unpack(header)
             if magic != MAGIC or not PAGE_BYTES + parts * GENERATION_BYTES <= data_offset <= size:
                 raise SharedMemoryError(f"{name} is not a segment of this version")
@@ -167,15 +171,17 @@ class Segment:
         """
         kind = np.dtype(dtype)
         length = math.prod(shape) * kind.itemsize
+        # Python's integers do not overflow, so a large offset cannot wrap around into the data.
         if not self.data_offset <= offset <= offset + length <= self.size:
             raise SharedMemoryError(f"{length} bytes at {offset} are outside of the segment's data")
         return np.ndarray(shape, kind, self._bytes, offset)
 
     def arm(self, part: int) -> int | None:
         """Begin a new generation of a part and return it; None if a late writer holds the part. For the owner."""
+        # Never waits: the caller is an event loop, and a stopped writer may hold the lock for hours.
         if not _lock(self._descriptor, fcntl.F_WRLCK, self._lock_at(part)):
             return None
-        self._generations[part] += 1
+        self._generations[part] += 1  # plain load and store: writers read it only under the lock
         generation = int(self._generations[part])
         _lock(self._descriptor, fcntl.F_UNLCK, self._lock_at(part))
         return generation
@@ -197,17 +203,18 @@ class Segment:
         if not 0 <= part < self.parts:
             raise SharedMemoryError(f"the segment has no part {part}")
         if not _lock(self._descriptor, fcntl.F_WRLCK, self._lock_at(part)):
-            yield Claim.BUSY
+            yield Claim.BUSY  # a writer of an earlier lease is stopped in the middle, or still writes
             return
         try:
             # The comparison comes after the lock: before it, the owner could arm the part in between.
             yield Claim.OURS if int(self._generations[part]) == generation else Claim.GIVEN_UP
         finally:
+            # After an exception, too: the process lives on and would keep it.
             _lock(self._descriptor, fcntl.F_UNLCK, self._lock_at(part))
 
     def orphaned(self) -> bool:
         """Return whether the owner of the segment is gone."""
-        return _free(self._descriptor, _OWNER_LOCK_AT)
+        return _free(self._descriptor, _OWNER_LOCK_AT)  # in the owner it is always True: its own lock does not count
 
     def unlink(self) -> None:
         """Remove the segment's name; mappings stay valid."""
@@ -220,7 +227,7 @@ class Segment:
             return
         os.close(self._descriptor)
         self._descriptor = -1
-        del self._generations, self._bytes
+        del self._generations, self._bytes  # they export the map's buffer, and an exporting map cannot be closed
         with suppress(BufferError):  # arrays over the data exist, and keep the mapping alive
             self._map.close()
 
@@ -239,6 +246,7 @@ class Hold:
 
     def __init__(self, array: npt.NDArray[np.uint8], release: Callable[[], None]) -> None:
         self._array, self._release = array, release  # a reference to the array keeps the mapping alive
+        # NumPy makes an object with this attribute the base of the array.
         self.__array_interface__ = array.__array_interface__
 
     def __del__(self) -> None:
@@ -257,7 +265,7 @@ def sweep() -> list[str]:
             continue
         try:
             if _free(descriptor, _OWNER_LOCK_AT):
-                path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)  # names are random and never reused: this is the file that was checked
                 removed.append(path.name)
         finally:
             os.close(descriptor)
@@ -267,14 +275,16 @@ def sweep() -> list[str]:
 def _allocate(size: int, *, named: bool, reserve: bool) -> int:
     """Return a descriptor of ``size`` bytes of zeroed memory, all of it allocated if ``reserve``."""
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE  # O_TMPFILE: no name yet, see create
+    # 0600: only processes of this user can open the segment, so a node of another user sends frames.
     descriptor = os.open(DIRECTORY, flags, 0o600) if named else os.memfd_create("loader-service", os.MFD_CLOEXEC)
     try:
         if reserve:
             os.posix_fallocate(descriptor, 0, size)
         else:
-            os.ftruncate(descriptor, size)
+            os.ftruncate(descriptor, size)  # tmpfs allocates a page at the first write to it
     except OSError as error:
         os.close(descriptor)
+        # The file system is full, memory is exhausted, or the size is beyond that of the largest file.
         if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
             raise
         room = os.statvfs(DIRECTORY)
@@ -290,9 +300,10 @@ def _allocate(size: int, *, named: bool, reserve: bool) -> int:
 def _lock(descriptor: int, kind: int, at: int) -> bool:
     """Take or release the lock on one byte, without waiting; return False if another opening holds it."""
     try:
+        # The last field, pid, must be 0 for OFD locks (fcntl(2)).
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, at, 1, 0))
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # fcntl(2) allows both for a conflict
             return False
         raise
     return True
@@ -300,6 +311,7 @@ def _lock(descriptor: int, kind: int, at: int) -> bool:
 
 def _free(descriptor: int, at: int) -> bool:
     """Return whether no other opening holds the lock on one byte."""
+    # F_OFD_GETLK returns the lock that is in the way, or F_UNLCK if the asked one could be taken.
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0))
     return bool(_FLOCK.unpack(answer)[0] == fcntl.F_UNLCK)
 

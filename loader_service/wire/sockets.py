@@ -90,7 +90,7 @@ def check_address(address: str) -> None:
     try:
         # A node may bind tcp://HOST:* for any free port; urlsplit accepts numbers only.
         parts = urlsplit(address.removesuffix("*") + "0" if address.endswith(":*") else address)
-        port = parts.port
+        port = parts.port  # raises ValueError unless it is a number up to 65535
     except ValueError as error:
         raise AddressError(address, str(error)) from error
     if not parts.hostname or port is None:
@@ -105,7 +105,7 @@ def is_local(address: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host == "localhost"  # other names may resolve to any address, so they count as remote
 
 
 def bind_node(
@@ -127,14 +127,15 @@ def bind_node(
     if keys is None and not insecure and not is_local(address):
         raise OptionError("bind", address, "keys (`loader-service keygen DIR`, then --keys DIR), since other machines could reach this address; or --insecure, on a trusted network")  # fmt: skip
     if address.startswith("ipc://"):
-        _refuse_if_taken(address)
+        _refuse_if_taken(address)  # only ipc: for tcp the bind itself fails
     router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     _prepare(router, address)
-    router.setsockopt(zmq.SNDHWM, UNREAD_MESSAGES)
+    router.setsockopt(zmq.SNDHWM, UNREAD_MESSAGES)  # replaces the 0 of _prepare: a client may never read
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a lost client is an error; the default drops it silently
     router.setsockopt(
         zmq.ROUTER_HANDOVER, 1
     )  # a client that reconnects takes its identity over from its dead connection
+    # The node only: the messages to clients carry frames of pixels.
     router.setsockopt(zmq.MAXMSGSIZE, MAX_CLIENT_MESSAGE_BYTES)
     if keys is not None:
         secure_node(router, keys)
@@ -143,7 +144,7 @@ def bind_node(
     except zmq.ZMQError as error:
         router.close()
         raise AddressError(address, f"it cannot be bound ({error.strerror})") from error
-    return router, router.getsockopt_string(zmq.LAST_ENDPOINT)
+    return router, router.getsockopt_string(zmq.LAST_ENDPOINT)  # with the port that the kernel chose for *
 
 
 def connect_client(
@@ -163,7 +164,7 @@ def connect_client(
     check_address(address)
     dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     _prepare(dealer, address)
-    dealer.setsockopt(zmq.ROUTING_ID, identity)
+    dealer.setsockopt(zmq.ROUTING_ID, identity)  # before connect: the handshake carries it
     dealer.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing while there is no connection
     dealer.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
@@ -185,7 +186,7 @@ class Monitor:
     def __init__(self, dealer: zmq.Socket[bytes], address: str, *, keyed: bool) -> None:
         self._dealer, self._address, self._keyed = dealer, address, keyed
         self._unproven = 0
-        self.socket = dealer.get_monitor_socket(sum(_EVENTS))
+        self.socket = dealer.get_monitor_socket(sum(_EVENTS))  # each event is one bit, so the sum is the mask
 
     def events(self) -> list[bool]:
         """Return the changes since the last call, in order: True for connected, False for lost.
@@ -194,7 +195,7 @@ class Monitor:
             KeyRefused: client and node do not accept each other's keys, so that another attempt is useless.
         """
         happened = []
-        while self.socket.poll(0):
+        while self.socket.poll(0):  # libzmq's I/O thread writes events at any time: take all there are
             event = _EVENTS[recv_monitor_message(self.socket)["event"]]
             self._count(event)
             if reason := self._refusal(event):
@@ -209,8 +210,9 @@ class Monitor:
         if a ZeroMQ peer answers at the address.
         """
         if event is ConnectionEvent.UNPROVEN and self._keyed:
+            # _is_zeromq dials the node and may block this thread for about a second.
             self._unproven = self._unproven + 1 if _is_zeromq(self._address) else 0
-        elif event is not ConnectionEvent.DOWN:
+        elif event is not ConnectionEvent.DOWN:  # libzmq reports DOWN after each broken handshake, too
             self._unproven = 0
 
     def _refusal(self, event: ConnectionEvent) -> str:
@@ -252,19 +254,19 @@ class Waker:
         """Wake the loop, or do nothing after close. Safe to call from anywhere."""
         with self._lock:
             if self._descriptor >= 0:
-                os.eventfd_write(self._descriptor, 1)
+                os.eventfd_write(self._descriptor, 1)  # adds to a counter: many wakes before a clear are one
 
     def clear(self) -> None:
         """Make the descriptor unreadable again. Call it before looking for the work, so that no wake-up is missed."""
         try:
             os.eventfd_read(self._descriptor)
-        except BlockingIOError:
+        except BlockingIOError:  # the counter is 0: nobody has called wake since the last clear
             return
 
     def close(self) -> None:
         """Close the descriptor."""
         with self._lock:
-            descriptor, self._descriptor = self._descriptor, -1
+            descriptor, self._descriptor = self._descriptor, -1  # from now on wake does nothing
             if descriptor >= 0:
                 os.close(descriptor)
 
@@ -281,6 +283,8 @@ def try_send(socket: zmq.Socket[bytes], frames: list[Any], on_gone: Callable[[],
         False if the peer is gone (EHOSTUNREACH) or does not read (EAGAIN: its queue is full).
     """
     try:
+        # libzmq accepts or rejects a message at its first frame, so none is sent in part.
+        # pyzmq still copies frames below 64 KiB (Socket.copy_threshold): tracking them would cost more.
         socket.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
     except zmq.ZMQError as error:
         if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
@@ -296,6 +300,7 @@ def _is_zeromq(address: str) -> bool:
     try:
         with _dial(address) as probe:
             probe.settimeout(_SIGNATURE_S)
+            # libzmq sends its signature before it reads anything, so no greeting is needed here.
             signature = probe.recv(_SIGNATURE_BYTES, socketlib.MSG_WAITALL)
     except OSError:
         return False
@@ -323,7 +328,7 @@ def keep_freed_frames() -> None:
     M_TRIM_THRESHOLD). So this function allocates and frees one large block, without touching its pages. Another malloc is
     not affected.
     """
-    np.empty(_LARGE_BLOCK_BYTES, np.uint8)
+    np.empty(_LARGE_BLOCK_BYTES, np.uint8)  # freed at the end of this statement; no page was touched
 
 
 def _refuse_if_taken(address: str) -> None:

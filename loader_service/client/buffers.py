@@ -83,7 +83,7 @@ class Buffers:
 
     def arm(self, slot: int, part: int) -> int | None:
         """Give a part a new generation and return it; None while a late writer holds the part."""
-        return self.segment.arm(slot * self._parts + part)
+        return self.segment.arm(slot * self._parts + part)  # the segment numbers the parts of all slots in one row
 
     def slice_id(self, epoch: int, part: Part) -> SliceId:
         """Return the identity of a slice of this run."""
@@ -92,6 +92,7 @@ class Buffers:
     def place(self, ask: Ask) -> Place:
         """Return the place in the segment that a worker shall write a slice to."""
         base, layout, offset = self._base(ask.batch.slot), self.layout, ask.part.offset
+        # Offsets count from the segment's start, so a writer knows nothing about slots.
         return Place(
             part=ask.batch.slot * self._parts + ask.part.index,
             generation=ask.generation,
@@ -106,11 +107,13 @@ class Buffers:
         This is the only copy that pixels take on their way from a node on another machine.
         """
         images, _, _ = self._areas(batch, part)
+        # ClientProtocol._pixels has checked that the piece lies within the slice.
         self._copy(images[start : start + frame.size], frame)
 
     def write_tail(self, batch: PendingBatch, part: Part, frame: Bytes) -> None:
         """Copy the labels and draws of a slice, one after the other in their frame, to its slot."""
         _, labels, draws = self._areas(batch, part)
+        # ClientProtocol._tail has checked the frame's size.
         np.copyto(labels, frame[: labels.size])
         np.copyto(draws, frame[labels.size :])
 
@@ -125,8 +128,9 @@ class Buffers:
         layout = self.layout
         # Every array below is a view of the hold's, so the slot stays out until the last of them is collected.
         hold = Hold(self.segment.array(self._base(slot), (self._slot_bytes,), np.uint8), partial(release, slot))
-        whole = np.asarray(hold)
+        whole = np.asarray(hold)  # (slot_bytes,) uint8, whose base is the hold
         return (
+            # Slots and areas begin on page boundaries, so each array is aligned for its dtype.
             np.ndarray((count, *layout.view.shape), layout.dtype, whole, 0),
             np.ndarray((count,), np.int64, whole, self._labels),
             np.ndarray((count, *layout.view.draws_shape), DRAWS, whole, self._draws),
@@ -144,11 +148,11 @@ class Buffers:
         images, labels, draws = (
             self.segment.array(base + area + offset * size, (count * size,), np.uint8) for area, size in areas
         )
-        return images, labels, draws
+        return images, labels, draws  # flat, (count * bytes of a sample,) uint8 each
 
     def _base(self, slot: int) -> int:
         return self.segment.data_offset + slot * self._slot_bytes
 
 
 def _round_up(size: int) -> int:
-    return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES  # ceil

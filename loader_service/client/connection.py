@@ -9,7 +9,7 @@ import zmq
 from loader_service.wire import messages, sockets
 from loader_service.wire.auth import ClientKeys
 
-_READABLE: Final = int(zmq.POLLIN)
+_READABLE: Final = int(zmq.POLLIN)  # a plain int: & of an IntFlag makes a new object
 
 
 class Lane:
@@ -36,7 +36,7 @@ class Lane:
         if not int(self.socket.get(zmq.EVENTS)) & _READABLE:
             return None
         frames = [self.socket.recv(zmq.DONTWAIT, copy=False)]
-        while frames[-1].more:
+        while frames[-1].more:  # libzmq hands out whole messages, so the rest is there, too
             frames.append(self.socket.recv(zmq.DONTWAIT, copy=False))
         return frames
 
@@ -76,7 +76,7 @@ class Connection:
 
     def close(self) -> None:
         """Say goodbye and close all lanes."""
-        self.closed = True
+        self.closed = True  # first: the session checks it before each read
         self.send(messages.Bye())
         for lane in self.lanes:
-            lane.close(0 if lane.number else sockets.BYE_LINGER_MS)
+            lane.close(0 if lane.number else sockets.BYE_LINGER_MS)  # only lane 0 has a Bye to send

@@ -39,6 +39,7 @@ class Dataset:
         return cls(
             count=facts.count,
             class_names=facts.class_names,
+            # A view of bytes, so NumPy makes it read-only.
             mean=np.frombuffer(facts.mean_image, "<f4").reshape(facts.side, facts.side, 3),
             channel_means=np.array(facts.channel_means),
             eigenvalues=np.array(facts.eigenvalues),

@@ -138,7 +138,7 @@ class Loader:
         _check_choice("on_bad_sample", on_bad_sample, ("fail", "substitute"))
         _check_range("max_bad", max_bad, 0, MAX_EXCLUDED - 1)
         _check_range("batch_size", batch_size, 1, 2**16)
-        _check_range("seed", seed, 0, 2**63 - 1)
+        _check_range("seed", seed, 0, 2**63 - 1)  # the bounds of SliceId.seed
         _check_range("epochs", epochs, 0, 2**31)
         _check_range("prefetch", prefetch, 1, 1024)
         _check_range("connections", connections, 1, MAX_CONNECTIONS)
@@ -149,19 +149,19 @@ class Loader:
             raise OptionError("address", address, "one or more addresses such as tcp://127.0.0.1:5555")
         keys = chosen_keys(server_key, client_key)
         self._seed, self._transport, self._timeout_s, self._prefetch = seed, transport, timeout_s, prefetch
-        replaced = max_bad if on_bad_sample == "substitute" else None
-        self._session = Session(addresses, split, replaced, keys, connections)
+        replaced = max_bad if on_bad_sample == "substitute" else None  # None: the first bad record ends the run
+        self._session = Session(addresses, split, replaced, keys, connections)  # its thread starts here
         # A finaliser closes a loader that is dropped without close(). It must not refer to the loader itself.
         self._close: weakref.finalize[..., Loader] = weakref.finalize(self, self._session.close)
         try:
-            self._facts = self._session.wait_for_facts(timeout_s)
+            self._facts = self._session.wait_for_facts(timeout_s)  # blocks until the first node has answered
             self.dataset = Dataset.of(self._facts)
             self._view = complete_view(_view_of(view, crop, self.dataset.side), self.dataset.statistics)
             self._schedule = Schedule(self._facts.count, batch_size, rank, world_size, epochs, drop_last)
             self._buffers = self._make_buffers(
                 SampleLayout(self._view, dtype), seed, batch_size, prefetch + defaults.SPARE_SLOTS
             )
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: the session's thread must not stay
             self.close()
             raise
         self._close.detach()
@@ -190,13 +190,14 @@ class Loader:
         if self._deliveries is None:
             self._deliveries = self._begin()
         start = time.perf_counter()
-        self._used_s += start - (self._returned_at or start)
+        self._used_s += start - (self._returned_at or start)  # 0 until a batch was returned
         delivery = self._wait(self._deliveries)
         self._returned_at = time.perf_counter()
         self.waited_s += self._returned_at - start
         match delivery:
             case Deliver(batch):
                 plan = batch.plan
+                # A global position, so another number of ranks can resume.
                 self._next = (plan.epoch, plan.next) if plan.next < self.dataset.count else (plan.epoch + 1, 0)
                 self._delivered[plan.epoch] = self._delivered.get(plan.epoch, 0) + plan.count
                 self._batches, self._samples = self._batches + 1, self._samples + plan.count
@@ -227,7 +228,7 @@ class Loader:
         self._excluded = resumed.exclusions
         self._next = (resumed.epoch, resumed.position)
         self._delivered, self._substituted = {}, {}
-        self._deliveries = None
+        self._deliveries = None  # the next call of next() begins a run at the saved place
 
     @property
     def view(self) -> View:
@@ -254,6 +255,7 @@ class Loader:
     @property
     def metrics(self) -> LoaderMetrics:
         """The uses of this loader's time and slots up to this moment."""
+        # The session's thread goes on meanwhile, so the numbers may differ by a batch; hence the max below.
         accounts, filling = self.ledger, self._session.pending
         held, ready = len(self._held), self._deliveries.qsize() if self._deliveries else 0
         return LoaderMetrics(
@@ -311,13 +313,15 @@ class Loader:
         )
 
     def _make_buffers(self, layout: SampleLayout, seed: int, batch_size: int, slots: int) -> Buffers:
+        # Samples per slice that a node can send in frames.
         fitting = self._session.slot_bytes // (layout.sample_bytes + _OVERHEAD_BYTES)
         if fitting < 1:
             raise OptionError(
                 "view", layout.view.kind, f"samples that fit a send slot of {self._session.slot_bytes} bytes"
             )
         # Enough slices in the prefetched batches to keep every worker busy, and no more: each slice costs messages.
-        fair = -(-batch_size * self._prefetch // (defaults.SLICES_PER_WORKER * self._session.workers))
+        fair = -(-batch_size * self._prefetch // (defaults.SLICES_PER_WORKER * self._session.workers))  # ceil
+        # The last two are hard limits.
         slice_samples = min(max(fair, defaults.MIN_SLICE_SAMPLES), defaults.MAX_SLICE_SAMPLES, fitting, batch_size)
 
         def buffers(named: bool) -> Buffers:
@@ -355,10 +359,10 @@ class Loader:
 
     def _wait(self, deliveries: queue.SimpleQueue[Delivery]) -> Delivery:
         try:
-            return deliveries.get_nowait()
+            return deliveries.get_nowait()  # the usual case: batches are made ahead
         except queue.Empty:
             pass
-        if len(self._held) == self._buffers.slots:
+        if len(self._held) == self._buffers.slots:  # no batch can come, so waiting would never end
             gc.collect()  # frees arrays that are held only by reference cycles
             if len(self._held) == self._buffers.slots:
                 raise SlotsHeld(self._buffers.slots)
@@ -370,14 +374,16 @@ class Loader:
     def _assemble(self, finished: PendingBatch) -> Batch:
         """Return a finished batch's arrays, with the ids and sources that its plan stands for."""
         plan, slot = finished.plan, finished.slot
-        self._held.add(slot)
+        self._held.add(slot)  # before the arrays exist, since their release may come at once
         held, session = self._held, self._session  # not self: arrays may outlive the loader and must not keep it alive
 
+        # Runs in any thread between any two instructions, see Hold: discard is atomic, slot_returned appends and wakes.
         def release(slot: int) -> None:
             held.discard(slot)
             session.slot_returned(slot)
 
-        images, labels, draws = self._buffers.arrays(slot, plan.count, release)
+        images, labels, draws = self._buffers.arrays(slot, plan.count, release)  # views of the slot, shapes as in Batch
+        # Copied, so that the caller may write them: the order's table is cached and read-only.
         ids = slice_numbers(
             self.dataset.count, SliceId(self._view, self._seed, plan.epoch, plan.first, plan.count)
         ).copy()
@@ -393,7 +399,7 @@ class Loader:
 
 
 def _close(session: Session, buffers: Buffers) -> None:
-    session.close()
+    session.close()  # first: its thread writes into the segment
     buffers.close()
 
 

@@ -55,10 +55,11 @@ class Schedule:
     def batches(self, epoch: int, position: int) -> Iterator[Plan]:
         """Yield all batches from a global position of an epoch to the end of the last epoch."""
         for each in range(epoch, self.epochs):
-            yield from self._epoch(each, position if each == epoch else 0)
+            yield from self._epoch(each, position if each == epoch else 0)  # epochs after the first are whole
 
     def batches_left(self, position: int) -> int:
         """Return the number of batches from a position of an epoch to its end."""
+        # Full global batches, and the positions of a last one that is not full.
         full, rest = divmod(max(0, self.records - position), self.batch_size * self.world_size)
         return full + (1 if rest and not self.drop_last else 0)
 
@@ -85,6 +86,7 @@ class Schedule:
         full = self.batch_size * self.world_size
         batches = self.batches_left(position)
         whole = (self.records - position) // full if batches else 0
+        # The epoch does not matter for a sum.
         yield Plan(0, position, whole * full, position, min(whole, batches) * self.batch_size)
         if batches > whole:
             yield self._plan(0, position + whole * full)

@@ -112,6 +112,7 @@ class PartState(IntEnum):
     DONE = 2
 
 
+# eq=False: compared by identity, here and below, since two batches may have equal parts.
 @dataclass(eq=False)
 class Part:
     """One slice of a pending batch.
@@ -134,7 +135,7 @@ class Part:
     offset: int
     index: int
     state: PartState = PartState.WANTED
-    number: int = -1
+    number: int = -1  # no request yet; numbers start at 1
     asked_at: float = 0.0
     received: int = 0
     retries: int = 0
@@ -200,13 +201,14 @@ class NodeRecord:
     heard_at: float = -math.inf
     greeted_at: float = -math.inf  # so that the first tick greets
     pinged_at: float = -math.inf
-    asks: dict[int, Asked] = field(default_factory=dict)
+    asks: dict[int, Asked] = field(default_factory=dict)  # numbers only grow, so insertion order is age
     still_since: float | None = None
     still: bool = False
 
     @property
     def load(self) -> float:
         """The share of its capacity that is in use, 0 to 1."""
+        # A Welcome has at least one worker, and no node is asked before it.
         return len(self.asks) / (self.workers * ASKS_PER_WORKER)
 
     @property
@@ -217,6 +219,7 @@ class NodeRecord:
     def owe(self, number: int, asked: Asked, now: float) -> None:
         """Record a request."""
         self.asks[number] = asked
+        # Later requests do not restart the clock.
         self.still_since = now if self.still_since is None else self.still_since
 
     def stir(self) -> None:
@@ -447,8 +450,9 @@ class Ledger:
     def __init__(self, run: Run, nodes: Mapping[str, NodeRecord], numbers: Iterator[int], out: set[int]) -> None:
         self.run, self.excluded = run, run.excluded
         self._nodes, self._numbers, self._out = nodes, numbers, out
-        self._plans = run.schedule.batches(run.epoch, run.position)
+        self._plans = run.schedule.batches(run.epoch, run.position)  # lazy: the plans of a run are never all in memory
         self._exhausted = self._finished = False
+        # The caller's slots of an earlier run come back by slot_returned.
         self._free = deque(slot for slot in range(run.slots) if slot not in out)
         self._blocked: list[tuple[int, int]] = []  # slot, and how many parts of it were in use
         self._batches: deque[PendingBatch] = deque()  # in the order of delivery
@@ -460,7 +464,7 @@ class Ledger:
         """Mark the slice that a node owed under this number as done; count a duplicate if it owed none."""
         asked = record.asks.pop(number, None)
         if asked is None:
-            self._count_duplicate()
+            self._count_duplicate()  # no pixels were copied: _pixels and _filled look the number up first
         else:
             asked[1].state = PartState.DONE
 
@@ -480,6 +484,7 @@ class Ledger:
         batch, part = record.asks.pop(number)
         part.refused_by.add(record.address)
         self._want_again(batch, part)
+        # A superset: it may also name nodes that are gone.
         return part.refused_by >= {node.address for node in self._askable()}
 
     def release(self, record: NodeRecord) -> None:
@@ -489,7 +494,7 @@ class Ledger:
 
     def exclude(self, bad: int) -> None:
         """Exclude a record from all later requests; slices that are asked for already may still hold its pixels."""
-        self.excluded = tuple(sorted({*self.excluded, bad}))
+        self.excluded = tuple(sorted({*self.excluded, bad}))  # a new tuple: the caller's thread may hold the old one
         for batch in self._batches:
             for part in batch.parts:
                 part.refused_by.clear()  # its next request names other records
@@ -510,7 +515,9 @@ class Ledger:
             self._unblock()
         self._place()
         self._open()
+        # The generators run here, from left to right: a standstill releases slices that the requests then take.
         actions: list[Action] = [*self._standstills(now), *self._asks(now), *self._deliveries()]
+        # Delivered batches may still be in the caller's hands.
         if self._exhausted and not self._batches and not self._finished:
             self._finished = True
             actions.append(Finish())
@@ -519,6 +526,7 @@ class Ledger:
     @property
     def accounts(self) -> list[EpochAccount]:
         """The account of each epoch that has begun, in order; the caller counts ``delivered``."""
+        # sorted() copies the keys in one step under the GIL.
         return [self._accounts[epoch] for epoch in sorted(self._accounts)]
 
     @property
@@ -540,7 +548,7 @@ class Ledger:
 
     def _cut(self, plan: Plan) -> list[Part]:
         """Return a batch's parts, of nearly equal size."""
-        pieces = -(-plan.count // self.run.slice_samples)
+        pieces = -(-plan.count // self.run.slice_samples)  # ceil
         edges = [plan.count * i // pieces for i in range(pieces + 1)] if pieces else []  # no parts: an empty batch
         pairs = itertools.pairwise(edges)
         return [Part(plan.first + low, high - low, low, index) for index, (low, high) in enumerate(pairs)]
@@ -549,7 +557,7 @@ class Ledger:
         # Only the oldest batch may leave: a younger one that is done waits in its slot, so batches stay in order.
         while self._batches and self._batches[0].done:
             batch = self._batches.popleft()
-            self._out.add(batch.slot)
+            self._out.add(batch.slot)  # also for the next run's ledger, which must not use the slot
             yield Deliver(batch)
 
     def _want_again(self, batch: PendingBatch, part: Part) -> None:
@@ -564,7 +572,7 @@ class Ledger:
         for batch in self._batches:
             if batch.slot != NO_SLOT and batch.wanting:
                 if not any(node.has_room for node in self._askable()):
-                    break
+                    break  # younger batches would find no room either
                 asks += self._asks_of(batch, now)
         return asks
 
@@ -575,17 +583,17 @@ class Ledger:
             if part.state is not PartState.WANTED:
                 continue
             node = self._choose(part)
-            if node is None:
+            if node is None:  # no node with room may read this part; another part may have one
                 continue
-            generation = self.run.arm(batch.slot, part.index)
+            generation = self.run.arm(batch.slot, part.index)  # voids every earlier lease on this part
             if generation is None:
                 self._block(batch)
                 return []  # nothing was sent yet, so the requests above are dropped with the slot
             number = next(self._numbers)
             part.state, part.number, part.asked_at, part.received = PartState.ASKED, number, now, 0
-            part.excluded = self.excluded
+            part.excluded = self.excluded  # kept: the ledger's list may grow before the answer comes
             node.owe(number, (batch, part), now)
-            lane = 0 if node.shared else node.next_lane()
+            lane = 0 if node.shared else node.next_lane()  # in shared memory only a Filled comes back
             asks.append(Ask(node.address, node.instance, number, batch, part, generation, node.shared, lane))
         return asks
 
@@ -596,6 +604,7 @@ class Ledger:
             # The nodes that might have read it are gone: ask those that are left again, and judge again.
             part.refused_by.clear()
         roomy = [node for node in askable if node.has_room and node.address not in part.refused_by]
+        # Equal loads: by address, so that the choice is reproducible.
         return min(roomy, key=lambda node: (node.load, node.address), default=None)
 
     def _askable(self) -> list[NodeRecord]:
@@ -624,7 +633,7 @@ class Ledger:
         self._blocked = still_blocked
 
     def _evict(self, batch: PendingBatch) -> None:
-        batch.slot = NO_SLOT
+        batch.slot = NO_SLOT  # DONE parts, too: their bytes stay in the slot that is given up
         for part in batch.parts:
             part.state = PartState.WANTED
 
@@ -639,9 +648,9 @@ class Ledger:
             # A younger batch with no ASKED part can give its slot away: no node writes there.
             younger = itertools.islice(self._batches, index + 1, None)
             victims = [other for other in younger if other.slot != NO_SLOT and not other.asked]
-            if not victims:
+            if not victims:  # batches after this one would find even fewer
                 return
-            batch.slot = victims[-1].slot
+            batch.slot = victims[-1].slot  # the youngest is delivered last
             self._evict(victims[-1])
 
     # Standstill
@@ -649,13 +658,14 @@ class Ledger:
     def _standstills(self, now: float) -> Iterator[Standstill]:
         """Report each node that has come to a standstill; if others deliver, take from it what it owes."""
         working = [node for node in self._nodes.values() if node.state is NodeState.WORKING]
+        # A list: all nodes are updated before any is read.
         stopped = [node for node in working if self._has_stopped(node, now)]
         if not any(node.still for node in working):
             return
         moving = not all(node.still for node in working)
         for node in stopped:
             assert node.still_since is not None
-            _, oldest = next(iter(node.asks.values()))
+            _, oldest = next(iter(node.asks.values()))  # dicts keep insertion order
             yield Standstill(
                 node.address,
                 now - node.still_since,
@@ -668,14 +678,14 @@ class Ledger:
         if moving:
             for node in working:
                 if node.still:
-                    self.release(node)
+                    self.release(node)  # also one that stopped earlier, when no other node could take over
 
     def _has_stopped(self, node: NodeRecord, now: float) -> bool:
         """Update a node's standstill; return True if it has just begun."""
         if node.still:
             return False
         if not node.asks or node.still_since is None:
-            node.still_since = now if node.asks else None
+            node.still_since = now if node.asks else None  # it has just answered, and may owe more
             return False
         node.still = now - node.still_since >= defaults.NODE_STILL_S
         return node.still
@@ -689,6 +699,7 @@ class Ledger:
 
     def _count_duplicate(self) -> None:
         if self._accounts:
+            # The slice's epoch is forgotten: the latest stands for it.
             self._count(max(self._accounts), duplicates_refused=1)
 
     def _count(self, epoch: int, duplicates_refused: int = 0, reassigned: int = 0) -> None:
@@ -741,7 +752,7 @@ class ClientProtocol:
         self.workers = 1
         self.quarantine: list[Quarantined] = []
         self._nodes: dict[str, NodeRecord] = {}
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(1)  # for all runs, so that an answer to an earlier run is a duplicate
         self._out: set[int] = set()  # slots on their way to the caller or in the caller's hands
         self._run: Run | None = None
         self._ledger: Ledger | None = None
@@ -753,7 +764,7 @@ class ClientProtocol:
     @property
     def accounts(self) -> list[EpochAccount]:
         """The account of each epoch that has begun, in order; the caller counts ``delivered``."""
-        ledger = self._ledger
+        ledger = self._ledger  # read once: the session's thread may replace it at any time
         return ledger.accounts if ledger else []
 
     @property
@@ -771,6 +782,7 @@ class ClientProtocol:
     @property
     def owed(self) -> int:
         """Number of slices that nodes owe."""
+        # For the session's thread alone, which adds and removes nodes.
         return sum(len(record.asks) for record in self._nodes.values())
 
     # Events
@@ -778,10 +790,10 @@ class ClientProtocol:
     def resolved(self, found: frozenset[str]) -> list[Action]:
         """Connect to new addresses; disconnect nodes whose address is no longer found, but not while they work."""
         actions: list[Action] = []
-        for record in list(self._nodes.values()):
+        for record in list(self._nodes.values()):  # a copy, since a node may be dropped
             record.listed = record.address in found
             actions += self._drop_if_unlisted(record)
-        for address in sorted(found - self._nodes.keys()):
+        for address in sorted(found - self._nodes.keys()):  # sorted, so that the actions are reproducible
             self._nodes[address] = NodeRecord(address)
             actions.append(Connect(address))
         return actions
@@ -793,7 +805,7 @@ class ClientProtocol:
             return ()
         if lane:
             return [Send(node, messages.Ping(), lane)]  # the answer shows that the node knows the lane
-        return [self._greet(record, now)]
+        return [self._greet(record, now)]  # after each reconnection, too: another process may listen there now
 
     def disconnected(self, node: str, now: float, lane: int = 0) -> Iterable[Action]:
         """Lose a node whose connection is cut. If an open lane is cut, reset the node: in-flight slices may be lost."""
@@ -802,7 +814,7 @@ class ClientProtocol:
             return ()
         if not lane:
             return self._lose(record, "its connection was cut")
-        was_open = lane in record.lanes
+        was_open = lane in record.lanes  # if not, no request has named it yet and nothing can be lost
         record.lanes = [other for other in record.lanes if other != lane]
         if was_open and record.state is NodeState.WORKING:
             return self._reset(record, "one of its connections was cut", now)
@@ -829,7 +841,7 @@ class ClientProtocol:
         record = self._nodes.get(node)
         if record is None:
             return ()
-        record.heard_at = now
+        record.heard_at = now  # any message is a sign of life, also a wrong one
         if lane not in record.lanes:
             # A lane is used from its first message on: before that the node may not know it and would drop slices.
             record.lanes = sorted([*record.lanes, lane])
@@ -874,7 +886,7 @@ class ClientProtocol:
         """Begin a run and end the one in progress; slots in the caller's hands stay there."""
         for record in self._nodes.values():
             record.take_asks()  # answers to the last run's requests are duplicates in this one
-            record.stir()
+            record.stir()  # what the last run was owed does not count
         self._run = run
         self._ledger = Ledger(run, self._nodes, self._numbers, self._out)
         return [action for record in self._nodes.values() for action in self._employ(record)]
@@ -891,6 +903,7 @@ class ClientProtocol:
 
     def tick(self, now: float) -> list[Action]:
         """Greet nodes that have not answered, ping quiet ones, lose silent ones. Call it a few times per second."""
+        # A copy, since a node may be dropped.
         actions = [action for record in list(self._nodes.values()) for action in self._tick(record, now)]
         return actions + self._complain(now)
 
@@ -906,6 +919,7 @@ class ClientProtocol:
         return Send(record.address, messages.Hello(messages.PROTOCOL, self._name))
 
     def _welcome(self, record: NodeRecord, welcome: messages.Welcome) -> list[Action]:
+        # Raises before this node or the client changes.
         facts = check_welcome(record.address, welcome, self._split, self.facts)
         actions: list[Action] = []
         if self.facts is None:
@@ -921,7 +935,7 @@ class ClientProtocol:
 
     def _employ(self, record: NodeRecord) -> Iterable[Action]:
         """Have a node work for the run in progress, in shared memory if it can."""
-        if self._run is None or record.state is NodeState.CONNECTING:
+        if self._run is None or record.state is NodeState.CONNECTING:  # the next begin or Welcome calls again
             return ()
         if self._run.transport == "tcp" or not self._run.segment:
             return self._put_to_work(record, shared=False)
@@ -930,6 +944,7 @@ class ClientProtocol:
         return [Send(record.address, messages.Attach(self._run.segment))]
 
     def _attached(self, record: NodeRecord, answer: messages.Attached) -> Iterable[Action]:
+        # Late: another run has begun, or the node was lost meanwhile.
         if self._run is None or answer.segment != self._run.segment or record.state is not NodeState.WELCOMED:
             return ()
         # The nonce proves that it is this segment. The name does not: another container has another /dev/shm.
@@ -952,7 +967,7 @@ class ClientProtocol:
 
     def _lose(self, record: NodeRecord, why: str) -> list[Action]:
         actions: list[Action] = []
-        if record.state is NodeState.WORKING:
+        if record.state is NodeState.WORKING:  # one warning per loss: after this it is CONNECTING
             actions.append(Warn(f"node {record.address} is lost: {why}"))
         record.state = NodeState.CONNECTING
         self._release(record)
@@ -972,7 +987,7 @@ class ClientProtocol:
         """Disconnect a node whose address is no longer found, unless it works."""
         if record.listed or record.state is NodeState.WORKING:
             return []
-        del self._nodes[record.address]
+        del self._nodes[record.address]  # answers that are on their way find no record and are dropped
         return [Disconnect(record.address)]
 
     # Answers
@@ -1003,7 +1018,7 @@ class ClientProtocol:
     def _pixels(self, record: NodeRecord, pixels: messages.Pixels, sizes: Sequence[int]) -> Iterable[Action]:
         record.stir()
         asked = record.asks.get(pixels.id)
-        if asked is None:
+        if asked is None:  # late: another node makes this slice now; its Filled counts the duplicate
             return ()
         if record.shared or len(sizes) != 1:
             raise MessageError(f"{len(sizes)} frames came with a piece of a slice, where one or no piece is due")
@@ -1025,9 +1040,9 @@ class ClientProtocol:
     def _failed(self, record: NodeRecord, failed: messages.Failed) -> Iterable[Action]:
         record.stir()
         asked = record.asks.get(failed.id)
-        if self._ledger is None or asked is None:
+        if self._ledger is None or asked is None:  # late, or of an earlier run
             return ()
-        if failed.record >= 0:
+        if failed.record >= 0:  # -1: a reason other than a record
             return self._judge(record, failed) if self._ledger.refuse(record, failed.id) else ()
         self._ledger.retry(record, failed.id)
         if asked[1].retries > MAX_RETRIES:
@@ -1058,6 +1073,7 @@ class ClientProtocol:
         silent_s = now - record.heard_at
         if silent_s > defaults.NODE_SILENT_S:
             return self._lose(record, f"it has been silent for {defaults.NODE_SILENT_S:.0f} s")
+        # One Ping, not one per tick, while its Pong is on its way.
         if silent_s > defaults.PING_AFTER_S and now - record.pinged_at > defaults.PING_AFTER_S:
             record.pinged_at = now
             return [Send(record.address, messages.Ping())]
@@ -1066,7 +1082,7 @@ class ClientProtocol:
     def _complain(self, now: float) -> list[Action]:
         """Warn that the client waits for a node, at intervals that double."""
         working = any(record.state is NodeState.WORKING for record in self._nodes.values())
-        between_runs = self._ledger is None and self.facts is not None
+        between_runs = self._ledger is None and self.facts is not None  # nobody waits for a batch then
         if working or between_runs or self._alone_since is None:
             self._alone_since, self._complain_after_s = now, FIRST_COMPLAINT_S
             return []
@@ -1094,7 +1110,7 @@ def check_welcome(
     Raises:
         NodeRefused: it speaks another protocol, does not serve the split, or would give other bytes.
     """
-    check_protocol(address, welcome.protocol)
+    check_protocol(address, welcome.protocol)  # first: it explains every other difference
     made = welcome.installation
     if made.golden != BUILTIN_GOLDEN:
         raise NodeRefused(
@@ -1107,6 +1123,8 @@ def check_welcome(
     facts = welcome.splits.get(split)
     if facts is None:
         raise NodeRefused(address, "list of splits", split, ", ".join(welcome.splits) or "empty")
+    # The fingerprint covers the records, the golden hash the bytes that this node makes of them.
+    # The first node is compared with itself; every later one must equal it.
     for what in ("fingerprint", "golden"):
         need, have = getattr(first or facts, what), getattr(facts, what)
         if need != have:

@@ -62,7 +62,7 @@ def status(
 
 def _ask(address: str, question: messages.FromClient, timeout_s: float, keys: ClientKeys | None) -> messages.FromNode:
     """Connect, send a question and return the first answer."""
-    context: zmq.Context[Any] = zmq.Context()
+    context: zmq.Context[Any] = zmq.Context()  # not shared: term() below would wait for a loader's sockets
     dealer, monitor = sockets.connect_client(context, address, secrets.token_bytes(16), keys)
     poller = zmq.Poller()
     poller.register(dealer, zmq.POLLIN)
@@ -70,18 +70,18 @@ def _ask(address: str, question: messages.FromClient, timeout_s: float, keys: Cl
     deadline = time.monotonic() + timeout_s
     try:
         while (left_s := deadline - time.monotonic()) > 0:
-            poller.poll(int(left_s * 1000) + 1)
+            poller.poll(int(left_s * 1000) + 1)  # rounded up, so that the last millisecond does not spin
             if any(monitor.events()):  # connected, or connected again: the first question may be lost
                 dealer.send(messages.encode(question))
             if dealer.poll(0):
                 frame = dealer.recv()
-                sockets.try_send(dealer, [messages.encode(messages.Bye())])
+                sockets.try_send(dealer, [messages.encode(messages.Bye())])  # the node forgets this client at once
                 return _decode(address, frame)
         raise NoNodeError((address,), timeout_s)
     finally:
         monitor.close()
         dealer.close(linger=sockets.BYE_LINGER_MS)
-        context.term()
+        context.term()  # waits for the Bye, at most BYE_LINGER_MS
 
 
 def _decode(address: str, frame: bytes) -> messages.FromNode:

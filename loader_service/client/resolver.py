@@ -39,10 +39,11 @@ class Resolver:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         if self._names:
+            # Daemon: getaddrinfo cannot be interrupted at exit.
             self._thread = threading.Thread(target=self._run, name="loader-service-resolver", daemon=True)
             self._thread.start()
         else:
-            on_change(self._fixed)
+            on_change(self._fixed)  # in the caller's thread; the addresses never change
 
     def close(self) -> None:
         """Stop looking up. A look-up that is in progress ends by itself and changes nothing."""
@@ -54,7 +55,7 @@ class Resolver:
             for name in self._names:
                 self._look_up(name)
             now = self._fixed.union(*self._known.values())
-            if now != last and not self._stop.is_set():
+            if now != last and not self._stop.is_set():  # a look-up may take seconds, and close() may come meanwhile
                 last = now
                 self._on_change(now)
             self._stop.wait(self._interval_s)
@@ -63,6 +64,7 @@ class Resolver:
         """Look one name up; keep its last addresses if that fails, since the nodes may still be there."""
         parts = urlsplit(address)
         try:
+            # SOCK_STREAM: else each address comes once per socket type.
             found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
         except OSError as error:
             if address not in self._known:

@@ -92,14 +92,17 @@ class Session:
         self._owed = 0  # slices that were owed when the thread last went to sleep
         self._stopping = False
         self._next_tick = time.monotonic()
+        # One connection keeps one I/O thread busy.
         self._context: zmq.Context[Any] = zmq.Context(io_threads=connections)
         self._connections: dict[str, Connection] = {}
         self._poller = zmq.Poller()
         self._waker = Waker()
         self._pid = os.getpid()
+        # May call back at once, from this thread: _command needs only the deque and the waker.
         self._resolver = Resolver(
             addresses, lambda found: self._command(lambda: self._carry_out(self._core.resolved(found)))
         )
+        # Daemon: a loader that is never closed must not block the exit.
         self._thread = threading.Thread(target=self._work, name="loader-service", daemon=True)
         self._thread.start()
 
@@ -124,6 +127,7 @@ class Session:
         """Begin a run in ``buffers``, in place of the one in progress; return the queue that its batches come from."""
         deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
 
+        # Runs in the session's thread, like every command: the core has no lock.
         def command() -> None:
             self._take_back_undelivered()
             self._deliveries, self._buffers = deliveries, buffers
@@ -136,6 +140,7 @@ class Session:
 
     def slot_returned(self, slot: int) -> None:
         """Take back a slot whose arrays are gone. Safe to call from any thread at any time, also from a finaliser."""
+        # No command is missed: this appends, then reads _owed; the thread writes _owed, then looks for commands.
         self._commands.append(lambda: self._core.slot_returned(slot))
         # While slices are owed, the next answer wakes the thread within a slice's time: save the system call.
         if not self._owed:
@@ -148,7 +153,7 @@ class Session:
         self._stopping = True
         self._resolver.close()
         self._waker.wake()
-        self._thread.join()
+        self._thread.join()  # so that no frame is copied into a segment that is being closed
         self._waker.close()
 
     @property
@@ -191,6 +196,7 @@ class Session:
         self._poller.register(self._waker.fileno(), zmq.POLLIN)
         try:
             while not self._stopping:
+                # slot_returned may add a command without waking.
                 self._hear(dict(self._poller.poll(0 if self._commands else TICK_MS)))
                 while self._commands:
                     self._commands.popleft()()
@@ -202,26 +208,26 @@ class Session:
                 self._owed = self._core.owed
         except LoaderServiceError as error:
             self._fail(error)
-        except Exception as error:
+        except Exception as error:  # a bug of ours; without this the caller would wait for ever
             log.exception("the client's loop broke")
             self._fail(NodeFailed(f"the client's loop broke: {error!r}"))
         finally:
             for connection in self._connections.values():
                 connection.close()
-            self._context.term()
+            self._context.term()  # waits for the Byes, at most BYE_LINGER_MS
 
     def _fail(self, error: LoaderServiceError) -> None:
         """Pass an error to the caller's thread, wherever it waits."""
-        self._error = error
+        self._error = error  # before the loop: a begin after it finds the error by itself
         while self._commands:  # among them may be a begin, whose queue must receive the error
             self._commands.popleft()()
         self._core.end()
         self._deliveries.put(error)
-        self._ready.set()
+        self._ready.set()  # last: wait_for_facts reads _error after the event
 
     def _take_back_undelivered(self) -> None:
         """Return the slots of batches that the caller has not taken from the last run's queue."""
-        while not self._deliveries.empty():
+        while not self._deliveries.empty():  # no race: the caller took its last batch before it called begin
             delivery = self._deliveries.get_nowait()
             if isinstance(delivery, Deliver):
                 self._core.slot_returned(delivery.batch.slot)
@@ -232,7 +238,7 @@ class Session:
         """Pass on everything that has arrived on the sockets that poll reported."""
         if self._waker.fileno() in ready:
             self._waker.clear()
-        for connection in list(self._connections.values()):
+        for connection in list(self._connections.values()):  # copies: actions open and close connections and lanes
             for lane in list(connection.lanes):
                 # An action may close the connection at any point, and its sockets must not be read after that.
                 if not connection.closed and lane.monitor.socket in ready:
@@ -247,7 +253,7 @@ class Session:
 
     def _hear_node(self, connection: Connection, lane: Lane) -> None:
         node = connection.address
-        while not connection.closed and (frames := lane.receive()):
+        while not connection.closed and (frames := lane.receive()):  # ends, since credits bound what a node sends
             head, payload = frames[0], frames[1:]
             try:
                 message = messages.decode_from_node(head.buffer)
@@ -278,7 +284,7 @@ class Session:
                     self._slots.write_tail(batch, part, _bytes_of(payload[0]))
                 case Send(node, message, lane):
                     if connection := self._connections.get(node):
-                        connection.send(message, lane)
+                        connection.send(message, lane)  # if it is dropped, the core sends Hello or Ping again
                 case Connect(node):
                     self._connect(node)
                 case Disconnect(node):
@@ -313,7 +319,7 @@ class Session:
             slots.place(ask) if ask.shared else None,
             ask.lane,
         )
-        if not connection.send(request):
+        if not connection.send(request):  # EAGAIN: IMMEDIATE queues nothing without a connection
             self._carry_out(self._core.disconnected(ask.node, time.monotonic()))
 
     def _connect(self, node: str) -> None:
@@ -332,6 +338,7 @@ class Session:
             self._poller.register(lane.monitor.socket, zmq.POLLIN)
 
     def _disconnect(self, node: str) -> None:
+        # Sockets leave the poller before they are closed: poll fails on a closed one.
         connection = self._connections.pop(node)
         for lane in connection.lanes:
             self._poller.unregister(lane.socket)
@@ -341,4 +348,4 @@ class Session:
 
 def _bytes_of(frame: zmq.Frame) -> npt.NDArray[np.uint8]:
     """Return a frame's bytes as an array (n,) uint8, without copying."""
-    return np.frombuffer(frame.buffer, np.uint8)
+    return np.frombuffer(frame.buffer, np.uint8)  # keeps the frame, and so libzmq's memory, alive

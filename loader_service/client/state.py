@@ -36,6 +36,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def plain(self) -> dict[str, Any]:
         """Return the state as JSON has it: dicts, lists, numbers and strings."""
+        # Tuples become lists, structs become dicts.
         values: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         return values
 

@@ -161,7 +161,7 @@ class Dispatcher:
         # A handler only sets a flag and wakes the poll; the loop itself cleans up.
         previous = {s: signal.signal(s, lambda *_: self.stop()) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            announced, next_tick = False, 0.0
+            announced, next_tick = False, 0.0  # so the first round ticks
             while not self._stopping:
                 for descriptor, _ in self._poller.poll(TICK_MS):
                     self._handle(descriptor)
@@ -182,7 +182,7 @@ class Dispatcher:
     def stop(self) -> None:
         """End the loop. Safe to call in a signal handler."""
         self._stopping = True
-        self._waker.wake()
+        self._waker.wake()  # pyzmq's poll goes on after a signal: without this the loop could sleep for TICK_MS
 
     @property
     def memory_ceiling_bytes(self) -> int:
@@ -201,7 +201,7 @@ class Dispatcher:
     # Events
 
     def _handle(self, item: Any) -> None:
-        if item is self._router:
+        if item is self._router:  # poll returns a ZeroMQ socket as itself, any other descriptor as a number
             self._receive_from_clients()
         elif self._authenticator and item is self._authenticator.socket:
             if refused := self._authenticator.answer():
@@ -218,7 +218,7 @@ class Dispatcher:
     def _receive_from_clients(self) -> None:
         for _ in range(MESSAGES_PER_TURN):
             try:
-                frames = self._router.recv_multipart(zmq.DONTWAIT)
+                frames = self._router.recv_multipart(zmq.DONTWAIT)  # copied: MAXMSGSIZE keeps them small
             except zmq.Again:
                 return
             # ROUTER prepends the routing identity: 16 bytes for a client, one more for each of its lanes.
@@ -232,17 +232,18 @@ class Dispatcher:
             except MessageError as error:
                 self._refuse(client, str(error))
                 continue
-            if lane:
+            if lane:  # also for an unknown client, which learns that over lane 0
                 self._send(frames[0], messages.Pong())
             else:
                 self._answer(client, message)
             if client in self._scheduler.clients:  # any message counts as a sign of life
-                self._last_heard[client] = time.monotonic()
+                self._last_heard[client] = time.monotonic()  # known clients only, so MAX_CLIENTS bounds the dict
 
     def _refuse(self, client: bytes, flaw: str) -> None:
         """Count a refused message. Log the 1st, 2nd, 4th, 8th and so on, so that a broken client cannot flood the log."""
         self._refused += 1
         if self._refused & (self._refused - 1) == 0:  # a power of two
+            # %r escapes what the client may have put into the text.
             log.warning("client %s: %r (%d refused so far)", client.hex()[:8], flaw, self._refused)
 
     def _answer(self, client: bytes, message: messages.FromClient) -> None:
@@ -272,10 +273,10 @@ class Dispatcher:
         try:
             segment = Segment.attach(name)
         except SharedMemoryError as error:
-            self._send(client, messages.Attached(name, b"", str(error)[:4096]))
+            self._send(client, messages.Attached(name, b"", str(error)[:4096]))  # the bound of Text
             return
         nonce = segment.nonce
-        segment.close()
+        segment.close()  # workers map it themselves, each with its own opening for the locks
         # The client compares the nonce with its own. If they differ, it saw another segment of that name, and it sends no
         # place; so the node need not check.
         self._do(self._scheduler.client_attached(client, name))
@@ -299,7 +300,7 @@ class Dispatcher:
             return f"this node has no split {request.split!r}"
         if what.start + what.count > facts.count:
             return f"positions {what.start} to {what.start + what.count} are outside of an epoch of {facts.count}"
-        if what.view.jitter and not what.view.basis:
+        if what.view.jitter and not what.view.basis:  # the client completes a view before it sends one
             return "the view's jitter basis is empty"
         if request.place is None and not self._send_buffers.fits(request):
             return f"the slice is larger than a send slot of {self._send_buffers.slot_bytes} bytes"
@@ -322,6 +323,7 @@ class Dispatcher:
     def _tick(self, now: float) -> None:
         """Do the work of every TICK_MS: spawn workers, forget silent clients, kill stalled workers."""
         self._worker_pool.spawn_due(now)
+        # A list, since _forget changes the dict.
         for client in [c for c, heard in self._last_heard.items() if now - heard > self._settings.client_silent_s]:
             log.warning(
                 "client %s has been silent for %.0f s and is forgotten",
@@ -393,12 +395,13 @@ class Dispatcher:
 
     def _post(self, client: bytes, frames: list[Any]) -> bool:
         """Send frames to a client or one of its lanes. If it is gone, forget the client and return False."""
-        owner = client[: messages.CLIENT_ID_BYTES]
+        owner = client[: messages.CLIENT_ID_BYTES]  # a lost lane loses its client: no one knows what it carried
         # libzmq drops what it queued for a lost client, so its slices are lost; the client will request them again.
         return sockets.try_send(self._router, [client, *frames], on_gone=lambda: self._forget(owner))
 
     def _forget(self, client: bytes) -> None:
         self._last_heard.pop(client, None)
+        # May grant leases to others; a nested _do is harmless, since each has its own list.
         self._do(self._scheduler.client_left(client))
 
     # Status
@@ -480,10 +483,10 @@ def run_node(
         LoaderServiceError: the node cannot start or cannot continue; the sentence says why.
     """
     own_keys = node_keys(keys) if keys else None
-    installation, facts = prove(), survey(data)
+    installation, facts = prove(), survey(data)  # before any process is forked: errors here need no clean-up
     # Anonymous shared memory, 2 int64 per worker, which the workers inherit through both forks.
     progress = np.frombuffer(mmap.mmap(-1, workers * 2 * 8), np.int64).reshape(workers, 2)
-    progress[:] = NO_RECORD
+    progress[:] = NO_RECORD  # -1, which is Stage.NONE in the other column
 
     slots = defaults.SEND_SLOTS_PER_WORKER * workers + 1
     # Without a name, since only the processes of this node use it: it needs no room in /dev/shm and leaves nothing there.

@@ -46,27 +46,28 @@ class ForkServer:
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            self.link.close()
+            self.link.close()  # an open copy here would hide the dispatcher's end from the fork server
             _run_and_exit(lambda: _serve(theirs, worker_main, dispatcher))
-        theirs.close()
+        theirs.close()  # so that recv() on our end returns when the fork server has ended
 
     def spawn_worker(self, index: int) -> socket.socket:
         """Ask for worker ``index``, and return the dispatcher's end of its socket pair."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # The packet holds a duplicate of the descriptor.
         socket.send_fds(self.link, [encode(Fork(index))], [theirs.fileno()])
         theirs.close()  # only the worker may hold its end: the end of the worker must be an end of file here
-        ours.setblocking(False)
+        ours.setblocking(False)  # the pool reads it until it would block
         return ours
 
     def receive(self) -> Forked | Died | None:
         """Return the next packet, when :attr:`link` is readable; None if the fork server has ended."""
         packet = self.link.recv(MAX_PACKET_BYTES)
-        return decode_fork_server(packet) if packet else None
+        return decode_fork_server(packet) if packet else None  # an empty packet is the end of file
 
     def close(self) -> None:
         """Kill all workers, end the fork server, and wait until they are gone."""
         self.link.close()
-        os.waitpid(self.pid, 0)
+        os.waitpid(self.pid, 0)  # it reaps all workers before it ends
 
 
 def _serve(link: socket.socket, worker_main: WorkerMain, dispatcher: int) -> None:
@@ -97,17 +98,17 @@ def _fork_on_demand(link: socket.socket, worker_main: WorkerMain, children: dict
                 return
             index = decode_fork(packet).index
             pid = _spawn_worker(index, socket.socket(fileno=descriptors[0]), worker_main, [link.fileno(), *children])
-            pidfd = os.pidfd_open(pid)
+            pidfd = os.pidfd_open(pid)  # no race: an unreaped child's pid is not reused
             children[pidfd] = (index, pid)
             poller.register(pidfd, select.POLLIN)
             link.send(encode(Forked(index, pid)))
 
 
 def _spawn_worker(index: int, link: socket.socket, worker_main: WorkerMain, foreign: list[int]) -> int:
-    fork_server = os.getpid()
+    fork_server = os.getpid()  # before the fork: the child compares it with its parent
     pid = os.fork()
     if pid == 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # SIGINT stays ignored: Ctrl-C is for the dispatcher
         for descriptor in foreign:  # an inherited copy of the link would hide the end of the fork server
             os.close(descriptor)
 
@@ -116,18 +117,18 @@ def _spawn_worker(index: int, link: socket.socket, worker_main: WorkerMain, fore
             worker_main(index, link)
 
         _run_and_exit(run)
-    link.close()
+    link.close()  # the worker has the only copy now, so its end is an end of file for the dispatcher
     return pid
 
 
 def _reap(pidfd: int, index: int, pid: int) -> Died:
     os.close(pidfd)
-    _, status = os.waitpid(pid, 0)
+    _, status = os.waitpid(pid, 0)  # ended, or killed a moment ago
     return Died(index, pid, os.waitstatus_to_exitcode(status))
 
 
 def _kill_all(children: dict[int, tuple[int, int]]) -> None:
-    for pidfd in children:
+    for pidfd in children:  # kill all before waiting for any; unlike a pid, a pidfd never means another process
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     for pidfd, (index, pid) in children.items():
         _reap(pidfd, index, pid)
@@ -144,5 +145,5 @@ def _run_and_exit(main: Callable[[], None]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stderr.flush()
+        sys.stderr.flush()  # os._exit flushes no buffers
         os._exit(code)

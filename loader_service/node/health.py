@@ -89,11 +89,11 @@ def available_cpus(root: Path = CGROUP, membership: Path = Path("/proc/self/cgro
         root: mount point of the cgroup file systems.
         membership: file that lists the cgroups of this process.
     """
-    cpus = float(len(os.sched_getaffinity(0)))
+    cpus = float(len(os.sched_getaffinity(0)))  # not cpu_count: taskset and cpusets narrow it
     lines = membership.read_text().splitlines() if membership.exists() else []
     own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
     # In a container the own cgroup is mounted at the root; on a host it lies below.
-    for path in {root / "cpu.max", root / own / "cpu.max"}:
+    for path in {root / "cpu.max", root / own / "cpu.max"}:  # a set: in a container both may be one path
         if path.exists():
             quota, period = path.read_text().split()  # microseconds of CPU time per period, or "max"
             cpus = min(cpus, int(quota) / int(period)) if quota != "max" else cpus
@@ -107,6 +107,7 @@ def available_cpus(root: Path = CGROUP, membership: Path = Path("/proc/self/cgro
 def check_shared_memory(directory: Path = DIRECTORY) -> Check:
     """Check that /dev/shm has room for a loader with default options. A node's own slots need no room there."""
     what = "shared memory"
+    # Bytes of all slots, as Buffers makes them, but for rounding to pages.
     need = (defaults.PREFETCH + defaults.SPARE_SLOTS) * defaults.BATCH_SIZE * SampleLayout(View(), "uint8").sample_bytes
     remedy = f"give {directory} {need / 2**20:,.0f} MiB (docker run --shm-size; mount -o remount,size=...)"
     try:
@@ -115,7 +116,7 @@ def check_shared_memory(directory: Path = DIRECTORY) -> Check:
         return Check(what, State.FAILED, f"{directory} cannot be used ({error.strerror})", remedy)
     found = f"{directory} has {free / 2**20:,.0f} MiB free, a loader with batches of {defaults.BATCH_SIZE} needs"
     found += f" {need / 2**20:,.0f}"
-    if free < need:
+    if free < need:  # no failure: a loader with transport auto falls back to frames
         return Check(
             what,
             State.WARNING,
@@ -130,7 +131,7 @@ def check_descriptors(workers: int) -> Check:
     need = DESCRIPTORS + DESCRIPTORS_PER_WORKER * workers
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f"the limit is {limit}, {need} are needed"
-    if limit != resource.RLIM_INFINITY and limit < need:
+    if limit != resource.RLIM_INFINITY and limit < need:  # RLIM_INFINITY is -1, below every need
         return Check("open files", State.FAILED, found, f"raise the limit: ulimit -n {need}")
     return Check("open files", State.OK, "there is no limit" if limit == resource.RLIM_INFINITY else found)
 
@@ -159,7 +160,7 @@ def check_address(bind: str) -> Check:
     context = zmq.Context()
     try:
         router, address = sockets.bind_node(context, bind, insecure=True)  # check_keys reports missing keys
-        router.close()
+        router.close()  # before term(), which waits for open sockets
     except LoaderServiceError as error:
         remedy = f"check for a running node with `loader-service status {bind}`, or choose another --bind"
         return Check("address", State.FAILED, str(error), remedy)

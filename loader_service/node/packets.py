@@ -29,6 +29,7 @@ MAX_PACKET_BYTES: Final = 65_536
 """Upper bound of a packet: a Lease with MAX_EXCLUDED records is the largest, about 10 KB."""
 
 
+# No bounds on these fields: both ends are forks of one process, and nobody else has the socket.
 class Lease(msgspec.Struct, frozen=True, tag="lease"):
     """Dispatcher to worker: write a slice.
 

@@ -58,6 +58,7 @@ MAX_QUEUE: Final = 4096
 NO_SECONDS: Final = StageSeconds()
 
 
+# eq=False: records are compared by identity; _present relies on it.
 @dataclass(eq=False)
 class ClientRecord:
     """The record of one client."""
@@ -182,7 +183,7 @@ class Scheduler:
 
     def requested(self, client: bytes, request: Request) -> list[Action]:
         """Queue a client's request, or refuse it."""
-        asking = self.clients.get(client)
+        asking = self.clients.get(client)  # None: it left, or was forgotten, while the request was on its way
         if asking is None:
             return []
         if request.place is not None and not asking.segment:
@@ -197,7 +198,7 @@ class Scheduler:
 
     def slot_freed(self, slot: int, client: ClientRecord) -> list[Action]:
         """Reuse a send slot that libzmq has released."""
-        client.sending -= 1
+        client.sending -= 1  # it may have left: its record lives as long as its last frame
         self._free_slots.append(slot)
         return self._dispatch()
 
@@ -232,7 +233,7 @@ class Scheduler:
         worker.busy_s += seconds
         worker.stages += stages
         self._cost_s += (seconds / samples - self._cost_s) / 16  # an exponential mean over some 16 slices
-        task.client.charged_s += seconds - task.estimate_s
+        task.client.charged_s += seconds - task.estimate_s  # the estimate was charged with the Grant
         if not self._present(task):  # its client left, or said Hello again
             self._release_slot(task)
             return self._dispatch()
@@ -261,7 +262,7 @@ class Scheduler:
             how: the end of the process, for people.
         """
         dead = self.workers[index]
-        self.workers[index] = WorkerRecord(
+        self.workers[index] = WorkerRecord(  # pid 0 and not ready until the new process is; the counters go on
             index, slices=dead.slices, samples=dead.samples, busy_s=dead.busy_s, stages=dead.stages
         )
         self.restarts += 1
@@ -276,7 +277,7 @@ class Scheduler:
             if self._present(task):
                 self.reassigned += 1
                 task.client.charged_s -= task.estimate_s
-                task.client.queue.appendleft(task)
+                task.client.queue.appendleft(task)  # with its send slot, if any; the lock is free
             else:
                 self._release_slot(task)
         return actions + self._dispatch()
@@ -305,6 +306,7 @@ class Scheduler:
             task = self._next_task()
             if task is None:
                 break
+            # Never reused, so a late answer finds nothing.
             lease, self._next_lease = self._next_lease, self._next_lease + 1
             what = task.request.what
             task.estimate_s = self._cost_s * what.count * what.view.samples_per_record
@@ -317,6 +319,7 @@ class Scheduler:
         """Yield workers with room for a lease, the emptiest first, each once per free place."""
         for depth in range(DEPTH):  # all workers get a first lease before any gets a second
             for worker in self.workers:
+                # Lazy: it sees the leases that _dispatch gives meanwhile.
                 if worker.ready and len(worker.tasks) == depth:
                     yield worker
 
@@ -324,11 +327,12 @@ class Scheduler:
         """Remove and return the first request of the client with the lowest charge that can be served now; None if none."""
         # Each client may fill its share of the send slots, so that one that reads slowly cannot block the others.
         share = max(1, self._send_slots // max(1, len(self.clients)))
+        # At most MAX_CLIENTS, in practice a few.
         for client in sorted(self.clients.values(), key=lambda c: c.charged_s):
             if not client.queue:
                 continue
             task = client.queue[0]
-            if task.request.place is None and task.slot is None:
+            if task.request.place is None and task.slot is None:  # a task of a dead worker still has its slot
                 if not self._free_slots or client.sending >= share:
                     continue
                 task.slot = self._free_slots.pop()
@@ -338,13 +342,14 @@ class Scheduler:
 
     def _present(self, task: Task) -> bool:
         """Return whether the client of a task is still connected, and has not said Hello again since."""
-        return self.clients.get(task.client.id) is task.client
+        return self.clients.get(task.client.id) is task.client  # a repeated Hello makes a new record
 
     def _refuse(self, task: Task, record: int, reason: str, source: str = "") -> list[Action]:
         self._release_slot(task)
-        self.bad_samples += record >= 0
+        self.bad_samples += record >= 0  # True counts as 1
         if not self._present(task):
             return []
+        # Cut to the bound of Text: the client drops a message that exceeds it.
         return [Refuse(task.client.id, Failed(task.request.id, record, reason[:4096], source[:4096]))]
 
     def _release_slot(self, task: Task) -> None:

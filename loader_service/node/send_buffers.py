@@ -52,7 +52,7 @@ class SendBuffers:
     def place(self, task: Task) -> Place | None:
         """Arm a task's slot and return the place of its slice; None if a late writer holds the slot."""
         assert task.slot is not None
-        generation = self._segment.arm(task.slot)
+        generation = self._segment.arm(task.slot)  # again for each lease, so a dead worker's lease is void
         if generation is None:
             return None
         (images, labels, draws), _ = self._areas(task.request)
@@ -70,8 +70,9 @@ class SendBuffers:
         )
         # Frames are views of this array, so libzmq sends from the slot, and the last freed frame releases the slot.
         slot = self._segment.array(self._base(task.slot), (end,), np.uint8)
+        # (end,) uint8, whose base is the hold.
         whole = np.asarray(Hold(slot, partial(self._release, task.slot, task.client, time.monotonic())))
-        size = layout.image_bytes * n
+        size = layout.image_bytes * n  # bytes of pixels
         for start in range(0, size, PIECE_BYTES):
             yield [encode(Pixels(request.id, start)), whole[start : min(start + PIECE_BYTES, size)]]
         # Labels and draws are small (20 bytes a sample), so one copy of both is cheaper than two frames.
@@ -81,7 +82,7 @@ class SendBuffers:
     def freed(self) -> list[tuple[int, ClientRecord]]:
         """Return the slots that libzmq has released since the last call, with their clients."""
         slots = []
-        while self._freed:
+        while self._freed:  # pyzmq's thread appends meanwhile; both operations are atomic
             slot, client, since = self._freed.popleft()
             self.send_s += time.monotonic() - since
             slots.append((slot, client))
@@ -92,7 +93,8 @@ class SendBuffers:
         self._segment.close()
 
     def _release(self, slot: int, client: ClientRecord, since: float) -> None:
-        # Runs in a thread of pyzmq. A deque's append is atomic; everything else waits for the dispatcher's loop.
+        # Runs in pyzmq's thread, or in the dispatcher's if libzmq got no frame by reference. A deque's append is atomic;
+        # everything else waits for the dispatcher's loop.
         self._freed.append((slot, client, since))
         self._wake()
 
@@ -108,4 +110,4 @@ class SendBuffers:
 
 
 def _align(offset: int) -> int:
-    return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # ceil

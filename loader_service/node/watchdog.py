@@ -65,7 +65,7 @@ class Watchdog:
 
     def __init__(self, after_s: float) -> None:
         self._after_s = after_s
-        self._seen: object = None
+        self._seen: object = None  # equals no state, so the first look counts as progress
         self._since = 0.0
         self._reported = False
 
@@ -92,5 +92,6 @@ def culprit(workers: Sequence[WorkerStatus]) -> Culprit:
         if w.stage:
             return Culprit(w.stage, index, w.pid, w.record)
     for index, w in working:
-        return Culprit(Waiting.LEASE, index, w.pid)
+        return Culprit(Waiting.LEASE, index, w.pid)  # the first will do: no worker is in a stage
+    # An idle worker with requests waiting lacks only a send slot.
     return Culprit(Waiting.SEND if any(w.state is WorkerState.IDLE for w in workers) else Waiting.START)

@@ -79,7 +79,7 @@ def survey(data: Path) -> dict[Split, DatasetFacts]:
         path = data / f"{split}.lmdb"
         if not path.exists():
             continue
-        with Records(path) as records:
+        with Records(path) as records:  # closed before the fork: an LMDB environment must not cross one
             manifest = records.manifest
             _check_golden(records)  # before the node starts: clients refuse a node with another hash
             facts[split] = DatasetFacts(
@@ -118,6 +118,8 @@ def _check_golden(records: Records) -> None:
 
 def die_with_parent(parent: int) -> None:
     """Ask the kernel to kill this process when its parent ends, also by SIGKILL."""
+    # prctl(2): it counts when the thread that forked ends; here that is the parent's main thread, so the process.
+    # CDLL(None) is the C library that is loaded already.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent ended before the prctl
         os._exit(1)
@@ -143,7 +145,7 @@ class Worker:
         own: Segment,
         progress: npt.NDArray[np.int64],
     ) -> None:
-        self._link, self._record = link, progress[:1]
+        self._link, self._record = link, progress[:1]  # a view: fill and the kernel publish record numbers in it
         self._stopwatch = Stopwatch(progress[1:])
         self._records = {split: _reopen(data / f"{split}.lmdb", fact.fingerprint) for split, fact in facts.items()}
         self._own = own.reopen()  # locks exclude openings, and all workers inherited the same one
@@ -152,13 +154,14 @@ class Worker:
     def run(self) -> None:
         """Answer leases until the dispatcher closes its end."""
         self._link.send(encode(Ready()))
-        while packet := self._link.recv(MAX_PACKET_BYTES):
+        while packet := self._link.recv(MAX_PACKET_BYTES):  # blocks; an empty packet is the end of file
             lease = decode_lease(packet)
             self._link.send(encode(self._serve(lease)))
 
     def _serve(self, lease: Lease) -> Done | Bad:
         start = time.perf_counter()
         try:
+            # May wait for the disk for any time; the dispatcher watches the published record.
             claim = self._write(lease)
         except RecordError as error:  # the record is bad; the client decides whether to exclude it
             return Bad(lease.id, error.record, str(error), self._source(lease.split, error.record))
@@ -174,6 +177,7 @@ class Worker:
     def _write(self, lease: Lease) -> Claim:
         """Write a slice into its place if the lease is still valid."""
         segment = self._segment(lease.segment)
+        # The lock is held until the last byte is written.
         with segment.writing(lease.place.part, lease.place.generation) as claim:
             if claim is Claim.OURS:
                 fill(_slice(segment, lease), self._records[lease.split], lease.what, self._record, self._stopwatch)
@@ -187,7 +191,7 @@ class Worker:
 
     def _segment(self, name: str) -> Segment:
         """Return a segment by its name, mapped once and kept: a new mapping would fault every page in again."""
-        if not name:
+        if not name:  # a slice in frames: the place is in the node's own send slots
             return self._own
         segment = self._segments.pop(name, None)  # and inserted again below, so that the order is by last use
         if segment is None:
@@ -205,7 +209,7 @@ def _reopen(path: Path, fingerprint: str) -> Records:
     Raises:
         DatasetInvalid: another dataset replaced it, so that this worker would make other bytes than the earlier ones.
     """
-    records = Records(path)
+    records = Records(path)  # opened after the fork, in the process that uses it
     if records.manifest.fingerprint != fingerprint:
         raise DatasetInvalid(path, "it was replaced while this node serves it; restart the node")
     return records

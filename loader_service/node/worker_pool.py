@@ -77,7 +77,7 @@ class WorkerPool:
         self._due_spawns: list[tuple[float, int]] = []  # time and worker index
         poller.register(fork_server.link.fileno(), zmq.POLLIN)
         for index in range(len(progress)):
-            self._spawn(index)
+            self._spawn(index)  # returns at once; Forked and Ready follow over the links
 
     def receive(self, descriptor: int) -> Iterator[tuple[int, Event]]:
         """Yield worker index and event for everything that a readable descriptor brings; nothing for a foreign descriptor.
@@ -93,13 +93,13 @@ class WorkerPool:
     def give(self, index: int, lease: Lease) -> None:
         """Send a lease to a worker. If the worker is dead, its Death follows, and the scheduler leases the slice again."""
         try:
-            self._links[index].send(encode(lease))
-        except (BrokenPipeError, ConnectionResetError, KeyError):
+            self._links[index].send(encode(lease))  # never full: its buffer has room for DEPTH leases of about 10 KB
+        except (BrokenPipeError, ConnectionResetError, KeyError):  # KeyError: its link is closed already
             log.debug("worker %d has died; lease %d goes to another worker", index, lease.id)
 
     def progress(self, index: int) -> tuple[int, str]:
         """Return the record that a worker reads (NO_RECORD: none) and its stage (empty: none)."""
-        record, stage = self._shared_progress[index].tolist()
+        record, stage = self._shared_progress[index].tolist()  # two words that the worker may write in between
         return record, STAGES[stage] if 0 <= stage < len(STAGES) else ""
 
     def trace(self) -> bytes:
@@ -127,7 +127,7 @@ class WorkerPool:
             return
         record, stage = self.progress(index)
         last = self._last_moves.get(index)
-        if last is None or last[:2] != (lease, record):
+        if last is None or last[:2] != (lease, record):  # a new lease is progress, even at the same record
             self._last_moves[index] = (lease, record, now)
         elif now - last[2] > self._stall_s and pid:
             facts = {"worker": index, "pid": pid, "record": record, "stage": stage}
@@ -152,7 +152,7 @@ class WorkerPool:
     def _close_link(self, index: int) -> None:
         link = self._links.pop(index, None)
         if link is not None:
-            self._poller.unregister(link.fileno())
+            self._poller.unregister(link.fileno())  # before close: the kernel gives the number to the next socket
             del self._by_descriptor[link.fileno()]
             link.close()
 
@@ -161,7 +161,7 @@ class WorkerPool:
         while True:
             try:
                 packet = link.recv(MAX_PACKET_BYTES)
-            except BlockingIOError:
+            except BlockingIOError:  # all read; or poll meant a closed link that had this descriptor
                 return
             except ConnectionResetError:  # it died with an unread lease; the packets before that can still be read
                 continue
@@ -188,6 +188,7 @@ class WorkerPool:
 
     def _reap(self, index: int, pid: int, code: int) -> Death:
         """Log the death of a worker, schedule its replacement, and return the event."""
+        # Both columns; NO_RECORD is Stage.NONE, too.
         record, self._shared_progress[index] = int(self._shared_progress[index, 0]), NO_RECORD
         self._last_moves.pop(index, None)
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -202,6 +203,6 @@ class WorkerPool:
         now = time.monotonic()
         pause_s = RESPAWN_PAUSE_S * 2 ** (self._failed_starts - 1) if self._failed_starts else 0.0
         self._due_spawns.append((now + pause_s, index))
-        self.spawn_due(now)
+        self.spawn_due(now)  # without a pause it is due now
         # SIGKILL and SIGTERM come from outside (an operator, the OOM killer, kill_if_stalled), so no record is at fault.
         return Death(crashed=code not in (-signal.SIGKILL, -signal.SIGTERM), record=record, how=how)

@@ -98,11 +98,12 @@ class LocalNode:
         self._last_lines: list[str] = []
         self._ready = False
         self._process = _spawn(command, log)
+        # Also drains the pipe: a node with a full pipe would block in its log.
         self._listener = threading.Thread(target=self._pass_on_log, name="node-log", daemon=True)
         self._listener.start()
         try:
             self.announcement = self._await_announcement(log)
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: no node may stay behind
             self.close()
             raise
         self._ready = True
@@ -132,7 +133,7 @@ class LocalNode:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        self._listener.join(STOP_TIMEOUT_S)
+        self._listener.join(STOP_TIMEOUT_S)  # its pipe is at its end, unless a child of the node still holds it
         for pipe in (self._process.stdout, self._process.stderr):
             if pipe:
                 pipe.close()
@@ -153,7 +154,7 @@ class LocalNode:
             late.set()
             self._process.kill()  # readline() has no timeout, but returns when the node's end of the pipe is closed
 
-        alarm = threading.Timer(START_TIMEOUT_S, give_up)
+        alarm = threading.Timer(START_TIMEOUT_S, give_up)  # runs in another thread, while this one is in readline()
         alarm.daemon = True
         alarm.start()
         try:
@@ -164,9 +165,9 @@ class LocalNode:
             return line
         if late.is_set():
             raise NodeFailed(f"it was not ready after {START_TIMEOUT_S:.0f} s")
-        with suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):  # it may have closed its output and still run
             self._process.wait(STOP_TIMEOUT_S)
-        self._listener.join(STOP_TIMEOUT_S)
+        self._listener.join(STOP_TIMEOUT_S)  # so that _last_lines is complete
         last_lines = self._last_lines
         if log is not None:
             last_lines = Path(log).read_text(encoding="utf-8", errors="replace").split("\n")[-_LAST_LINES:]
@@ -177,7 +178,7 @@ class LocalNode:
         """Keep the log's last lines until the node is ready, for the error message; then copy lines to stderr."""
         if self._process.stderr is None:
             return
-        for line in self._process.stderr:
+        for line in self._process.stderr:  # ends when the node and its workers have ended
             if self._ready:
                 sys.stderr.write(line)
             else:
@@ -186,7 +187,9 @@ class LocalNode:
 
 def _spawn(command: Sequence[str], log: Path | str | None) -> subprocess.Popen[str]:
     """Start the node's process in a session of its own; its log goes to a file or, without one, to a pipe."""
+    # The user's defaults are for the user's node.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("LOADER_SERVICE_START_")}
+    # The child has its own copy of the file, so this one closes.
     with nullcontext(subprocess.PIPE) if log is None else Path(log).open("a", encoding="utf-8") as stderr:
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True, env=environ

@@ -104,7 +104,7 @@ class LoaderMetrics:
     @property
     def waiting_share(self) -> float:
         """Share of the time that the caller waited for data, 0..1."""
-        return self.waited_s / max(self.waited_s + self.used_s, 1e-9)
+        return self.waited_s / max(self.waited_s + self.used_s, 1e-9)  # before the first batch both are 0
 
 
 def _count(kinds: tuple[str, ...], found: list[str]) -> dict[str, int]:
@@ -159,7 +159,7 @@ class Rates(msgspec.Struct, frozen=True):
     @classmethod
     def between(cls, before: Status | None, after: Status) -> Rates:
         """Return the rates between two statuses; without a first one, or after a restart, those since the node's start."""
-        if before is None or before.instance != after.instance:
+        if before is None or before.instance != after.instance:  # another instance began its counters at 0
             before = _at_start(after)
         seconds = max(after.uptime_s - before.uptime_s, 1e-3)  # never 0, also for two statuses at once
         busy_s = sum(w.busy_s for w in after.workers) - sum(w.busy_s for w in before.workers)
@@ -182,6 +182,7 @@ class Rates(msgspec.Struct, frozen=True):
             workers=tuple(
                 (b.samples - a.samples) / seconds for a, b in zip(before.workers, after.workers, strict=True)
             ),
+            # A client that said Hello again starts at 0.
             clients=tuple(max(0, c.samples - old[c.name]) / seconds for c in after.clients),
             busy=busy,
             stages=shares,
@@ -192,13 +193,15 @@ class Rates(msgspec.Struct, frozen=True):
 
 def _bottleneck(after: Status, *, made: bool, busy: float, shares: dict[str, float], sending: float) -> Bottleneck:
     """Apply the rules at the top of this file, in their order."""
-    if not made and not after.leases and not after.queued:
+    if not made and not after.leases and not after.queued:  # no slice is requested now
         if not after.clients:
             return Bottleneck("idle", "there are no clients")
         return Bottleneck("trainer", "the clients have received all that they requested")
     if not made:
+        # Stages now, not sums: sums grow only when a slice is done.
         stages = collections.Counter(w.stage for w in after.workers if w.stage)
         if not stages:
+            # Slices are requested, but every send slot is taken.
             return Bottleneck("network", "no worker writes a slice, and no send slot becomes free")
         stage, workers = stages.most_common(1)[0]
         return Bottleneck(

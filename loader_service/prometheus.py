@@ -40,9 +40,9 @@ class Exporter(Collector):
 
     def __init__(self, address: str, prefix: str) -> None:
         self._prefix = prefix
-        self._last: NodeMetrics | LoaderMetrics | None = None
+        self._last: NodeMetrics | LoaderMetrics | None = None  # replaced as a whole by the hook, never changed
         host, port = _host_and_port(address)
-        registry = CollectorRegistry()
+        registry = CollectorRegistry()  # not the default one, which has metrics of Python and of the process
         registry.register(self)
         try:
             self._server, self._thread = start_http_server(port, host, registry)
@@ -60,7 +60,7 @@ class Exporter(Collector):
         if last is None:
             return
         for field, hint in get_type_hints(type(last), include_extras=True).items():
-            (meaning,), value = hint.__metadata__, getattr(last, field)
+            (meaning,), value = hint.__metadata__, getattr(last, field)  # the Counter or Gauge in Annotated
             name = f"loader_service_{self._prefix}_{field}"
             # The client library appends _total to counters.
             name = f"{name.removesuffix('_s')}_seconds" if name.endswith("_s") else name
@@ -85,7 +85,7 @@ class Exporter(Collector):
 
 def _host_and_port(address: str) -> tuple[str, int]:
     try:
-        parts = urlsplit(f"//{address}")
+        parts = urlsplit(f"//{address}")  # urlsplit finds a host only after //
         port = parts.port
     except ValueError as error:
         raise AddressError(address, str(error)) from error

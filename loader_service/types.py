@@ -39,8 +39,9 @@ MAX_EXCLUDED: Final = 1024
 records needs repair."""
 
 DRAWS: Final = np.dtype(
+    # int16 holds every offset (at most MAX_SIDE_PX) and every shift; the byte order is fixed, since the bytes travel.
     [("y", "<i2"), ("x", "<i2"), ("flip", "?"), ("shift", "<i2", (3,))],
-    align=True,
+    align=True,  # one byte of padding after flip, so that shift is at an even offset
 )
 """The random draws of one sample, 12 bytes: the first row and column of the crop in the record (pixels), the flip, and
 the colour shift of each channel (R, G, B) in grey levels."""
@@ -48,11 +49,12 @@ the colour shift of each channel (R, G, B) in grey levels."""
 
 def mean_bytes(side: int) -> int:
     """Return the bytes of the mean image of records of ``side`` pixels: (side, side, 3) float32."""
-    return side * side * 3 * 4
+    return side * side * 3 * 4  # float32
 
 
 def default_crop(side: int) -> int:
     """Return the default side of a crop from records of ``side`` pixels: 224 of 256, rounded in the same proportion."""
+    # Integers alone, so that no float rounding decides.
     return (CROP_SIDE_PX * side + RECORD_SIDE_PX // 2) // RECORD_SIDE_PX
 
 
@@ -79,10 +81,11 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     basis: tuple[float, ...] = ()
     order: Order = "shuffled"
 
+    # msgspec calls this for views that arrive in messages and saved states, too.
     def __post_init__(self) -> None:
         if not 0 <= self.crop <= MAX_SIDE_PX:
             raise ValueError(f"a view's crop is 0 to {MAX_SIDE_PX} pixels, not {self.crop}")
-        if not (math.isfinite(self.jitter) and 0 <= self.jitter <= 100):
+        if not (math.isfinite(self.jitter) and 0 <= self.jitter <= 100):  # MessagePack can carry NaN and infinity
             raise ValueError(f"a view's jitter is a standard deviation from 0 to 100, not {self.jitter}")
         if len(self.basis) not in (0, 9) or not all(math.isfinite(b) and abs(b) <= 1e4 for b in self.basis):
             raise ValueError("a view's jitter basis is nine finite numbers of at most 10,000 grey levels, or empty")
@@ -100,7 +103,7 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             view = VIEWS[name]
         except KeyError:
             raise ValueError(f"there is no view named {name!r}; there are {', '.join(VIEWS)}") from None
-        return msgspec.structs.replace(view, crop=0).of_records(side)
+        return msgspec.structs.replace(view, crop=0).of_records(side)  # 0: of_records scales the crop to the side
 
     def of_records(self, side: int) -> View:
         """Return this view for records of ``side`` pixels, with its crop filled in.
@@ -108,7 +111,7 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: the crop is larger than the records.
         """
-        crop = side if self.kind == "whole" else self.crop or default_crop(side)
+        crop = side if self.kind == "whole" else self.crop or default_crop(side)  # 0 counts as not given
         if crop > side:
             raise ValueError(f"a crop of {crop} pixels does not fit into records of {side}")
         return self if crop == self.crop else msgspec.structs.replace(self, crop=crop)
@@ -131,7 +134,7 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def canonical(self) -> bytes:
         """Return the bytes that stand for this view in identities and saved states."""
-        return msgspec.msgpack.encode(self)
+        return msgspec.msgpack.encode(self)  # fields in the order of the class, so equal views give equal bytes
 
 
 VIEWS: Final[dict[str, View]] = {
@@ -143,6 +146,7 @@ VIEWS: Final[dict[str, View]] = {
 
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+# Bounded so that 4 * position, the counter of the random words, fits a uint64 (see data/draws.py).
 Position = Annotated[int, msgspec.Meta(ge=0, le=2**60)]
 
 
@@ -183,7 +187,7 @@ class SampleLayout(msgspec.Struct, frozen=True):
     @property
     def sample_bytes(self) -> int:
         """Bytes of one sample: pixels, an int64 label, draws."""
-        return self.image_bytes + 8 + self.draws_bytes
+        return self.image_bytes + 8 + self.draws_bytes  # 8: the int64 label
 
 
 Images = npt.NDArray[np.uint8] | npt.NDArray[np.float16] | npt.NDArray[np.float32]
@@ -313,7 +317,7 @@ class EpochAccount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         return EpochAccount(
             epoch=self.epoch,
-            expected=self.expected,
+            expected=self.expected,  # rest.expected counts from the place where it resumed
             delivered=self.delivered + rest.delivered,
             duplicates_refused=self.duplicates_refused + rest.duplicates_refused,
             reassigned=self.reassigned + rest.reassigned,

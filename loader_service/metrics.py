@@ -193,7 +193,7 @@ class Rates(msgspec.Struct, frozen=True):
 
 def _bottleneck(after: Status, *, made: bool, busy: float, shares: dict[str, float], sending: float) -> Bottleneck:
     """Apply the rules at the top of this file, in their order."""
-    if not made and not after.leases and not after.queued:  # no slice is requested now
+    if not made and not after.leases and not after.queued:
         if not after.clients:
             return Bottleneck("idle", "there are no clients")
         return Bottleneck("trainer", "the clients have received all that they requested")

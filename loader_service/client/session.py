@@ -338,7 +338,6 @@ class Session:
             self._poller.register(lane.monitor.socket, zmq.POLLIN)
 
     def _disconnect(self, node: str) -> None:
-        # Sockets leave the poller before they are closed: poll fails on a closed one.
         connection = self._connections.pop(node)
         for lane in connection.lanes:
             self._poller.unregister(lane.socket)

@@ -182,7 +182,7 @@ class Dispatcher:
     def stop(self) -> None:
         """End the loop. Safe to call in a signal handler."""
         self._stopping = True
-        self._waker.wake()  # pyzmq's poll goes on after a signal: without this the loop could sleep for TICK_MS
+        self._waker.wake()  # the signal may come between the loop's check and its poll, which would then sleep
 
     @property
     def memory_ceiling_bytes(self) -> int:

@@ -160,11 +160,11 @@ class Scheduler:
 
     def client_joined(self, client: bytes, name: str) -> list[Action]:
         """Add a client that said Hello. A known client starts anew: its earlier requests are dropped."""
-        self.client_left(client)
+        actions = self.client_left(client)  # what the earlier one held may serve others now
         # It starts at the lowest charge of the others: at 0 it would get all workers until it caught up.
         floor = min((c.charged_s for c in self.clients.values()), default=0.0)
         self.clients[client] = ClientRecord(client, name, charged_s=floor)
-        return []
+        return actions
 
     def client_attached(self, client: bytes, segment: str) -> list[Action]:
         """Note that the node can write a client's shared memory."""

@@ -52,6 +52,18 @@ def test_a_worker_that_is_not_ready_gets_nothing() -> None:
     assert len(_grants(scheduler.worker_ready(0))) == 1
 
 
+def test_a_client_that_says_hello_again_frees_what_it_held_for_others() -> None:
+    """The grants that its earlier requests held back are returned, since a lease without its Grant would hang a worker."""
+    scheduler = _ready(1, send_slots=2)
+    _join(scheduler, b"a")
+    _join(scheduler, b"b")
+    assert len(_grants(scheduler.requested(b"b", _request(1, place=None)))) == 1
+    assert scheduler.requested(b"b", _request(2, place=None)) == []  # two clients share two send slots
+    grants = _grants(scheduler.client_joined(b"a", "a"))
+    assert [grant.task.request.id for grant in grants] == [2]
+    assert scheduler.leases == 2
+
+
 def test_a_dead_workers_leases_go_to_another_in_order() -> None:
     """Both leases of a dead worker are granted again, before later requests, and counted."""
     scheduler = _ready(2)

@@ -88,10 +88,12 @@ def main(
         try:
             pythons[peer] = python_of(peer, ROOT)
         except NotInstalled as error:
-            missing[peer] = str(error)
-    folder = build.resolve() / f"records-{records}"
-    facts = make(folder, found, records)
+            missing[peer] = str(error)  # the document names it; the others are measured
+    folder = build.resolve() / f"records-{records}"  # one folder for each number: make() keeps what exists
+    facts = make(folder, found, records)  # kept from an earlier run, if they are finished
+    # The order of groups follows: raw, TCP, jpeg, and then the peers that are apart.
     contestants = limits(folder, workers) + ours(folder, workers) + peers(folder, workers, pythons)
+    # Over a minute: shows whether anything else ran before the first round.
     before = os.getloadavg()[0]
     turns = play(contestants, rounds, seconds, missing)
     after = os.getloadavg()[0]
@@ -103,7 +105,7 @@ def main(
         records=facts,
         workers=workers,
         seconds=seconds,
-        contestants=[each for each in contestants if each.name in turns],
+        contestants=[each for each in contestants if each.name in turns],  # without the peers that failed
         rounds=turns,
         single=measure(folder, found, workers) if single else None,
         missing=missing,

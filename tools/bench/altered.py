@@ -29,11 +29,12 @@ def alter(changes: str) -> None:
         name, _, value = change.partition("=")
         if name not in READ_LATE or not value.isdecimal() or int(value) < 1:
             raise ToolFailed(f"{change!r} is not NAME=VALUE, with one of {', '.join(READ_LATE)} and a number from 1.")
-        setattr(defaults, name, int(value))
+        setattr(defaults, name, int(value))  # seen by code that reads `defaults.NAME` when it runs
 
 
 if __name__ == "__main__":
     _, chosen, *words = sys.argv
     alter(chosen)
+    # In this process, as __main__: a new interpreter would have the defaults of the file again.
     sys.argv = ["loader-service", *words]
     runpy.run_module("loader_service", run_name="__main__")

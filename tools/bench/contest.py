@@ -94,6 +94,8 @@ class Running:
 
     def __init__(self, contestant: Contestant, environ: Mapping[str, str] | None = None) -> None:
         self.contestant = contestant
+        # A file, not a pipe: nothing reads it during a turn, and a full pipe would block the contestant. All copies
+        # inherit this one open file, so they share its offset and do not overwrite each other's lines.
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 -- close() closes it
         self._processes = [self._start(environ or {}) for _ in range(contestant.copies)]
 
@@ -103,19 +105,23 @@ class Running:
 
     def turn(self, warm_s: float, seconds: float) -> Turn:
         """Let it deliver for ``seconds`` after a warm-up of ``warm_s``; return the figures."""
+        # All copies get the line before any answer is read, so that they deliver at the same time.
         for process in self._processes:
             assert process.stdin is not None
             with suppress(BrokenPipeError):  # _expect() reports that it has ended
                 process.stdin.write(f"{warm_s} {seconds}\n")
                 process.stdin.flush()
+        # Counted from here: the warm-up's images and CPU time belong to no turn.
         self._expect("begin")
         before = self._cpu()
-        answers = [self._read(process).split() for process in self._processes]
+        answers = [self._read(process).split() for process in self._processes]  # blocks until the turn is over
         after = self._cpu()
         images = sum(int(count) for count, _, _ in answers)
+        # The benchmark's checks run in the consumer's process, so their time is part of both totals.
         spent_s = sum(float(spent) for _, _, spent in answers)
         total_s, consumer_s = after[0] - before[0] - spent_s, after[1] - before[1] - spent_s
         return Turn(
+            # Each copy by its own clock: the last batch may end after the turn's seconds.
             images_per_s=sum(int(count) / float(took_s) for count, took_s, _ in answers),
             cpu_ms=1000 * total_s / images,
             consumer_cpu_ms=1000 * consumer_s / images,
@@ -126,14 +132,15 @@ class Running:
         """End its processes and their children."""
         everyone = self._tree()  # before the signal: orphans are no longer found below their parent
         for process in self._processes:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError):  # _read() has reaped it
+                # The group id is the pid (start_new_session). A node has its own session: it ends with its parent.
                 os.killpg(process.pid, signal.SIGTERM)
         _, alive = psutil.wait_procs(everyone, GONE_S)
         for child in alive:
             with suppress(psutil.NoSuchProcess):
-                child.kill()
+                child.kill()  # by its pid and start time (psutil), so a reused pid is safe
         for process in self._processes:
-            process.communicate()
+            process.communicate()  # reaps it and closes its pipes
         self._log.close()
 
     def __enter__(self) -> Running:
@@ -151,7 +158,7 @@ class Running:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            start_new_session=True,
+            start_new_session=True,  # a group to signal; the terminal's Ctrl-C reaches the benchmark alone
         )
 
     def _expect(self, word: str) -> None:
@@ -163,6 +170,7 @@ class Running:
         assert process.stdout is not None
         if line := process.stdout.readline().strip():
             return line
+        # An empty line is the end of file, which may precede the exit by a moment; returncode is None until then.
         process.wait(GONE_S)
         self._log.seek(0)
         said = " ".join(self._log.read().strip().splitlines()[-3:])
@@ -182,6 +190,7 @@ class Running:
         own = {process.pid for process in self._processes}
         for process in self._tree():
             with suppress(psutil.NoSuchProcess):
+                # Without children_user and children_system: living children are in the tree themselves.
                 times = process.cpu_times()
                 used_s = times.user + times.system
                 total_s += used_s
@@ -192,6 +201,7 @@ class Running:
         total = 0
         for process in self._tree():
             with suppress(psutil.NoSuchProcess):
+                # PSS divides a shared page among its users, so LMDB's pages and the slots count once in the sum.
                 total += process.memory_full_info().pss
         return total
 
@@ -213,13 +223,16 @@ def play(contestants: list[Contestant], rounds: int, seconds: float, missing: di
         ToolFailed: a contestant failed that is no peer.
     """
     turns: Rounds = {}
+    # A dict keeps the order in which groups first appear, unlike a set.
     for group in dict.fromkeys(each.group for each in contestants):
         with ExitStack() as stack:
             together = [each for each in contestants if each.group == group]
             running = [one for each in together if (one := _start(stack, each, seconds, missing))]
+            # Rounds outside, contestants inside: a slow minute of the machine hits all of them, and ratios are taken
+            # per round.
             for number in range(rounds):
                 for one in running:
-                    turn = one.turn(WARM_SHARE * seconds, seconds)
+                    turn = one.turn(WARM_SHARE * seconds, seconds)  # the others only fill their buffers, then block
                     turns.setdefault(one.contestant.name, []).append(turn)
                     click.echo(
                         f"round {number + 1}/{rounds} {one.contestant.name:<18} {turn.images_per_s:>9,.0f}/s", err=True
@@ -231,10 +244,12 @@ def _start(stack: ExitStack, contestant: Contestant, seconds: float, missing: di
     """Start a contestant and let it take one turn that does not count, to map pages and warm caches; None if it failed."""
     click.echo(f"starting {contestant.name}", err=True)
     try:
+        # Entered before wait(): the processes of a contestant that fails here still end with the group.
         one = stack.enter_context(Running(contestant))
         one.wait()
         one.turn(WARM_SHARE * seconds, seconds)
     except ToolFailed as error:
+        # The comparison stands without a peer; without ours or a limit there is nothing to compare.
         if contestant.kind is not Kind.PEER:
             raise
         missing[contestant.name] = str(error)

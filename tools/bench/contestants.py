@@ -37,6 +37,7 @@ def limits(records: Path, workers: int) -> list[Contestant]:
 
     return [
         limit("memcpy", "limit: C memcpy of the crops", "raw", workers, "raw"),
+        # One copy each: a pair of processes at the ends of one connection, as a client and a node have by default here.
         limit("zmq", "limit: ZeroMQ alone, TCP", "raw", 1, "tcp"),
         limit("zmq-curve", "limit: ZeroMQ alone, TCP, CURVE", "raw", 1, "tcp"),
         limit("decode", "limit: libjpeg-turbo decoding", "jpeg", workers, "jpeg"),
@@ -68,7 +69,9 @@ def peers(records: Path, workers: int, pythons: Mapping[str, Path]) -> list[Cont
             title,
             "raw" if form == "raw" else "jpeg",
             Kind.PEER,
+            # That interpreter lacks this project: -m finds `tools` in ROOT, where Running starts every contestant.
             (str(python), "-m", f"tools.bench.peers.{peer}", form, str(records), str(workers)),
+            # A peer's group is the limit's that bounds it, except for services that keep working between turns.
             group=peer if peer in APART else "raw" if form == "raw" else "jpeg",
         )
         for peer, python in pythons.items()
@@ -84,6 +87,7 @@ PEERS: Final[dict[str, tuple[tuple[str, ...], ...]]] = {
     "dataloader": ((*TORCH, "lmdb==3.0.0", "simplejpeg==1.9.0"),),
     "dali": (("nvidia-dali-cuda120==2.4.0", "numpy"),),
     "ffcv": (
+        # First: --no-build-isolation below builds with the packages that are installed by then.
         ("setuptools<81", "wheel", "opencv-python-headless", "numba", "assertpy", "terminaltables", "fastargs", "tqdm"),
         (*TORCH, "pandas", "psutil"),
         ("--no-build-isolation", "ffcv==1.0.2"),  # compiled here: needs libopencv-dev and libturbojpeg0-dev
@@ -111,7 +115,7 @@ def python_of(peer: str, root: Path) -> Path:
     python, marker = folder / "bin" / "python", folder / "ready.txt"
     recipe = (PEERS | TRAINERS)[peer]
     wanted = repr(recipe)
-    if marker.exists() and marker.read_text() == wanted:
+    if marker.exists() and marker.read_text() == wanted:  # another recipe installs again
         return python
     _run(peer, [sys.executable, "-m", "venv", str(folder)])
     for arguments in recipe:
@@ -130,6 +134,7 @@ def versions(peer: str) -> str:
 def _run(peer: str, command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
+        # pip's reason is its last line of this kind; without one, the end of its output is quoted.
         said = [line for line in done.stderr.splitlines() if line.startswith(("ERROR", "error"))] or [
             done.stderr[-200:]
         ]

@@ -38,6 +38,7 @@ def start_node(
     data: Path, bind: str | None, workers: int, keys: Path | None = None, changes: str = "", options: Sequence[str] = ()
 ) -> LocalNode:
     """Start a node that ends with this process; ``changes`` alters its defaults, as ``altered`` takes them."""
+    # The node is another process, so it alters its own copy of the defaults before it reads them.
     program = (sys.executable, "-m", "tools.bench.altered", changes) if changes else PROGRAM
     return LocalNode(data, workers, bind=bind, keys=keys, options=options, program=program)
 
@@ -46,7 +47,7 @@ def pin(workers: Iterable[WorkerStatus]) -> None:
     """Pin each worker of a node to one CPU, round robin."""
     cpus = sorted(os.sched_getaffinity(0))
     for number, worker in enumerate(workers):
-        os.sched_setaffinity(worker.pid, {cpus[number % len(cpus)]})
+        os.sched_setaffinity(worker.pid, {cpus[number % len(cpus)]})  # not inherited by a worker that replaces it
 
 
 class Consumer:
@@ -72,9 +73,11 @@ class Consumer:
             ToolFailed: a batch differs from what the pure function makes of its positions.
         """
         for number, batch in enumerate(self._loader):
+            # This thread's CPU time: the session's thread works for the loader meanwhile, which counts.
             start_s = time.thread_time()
             images = touch(batch.images)
             if number % CHECK_EVERY == 0:
+                # The first index moves on with each check, so that over a run all places of a batch are compared.
                 self._check(batch, number // CHECK_EVERY * CHECKED % (images - CHECKED + 1))
             self.spent_s += time.thread_time() - start_s
             del batch  # frees its slot before the next batch is asked for
@@ -82,6 +85,7 @@ class Consumer:
 
     def _check(self, batch: Batch, first: int) -> None:
         chosen = slice(first, first + CHECKED)
+        # Positions of a batch follow one another, so any part of it is a slice too.
         what = SliceId(self._view, SEED, batch.epoch, batch.start + first, CHECKED)
         pure = empty_slice(SampleLayout(self._view, "uint8"), CHECKED)
         fill(pure, self._records, what)
@@ -109,6 +113,8 @@ def main(
     pinned: bool,
 ) -> None:
     """Deliver batches of a node's records in DATA."""
+    # First: the lines below read the altered values. They are passed on explicitly, because the defaults of Loader's
+    # parameters were bound on import.
     alter(changes)
     threads = ("--io-threads", str(io_threads or defaults.CONNECTIONS))
     with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:
@@ -116,16 +122,17 @@ def main(
         if keys:
             generate(keys)
         server_key, client_key = (keys / "node.key", keys / "client.secret") if keys else (None, None)
-        bind = "tcp://127.0.0.1:*" if transport == "tcp" else None
+        bind = "tcp://127.0.0.1:*" if transport == "tcp" else None  # None: an ipc socket in a private folder
         with (
+            # Ends last: the loader says Bye to a node that still runs.
             start_node(data, bind, workers, keys, changes, threads) as node,
             Loader(
                 node.address,
                 batch_size=BATCH,
                 seed=SEED,
-                epochs=2**31,
+                epochs=2**31,  # practically endless: the benchmark ends this process
                 transport=transport,
-                drop_last=True,
+                drop_last=True,  # every batch has 128 images, as those of peers
                 prefetch=defaults.PREFETCH,
                 connections=defaults.CONNECTIONS,
                 server_key=server_key,
@@ -134,6 +141,7 @@ def main(
             Records(data / "train.lmdb") as records,
         ):
             if pinned:
+                # The node's answer has the pids of its workers.
                 pin(status(node.address, server_key=server_key, client_key=client_key).workers)
             consumer = Consumer(loader, records)
             deliver(consumer.counts(), lambda: consumer.spent_s)

@@ -87,6 +87,8 @@ def photographs(source: Path) -> list[bytes]:
 
 def cuts(content: bytes, count: int, number: int) -> Iterator[Pixels]:
     """Yield square cuts of photograph ``number``, each resized to (256, 256, 3) uint8; a pure function of its arguments."""
+    # (count, 3) float64 in [0, 1): side, column and row of each cut. The key is two 64-bit words, so photographs do not
+    # share a stream, as they might with a sum of seed and number.
     draws = np.random.Generator(np.random.Philox(key=[SEED, number])).random((count, 3))
     with Image.open(io.BytesIO(content)) as opened:
         image = opened.convert("RGB")
@@ -94,7 +96,7 @@ def cuts(content: bytes, count: int, number: int) -> Iterator[Pixels]:
     for share, right, down in draws.tolist():
         side = (low + share * (high - low)) * min(image.size)
         left, top = right * (image.width - side), down * (image.height - side)
-        box = (left, top, left + side, top + side)
+        box = (left, top, left + side, top + side)  # fractional: Pillow resamples from it, with no rounding to pixels
         yield np.asarray(image.resize((RECORD_SIDE_PX, RECORD_SIDE_PX), FILTER, box=box))
 
 
@@ -106,14 +108,17 @@ def make(folder: Path, source: Path, records: int) -> Facts:
     marker = folder / "facts.json"
     if marker.exists():
         return msgspec.json.decode(marker.read_bytes(), type=Facts)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # an unfinished run's
     (folder / "files").mkdir(parents=True)
+    # If there are more photographs than records, the first ones give one cut each.
     contents = photographs(source)[:records]
-    each = -(-records // len(contents))
+    each = -(-records // len(contents))  # rounded up; the last photograph may give fewer
+    # Lazy: the cuts together are 1.6 GB at 8,192 records.
     every = ((number, pixels) for number, content in enumerate(contents) for pixels in cuts(content, each, number))
     labels, sizes, errors = _write(folder, every, records, len(contents))
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
     parameters = ", ".join(f"{name} {value}" for name, value in DEFAULT_PARAMETERS["jpeg"].items())
+    # At most 78 dB a record: an exact copy would divide by zero.
     psnr_db = float(np.mean(10 * np.log10(255**2 / np.maximum(errors, 1e-3))))
     facts = Facts(len(labels), len(contents), source.name, float(np.mean(sizes)), psnr_db, parameters)
     marker.write_bytes(msgspec.json.encode(facts))
@@ -131,18 +136,21 @@ def _write(
         Writer(folder / "jpeg" / "train.lmdb", codec="jpeg", class_names=names) as jpeg,
         Progress("records", records, "records") as progress,
     ):
+        # The range first: zip() then ends before it asks `every` for one cut too many.
         for number, (label, pixels) in zip(range(records), every, strict=False):
             payload = encode(pixels, "jpeg")
             decoded = decode(payload, CODECS["jpeg"])
             name = f"{number:05}.jpg"
             raw.put(label, encode(pixels, "raw"), name)
             jpeg.put(label, payload, name)
-            (folder / "files" / name).write_bytes(payload)
+            (folder / "files" / name).write_bytes(payload)  # peers read the same JPEG bytes
             sums.add_picture(pixels.reshape(SHAPE))
             labels.append(label)
             sizes.append(len(payload))
+            # float32 first: differences of uint8 wrap.
             errors.append(float(np.mean((pixels.astype(np.float32) - decoded) ** 2)))
             progress.advance()
+        # Both get the statistics of the raw pixels, so that the colour shifts of a position do not depend on the codec.
         for writer in (raw, jpeg):
             writer.finish(sums.statistics(), made_by={"made by": "tools.bench"})
     return labels, sizes, errors

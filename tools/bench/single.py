@@ -31,7 +31,7 @@ from tools.bench.turns import BATCH, deliver
 from tools.errors import ToolFailed
 from tools.terminal import ROOT
 
-BILLION: Final = 10**9
+BILLION: Final = 10**9  # far above order.TABLE_MAX, so the Feistel network is measured
 STARTS: Final = 5
 PREPROCESSED: Final = 6000
 """Number of files to preprocess: enough to make the start of Python a small share."""
@@ -68,15 +68,16 @@ def first_batch_s(data: Path, workers: int) -> float:
     start = time.perf_counter()
     with LocalNode(data, workers) as node, Loader(node.address, batch_size=BATCH) as loader:
         next(loader)
+        # Inside the block: the shutdown does not count.
         return time.perf_counter() - start
 
 
 def order_us() -> float:
     """Return the mean microseconds for 128 positions in an order over a billion records, at places all over it."""
-    places = range(0, BILLION - BATCH, BILLION // 200)
+    places = range(0, BILLION - BATCH, BILLION // 200)  # 200 places
     start = time.perf_counter()
     for place in places:
-        records_at(BILLION, 1, 2, place, BATCH)
+        records_at(BILLION, 1, 2, place, BATCH)  # count, seed, epoch, first position, positions
     return 1e6 * (time.perf_counter() - start) / len(places)
 
 
@@ -92,9 +93,11 @@ def own_bytes(process: psutil.Process) -> int:
 def worker_memory(data: Path, workers: int) -> tuple[list[float], bool]:
     """Return each worker's private memory after an epoch, 10**6 bytes, and whether no worker has torch mapped."""
     with LocalNode(data, workers) as node, Loader(node.address, batch_size=BATCH) as loader:
+        # A whole epoch first, so that workers have allocated all that serving takes.
         for _ in loader:
             pass
         processes = [psutil.Process(worker.pid) for worker in status(node.address).workers]
+        # Mapped files show an import of torch by any module, also by a dependency.
         mapped = [area.path for process in processes for area in process.memory_maps()]
         return [own_bytes(process) / 1e6 for process in processes], not any("torch" in path for path in mapped)
 
@@ -106,9 +109,10 @@ def preprocessing(source: Path, workers: int, files: int) -> tuple[list[float], 
         _lay_out(source, tree, files)
         whole, alone = list[float](), list[float]()
         for _ in range(PREPROCESSINGS):
+            # Both in each round, so that the ratio of a pair compares the same minute.
             whole.append(files / preprocess_s(tree, out, workers))
             alone.append(standardising(tree, workers))
-            shutil.rmtree(out)
+            shutil.rmtree(out)  # finished environments would be kept, not made again
         return whole, alone
 
 
@@ -118,7 +122,7 @@ def preprocess_s(source: Path, out: Path, workers: int, size: int = RECORD_SIDE_
     command += ["--codec", "raw", "--workers", str(workers), "--size", str(size)]
     start = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    took_s = time.perf_counter() - start
+    took_s = time.perf_counter() - start  # before the check: only the command's time counts
     if done.returncode:
         raise ToolFailed(f"preprocessing failed: {done.stderr.strip()[-300:]}")
     return took_s
@@ -129,7 +133,7 @@ def standardising(tree: Path, workers: int, size: int = RECORD_SIDE_PX) -> float
     command = (sys.executable, "-m", "tools.bench.single", str(tree), "--size", str(size))
     with Running(Contestant("standardise", "", "raw", Kind.LIMIT, command, workers)) as running:
         running.wait()
-        return running.turn(0.5, 3.0).images_per_s
+        return running.turn(0.5, 3.0).images_per_s  # seconds of warm-up and of the turn
 
 
 def _lay_out(source: Path, tree: Path, files: int) -> None:
@@ -158,17 +162,20 @@ def measure(records: Path, source: Path, workers: int, files: int = PREPROCESSED
 def main(tree: Path, size: int) -> None:
     """Decode and resize the photographs in TREE again and again, as a contestant."""
     paths = sorted(path for path in tree.rglob("*") if path.is_file())
+    # Copies of this process begin at different files, so that they do not decode the same one at the same time.
     first = os.getpid() % len(paths)
     order = paths[first:] + paths[:first]
+    # Decodes one image and yields 1: the length of a list that holds it alone.
     deliver(len([standardised(path, size)]) for path in cycle(order))
 
 
 def standardised(path: Path, side: int) -> npt.NDArray[np.uint8]:
     """Return a record's pixels, (side, side, 3) uint8, as libjpeg-turbo and Pillow-SIMD make them of a sound photograph."""
     with Image.open(path) as image:
+        # libjpeg-turbo scales by 1/2, 1/4 or 1/8 while it decodes, as long as both sides stay at least `side`.
         image.draft(None, (side, side))
         short = min(image.size)
-        left, top = ((length - short) / 2 for length in image.size)
+        left, top = ((length - short) / 2 for length in image.size)  # half a pixel where the difference is odd
         square = image.convert("RGB").resize((side, side), FILTER, box=(left, top, left + short, top + short))
     return np.asarray(square)
 

@@ -47,9 +47,11 @@ def main(batch: int, width: float, device: str, speed: str, data: Path | None, w
     place = torch.device(device)
     with ExitStack() as stack:
         if data is None:
+            # A constant mean image, (256, 256, 3) float32: its values do not change the cost of the subtraction.
             batches, classes, mean = again(noise(batch, place)), CLASSES, torch.full((RECORD, RECORD, 3), 120.0)
         else:
             node = stack.enter_context(open_source(Source(data=str(data), workers=workers)))
+            # Entered after its node, so closed before it.
             feed = stack.enter_context(Feed(node, "train", "train", batch, (place,), epochs=EPOCHS))
             batches, classes, mean = feed, len(feed.facts.class_names), feed.facts.mean
         model = AlexNet(classes, width, devices=(place,), speed=msgspec.json.decode(speed, type=Speed))
@@ -67,6 +69,7 @@ def noise(size: int, device: torch.device) -> DeviceBatch:
     """Return a batch of random pixels, (size, 224, 224, 3) uint8, and labels, (size,) int64, on ``device``."""
     images = torch.randint(0, 256, (size, CROP, CROP, 3), dtype=torch.uint8).to(device)
     labels = torch.randint(0, CLASSES, (size,)).to(device)
+    # Epoch 0, one view of each image.
     return DeviceBatch((images,), Windows.centre(size, RECORD, CROP), labels, labels.cpu().numpy(), 0, 1)
 
 
@@ -77,10 +80,11 @@ def stepper(model: AlexNet, centre: MeanSubtraction) -> Callable[[DeviceBatch], 
 
     def step(batch: DeviceBatch) -> int:
         optimizer.zero_grad()
+        # A new step number draws new dropout masks, as in a run; the cost of drawing is part of a step.
         logits = model(centre(batch.images, batch.windows), DropoutKey(0, next(numbers)))
         torch.autograd.backward(functional.cross_entropy(logits, batch.labels))
         optimizer.step()
-        return len(batch.labels)
+        return len(batch.labels)  # a shape, known on the host: does not wait for the GPU
 
     return step
 
@@ -90,7 +94,7 @@ def chunks(step: Callable[[DeviceBatch], int], batches: Iterator[DeviceBatch], d
     while True:
         images = sum(step(next(batches)) for _ in range(STEPS_BETWEEN_READINGS[device.type]))
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            torch.cuda.synchronize(device)  # kernels run asynchronously; an image counts when its step is done
         yield images
 
 

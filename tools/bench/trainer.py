@@ -102,13 +102,13 @@ def contestants(settings: Settings, batch: int, peer: Path | None) -> list[tuple
     """Return the contestants at a batch size, each with its options; a peer has none."""
     found: list[tuple[Contestant, Speed | None]] = []
     cuda = torch.device(settings.device).type == "cuda"
-    forms = {name: speed for name, speed in FORMS.items() if cuda or not speed.cuda_graphs}
+    forms = {name: speed for name, speed in FORMS.items() if cuda or not speed.cuda_graphs}  # CUDA graphs need a GPU
     common = ("--batch", str(batch), "--width", str(settings.width), "--device", settings.device)
     base = (sys.executable, "-m", "tools.bench.steps", *common)
     for name, speed in forms.items():
         command = (*base, "--speed", msgspec.json.encode(speed).decode())
         found.append((Contestant(name, name, "", Kind.OURS, command), speed))
-        if settings.data and name == list(forms)[-1]:
+        if settings.data and name == list(forms)[-1]:  # the last form has every option of this device
             fed: tuple[str, ...] = (*command, "--data", str(settings.data), "--workers", str(settings.workers))
             found.append((Contestant(FED, f"{name}{FED_TITLE}", "", Kind.OURS, fed), speed))
     if peer:
@@ -125,9 +125,10 @@ def measure(settings: Settings, batch: int, peer: Path | None, missing: list[str
             click.echo(f"batch {batch}: starting {contestant.name}", err=True)
             one = stack.enter_context(Running(contestant))
             try:
+                # `ready` follows the first steps, so compilation and the capture of graphs are over before any turn.
                 one.wait()
             except ToolFailed as error:
-                if contestant.kind is not Kind.PEER:
+                if contestant.kind is not Kind.PEER:  # our own forms must run: a failure is an error
                     raise
                 missing.append(str(error))
             else:
@@ -156,10 +157,11 @@ def _role(contestant: Contestant) -> Role:
 
 
 def _share_used(settings: Settings, speed: Speed | None, images_per_s: float) -> float | None:
-    if speed is None:
+    if speed is None:  # a peer's network has another number of FLOPs
         return None
     dtype = torch.bfloat16 if speed.amp == "bf16" else torch.float32
     peak = peak_flops([torch.device(settings.device)], dtype)
+    # Of the real network: 1,000 classes, two towers, overlapping pools.
     work = training_flops(Sizes.of(2, settings.width), 1000, IMAGE_SIDE_PX, "overlapping")
     return images_per_s * work / peak if peak else None
 
@@ -178,6 +180,7 @@ def markdown(settings: Settings, lines: list[Measurement], versions: str, missin
         _table(lines),
         _targets(settings, lines, name),
     ]
+    # Each reason once, though it recurs at each batch size.
     parts += [f"Not measured: {why}" for why in dict.fromkeys(missing)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -197,13 +200,15 @@ def _targets(settings: Settings, lines: list[Measurement], device: str) -> str:
     for batch in settings.batches:
         here = [line for line in lines if line.batch == batch]
         ours = [line for line in here if line.role is Role.SYNTHETIC]
-        best = max(ours, key=lambda line: line.median)
+        best = max(ours, key=lambda line: line.median)  # never empty: measure() raises if a form of ours fails
+        # The targets are for the whole network on that GPU.
         if batch in TARGETS and settings.width == 1 and "H100" in device:
             rows.append(f"- batch {batch}: {best.median:,.0f} images/s; the target is {TARGETS[batch]:,} on an H100.")
         for line in here:
             if line.role is Role.PEER:
                 rows.append(f"- batch {batch}: {best.median / line.median:.2f} times torchvision's, by {best.title}.")
             if line.role is Role.FED:
+                # The same form on synthetic data: titles differ by FED_TITLE alone.
                 share = line.median / next(each.median for each in ours if line.title == f"{each.title}{FED_TITLE}")
                 rows.append(f"- batch {batch}: fed by a node {share:.1%} of synthetic; the target is {FED_SHARE:.0%}.")
     return "\n".join(rows)
@@ -244,6 +249,7 @@ def main(
         sizes = tuple(int(word) for word in batch_sizes.split(","))
     except ValueError:
         raise click.BadParameter("whole numbers with commas between them, such as 128,512") from None
+    # Not an option's default: it depends on the machine.
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     settings = Settings(device, sizes, width, rounds, seconds, data, workers)
     python: Path | None = None

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 BATCH: Final = 128
 SHAPE: Final = (224, 224, 3)
-PAGE_BYTES: Final = 4096
+PAGE_BYTES: Final = 4096  # of x86-64 and most arm64 kernels
 WORKERS_DEFAULT: Final = 2
 
 
@@ -28,6 +28,7 @@ def touch(images: Any) -> int:
     """
     if images.shape[1:] != SHAPE or images.dtype.name != "uint8" or not images.flags.c_contiguous:
         raise SystemExit(f"a batch is (n, 224, 224, 3) uint8 and contiguous, not {images.shape} {images.dtype}")
+    # A view, because the array is contiguous; reading a byte of a page maps it.
     images.reshape(-1)[::PAGE_BYTES].sum()
     return len(images)
 
@@ -36,7 +37,7 @@ def serve(batches: Iterable[Any]) -> None:
     """Take turns until standard input ends.
 
     Args:
-        batches: endless iterator of arrays; each array is released before the next is asked for.
+        batches: endless iterator of arrays; each array is held until the next one arrives.
     """
     deliver(touch(images) for images in batches)
 
@@ -54,6 +55,7 @@ def deliver(counts: Iterator[int], spent_s: Callable[[], float] = float) -> None
         warm_s, seconds = (float(word) for word in line.split())
         consume(counts, warm_s)
         say("begin")
+        # After `begin`: the checks of the warm-up do not count. The default, float(), is always 0.0.
         before_s = spent_s()
         images, took_s = consume(counts, seconds)
         say(f"{images} {took_s:.6f} {spent_s() - before_s:.6f}")
@@ -62,6 +64,7 @@ def deliver(counts: Iterator[int], spent_s: Callable[[], float] = float) -> None
 def consume(counts: Iterator[int], seconds: float) -> tuple[int, float]:
     """Consume for ``seconds``; return the number of images, and the seconds that they took."""
     images, start = 0, time.perf_counter()
+    # The last batch may end late, so the caller divides by the true time, not by `seconds`.
     while (passed := time.perf_counter() - start) < seconds:
         images += next(counts)
     return images, passed

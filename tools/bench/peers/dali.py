@@ -21,10 +21,11 @@ def graph(folder: str) -> Any:
     content, _ = fn.readers.file(
         files=[str(path) for path in sorted(Path(folder).glob("*.jpg"))],
         random_shuffle=True,
-        initial_fill=1024,
+        initial_fill=1024,  # size of DALI's shuffle buffer, in files
         dont_use_mmap=False,
         name="files",
     )
+    # A share of the free range: 0 is the first column or row, 1 the last that fits.
     x, y = fn.random.uniform(range=(0.0, 1.0)), fn.random.uniform(range=(0.0, 1.0))
     images = fn.decoders.image_crop(
         content, device="cpu", output_type=types.RGB, crop=SHAPE[:2], crop_pos_x=x, crop_pos_y=y
@@ -34,6 +35,7 @@ def graph(folder: str) -> Any:
 
 def batches(folder: Path, workers: int) -> Iterator[Any]:
     """Yield batches endlessly: (128, 224, 224, 3) uint8."""
+    # device_id=None builds a pipeline of the CPU alone, also on a machine with a GPU.
     made = pipeline_def(graph)(
         str(folder / "files"), batch_size=BATCH, num_threads=workers, device_id=None, prefetch_queue_depth=4
     )

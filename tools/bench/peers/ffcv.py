@@ -20,7 +20,7 @@ from PIL import Image
 
 from tools.bench.turns import BATCH, SHAPE, serve
 
-SHARE = (SHAPE[0] / 256) ** 2
+SHARE = (SHAPE[0] / 256) ** 2  # of the area: RandomResizedCrop's scale is a ratio of areas
 
 
 class Images:
@@ -43,9 +43,10 @@ def written(form: str, folder: Path) -> Path:
     if not path.exists():
         partial = path.with_suffix(".partial")
         mode = "jpg" if form == "jpeg" else "raw"
+        # Quality 90: as the jpeg records (codecs.DEFAULT_PARAMETERS).
         writer = DatasetWriter(str(partial), {"image": RGBImageField(write_mode=mode, jpeg_quality=90)}, num_workers=1)
         writer.from_indexed_dataset(Images(folder / "files"))
-        partial.rename(path)
+        partial.rename(path)  # under its name only when complete
     return path
 
 
@@ -57,10 +58,10 @@ def batches(form: str, folder: Path, workers: int) -> Iterator[Any]:
         batch_size=BATCH,
         num_workers=workers,
         order=OrderOption.RANDOM,
-        os_cache=True,
+        os_cache=True,  # the file fits in memory, as every contestant's records do
         drop_last=True,
         batches_ahead=3,
-        pipelines={"image": [decoder, RandomHorizontalFlip()]},
+        pipelines={"image": [decoder, RandomHorizontalFlip()]},  # no ToTensor: NumPy arrays, height-width-channel
     )
     while True:
         for (images,) in loader:

@@ -24,15 +24,16 @@ def chosen(paths: list[Path]) -> Iterator[list[Path]]:
     """Yield batches of paths endlessly, each epoch in a new order."""
     while True:
         random.shuffle(paths)
-        for start in range(0, len(paths) - BATCH + 1, BATCH):
+        for start in range(0, len(paths) - BATCH + 1, BATCH):  # whole batches only, as drop_last of the others
             yield paths[start : start + BATCH]
 
 
 def load(paths: list[Path]) -> Any:
     """Make one batch: (n, 224, 224, 3) uint8."""
     out, side = np.empty((len(paths), *SHAPE), np.uint8), SHAPE[0]
-    for image, path in zip(out, paths, strict=True):
+    for image, path in zip(out, paths, strict=True):  # `image` is a view of `out`
         pixels = simplejpeg.decode_jpeg(path.read_bytes(), colorspace="RGB")
+        # 33 = 256 - 224 + 1 places on each axis.
         y, x = random.randrange(33), random.randrange(33)  # noqa: S311
         crop = pixels[y : y + side, x : x + side]
         image[...] = crop[:, ::-1] if random.random() < 0.5 else crop  # noqa: S311

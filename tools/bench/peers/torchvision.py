@@ -25,6 +25,7 @@ STEPS_BETWEEN_READINGS = {"cpu": 1, "cuda": 20}
 def chunks(batch: int, device: torch.device) -> Iterator[int]:
     """Yield the images of a few steps at a time, once the device has finished them."""
     torch.manual_seed(0)
+    # (batch, 224, 224, 3) uint8.
     images = torch.randint(0, 256, (batch, SIDE, SIDE, 3), dtype=torch.uint8).to(device)
     labels = torch.randint(0, CLASSES, (batch,)).to(device)
     model = alexnet(num_classes=CLASSES).to(device).to(memory_format=torch.channels_last)
@@ -34,7 +35,10 @@ def chunks(batch: int, device: torch.device) -> Iterator[int]:
         for _ in range(STEPS_BETWEEN_READINGS[device.type]):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, torch.bfloat16):
+                # permute() only changes strides: this is channels-last already. 120: the mean of tools.bench.steps.
                 loss = functional.cross_entropy(fast(images.permute(0, 3, 1, 2).float() - 120), labels)
+            # Outside autocast, as PyTorch advises: backward uses the dtypes of forward. The loss is never read, which
+            # would wait for the GPU in every step.
             torch.autograd.backward([loss])
             optimizer.step()
         if device.type == "cuda":

@@ -73,9 +73,11 @@ def _panel(heading: str, rows: Sequence[Row], top: int) -> list[str]:
         parts.append(svg.text(_NAMES_PX + number * _COLUMN_PX, top, name, fill=_QUIET))
     for index, row in enumerate(rows):
         y = top + 14 + index * _ROW_PX
-        weight = "bold" if row.kind is Kind.OURS else "normal"
+        weight = "bold" if row.kind is Kind.OURS else "normal"  # as the tables of docs/benchmarks.md
+        # SVG places text by its baseline: 11 px below the top of a bar of 14.
         parts.append(svg.text(_NAMES_PX - 10, y + 11, row.title, text_anchor="end", font_weight=weight))
         for number, (_, figure, form) in enumerate(COLUMNS):
+            # Each panel and column has its own scale. `or`: the largest figure may be 0.
             left, most = _NAMES_PX + number * _COLUMN_PX, max(figure(each) for each in rows) or 1.0
             length = max(1.0, (_COLUMN_PX - _FIGURE_PX) * figure(row) / most)  # a bar of 0 would not be seen
             parts.append(svg.rect(left, y, length, _BAR_PX, fill=COLOURS[row.kind]))

@@ -56,6 +56,7 @@ class Results(msgspec.Struct, frozen=True):
 
 def cpu_name() -> str:
     """Return the processor's name, or its architecture if the system does not know the name."""
+    # x86-64 has this line; kernels of arm64 do not.
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -91,7 +92,7 @@ def markdown(results: Results, notes: str) -> str:
         parts += ["## Other measurements", _single(results.single)]
     if results.missing:
         parts += ["## Not measured", "\n".join(f"- {peer}: {why}" for peer, why in results.missing.items())]
-    return "\n\n".join([*parts, notes.strip()]).rstrip() + "\n"
+    return "\n\n".join([*parts, notes.strip()]).rstrip() + "\n"  # no notes: rstrip() removes the empty part
 
 
 def chart(results: Results) -> str:
@@ -99,7 +100,7 @@ def chart(results: Results) -> str:
     panels = {
         f"{codec} records": [
             Row(
-                each.title.replace("**", ""),
+                each.title.replace("**", ""),  # Markdown's bold, which SVG would show as stars
                 each.kind,
                 _rate(results, each),
                 _cpu_s(results, each),
@@ -113,6 +114,7 @@ def chart(results: Results) -> str:
 
 
 def _setting(results: Results) -> str:
+    # play() gives every contestant the same number of turns, so the first one's count is everyone's.
     facts, rounds = results.records, len(next(iter(results.rounds.values())))
     load = f"load average {results.load[0]:.2f} before and {results.load[1]:.2f} after"
     versions = "; ".join(f"{name}: {version}" for name, version in results.versions.items())
@@ -143,8 +145,9 @@ def _target_table(found: list[Target]) -> str:
 def _verdict(target: Target) -> str:
     if target.disturbed:
         return "not claimed: above the limit, so the limit's turns were disturbed"
-    if target.reached or target.figure is None:
+    if target.reached or target.figure is None:  # no figure: for mypy; _target_table() never asks
         return "yes"
+    # `need` ends in the number ("at least 0.60"). Of an upper bound, a missed target shows more than 100 %.
     need = float(target.need.split()[-1])
     return f"no: {target.figure.median / need:.0%} of the target"
 
@@ -156,6 +159,7 @@ def _table(results: Results, codec: str) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     there = _ranking(results, codec)
+    # A peer is compared with the peers too, itself included: the best one of a round has a ratio of 1.
     rivals = [each.name for each in there if each.kind is Kind.PEER]
     for each in there:
         figures = [
@@ -183,10 +187,12 @@ def _single(single: Single) -> str:
 
 def _ranking(results: Results, codec: str) -> list[Contestant]:
     there = [each for each in results.contestants if each.codec == codec]
+    # Limits among the others: the table shows how far each is from them.
     return sorted(there, key=lambda each: -_rate(results, each))
 
 
 def _cpu_s(results: Results, each: Contestant) -> float:
+    # Milliseconds per image are seconds per 1,000 images.
     return statistics.median(turn.cpu_ms for turn in results.rounds[each.name])
 
 

@@ -48,10 +48,12 @@ def ratio(rounds: Rounds, name: str, others: Sequence[str]) -> Spread | None:
 
     None if the contestant was not measured, or none of the others was.
     """
-    there = [rounds[other] for other in others if other in rounds]
+    there = [rounds[other] for other in others if other in rounds]  # a peer that was not measured does not count
     if name not in rounds or not there:
         return None
+    # One column per round: the best of the others may be another one in each.
     best = [max(turn.images_per_s for turn in turns) for turns in zip(*there, strict=True)]
+    # Ratios first, then the median: a disturbance of a whole round cancels out, which a ratio of medians would keep.
     return spread([turn.images_per_s / rate for turn, rate in zip(rounds[name], best, strict=True)])
 
 
@@ -79,10 +81,12 @@ def targets(rounds: Rounds, single: Single | None) -> list[Target]:
     found = []
     for what, name, others, need in RATIOS:
         figure = ratio(rounds, name, others)
+        # The first of the others is enough: a row that compares with a bound compares with nothing else.
         disturbed = figure is not None and others[0] in BOUNDS and figure.median > BELIEVED
         reached = figure is not None and figure.median >= need and not disturbed
         found.append(Target(what, f"at least {need:.2f}", figure, reached, disturbed))
     if turns := rounds.get("ours-raw-shm"):
+        # Within a turn: both figures are per image of the same turn.
         share = spread([turn.consumer_cpu_ms / turn.cpu_ms for turn in turns])
         found.append(Target("raw: trainer process's share of the CPU time", "below 0.05", share, share.median < 0.05))
     if single:
@@ -91,11 +95,14 @@ def targets(rounds: Rounds, single: Single | None) -> list[Target]:
 
 
 def _single_targets(single: Single) -> list[Target]:
+    # Rounds alternate, so pairs ran one after the other.
     rates = zip(single.preprocess_per_s, single.standardise_per_s, strict=True)
     preprocess = spread([whole / alone for whole, alone in rates])
     return [
         Target("preprocessing: of decode + resize alone", "at least 0.75", preprocess, preprocess.median >= 0.75),
+        # max(), not the median: every worker must keep the bound.
         Target("MB of a worker's own", "below 60", spread(single.worker_mb), max(single.worker_mb) < 60),
+        # A bool as a figure, 1.0 or 0.0, for the same table.
         Target("no torch in a worker (1: none)", "1", spread([float(single.torch_free)]), single.torch_free),
         Target(
             "seconds from start to the first batch", "at most 1.5", spread(single.starts_s), single.first_batch_s <= 1.5

@@ -49,17 +49,18 @@ def main(archives: tuple[Path, ...], size: int, workers: int) -> None:
 
 def measure(archive: Path, size: int, workers: int) -> list[str]:
     """Return the cells of one archive's row."""
+    # TemporaryDirectory does not make its parent.
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="loader-bench-", dir=ROOT / "build") as name:
         folder = Path(name)
         seconds = preprocess_s(archive, folder / "out", workers, size)
         with Records(folder / "out" / "train.lmdb") as records:
-            count = len(records) + len(records.manifest.rejected)
+            count = len(records) + len(records.manifest.rejected)  # a rejected file was read too
         tree = folder / "tree"
         with tarfile.open(archive) as packed:
-            packed.extractall(tree, filter="data")
-        alone = standardising(tree, workers, size)
-    ratio = count / seconds / alone
+            packed.extractall(tree, filter="data")  # "data" refuses paths and links that lead out of `tree`
+        alone = standardising(tree, workers, size)  # right after unpacking, so the files are in the page cache
+    ratio = count / seconds / alone  # both in images/s
     return [
         archive.name,
         f"{count:,}",

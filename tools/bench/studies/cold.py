@@ -59,7 +59,7 @@ class NoReadAhead:
     """A stand-in for the records' read-ahead that does nothing."""
 
     def __init__(self, records: Records) -> None:
-        self.close = records.ahead.close
+        self.close = records.ahead.close  # Records.close() calls it: the file is still open
 
     def ask(self, numbers: npt.NDArray[np.int64]) -> None:
         """Ask for nothing."""
@@ -72,7 +72,7 @@ def forget(path: Path) -> None:
     """Drop a file's pages from memory; it works only while no process has them mapped."""
     file = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(file)
+        os.fsync(file)  # dirty pages would stay: DONTNEED drops clean ones only
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(file)
@@ -95,6 +95,7 @@ def main(records: Path, workers: int, rounds: int, turn: tuple[Mode, Path, int, 
             if not data.exists():
                 raise ToolFailed(f"there are no records in {data}; make bench makes them.")
             for mode in Mode:
+                # number * workers is the seed: another order in each round, the same for all modes of a round.
                 rates.setdefault((codec, mode), []).append(_measure(mode, data, workers, number * workers))
                 click.echo(
                     f"round {number + 1} of {rounds}: {codec}, {TITLES[mode]}: {rates[codec, mode][-1]:,.0f}/s",
@@ -102,6 +103,7 @@ def main(records: Path, workers: int, rounds: int, turn: tuple[Mode, Path, int, 
                 )
     click.echo("| records | how | images/s | x limit |\n| --- | --- | --- | --- |")
     for (codec, mode), found in rates.items():
+        # Within a round, which reads the same records.
         of_limit = [rate / limit for rate, limit in zip(found, rates[codec, Mode.DISK], strict=True)]
         spread = f"{statistics.median(found):,.0f} ({min(found):,.0f} to {max(found):,.0f})"
         click.echo(f"| {codec} | {TITLES[mode]} | {spread} | {statistics.median(of_limit):.2f} |")
@@ -109,7 +111,7 @@ def main(records: Path, workers: int, rounds: int, turn: tuple[Mode, Path, int, 
 
 def _measure(mode: Mode, data: Path, workers: int, first: int) -> float:
     """Return images per second of ``workers`` processes together, each with its own part of the epoch."""
-    forget(data / "data.mdb")
+    forget(data / "data.mdb")  # the processes of the last turn have ended, so nothing maps it
     command = [sys.executable, "-m", "tools.bench.studies.cold", "--turn", mode, str(data)]
     running = [
         subprocess.Popen([*command, str(first), str(index)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -126,16 +128,19 @@ def _measure(mode: Mode, data: Path, workers: int, first: int) -> float:
         seconds = [float(process.communicate()[0]) for process in running]
     finally:
         for process in running:
-            process.kill()
+            process.kill()  # no effect on one that has answered
             process.wait()
-    return workers * SLICES * BATCH / max(seconds)
+    return workers * SLICES * BATCH / max(seconds)  # until the slowest has ended
 
 
 def take_turn(mode: Mode, data: Path, seed: int, index: int) -> None:
     """Run one process's part once a line arrives on standard input; print the seconds that it took."""
     with Records(data) as records:
         view = complete_view(View(), records.statistics)
+        # Consecutive positions; the epoch's order is shuffled, so each process reads all over the file, and no record
+        # twice.
         what = [SliceId(view, seed, 0, (index * SLICES + n) * BATCH, BATCH) for n in range(SLICES)]
+        # Made before `ready`, so that only reading is timed.
         work = _disk(records, data, what) if mode is Mode.DISK else _node(records, what, mode)
         click.echo("ready")
         sys.stdin.readline()
@@ -147,7 +152,7 @@ def take_turn(mode: Mode, data: Path, seed: int, index: int) -> None:
 def _node(records: Records, what: list[SliceId], mode: Mode) -> Callable[[], None]:
     if mode is Mode.TOUCHING:
         records.ahead = NoReadAhead(records)  # type: ignore[assignment]
-    out = empty_slice(SampleLayout(what[0].view, "uint8"), BATCH)
+    out = empty_slice(SampleLayout(what[0].view, "uint8"), BATCH)  # one slot, written again and again
 
     def work() -> None:
         for each in what:
@@ -158,13 +163,15 @@ def _node(records: Records, what: list[SliceId], mode: Mode) -> Callable[[], Non
 
 def _disk(records: Records, data: Path, what: list[SliceId]) -> Callable[[], None]:
     numbers = [number for each in what for number in slice_numbers(len(records), each).tolist()]
+    # Finding a record reads the pages of LMDB's tree, not the record's own: those are still on the disk.
     places = [place for number in numbers if (place := records.ahead.place(number))]
     forget_again = data / "data.mdb"
 
     def work() -> None:
         file = os.open(forget_again, os.O_RDONLY)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead by the kernel for this descriptor
         with ThreadPoolExecutor(THREADS) as pool:
+            # pread() releases the GIL and has no shared file position, so the disk gets 16 requests at a time.
             for _ in pool.map(lambda place: os.pread(file, place[1], place[0]), places):
                 pass
         os.close(file)

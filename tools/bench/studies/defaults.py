@@ -62,6 +62,7 @@ class Setting(msgspec.Struct, frozen=True):
 def _constant(title: str, name: str, others: tuple[int, ...], ways: tuple[str, ...] = PLAIN) -> Setting:
     """Return a setting that is a number in ``loader_service.defaults``."""
     default: int = getattr(defaults, name)
+    # A set: some defaults depend on the number of CPUs, so here one may be among the others.
     values = {str(value): ("--defaults", f"{name}={value}") for value in sorted({default, *others})}
     return Setting(f"{title}: `{name}`", values, str(default), ways)
 
@@ -74,6 +75,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "connections": _constant("Connections, and I/O threads at each end", "CONNECTIONS", (2, 4), FRAMES),
     "io-threads": Setting(
         "I/O threads of the node, with the default number of connections",
+        # As above: CONNECTIONS depends on the number of CPUs.
         {str(count): ("--io-threads", str(count)) for count in sorted({defaults.CONNECTIONS, 1, 2})},
         str(defaults.CONNECTIONS),
         FRAMES,
@@ -113,6 +115,7 @@ def contestants(setting: Setting, way: str, records: Path) -> list[Contestant]:
     """Return a contestant for each value of a setting, named after the value."""
     title, codec, options = WAYS[way]
     command = (sys.executable, "-m", "tools.bench.ours", str(records / codec), *options)
+    # One group, the empty one: all values of a setting run at once and take turns.
     return [Contestant(value, title, codec, Kind.OURS, (*command, *more)) for value, more in setting.values.items()]
 
 
@@ -138,15 +141,15 @@ def _holds(name: str, way: str, cell: Cell) -> bool:
     return (
         setting is not None
         and way in setting.ways
-        and cell.machine == machine()
-        and set(cell.rounds) == set(setting.values)
+        and cell.machine == machine()  # ratios of two machines do not belong in one table
+        and set(cell.rounds) == set(setting.values)  # the values to compare have not changed since
     )
 
 
 def markdown(cells: Cells, notes: str) -> str:
     """Return the whole document."""
     every = [cell for found in cells.values() for cell in found.values()]
-    dates = sorted(cell.date for cell in every)
+    dates = sorted(cell.date for cell in every)  # YYYY-MM-DD HH:MM sorts as text
     rounds = sorted({len(turns) for cell in every for turns in cell.rounds.values()})
     parts = [
         "# Defaults",
@@ -168,7 +171,7 @@ def table(setting: Setting, found: Mapping[str, Cell]) -> str:
     """Return a table with the setting's values as rows and the measured ways as columns."""
     ways = [way for way in setting.ways if way in found]
     rows = [f"| | {' | '.join(WAYS[way][0] for way in ways)} |", "| --- " * (len(ways) + 1) + "|"]
-    for value in setting.values:
+    for value in setting.values:  # the setting's order, not the one in the file
         label = f"**{value}**" if value == setting.default else value
         figures = (_figure(found[way].rounds[value], found[way].rounds[setting.default]) for way in ways)
         rows.append(f"| {label} | {' | '.join(figures)} |")
@@ -176,9 +179,9 @@ def table(setting: Setting, found: Mapping[str, Cell]) -> str:
 
 
 def _figure(turns: list[Turn], of_default: list[Turn]) -> str:
-    if turns == of_default:
+    if turns == of_default:  # the default itself: a ratio would be 1
         return f"{shown(spread([turn.images_per_s for turn in turns]), ',.0f')} images/s"
-    pairs = list(zip(turns, of_default, strict=True))
+    pairs = list(zip(turns, of_default, strict=True))  # turns of the same round
     rate = spread([turn.images_per_s / default.images_per_s for turn, default in pairs])
     cpu = statistics.median(turn.cpu_ms / default.cpu_ms for turn, default in pairs)
     return f"{shown(rate, '.2f')}; CPU {cpu:.2f}"
@@ -221,15 +224,18 @@ def main(
             raise ToolFailed(f"there are no {codec} records in {records}; make bench makes them.")
     build.mkdir(parents=True, exist_ok=True)
     kept = build / "defaults.json"
+    # Before the first measurement: a damaged file must not cost the run.
     cells = load(kept)
     chosen = [(name, way) for name in names or SETTINGS for way in SETTINGS[name].ways if not ways or way in ways]
     if not chosen:
         raise ToolFailed("that setting does not affect that way; leave --way out.")
     for number, (name, way) in enumerate(chosen):
         click.echo(f"{name}, {way} ({number + 1} of {len(chosen)})", err=True)
+        # Ours only, whose failure is an error: `missing` stays empty.
         turns = play(contestants(SETTINGS[name], way, records), rounds, seconds, {})
         date = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}"
         cells.setdefault(name, {})[way] = Cell(date, machine(), seconds, turns)
+        # After every setting: an interrupted run keeps what it has measured.
         kept.write_bytes(msgspec.json.format(msgspec.json.encode(cells)))
     document.parent.mkdir(parents=True, exist_ok=True)
     document.write_text(markdown(cells, NOTES.read_text() if NOTES.exists() else ""))

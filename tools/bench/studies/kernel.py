@@ -50,8 +50,10 @@ FILL: Final = "fill: order, draws, look-up, kernel"
 
 def write_records(path: Path, count: int) -> None:
     """Write a dataset of ``count`` raw records, no two alike."""
+    # (2 * RAW_BYTES,) uint8; each record is a window of RAW_BYTES of it.
     noise = np.random.Generator(np.random.Philox(SEED)).integers(0, 256, 2 * RAW_BYTES, np.uint8).data
     mean = np.full(SHAPE, 128, np.float32)
+    # Eigenvalues of ImageNet's colours in 0..1, so that shifts have their usual size.
     facts = Statistics(mean, np.full(3, 128.0), np.eye(3) / 16, np.array([0.2281, 0.0212, 0.0060]), np.eye(3))
     with Writer(path, codec="raw", class_names=("noise",)) as writer:
         for number in range(count):
@@ -87,15 +89,17 @@ class Contestants:
         view = complete_view(View(), records.statistics)
         memory = mmap.mmap(-1, BATCHES * BATCH * SampleLayout(view, "uint8").image_bytes)  # shared, as a slot is
         images = np.frombuffer(memory, np.uint8).reshape(BATCHES, BATCH, *view.shape)
-        images[...] = 0
+        images[...] = 0  # maps every page now
         self._images = cycle(images)
         self._floats = cycle(np.full((BATCHES, BATCH, *view.shape), 0, np.float32))  # np.full: np.zeros maps no pages
+        # (128,) labels; (1,) number of the current record.
         self._labels, self._at = np.zeros(BATCH, np.int64), np.zeros(1, np.int64)
         self.batches = cycle([self._batch(view, start, stored) for start in range(0, len(records) - BATCH + 1, BATCH)])
 
     def _batch(self, view: View, start: int, stored: list[memoryview]) -> PreparedBatch:
         numbers = records_at(len(stored), SEED, 0, start, BATCH)
         draws = draw(view, SEED, 0, start, BATCH)
+        # Looked up here, outside the clock; FILL alone does its own look-ups, which are part of its work.
         values = [stored[number] for number in numbers.tolist()]
         return PreparedBatch(SliceId(view, SEED, 0, start, BATCH), numbers, draws, values, first_pixels(values, draws))
 
@@ -106,7 +110,7 @@ class Contestants:
         elif name == FILL:
             fill(Slice(next(self._images), self._labels, np.empty(BATCH, DRAWS)), self._records, batch.what, self._at)
         else:
-            form, _, dtype = name.partition(", ")
+            form, _, dtype = name.partition(", ")  # "avx512" or "avx512, float32"
             images, mean = (next(self._floats), self._records.mean_pair) if dtype else (next(self._images), None)
             arguments = (batch.values, batch.draws, self._labels, batch.numbers, self._at, mean)
             augment_records(images, *arguments, form=form)
@@ -117,6 +121,7 @@ NAMES: Final = (LIMIT, FILL, *kernel.FORMS, f"{kernel.FORMS[0]}, float32")
 
 def serve(path: Path) -> None:
     """Run one process of the measurement: for each line ``SECONDS NAME``, run that contestant and print images/s."""
+    # The transaction stays open for the whole run: the batches hold views of its pages.
     with Records(path) as records, records.values() as values:
         contestants = Contestants(records, values.stored(np.arange(len(records))))
         for batch in (next(contestants.batches) for _ in range(len(records) // BATCH)):
@@ -138,12 +143,14 @@ def processes(path: Path, n: int) -> Iterator[Callable[[str, float], float]]:
     started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(n)]
 
     def answers() -> list[str]:
+        # "" at the end of file: the process has ended.
         lines = [child.stdout.readline().strip() if child.stdout else "" for child in started]
         if not all(lines):
             raise click.ClickException("a measuring process ended before it answered; its message is above")
         return lines
 
     def rate(name: str, seconds: float) -> float:
+        # All get the line before any answer is read, so that they run at the same time.
         for child in started:
             assert child.stdin is not None
             child.stdin.write(f"{seconds} {name}\n")
@@ -173,7 +180,7 @@ def table(n: int, rates: dict[str, list[float]]) -> Table:
     """Return a table for ``n`` processes: median rates, and the median, lowest and highest ratio to memcpy."""
     shown = Table("", "images/s", f"x {LIMIT}", "from", "to", title=f"{n} process{'es' if n > 1 else ''}")
     for name, measured in rates.items():
-        ratios = [rate / limit for rate, limit in zip(measured, rates[LIMIT], strict=True)]
+        ratios = [rate / limit for rate, limit in zip(measured, rates[LIMIT], strict=True)]  # within a round
         figures = (statistics.median(ratios), min(ratios), max(ratios))
         shown.add_row(name, f"{statistics.median(measured):,.0f}", *(f"{figure:.2f}" for figure in figures))
     return shown

@@ -32,12 +32,13 @@ MIN_US: Final = 1.0
 
 def spent_s(loader: psutil.Process) -> dict[str, float]:
     """Return the CPU seconds so far of this process's threads and of its descendants, by a name for people."""
+    # Kernel thread ids, as psutil's. Python does not know the threads that libzmq starts.
     names = {thread.native_id: thread.name for thread in threading.enumerate()}
     seconds = {
         f"client, {names.get(thread.id, 'libzmq')} {thread.id}": thread.user_time + thread.system_time
         for thread in loader.threads()
     }
-    for process in loader.children(recursive=True):
+    for process in loader.children(recursive=True):  # dispatcher, fork server and workers
         times = process.cpu_times()
         seconds[f"node, process {process.pid}"] = times.user + times.system
     return seconds
@@ -83,7 +84,7 @@ def main(
                 node.address,
                 batch_size=BATCH,
                 seed=SEED,
-                epochs=2**31,
+                epochs=2**31,  # practically endless
                 transport=transport,
                 drop_last=True,
                 connections=connections,
@@ -91,15 +92,15 @@ def main(
                 client_key=made / "client.secret" if made else None,
             ) as loader,
         ):
-            _consume(loader, WARM_S)
+            _consume(loader, WARM_S)  # connections, page tables and caches are warm after that
             this = psutil.Process()
             before, faults_before = spent_s(this), _faults()
             batches, touching_s, took_s = _consume(loader, seconds)
             after, faults = spent_s(this), _faults() - faults_before
     click.echo(f"{batches * BATCH / took_s:,.0f} images/s in batches of {BATCH}; microseconds of CPU time per batch:")
     for name, total_s in sorted(after.items()):
-        own_s = touching_s if "MainThread" in name else 0.0
-        us = 1e6 * (total_s - before.get(name, 0.0) - own_s) / batches
+        own_s = touching_s if "MainThread" in name else 0.0  # the thread that calls _consume()
+        us = 1e6 * (total_s - before.get(name, 0.0) - own_s) / batches  # 0.0: started during the measurement
         if us >= MIN_US:
             click.echo(f"{us:>9,.0f}  {name}")
     click.echo(f"{faults / batches:>9,.0f}  page faults per batch at the client")
@@ -115,6 +116,7 @@ def _consume(loader: Loader, seconds: float) -> tuple[int, float, float]:
     batches, touching_s, start_s = 0, 0.0, time.perf_counter()
     while (took_s := time.perf_counter() - start_s) < seconds:
         batch = next(loader)
+        # CPU time of this thread, as in spent_s(), which it is subtracted from.
         before_s = time.thread_time()
         touch(batch.images)
         touching_s += time.thread_time() - before_s

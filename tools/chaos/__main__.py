@@ -44,6 +44,7 @@ def show(storm: Storm, accounts: dict[str, list[EpochResult]]) -> None:
             if e.eventful:
                 row = (e.epoch, e.delivered, e.lost, e.twice, e.differing)
                 table.add_row(client, *map(str, row), str(e.account.duplicates_refused), str(e.account.reassigned))
+        # A row of zeros by definition: an epoch with any other figure there is eventful.
         calm = sum(not e.eventful for e in epochs)
         table.add_row(
             client, f"{calm} calm", str(sum(e.delivered for e in epochs if not e.eventful)), "0", "0", "0", "0", "0"
@@ -61,7 +62,7 @@ def check(arena: Arena, accounts: dict[str, list[EpochResult]]) -> None:
         flawed = [str(e.epoch) for e in epochs if not e.flawless]
         if flawed:
             raise ToolFailed(f"{client}: epochs {', '.join(flawed)} differ from an undisturbed run.")
-    left = arena.left_behind()
+    left = arena.left_behind()  # after sweep(): a segment that is still there has an owner that lives
     if left:
         raise ToolFailed(f"left behind: {', '.join(left)}.")
 
@@ -93,8 +94,9 @@ def main(seed: int | None, seconds: float, faults: str, curve: bool | None, data
     kind = "curve" if curve else "plain"
     click.echo(f"seed {seed}: python -m tools.chaos --seed {seed} --seconds {seconds:g} --{kind}")
     folder = out / f"seed-{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run's saved states would be resumed
     folder.mkdir(parents=True)
+    # The dataset outlives the arena: results() reads it again, for an undisturbed run.
     with given_or_made(data) as served:
         with Arena(served, folder, rng, curve=curve) as arena:
             storm = Storm(arena, rng, names)
@@ -103,7 +105,7 @@ def main(seed: int | None, seconds: float, faults: str, curve: bool | None, data
             arena.finish(FINISH_S)
         sweep()  # removes segments of killed processes, as the next start of any node does
         accounts = {client.name: results(served, client.seed, client.folder) for client in arena.clients}
-    show(storm, accounts)
+    show(storm, accounts)  # before check(), so that a failed run shows its tables too
     check(arena, accounts)
     epochs = sum(len(epochs) for epochs in accounts.values())
     click.echo(f"{epochs} epochs, {storm.injected.total()} faults: every sample once, in order, byte for byte.")

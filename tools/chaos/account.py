@@ -38,6 +38,7 @@ class EpochResult:
     @property
     def flawless(self) -> bool:
         """True if the epoch equals an undisturbed one and the ledger agrees with the journal."""
+        # Two accounts: the journal counts what the loop got, the ledger what the client says that it delivered.
         return not (self.lost or self.twice or self.differing) and self.account.delivered == self.delivered
 
     @property
@@ -51,9 +52,11 @@ def undisturbed(data: Path, seed: int, epochs: int) -> tuple[int, dict[int, list
     entries: dict[int, list[JournalEntry]] = {}
     with (
         LocalNode(data, CHECKING_WORKERS) as node,
+        # The same batch size as the clients', because entries are compared batch by batch.
         Loader(node.address, batch_size=BATCH_SIZE, seed=seed, epochs=epochs, timeout_s=60) as loader,
     ):
         for batch in loader:
+            # A digest, so a whole run needs no room for pixels.
             entries.setdefault(batch.epoch, []).append(JournalEntry.of(batch))
         return loader.dataset.count, entries
 
@@ -68,7 +71,7 @@ def results(data: Path, seed: int, folder: Path) -> list[EpochResult]:
     journal = read_journal(folder) if saved else []
     if saved is None or not journal:
         raise ToolFailed(f"there is no journal in {folder}: nothing was delivered.")
-    epochs = max(entry.epoch for entry in journal) + 1
+    epochs = max(entry.epoch for entry in journal) + 1  # a client ends at the end of an epoch
     count, expected = undisturbed(data, seed, epochs)
     accounts = {account.epoch: account for account in saved.accounts}
     return [
@@ -76,20 +79,21 @@ def results(data: Path, seed: int, folder: Path) -> list[EpochResult]:
             count,
             expected[epoch],
             [entry for entry in journal if entry.epoch == epoch],
-            accounts.get(epoch, EpochAccount(epoch, 0)),
+            accounts.get(epoch, EpochAccount(epoch, 0)),  # no account: 0 delivered, so not flawless
         )
         for epoch in range(epochs)
     ]
 
 
 def _judge(count: int, expected: list[JournalEntry], entries: list[JournalEntry], account: EpochAccount) -> EpochResult:
-    times = Counter(number for entry in entries for number in entry.ids)
+    times = Counter(number for entry in entries for number in entry.ids)  # how often each record number was delivered
+    # In order: a batch that is missing makes all later ones of the epoch differ as well.
     pairs = sum(have != need for have, need in zip(entries, expected, strict=False))
     return EpochResult(
         epoch=account.epoch,
         delivered=times.total(),
-        lost=count - len(times),
+        lost=count - len(times),  # distinct record numbers: each occurs once in an epoch's order
         twice=times.total() - len(times),
-        differing=pairs + abs(len(entries) - len(expected)),
+        differing=pairs + abs(len(entries) - len(expected)),  # those beyond the shorter list have no partner
         account=account,
     )

@@ -52,10 +52,11 @@ class ChaosClient:
     def start(self) -> None:
         """Start it; after an earlier start it resumes from its saved state."""
         self.folder.mkdir(exist_ok=True)
-        with (self.folder / "log").open("a") as log:
+        with (self.folder / "log").open("a") as log:  # appends: one log over all restarts
+            # A new session, whose id is the pid: left_behind() finds what it leaves, and Ctrl-C does not reach it.
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log, start_new_session=True)
         self.sessions.append(self._process.pid)
-        self.killed = False
+        self.killed = False  # check() applies again
 
     def batches(self) -> int:
         """Return the number of batches in its saved state."""
@@ -67,7 +68,7 @@ class ChaosClient:
         if self._process is None or self._process.poll() is not None:
             return False
         self._process.kill()
-        self._process.wait()
+        self._process.wait()  # two processes of one client would write the same journal
         self.killed = True
         return True
 
@@ -77,6 +78,7 @@ class ChaosClient:
         Raises:
             ToolFailed: it ended by itself.
         """
+        # The process before the restart ended by SIGKILL.
         if not self.killed and self._process and self._process.poll() is not None:
             said = (self.folder / "log").read_text().strip().splitlines()
             raise ToolFailed(f"{self.name} ended by itself: {said[-1] if said else self._process.returncode}.")
@@ -88,7 +90,7 @@ class ChaosClient:
             ToolFailed: it hangs, or ended with an error.
         """
         assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
+        self._process.send_signal(signal.SIGTERM)  # the client then ends at the end of its epoch
         try:
             self._process.wait(patience_s)
         except subprocess.TimeoutExpired:
@@ -130,20 +132,22 @@ class Arena:
         self.segments: set[Path] = set()
 
     def __enter__(self) -> Arena:
-        self.links.__enter__()
+        self.links.__enter__()  # first: each node has a link
         try:
-            if self._keys:
+            if self._keys:  # before nodes and clients, which read them as they start
                 generate(self._keys)
             port = common_port(ALL_NODES)
             for number in range(1, ALL_NODES + 1):
+                # All addresses exist from the start; those beyond FIRST_NODES refuse connections until a node is added.
                 self.nodes.append(ChaosNode(number, self._data, self.links, port, self._folder, self._keys))
             for node in self.nodes[:FIRST_NODES]:
                 self.add(node)
             by_address = ",".join(node.address for node in self.nodes)
             for transport, known in (("auto", by_address), ("tcp", f"tcp://{NAME}:{port}")):
-                seed = self._rng.getrandbits(32)
+                seed = self._rng.getrandbits(32)  # of the order and the augmentation; clients differ
                 self.clients.append(ChaosClient(transport, known, seed, self._folder, self._name_file, self._keys))
-                self.clients[-1].start()
+                self.clients[-1].start()  # after the first nodes, which serve by now
+        # Python does not call __exit__ if __enter__ raises.
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -168,7 +172,7 @@ class Arena:
     def note_segments(self) -> None:
         """Remember the shared memory that is open now, to look for it after its owners have ended."""
         for owner in self._owners:
-            self.segments |= owner.segments()
+            self.segments |= owner.segments()  # a set that only grows: names are random, so never used twice
 
     def check(self) -> None:
         """Check that every client runs.
@@ -188,7 +192,7 @@ class Arena:
         for client in self.clients:
             client.finish(patience_s)
         for node in self.nodes:
-            if node.stop() not in (0, None):
+            if node.stop() not in (0, None):  # None: never started, or lost to a fault
                 raise ToolFailed(f"{node.name} did not end cleanly.")
 
     def left_behind(self) -> list[str]:

@@ -17,7 +17,7 @@ from tools.chaos.name_server import answer_from
 from tools.errors import ToolFailed
 from tools.sample_dataset import digest
 
-BATCH_SIZE: Final = 48
+BATCH_SIZE: Final = 48  # 400 records, the sample dataset, end in a batch of 16
 CONNECTIONS: Final = 2
 """Connections to a node over TCP, whatever this machine's default is: several lanes are part of the test."""
 
@@ -36,6 +36,7 @@ def _merged(before: list[EpochAccount], loader: Loader) -> list[EpochAccount]:
     accounts = {account.epoch: account for account in before}
     for now in loader.ledger:
         earlier = accounts.get(now.epoch)
+        # `before` is fixed and the loader's ledger counts from this process's start, so nothing is added twice.
         accounts[now.epoch] = earlier.continued(now) if earlier else now
     return sorted(accounts.values(), key=lambda account: account.epoch)
 
@@ -47,10 +48,10 @@ def train(addresses: str, transport: Transport, seed: int, folder: Path, keys: P
         ToolFailed: a batch changed while the loop held it.
     """
     stopping = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())  # the loop goes on to the epoch's end
     saved = read_saved(folder)
     lines, before = (saved.lines, saved.accounts) if saved else (0, [])
-    cut_journal(folder, lines)
+    cut_journal(folder, lines)  # entries of batches that the saved state does not know come again
     options: dict[str, Any] = {
         "batch_size": BATCH_SIZE,
         "epochs": NO_END,
@@ -66,7 +67,7 @@ def train(addresses: str, transport: Transport, seed: int, folder: Path, keys: P
         if saved:
             loader.load_state_dict(saved.state)
         for batch in loader:
-            entry = JournalEntry.of(batch)
+            entry = JournalEntry.of(batch)  # the digest at delivery
             stopping.wait(STEP_S)
             # A late writer would change the batch while the training step uses it.
             if digest(batch) != entry.digest:
@@ -75,6 +76,7 @@ def train(addresses: str, transport: Transport, seed: int, folder: Path, keys: P
             journal.write(msgspec.json.encode(entry) + b"\n")
             lines += 1
             save(folder, Saved(loader.state_dict(), lines, _merged(before, loader)))
+            # Only whole epochs can be compared with an undisturbed run.
             if stopping.is_set() and batch.start + len(batch.ids) == loader.dataset.count:
                 return
 
@@ -89,7 +91,7 @@ def train(addresses: str, transport: Transport, seed: int, folder: Path, keys: P
 def main(addresses: str, transport: Transport, seed: int, folder: Path, names: Path | None, keys: Path | None) -> None:
     """Run one client's epoch loop, for `tools.chaos` and the tests of the network."""
     if names:
-        answer_from(names)
+        answer_from(names)  # before the loader's first look-up
     train(addresses, transport, seed, folder, keys)
 
 

@@ -50,6 +50,7 @@ def _nothing() -> None:
 
 def _victim(arena: Arena, rng: Random) -> ChaosNode | None:
     """Choose a running node whose processes no other fault holds."""
+    # Not troubled: a second fault on stopped processes would be undone by the first one's end.
     candidates = [node for node in arena.nodes if node.runs and not node.troubled]
     return rng.choice(candidates) if candidates else None
 
@@ -63,6 +64,7 @@ def _free_link(arena: Arena, rng: Random) -> ChaosNode | None:
 def _kill_worker(arena: Arena, rng: Random) -> Undo | None:
     node = _victim(arena, rng)
     workers = node.workers() if node else []
+    # None if it had ended already: not injected.
     return _nothing if workers and processes.send([rng.choice(workers)], signal.SIGKILL) else None
 
 
@@ -83,9 +85,9 @@ def _stop_node(arena: Arena, rng: Random) -> Undo | None:
 
 
 def _stop(node: ChaosNode, pids: list[int]) -> Undo | None:
-    if not processes.send(pids, signal.SIGSTOP):
+    if not processes.send(pids, signal.SIGSTOP):  # all had ended
         return None
-    node.troubled = True
+    node.troubled = True  # until undo(), also if the node has replaced the worker meanwhile
 
     def undo() -> None:
         processes.send(pids, signal.SIGCONT)  # no effect on a process that its node has killed meanwhile
@@ -102,7 +104,7 @@ def _restart_node(arena: Arena, rng: Random) -> Undo | None:
     node.troubled = True
 
     def undo() -> None:
-        node.start()
+        node.start()  # waits until the node serves; no other fault begins meanwhile
         node.troubled = False
 
     return undo
@@ -117,10 +119,10 @@ def _lose_node(arena: Arena, rng: Random) -> Undo | None:
 
 
 def _add_node(arena: Arena, rng: Random) -> Undo | None:
-    fresh = [node for node in arena.nodes if not node.sessions]
+    fresh = [node for node in arena.nodes if not node.sessions]  # never started; a lost node stays lost
     if not fresh:
         return None
-    arena.add(rng.choice(fresh))
+    arena.add(rng.choice(fresh))  # also to the name, so that both clients find it
     return _nothing
 
 
@@ -128,6 +130,7 @@ def _cut_link(arena: Arena, rng: Random) -> Undo | None:
     node = _free_link(arena, rng)
     if node is None:
         return None
+    # Coroutines of a link run in the loop's thread, which owns its connections; do() waits for the result.
     arena.links.do(node.link.cut())
     return _repair(node, lambda: arena.links.do(node.link.listen()))
 
@@ -152,7 +155,7 @@ def _delay_link(arena: Arena, rng: Random) -> Undo | None:
     node = _free_link(arena, rng)
     if node is None:
         return None
-    node.link.delay_s = rng.uniform(0.02, 0.4)
+    node.link.delay_s = rng.uniform(0.02, 0.4)  # a plain number, which the loop's thread reads for each chunk
 
     def undo() -> None:
         node.link.delay_s = 0.0
@@ -162,7 +165,7 @@ def _delay_link(arena: Arena, rng: Random) -> Undo | None:
 
 def _repair(node: ChaosNode, repair: Undo) -> Undo:
     """Mark a node's link as held by a fault; return a function that repairs it and removes the mark."""
-    node.link_troubled = True
+    node.link_troubled = True  # apart from `troubled`: a link may fail while its node is stopped
 
     def undo() -> None:
         repair()
@@ -181,7 +184,7 @@ def _hide_address(arena: Arena, rng: Random) -> Undo | None:
 
 
 def _fail_names(arena: Arena, _rng: Random) -> Undo | None:
-    if arena.names.failing:
+    if arena.names.failing:  # one name server: a second failure would end with the first
         return None
     arena.names.fail()
     return arena.names.recover
@@ -190,6 +193,7 @@ def _fail_names(arena: Arena, _rng: Random) -> Undo | None:
 def _kill_client(arena: Arena, rng: Random) -> Undo | None:
     client = rng.choice(arena.clients)
     arena.note_segments()  # the client's are gone from /proc once it is killed
+    # A saved state first, so that the restart is a resume. kill() last: it acts, and tells whether the client ran.
     return client.start if client.batches() and not client.killed and client.kill() else None
 
 

@@ -28,6 +28,7 @@ class JournalEntry(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, batch: Batch) -> JournalEntry:
         """Describe a batch."""
+        # Copies: the batch's arrays are views of a slot.
         return cls(batch.epoch, batch.start, batch.ids.tolist(), digest(batch))
 
 
@@ -49,7 +50,7 @@ def read_saved(folder: Path) -> Saved | None:
     """Return the state that a client saved last, None if it has saved none yet."""
     try:
         content = (folder / "saved.json").read_bytes()
-    except FileNotFoundError:
+    except FileNotFoundError:  # killed before its first batch, or not started
         return None
     return msgspec.json.decode(content, type=Saved)
 
@@ -57,6 +58,7 @@ def read_saved(folder: Path) -> Saved | None:
 def save(folder: Path, saved: Saved) -> None:
     """Replace the saved state atomically: a client killed here leaves the old state or the new one."""
     fresh = folder / "saved.json.new"
+    # No fsync: the faults kill processes, never the machine, and written pages outlive a process.
     fresh.write_bytes(msgspec.json.encode(saved))
     fresh.rename(folder / "saved.json")
 
@@ -64,6 +66,7 @@ def save(folder: Path, saved: Saved) -> None:
 def cut_journal(folder: Path, lines: int) -> None:
     """Remove the journal's entries after the first ``lines``."""
     path = folder / "journal.jsonl"
-    path.touch()
+    path.touch()  # a client that has not written any batch yet
+    # Also drops a last line that a kill cut short: the state is saved after its line, so it lies beyond `lines`.
     kept = path.read_bytes().splitlines(keepends=True)[:lines]
     os.truncate(path, sum(len(line) for line in kept))

@@ -37,7 +37,7 @@ class Link:
         self.target, self.host, self.port = target, host, port
         self.delay_s = 0.0
         self._half_open = False
-        self._flowing = asyncio.Event()
+        self._flowing = asyncio.Event()  # bound to a loop at its first wait (Python 3.10), so any thread may make it
         self._flowing.set()
         self._server: asyncio.Server | None = None
         self._client_ends: set[asyncio.StreamWriter] = set()
@@ -50,7 +50,7 @@ class Link:
     async def cut(self) -> None:
         """Reset every connection and refuse new ones until ``listen``."""
         if self._server:
-            self._server.close()
+            self._server.close()  # stops listening; connections are separate
             self._server = None
         _abort(self._client_ends | self._node_ends)
 
@@ -77,6 +77,8 @@ class Link:
         try:
             if not self._half_open:
                 await self._connect_through(reader, writer)
+            # Not `else`: leave_half_open() may have ended the connection to the node while it was relayed. Reading on
+            # empties the client's socket buffers, so that the client notices nothing.
             if self._half_open:
                 with suppress(ConnectionError):
                     while await reader.read(CHUNK_BYTES):
@@ -95,14 +97,16 @@ class Link:
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            # The end of one direction ends both, as the end of a process at either side does.
             for pump in pumps:
                 pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+            await asyncio.gather(*pumps, return_exceptions=True)  # the streams are free after that
             _abort({node_writer})
             self._node_ends.discard(node_writer)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Relay one direction until an end closes. Reading and writing overlap, so that delay costs no throughput."""
+        # Bounded: if it is full, nothing is read, and TCP makes the sender wait.
         chunks: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(CHUNKS_IN_FLIGHT)
         taking = asyncio.create_task(self._take(reader, chunks))
         try:
@@ -110,10 +114,11 @@ class Link:
                 due, data = await chunks.get()
                 await _until(due)
                 await self._flowing.wait()
+                # After both waits: the end of a connection is delayed and held as its bytes are.
                 if not data:
                     return
                 writer.write(data)
-                await writer.drain()
+                await writer.drain()  # waits for a slow receiver
         except ConnectionError:
             return
         finally:
@@ -125,7 +130,8 @@ class Link:
             try:
                 data = await reader.read(CHUNK_BYTES)
             except ConnectionError:
-                data = b""
+                data = b""  # a reset: relayed as the end, after the bytes before it
+            # Each chunk has its time, and the queue keeps its order also when the delay becomes shorter.
             await chunks.put((asyncio.get_running_loop().time() + self.delay_s, data))
 
 
@@ -143,7 +149,7 @@ class Links:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.do(self._end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._loop.stop)  # stop() alone is not thread-safe, and would not wake the loop
         self._thread.join(ANSWER_S)
         self._loop.close()
 
@@ -165,6 +171,7 @@ class Links:
     async def _end(self) -> None:
         for link in self._links:
             await link.cut()
+        # Tasks that still wait, for held bytes or a half-open client, would be destroyed with the loop.
         relaying = asyncio.all_tasks() - {asyncio.current_task()}
         for task in relaying:
             task.cancel()
@@ -173,6 +180,7 @@ class Links:
 
 def _abort(writers: set[asyncio.StreamWriter]) -> None:
     """End connections at once; bytes that they still had to send are lost."""
+    # abort() only schedules the end, so the set does not change while it is iterated.
     for writer in writers:
         writer.transport.abort()
 
@@ -180,5 +188,5 @@ def _abort(writers: set[asyncio.StreamWriter]) -> None:
 async def _until(due: float) -> None:
     """Wait for a time of the loop's clock."""
     with suppress(TimeoutError):
-        async with asyncio.timeout_at(due):
-            await asyncio.Event().wait()
+        async with asyncio.timeout_at(due):  # an absolute time; asyncio.sleep() takes a duration
+            await asyncio.Event().wait()  # never set

@@ -29,7 +29,7 @@ class NameServer:
         self.hidden: set[str] = set()
         self._known: set[str] = set()
         self.failing = False
-        self._publish()
+        self._publish()  # the file exists before any client looks it up
 
     def add(self, host: str) -> None:
         """Add the address of a new node."""
@@ -59,20 +59,22 @@ class NameServer:
     def _publish(self) -> None:
         # Renamed into place: a client never reads half a file.
         fresh = self._path.with_suffix(".new")
+        # An empty file: every look-up fails.
         fresh.write_text("" if self.failing else "\n".join(sorted(self._known - self.hidden)))
         fresh.rename(self._path)
 
 
 def answer_from(path: Path) -> None:
     """Resolve :data:`NAME` from the file in this process from now on; other names go to the system's resolver."""
-    system = socket.getaddrinfo
+    system = socket.getaddrinfo  # the real one, bound before it is replaced
 
     def look_up(host: Any, *rest: Any, **options: Any) -> Any:
         if host != NAME:
             return system(host, *rest, **options)
         hosts = path.read_text().split()
         if not hosts:
+            # EAI_AGAIN is the temporary failure of a server that cannot be reached, unlike a name that does not exist.
             raise socket.gaierror(socket.EAI_AGAIN, "the name server does not answer")
         return [entry for host in hosts for entry in system(host, *rest, **options)]
 
-    socket.getaddrinfo = look_up
+    socket.getaddrinfo = look_up  # the resolver looks this attribute up at each call

@@ -17,7 +17,7 @@ WORKERS: Final = 2
 
 def link_host(number: int) -> str:
     """Return the address of the link to a node. Each has its own: all addresses behind a name share one port."""
-    return f"127.0.0.{number + 1}"
+    return f"127.0.0.{number + 1}"  # Linux answers on all of 127.0.0.0/8; 127.0.0.1 is the nodes'
 
 
 def common_port(nodes: int) -> int:
@@ -27,6 +27,8 @@ def common_port(nodes: int) -> int:
         first.bind((link_host(1), 0))
         port: int = first.getsockname()[1]
         for number in range(2, nodes + 1):
+            # All probes stay bound until the port has proved free at every address. Another program may still take it
+            # before the links listen.
             probes.enter_context(socket.socket()).bind((link_host(number), port))
     return port
 
@@ -51,6 +53,8 @@ class ChaosNode:
     def __init__(self, number: int, data: Path, links: Links, port: int, folder: Path, keys: Path | None) -> None:
         self.name = f"node {number}"
         self._data, self._log, self._keys = data, folder / f"node-{number}.log", keys
+        # A port for the whole run: clients must find a restarted node at its old address. It is free between two
+        # starts.
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             self._port: int = probe.getsockname()[1]
@@ -75,11 +79,12 @@ class ChaosNode:
         """Start the node at its address, which never changes, and wait until it serves."""
         bind = f"tcp://{HOST}:{self._port}"
         self._node = LocalNode(self._data, WORKERS, bind=bind, keys=self._keys, log=self._log)
-        self.sessions.append(self._node.pid)
+        self.sessions.append(self._node.pid)  # LocalNode starts its node as the leader of a session
 
     def workers(self) -> list[int]:
         """Return the workers' process ids: the fork server's children."""
         family = processes.in_session(self.dispatcher)
+        # The dispatcher's child; its own children are the workers.
         fork_server = {process.pid for process in family if process.parent == self.dispatcher}
         return sorted(process.pid for process in family if process.parent in fork_server)
 
@@ -95,7 +100,7 @@ class ChaosNode:
     def kill(self) -> None:
         """End the dispatcher with SIGKILL, as a crash of its machine would."""
         assert self._node is not None
-        self._node.kill()
+        self._node.kill()  # PDEATHSIG ends the rest of the node
 
     def stop(self) -> int | None:
         """End the node with SIGTERM; return its exit code, or None if it did not run."""

@@ -25,10 +25,11 @@ class Process:
 def in_session(session: int) -> list[Process]:
     """Return the living processes of a session, without zombies."""
     found = []
+    # A session's id is not reused while a member lives, so its orphans are found after the leader has ended.
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(FileNotFoundError, ProcessLookupError):  # it ended after the listing
             process = _parse(path.read_text())
-            if process.session == session and process.state not in "ZX":
+            if process.session == session and process.state not in "ZX":  # zombie, or dead: it runs no more code
                 found.append(process)
     return found
 
@@ -37,7 +38,7 @@ def send(pids: Iterable[int], number: signal.Signals) -> bool:
     """Signal processes; return whether any of them existed."""
     reached = False
     for pid in pids:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):  # it has ended
             os.kill(pid, number)
             reached = True
     return reached
@@ -51,8 +52,8 @@ def segments_of(pid: int) -> set[Path]:
     opened = set()
     with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(FileNotFoundError):
-                opened.add(descriptor.stat().st_ino)
+            with suppress(FileNotFoundError):  # closed since the listing
+                opened.add(descriptor.stat().st_ino)  # follows the link to the open file itself, whatever its name
     found = set()
     for path in DIRECTORY.glob("loader-service-*"):
         with suppress(FileNotFoundError):
@@ -62,6 +63,6 @@ def segments_of(pid: int) -> set[Path]:
 
 
 def _parse(stat: str) -> Process:
-    pid, _, rest = stat.partition(" (")
+    pid, _, rest = stat.partition(" (")  # proc(5): pid (name) state parent group session ...
     state, parent, _, session, *_ = rest.rpartition(") ")[2].split()  # the name in brackets may hold anything
     return Process(int(pid), int(parent), int(session), state)

@@ -42,6 +42,7 @@ class Storm:
     def __init__(self, arena: Arena, rng: Random, names: list[str]) -> None:
         self._arena, self._rng, self._names = arena, rng, names
         self._began_s = time.monotonic()
+        # sorted() is stable: faults that last equally long stay in the drawn order.
         self._deck = sorted(rng.sample(names, len(names)), key=lambda name: -FAULTS[name].lasts_s[1])
         self._undos: list[tuple[float, Undo]] = []
         self.injected: Counter[str] = Counter()
@@ -65,11 +66,14 @@ class Storm:
             if undo is not None:
                 lasts_s = self._rng.uniform(*FAULTS[name].lasts_s)
                 passed_s = time.monotonic() - self._began_s
+                # A string times False is empty.
                 click.echo(f"{passed_s:6.1f} s  {name}" + f" for {lasts_s:.1f} s" * (lasts_s > 0))
+                # From now, not from before begin(), which may take a second.
                 self._undos.append((time.monotonic() + lasts_s, undo))
-                self._deck.remove(name)
+                self._deck.remove(name)  # safe during iteration, because the loop ends here
                 self.injected[name] += 1
                 return
+        # The rest of the deck finds no victim. The first round tries it again later; any later round ends here.
         if not self.missing:
             self._deck = []
 
@@ -91,13 +95,14 @@ class Storm:
         while not all(client.batches() for client in self._arena.clients):
             self._arena.check()
             clock.wait(TICK_S)
-        began = next_fault = shown = time.monotonic()
+        began = next_fault = shown = time.monotonic()  # the clock starts when every client has saved a batch
         while True:
             now = time.monotonic()
             self.end_due()
-            self._arena.check()
+            self._arena.check()  # a client that ends by itself ends the run at once
+            # Kinds that found no victim yet get more time, but not without end.
             over = now - began > seconds and (not self.missing or now - began > seconds + FIRST_ROUND_S)
-            if over and not self.active:
+            if over and not self.active:  # faults that have begun are ended, never cut off
                 break
             if not over and now >= next_fault:
                 self._arena.note_segments()  # before the fault: it may kill a process that has some

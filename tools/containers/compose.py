@@ -75,7 +75,7 @@ class Compose:
 
     def __init__(self, project: str = PROJECT, **variables: str) -> None:
         self.project = project
-        self._environ = {**os.environ, **variables}
+        self._environ = {**os.environ, **variables}  # Compose prefers these to docker/.env
         docker = ["docker", "compose"] if _succeeds("docker", "compose", "version") else ["docker-compose"]
         if not _succeeds(*docker, "version"):
             raise ToolFailed("neither `docker compose` nor `docker-compose` runs here: install Docker with Compose.")
@@ -109,7 +109,7 @@ class Compose:
     def indices(self, service: str) -> set[int]:
         """Return the numbers of a service's running containers."""
         names = self.ask("ps", "--format", "{{.Name}}", service).split()
-        return {int(name.rpartition("-")[2]) for name in names}
+        return {int(name.rpartition("-")[2]) for name in names}  # PROJECT-SERVICE-NUMBER
 
     def freeze(self, service: str, index: int) -> None:
         """Suspend all processes of a container."""
@@ -117,10 +117,13 @@ class Compose:
 
     def destroy(self, service: str, *indices: int) -> None:
         """Kill containers with SIGKILL and remove them."""
+        # Of docker, not of Compose, whose `kill` and `rm` take a whole service.
         self._finish(["docker", "rm", "--force", *(f"{self.project}-{service}-{index}" for index in indices)])
 
     def crash(self, service: str) -> None:
         """Kill every process in a service's container but process 1, which then ends as after any crash."""
+        # -1 is every process but 1 and the caller. Process 1 is docker's init, which ends with the program that it
+        # started.
         self.run("exec", "-T", service, "sh", "-c", "kill -9 -1")
 
     def status(self, index: int) -> Status:
@@ -129,6 +132,7 @@ class Compose:
         Raises:
             ToolFailed: the container printed something else.
         """
+        # -T: no terminal, so that the output is the JSON alone. The container has the keys that a status needs.
         command = ("exec", "-T", "--index", str(index), "loader", "loader-service", "status", "--json")
         where = "the output of `loader-service status --json`"
         fields = decode(self.ask(*command), dict[str, Any], where)
@@ -139,11 +143,12 @@ class Compose:
         """Return Prometheus's answer to a query for one number; 0 if it knows no such series."""
         command = ("promtool", "query", "instant", "--format", "json", "http://localhost:9090", query)
         points = decode(self.ask("exec", "-T", "prometheus", *command), list[Point], "Prometheus's answer")
+        # Prometheus gives values as text, so that NaN and Inf fit into JSON.
         return float(points[0].value[1]) if points else 0.0
 
     def outside_address(self, service: str, port: int) -> str:
         """Return HOST:PORT of a service's published port as containers of other projects, or other hosts, reach it."""
-        published = self.ask("port", service, str(port)).split()[0].rpartition(":")[2]
+        published = self.ask("port", service, str(port)).split()[0].rpartition(":")[2]  # the first line: IPv4's
         form = "{{(index .IPAM.Config 0).Gateway}}"  # the gateway is this machine, as its containers see it
         command = ["docker", "network", "inspect", "--format", form, f"{self.project}_default"]
         return f"{self._finish(command, stdout=subprocess.PIPE).strip()}:{published}"
@@ -157,9 +162,10 @@ class Compose:
                 say(line.rstrip())
                 yield line
         finally:
-            stop(process)
+            stop(process)  # follow()'s block may end before the log does
             process.stdout.close()
         # `logs` ends with 0 whatever happened to the service, so its exit code is asked for.
+        # Not reached if that block ends early: closing() then raises GeneratorExit at the `yield`.
         code = self.ask("ps", "--all", "--format", "{{.ExitCode}}", service).strip()
         if code != "0":
             raise ToolFailed(f"the service {service} ended with exit code {code}; its lines are above.")
@@ -168,10 +174,10 @@ class Compose:
         return finish(start(command, self._environ, **pipes))
 
     def _down(self) -> None:
-        self.run("down", "--volumes", "--remove-orphans", "--timeout", "10")
+        self.run("down", "--volumes", "--remove-orphans", "--timeout", "10")  # seconds from SIGTERM to SIGKILL
 
 
 def _succeeds(*command: str) -> bool:
-    if not shutil.which(command[0]):
+    if not shutil.which(command[0]):  # else subprocess.run() raises
         return False
     return subprocess.run(command, capture_output=True, check=False).returncode == 0

@@ -36,15 +36,16 @@ def demo() -> None:
         "LOADER_PUBLISH": "0.0.0.0::5555",
         "PROMETHEUS_PUBLISH": "127.0.0.1::9090",
     }
+    # The folder inside: a container of this project empties it before the project is removed.
     with Compose(**variables) as compose, folder_of_keys(compose):
         heading("preprocess, keys, loader, trainer: each starts when those before it are done or ready")
         compose.run("up", "--detach", "prometheus", TRAINER)
         with compose.follow(TRAINER) as log:
             log.until(MIDDLE, "it was in the middle of an epoch")
-            expect_transport(compose, "shm")
+            expect_transport(compose, "shm")  # during training: the client is gone afterwards
             log.finish()
         heading("evaluation: ten crops of each validation image")
-        evaluation = evaluate(compose, "demo")
+        evaluation = evaluate(compose, "demo")  # while the loader runs, from which it gets its images
         folder, summary = copy_run(compose, "demo")
         heading("samples counted by Prometheus")
         counted = count_samples(compose, sum(account.delivered for account in summary.ledger))
@@ -62,7 +63,7 @@ def demo() -> None:
         f"  Prometheus    {counted:,.0f} samples\n"
         f"  the run       {folder}"
     )
-    if accuracy <= summary.chance:
+    if accuracy <= summary.chance:  # last, so that a failed run shows its figures too
         raise ToolFailed("the network has learnt nothing.")
 
 
@@ -74,6 +75,7 @@ def folder_of_keys(compose: Compose) -> Iterator[None]:
     try:
         yield
     finally:
+        # -mindepth: not /keys itself, a mount.
         compose.run("run", "--rm", "-T", "--no-deps", "keys", "find", "/keys", "-mindepth", "1", "-delete")
         KEYS.rmdir()
 
@@ -94,6 +96,7 @@ def count_samples(compose: Compose, delivered: int) -> float:
     if compose.metric('count(up{job="loader"} == 1)') != 1:
         raise ToolFailed("Prometheus does not reach the loader.")
     counted = compose.metric("sum(loader_service_node_samples_total)")
+    # Prometheus also counts validation and evaluation, which the ledger leaves out, so it may have more.
     if counted < delivered:
         raise ToolFailed(
             f"Prometheus counts {counted:,.0f} samples sent by the loader, the trainer {delivered:,} received."
@@ -110,9 +113,9 @@ def train_elsewhere(compose: Compose) -> Summary:
         "RUN": "elsewhere",
     }
     with Compose(f"{PROJECT}-elsewhere", **variables) as other:
-        other.run("up", "--detach", "--no-deps", "shm", TRAINER)
+        other.run("up", "--detach", "--no-deps", "shm", TRAINER)  # --no-deps: no loader in this project
         with other.follow(TRAINER) as log:
             log.until(MIDDLE, "it was in the middle of an epoch")
-            expect_transport(compose, "tcp")
+            expect_transport(compose, "tcp")  # this loader's only client by now: the first trainer has ended
             log.finish()
         return copy_run(other, "elsewhere")[1]

@@ -38,20 +38,20 @@ def local_wheels() -> Iterator[dict[str, str]]:
 
     Yields Compose's variables, none if PIP_FIND_LINKS names no folder.
     """
-    folder = Path(os.environ.get("PIP_FIND_LINKS") or "-")
+    folder = Path(os.environ.get("PIP_FIND_LINKS") or "-")  # not Path(""), which is the working directory
     if not folder.is_dir():
         yield {}
         return
-    address = ("127.0.0.1", WHEELS_PORT)
+    address = ("127.0.0.1", WHEELS_PORT)  # builds share this machine's network: BUILD_NETWORK below
     with ThreadingHTTPServer(address, partial(_Quiet, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         variables = {"PIP_FIND_LINKS": f"http://127.0.0.1:{WHEELS_PORT}/", "BUILD_NETWORK": "host"}
         if any(folder.glob("torch-*+cpu-*.whl")):
-            variables["TORCH_CPU_INDEX"] = ""
+            variables["TORCH_CPU_INDEX"] = ""  # the folder has torch's CPU build, so no index for it is needed
         try:
             yield variables
         finally:
-            server.shutdown()
+            server.shutdown()  # ends serve_forever(); the `with` closes the socket
 
 
 class _Quiet(SimpleHTTPRequestHandler):

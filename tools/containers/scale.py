@@ -73,8 +73,9 @@ def replace_a_loader(compose: Compose, log: ServiceLog) -> int:
     compose.destroy("loader", held)
     before = compose.indices("loader")  # without the killed one, whose number the new one may take over
     compose.run("up", "--detach", "--no-deps", "--no-recreate", "--scale", LOADERS, "loader")
-    (added,) = compose.indices("loader") - before
+    (added,) = compose.indices("loader") - before  # one exactly; anything else raises
     while not (made := samples_made(compose.status(added))):
+        # The trainer's next line paces this loop; the end of its log ends it.
         log.until(PROGRESS, "the added loader had any work")
     return made
 
@@ -82,7 +83,7 @@ def replace_a_loader(compose: Compose, log: ServiceLog) -> int:
 def lose_all_loaders(compose: Compose, log: ServiceLog) -> None:
     """Remove every loader, crash the trainer, let it restart, and bring loaders back."""
     heading("all loaders are lost, and the trainer crashes: it is restarted, and waits for them")
-    compose.destroy("loader", *compose.indices("loader"))
-    compose.crash(TRAINER)
+    compose.destroy("loader", *compose.indices("loader"))  # before the crash, so that the restarted trainer finds none
+    compose.crash(TRAINER)  # its restart policy starts it again, and --resume auto continues the run
     log.until(WAITING, "it waited for a loader")
     compose.run("up", "--detach", "--no-deps", "--scale", LOADERS, "loader")

@@ -23,7 +23,7 @@ TRAINING: Final = ("--width", "0.25", "--batch-size", "32", "--epochs")
 """As in `make demo`, but for fewer epochs: enough to be far above chance, or to lose a node and gain another."""
 
 # The beginnings of the trainer's lines when its output is no terminal; trainer/run/console.py prints them.
-MIDDLE: Final = re.compile(r"epoch \d+/\d+  ")
+MIDDLE: Final = re.compile(r"epoch \d+/\d+  ")  # two spaces: only one precedes "done"
 """A line from the middle of an epoch."""
 
 PROGRESS: Final = re.compile(r"epoch \d+/\d+ ")
@@ -47,6 +47,7 @@ def expect_transport(compose: Compose, transport: str) -> None:
     Raises:
         ToolFailed: they do not, or there is no client.
     """
+    # A set, so that the comparison also fails without a client, or with one that differs.
     found = {client.transport for client in compose.status(1).clients}
     if found != {transport}:
         raise ToolFailed(f"batches should come by {transport}, but come by {', '.join(sorted(found)) or 'no way'}.")
@@ -61,7 +62,7 @@ def copy_run(compose: Compose, run: str) -> tuple[Path, Summary]:
     folder = RUNS / run
     shutil.rmtree(ROOT / folder, ignore_errors=True)  # an earlier copy
     (ROOT / RUNS).mkdir(parents=True, exist_ok=True)
-    compose.run("cp", f"{TRAINER}:/runs/{run}", str(folder))
+    compose.run("cp", f"{TRAINER}:/runs/{run}", str(folder))  # works on a container that has ended
     summary = read_summary(ROOT / folder / "summary.json")
     check(summary)
     return folder, summary

@@ -42,20 +42,22 @@ def free_address() -> str:
             probe.bind(("127.0.0.1", PORT))
         except OSError:
             say(f"(port {PORT} is in use; the demo takes another)")
-            probe.bind(("127.0.0.1", 0))
+            probe.bind(("127.0.0.1", 0))  # the failed bind left the socket unbound
+        # The port is free again from here on; the node binds it a moment later.
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def start_node(data: Path, address: str) -> LocalNode:
     """Start a node that serves ``data`` at ``address``; print its command first, and its own line once it is ready."""
     show(start_command(data, WORKERS, address))
-    node = LocalNode(ROOT / data, WORKERS, bind=address)
+    node = LocalNode(ROOT / data, WORKERS, bind=address)  # returns when it listens, so the trainer finds it
     say(node.announcement)
     return node
 
 
 def new_run() -> Path:
     """Return the folder of a new run, relative to ROOT: its number is above all that exist."""
+    # After "run-"; a folder such as run-copy does not count.
     numbers = [int(path.name[4:]) for path in (ROOT / DEMO).glob("run-*") if path.name[4:].isdecimal()]
     return DEMO / f"run-{max(numbers, default=0) + 1}"
 
@@ -80,19 +82,20 @@ def report(summary: Summary, evaluation: Evaluation, took_s: float) -> None:
 def demo(seed: int) -> None:
     """Run all steps, one after another."""
     started_s = time.monotonic()
-    data, folder = DEMO / "data", new_run()
+    data, folder = DEMO / "data", new_run()  # preprocessing keeps the data of unchanged images
     heading("[1/5] Photographs: labelled views, cut from images that ship inside Python packages")
     run("python", "-m", "tools.sample_images", str(SAMPLE_IMAGES))
     heading("[2/5] Preprocessing: images on disk -> LMDB")
     run("loader-service", "preprocess", str(SAMPLE_IMAGES), str(data))
     heading(f"[3/5] A node with {WORKERS} worker processes")
     address = free_address()
+    # Around both steps: the evaluation reads its images from the node too.
     with start_node(data, address):
         heading("[4/5] Training, fed by that node")
         run("trainer", "run", "--loader", address, "--run", str(folder), *TRAINING, "--seed", str(seed))
         heading("[5/5] Evaluation: ten crops of each validation image")
         command = ["trainer", "evaluate", str(folder), "--loader", address, "--views", "ten-crop", "--json"]
-        printed = finish(start(command, stdout=subprocess.PIPE))
+        printed = finish(start(command, stdout=subprocess.PIPE))  # its JSON; progress goes to stderr
     evaluation = decode(printed, Evaluation, "the output of `trainer evaluate --json`")
     summary = read_summary(ROOT / folder / "summary.json")
     check(summary)

@@ -35,6 +35,7 @@ READY = VENV / "ready.json"
 LOG = ROOT / "build" / "setup.log"
 LOG_LINES_SHOWN = 30
 
+# The second pins build requirements, which pip installs apart.
 PINS = ("--constraint", "constraints.txt", "--build-constraint", "constraints.txt")
 
 INSTALL_COMMANDS = {
@@ -87,17 +88,20 @@ def compiler(environ: Mapping[str, str]) -> str:
 
 def compiler_for_simd(cc: str, cpuinfo: str) -> str:
     """Return the compiler's command, with AVX2 if ``/proc/cpuinfo`` lists it, else with SSE4, Pillow-SIMD's default."""
+    # A whole word in a line of flags, so no model name matches.
     has_avx2 = any(line.startswith("flags") and "avx2" in line.split() for line in cpuinfo.splitlines())
     return f"{cc} -mavx2" if has_avx2 else cc
 
 
 def compiles(cc: str, header: str) -> bool:
     """Return whether the compiler runs and finds ``header`` and the C library's headers."""
+    # stdio.h in all cases: a compiler without the C library's headers runs, but compiles nothing.
     source = "#include <stdio.h>\n" + (f"#include <{header}>\n" if header else "")
+    # $CC may hold a launcher or flags.
     command = [*shlex.split(cc), "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-x", "c", "-"]
     try:
         return subprocess.run(command, input=source.encode(), capture_output=True, check=False).returncode == 0
-    except OSError:
+    except OSError:  # there is no such program
         return False
 
 
@@ -128,7 +132,7 @@ def recipe(extras: str) -> dict[str, str]:
     return {
         "sources": hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest(),
         "python": platform.python_version(),
-        "root": str(ROOT),
+        "root": str(ROOT),  # the scripts of an environment contain its path, so a moved one does not run
         "extras": extras,
     }
 
@@ -139,7 +143,7 @@ def made_from() -> dict[str, str]:
         read = json.loads(READY.read_text())
     except (OSError, ValueError):
         return {}
-    return read if isinstance(read, dict) else {}
+    return read if isinstance(read, dict) else {}  # valid JSON, but not this program's
 
 
 def made_here() -> bool:
@@ -149,6 +153,7 @@ def made_here() -> bool:
     except OSError:
         return False
     facts = {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
+    # `command` exists since Python 3.11, the oldest supported one.
     same = facts.get("version") == platform.python_version() and facts.get("command", "").endswith(f" {VENV}")
     return same and (VENV / "bin" / "python").exists()
 
@@ -167,7 +172,7 @@ def pinned(name: str) -> str:
 def pip(*arguments: str, environ: Mapping[str, str] | None = None) -> None:
     """Run ``.venv``'s pip. Its output goes to LOG, and its current line to a terminal; a failure ends this program."""
     command = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", *arguments]
-    width = shutil.get_terminal_size().columns - 1
+    width = shutil.get_terminal_size().columns - 1  # less one: a full line wraps, and \r returns to its last row
     live = sys.stdout.isatty()
     with (
         LOG.open("a", encoding="utf-8") as log,
@@ -185,11 +190,11 @@ def pip(*arguments: str, environ: Mapping[str, str] | None = None) -> None:
         for line in process.stdout:
             log.write(line)
             if live:
-                sys.stdout.write(f"\r\033[K{line.strip()[:width]}")
+                sys.stdout.write(f"\r\033[K{line.strip()[:width]}")  # to the line's start, and erase it
                 sys.stdout.flush()
     if live:
         sys.stdout.write("\r\033[K")
-    if process.returncode:
+    if process.returncode:  # known: the end of the `with` has waited
         tail = LOG.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:]
         fail("\n".join(["pip failed; the end of its log:", *tail, f"The whole log is {LOG.relative_to(ROOT)}."]))
 
@@ -202,13 +207,17 @@ def install_simd() -> None:
     cc = compiler(os.environ)
     missing = missing_prerequisites(cc)
     if missing:
+        # On an unknown system, all commands are shown.
         managers = [name for name in INSTALL_COMMANDS if shutil.which(name)] or list(INSTALL_COMMANDS)
         fail(remedy(missing, managers))
     simd_cc = compiler_for_simd(cc, Path("/proc/cpuinfo").read_text())
     say(f"compiling Pillow-SIMD with `{simd_cc}` (about a minute)")
+    # First: both own the files of the package PIL, and uninstalling either removes them.
     if installed("pillow"):
         pip("uninstall", "--yes", "pillow")
     pip(
+        # --force-reinstall: pip may list pillow-simd as installed although another package's files have replaced its
+        # own.
         *("install", "--no-cache-dir", "--force-reinstall", "--no-deps", *PINS, "pillow-simd"),
         environ={**os.environ, "CC": simd_cc},
     )
@@ -218,9 +227,12 @@ def make_environment(extras: str) -> None:
     """Create ``.venv``, or update it."""
     if not made_here():
         say(f"making .venv with Python {platform.python_version()}")
+        # --clear: scripts of another Python or folder must not stay.
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
     if not installed("pip", pinned("pip")):
         pip("install", "--constraint", "constraints.txt", "pip")  # an older pip has no --build-constraint
+    # Before this project, which requires it: pip would compile it without the processor's flags, or take a cached
+    # wheel.
     if wants_simd(platform.machine()) and not installed("pillow_simd", pinned("pillow-simd")):
         install_simd()
     say(f"installing this project, editable, with its extras {extras} (the first time takes a few minutes)")
@@ -239,6 +251,7 @@ def alone() -> Iterator[None]:
     """Hold the set-up's lock: two targets made at once must not install into one ``.venv``."""
     with LOG.with_suffix(".lock").open("w") as lock:
         try:
+            # The kernel frees the lock when this process ends, however it ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say("another set-up is running here; waiting for it")
@@ -250,18 +263,18 @@ def run(extras: str) -> None:
     """Set ``.venv`` up, or do nothing if it is up to date."""
     if VENV.is_symlink():  # to empty it would empty another folder's environment
         fail(f"{VENV.name} is a link to {VENV.resolve()}: remove the link, and the set-up makes an environment here.")
-    LOG.parent.mkdir(exist_ok=True)
+    LOG.parent.mkdir(exist_ok=True)  # of the log and of the lock
     with alone():
-        if made_from() != recipe(extras):
+        if made_from() != recipe(extras):  # under the lock: another run may just have made it
             started_s = time.monotonic()
             LOG.write_text("")
-            READY.unlink(missing_ok=True)
+            READY.unlink(missing_ok=True)  # before the first change, so that an interrupted set-up is repeated
             make_environment(extras)
-            repair_pillow()
+            repair_pillow()  # a requirement of an extra may have brought stock Pillow
             READY.write_text(json.dumps(recipe(extras), indent=2) + "\n")
             say(f"ready after {time.monotonic() - started_s:.0f} s")
         else:
-            repair_pillow()
+            repair_pillow()  # also if nothing changed: a user may have installed it by hand
 
 
 def main() -> None:

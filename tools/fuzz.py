@@ -39,6 +39,7 @@ from tools.sample_dataset import digest, given_or_made
 
 INSTANCE: Final = "0123456789abcdef" * 2
 SEGMENT: Final = f"loader-service-{INSTANCE}"
+# Bounds of int32, of exact floats, int64 and uint64, and their neighbours; then odd texts, bytes and containers.
 ODD_VALUES: Final[tuple[Any, ...]] = (
     None, True, -1, 0, 1, 2**31, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 0.0, -1.5, float("nan"), float("inf"), "", "x" * 300,
     "../../etc/passwd", "\x00", b"", b"\xff" * 64, [], [0] * 2000, {}, {"t": "hello"}, "train", "float32", "ten-crop",
@@ -61,7 +62,8 @@ ANSWER_MS: Final = 10_000
 
 def from_client(instance: str = INSTANCE, segment: str = SEGMENT, data_offset: int = 4096 * 2) -> list[FromClient]:
     """Return one valid message of each type that a client sends."""
-    what = SliceId(VIEWS["center"], 3, 2, 1, 4)
+    what = SliceId(VIEWS["center"], 3, 2, 1, 4)  # seed, epoch, start, count
+    # Pixels of 4 samples are 602,112 bytes; labels and draws lie after them.
     place = Place(0, 1, data_offset, data_offset + 640_000, data_offset + 650_000)
     return [
         messages.Hello(messages.PROTOCOL, "host:1"),
@@ -120,7 +122,8 @@ def damage_fields(rng: Random, frame: bytes) -> bytes:
     """Return a well-formed frame with one field, at any depth, of an odd value, removed or added; seldom the type's tag."""
     tree = msgspec.msgpack.decode(frame)
     here = tree
-    while True:
+    while True:  # goes down into nested maps until a field is chosen
+        # Seldom the tag: a decoder looks at no field of a message of an unknown type.
         key = rng.choice([key for key in here if key != "t" or rng.random() < 0.1] or ["t"])
         if isinstance(here[key], dict) and here[key] and rng.random() < 0.7:
             here = here[key]
@@ -167,8 +170,9 @@ def fuzz_decoders(rng: Random, inputs: int, progress: Progress) -> int:
             passed += 1
             if decode(messages.encode(message)) != message:
                 raise ToolFailed(f"this message changes in encoding and decoding: {frame.hex()}.")
-        except MessageError:
+        except MessageError:  # the one permitted refusal
             pass
+        # Any other exception would end a node's dispatcher or a client's session, so the input is shown.
         except Exception as error:
             raise ToolFailed(f"a decoder raised {error!r} at {frame.hex()}.") from error
         progress.advance()
@@ -192,25 +196,28 @@ def fuzz_jpegs(rng: Random, inputs: int, progress: Progress) -> tuple[int, int]:
         ToolFailed: the pixels or the refusal differ from libjpeg-turbo's; the message has the input in hexadecimal.
     """
     side = golden.SIDE_PX
+    # Sides that are no multiples of 8 or 16 end in blocks that are cut off.
     valid = {shape: jpegs(rng, shape) for shape in ((side, side), (side - 27, side + 5), (side + 9, 17))}
     valid[side, side] += golden.jpegs()
     in_part = refused = 0
     for _ in range(inputs):
         shape = rng.choice(list(valid))
+        # Spliced with a JPEG of the same size only.
         payload = damage_bytes(rng, rng.choice(valid[shape]), rng.choice(valid[shape]))
         height, width = (rng.randint(1, length) for length in shape)
         top, left = rng.randint(0, shape[0] - height), rng.randint(0, shape[1] - width)
-        into = np.empty((*shape, rng.choice((3, 4))), np.uint8)
+        into = np.empty((*shape, rng.choice((3, 4))), np.uint8)  # 3 bytes a pixel, or 4 with 255 as the last
         made = kernel.decode_window(payload, into.reshape(-1), shape, (top, left, height, width))
         in_part += made
         try:
+            # Also if the kernel declined: `refused` counts all inputs.
             whole = _decode_whole(payload, shape)
         except ValueError as error:
             refused += 1
             if made:
                 raise ToolFailed(f"this JPEG is decoded in part, though {error}: {payload.hex()}.") from error
         else:
-            part = np.s_[top : top + height, left : left + width, :3]
+            part = np.s_[top : top + height, left : left + width, :3]  # other pixels of `into` are undefined
             if made and not np.array_equal(into[part], whole[part]):
                 raise ToolFailed(f"{height} x {width} pixels at ({top}, {left}) differ: {payload.hex()}.")
         progress.advance()
@@ -237,9 +244,10 @@ class FuzzingClient:
     def __init__(self, context: zmq.Context[Any], address: str, *, reads: bool) -> None:
         self._reads = reads
         self._dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-        self._dealer.setsockopt(zmq.LINGER, 0)
+        self._dealer.setsockopt(zmq.LINGER, 0)  # close() drops what was not sent
+        # 0 is no limit. With 1, answers pile up at the node, which must bound or drop them.
         self._dealer.setsockopt(zmq.RCVHWM, 0 if reads else 1)
-        self._dealer.setsockopt(zmq.SNDHWM, 100)
+        self._dealer.setsockopt(zmq.SNDHWM, 100)  # a node that stops reading blocks send() soon
         self._dealer.connect(address)
 
     def send(self, frames: list[bytes]) -> None:
@@ -251,7 +259,7 @@ class FuzzingClient:
         if not self._dealer.poll(ANSWER_MS, zmq.POLLOUT):
             raise ToolFailed("the node no longer accepts messages.")
         self._dealer.send_multipart(frames)
-        while self._reads and self._dealer.poll(0):
+        while self._reads and self._dealer.poll(0):  # never waits: an input may have no answer
             self._dealer.recv_multipart(copy=False)
 
     def instance(self) -> str:
@@ -274,13 +282,15 @@ class FuzzingClient:
 
 def private_bytes(dispatcher: int) -> int:
     """Return the bytes of a node's anonymous memory, which neither shared memory nor mapped files count in."""
+    # Dispatcher, fork server and worker.
     pids = [dispatcher, *(process.pid for process in psutil.Process(dispatcher).children(recursive=True))]
     lines = [line for pid in pids for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    # The kernel prints kB, which are 1,024 bytes.
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def epoch_digests(address: str) -> list[str]:
-    """Return digests of the batches that a regular client receives in one epoch, in frames over TCP."""
+    """Return digests of the batches that a regular client receives in one epoch, in frames."""
     with Loader(address, batch_size=64, timeout_s=60, transport="tcp") as loader:
         return [digest(batch) for batch in loader]
 
@@ -292,7 +302,7 @@ def fuzz_node(rng: Random, inputs: int, data: Path, progress: Progress) -> tuple
         ToolFailed: it ended, hung, grew, or serves other bytes than before.
     """
     context: zmq.Context[Any] = zmq.Context()
-    segment = Segment.create(1 << 20, 1)
+    segment = Segment.create(1 << 20, 1)  # 1 MiB and one part: room for the slices of from_client()
     try:
         with LocalNode(data, workers=1) as node:
             before = epoch_digests(node.address)
@@ -300,24 +310,28 @@ def fuzz_node(rng: Random, inputs: int, data: Path, progress: Progress) -> tuple
             sent = 0
             while sent < inputs:
                 client = FuzzingClient(context, node.address, reads=rng.random() < 0.5)
+                # The node's own instance and a segment that exists: else it would drop every Request before it looks
+                # further.
                 valid = [messages.encode(m) for m in from_client(client.instance(), segment.name, segment.data_offset)]
                 for _ in range(min(MESSAGES_PER_CLIENT, inputs - sent)):
                     frames = [damaged(rng, valid)]
                     if rng.random() < 0.02:
+                        # Several frames, which no client sends.
                         frames += [rng.randbytes(rng.randrange(50))] * rng.randint(1, 5)
                     client.send(frames)
                     sent += 1
                     progress.advance()
                     if sent % INPUTS_PER_STATUS == 0:
-                        status(node.address, timeout_s=ANSWER_MS / 1000)
-                client.close()
+                        status(node.address, timeout_s=ANSWER_MS / 1000)  # raises if the node hangs
+                client.close()  # without a Bye: the node must forget it by itself
+                # Between two clients, as at the end.
                 if not warm and sent >= WARM_UP * inputs:
                     warm = private_bytes(node.pid)
             after = epoch_digests(node.address)
             refused = status(node.address).refused
             grown = private_bytes(node.pid) - warm
     finally:
-        context.destroy(linger=0)
+        context.destroy(linger=0)  # closes the sockets first, also after an error
         segment.unlink()
         segment.close()
     if before != after:

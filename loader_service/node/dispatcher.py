@@ -79,8 +79,8 @@ class Settings:
     send_slots: int
     slot_bytes: int = defaults.SEND_SLOT_BYTES
     client_silent_s: float = defaults.CLIENT_SILENT_S
-    stall_s: float = defaults.STALL_S
-    standstill_s: float = defaults.STANDSTILL_S
+    stall_s: float = defaults.WORKER_STALL_S
+    standstill_s: float = defaults.STALL_WARNING_S
     keys: NodeKeys | None = None
     insecure: bool = False
     io_threads: int = defaults.CONNECTIONS

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from loader_service.data.codecs import CODECS, DEFAULT_PARAMETERS, SHAPE, decode, encode
-from loader_service.data.picture import FILTER
+from loader_service.data.image_file import FILTER
 from loader_service.data.writer import Writer
 from loader_service.datasets.progress import Progress
 from loader_service.datasets.statistics import Sums

@@ -23,8 +23,8 @@ from PIL import Image
 
 from loader_service import Loader, LocalNode
 from loader_service.client.query import status
+from loader_service.data.image_file import FILTER
 from loader_service.data.order import records_at
-from loader_service.data.picture import FILTER
 from loader_service.types import RECORD_SIDE_PX
 from tools.bench.contest import Contestant, Kind, Running
 from tools.bench.turns import BATCH, deliver

@@ -21,7 +21,10 @@ from tools.chaos.node import ChaosNode
 Undo = Callable[[], None]
 Begin = Callable[[Arena, Random], Undo | None]
 
-LONG_S: Final = (max(defaults.STALL_S, defaults.NODE_SILENT_S) + 1.5, max(defaults.STALL_S, defaults.NODE_SILENT_S) + 4)
+LONG_S: Final = (
+    max(defaults.WORKER_STALL_S, defaults.NODE_SILENT_S) + 1.5,
+    max(defaults.WORKER_STALL_S, defaults.NODE_SILENT_S) + 4,
+)
 """Longer than any timeout: of a node with its workers, and of a client with its nodes."""
 
 SHORT_S: Final = (0.2, 4.0)

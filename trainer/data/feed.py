@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from loader_service import EpochAccount, Loader, LocalNode, View, defaults, describe
-from loader_service.data.picture import load_picture
+from loader_service.data.image_file import load_picture
 from loader_service.errors import LoaderServiceError, NoNodeError
 from loader_service.types import Split
 from trainer.config import Source

@@ -13,7 +13,7 @@ import msgspec
 import xxhash
 
 from loader_service.data.codecs import Codec, raw_bytes
-from loader_service.data.picture import LIBRARY, RECIPE
+from loader_service.data.image_file import LIBRARY, RECIPE
 from loader_service.datasets.preprocessing.sources import Item, Listing
 from loader_service.errors import PreprocessingFailed
 

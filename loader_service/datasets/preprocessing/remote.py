@@ -13,7 +13,7 @@ from typing import IO, Any, Final, NamedTuple
 import msgspec
 import xxhash
 
-from loader_service.data.picture import MAX_FILE_BYTES
+from loader_service.data.image_file import MAX_FILE_BYTES
 from loader_service.errors import DatasetInvalid, OptionError, PictureError, PreprocessingFailed
 
 URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.+")

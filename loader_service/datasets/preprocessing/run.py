@@ -12,8 +12,8 @@ import click
 import msgspec
 
 from loader_service.data.codecs import DEFAULT_PARAMETERS, Codec
+from loader_service.data.image_file import LIBRARY, RECIPE
 from loader_service.data.manifest import Manifest
-from loader_service.data.picture import LIBRARY, RECIPE
 from loader_service.data.records import Records
 from loader_service.data.writer import Writer, adopt
 from loader_service.datasets.preprocessing.build import (
@@ -25,7 +25,7 @@ from loader_service.datasets.preprocessing.build import (
     open_writer,
     report_rejected,
 )
-from loader_service.datasets.preprocessing.centered import centre_records, raw_path, raw_task
+from loader_service.datasets.preprocessing.centered_codec import centre_records, raw_path, raw_task
 from loader_service.datasets.preprocessing.inputs import Inputs, list_splits, scratch_folder
 from loader_service.datasets.preprocessing.plan import check_disk_space, choose_codec, disk_bytes, identity, shuffled
 from loader_service.datasets.preprocessing.pool import Pool

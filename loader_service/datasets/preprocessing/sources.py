@@ -17,7 +17,7 @@ from typing import IO, Final
 
 import msgspec
 
-from loader_service.data.picture import read_content
+from loader_service.data.image_file import read_content
 from loader_service.datasets.preprocessing.remote import URL, Url, list_remote, open_remote, read_remote
 from loader_service.errors import DatasetInvalid
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from loader_service.data import kernel
 from loader_service.data.codecs import CODECS, decode, encode, header, raw_bytes
-from loader_service.data.picture import load_picture
+from loader_service.data.image_file import load_picture
 from loader_service.datasets.preprocessing import messages
 from loader_service.datasets.preprocessing.layouts import CIFAR_SIDE_PX
 from loader_service.datasets.preprocessing.sources import Form, Item, read_bytes

@@ -60,7 +60,7 @@ from loader_service.wire.messages import (
     Welcome,
 )
 
-PATIENCE_S = defaults.NODE_STILL_S
+PATIENCE_S = defaults.NODE_STALL_S
 SEGMENT, NONCE = "loader-service-" + "0" * 32, b"n" * 16
 PIXEL_BYTES, TAIL_BYTES = 100, 20  # of one sample
 FACTS = DatasetFacts(

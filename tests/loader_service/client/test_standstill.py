@@ -51,7 +51,7 @@ def test_another_node_makes_what_it_owes(
     mute: str, node_address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The epoch is complete, and one warning names the node, the slices that it owes, and since when."""
-    monkeypatch.setattr(defaults, "NODE_STILL_S", 0.5)
+    monkeypatch.setattr(defaults, "NODE_STALL_S", 0.5)
     with (
         caplog.at_level(logging.WARNING, "loader_service.client"),
         Loader(f"{mute},{node_address}", transport="tcp", batch_size=30, timeout_s=20) as loader,

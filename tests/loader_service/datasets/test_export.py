@@ -11,8 +11,8 @@ from click.testing import CliRunner, Result
 
 from loader_service.cli import main
 from loader_service.data.codecs import Codec
+from loader_service.data.image_file import load_picture
 from loader_service.data.manifest import Manifest, Statistics
-from loader_service.data.picture import load_picture
 from loader_service.data.records import Records
 from loader_service.data.writer import Writer
 from loader_service.datasets.export import folder_names

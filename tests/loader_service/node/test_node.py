@@ -120,7 +120,7 @@ def test_workers_may_die_again_and_again(start_node: StartNode, eventually: Even
 def test_it_survives_a_stopped_worker(
     dataset_dir: Path, start_node: StartNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker under SIGSTOP is killed after STALL_S, other workers make its slices, and the log reports both."""
+    """A worker under SIGSTOP is killed after WORKER_STALL_S, other workers make its slices, and the log reports both."""
     node = start_node(workers=2)
     undisturbed = _epoch(node.address, epochs=2)
     with Loader(node.address, batch_size=64, epochs=2, timeout_s=40) as loader:

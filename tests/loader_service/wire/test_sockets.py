@@ -23,8 +23,18 @@ def test_good_addresses_pass(address: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["", "5555", "tcp://", "tcp://host", "tcp://host:port", "tcp://host:99999", "udp://h:1", "ipc://"]
-    + ["tcp://a..b:1", f"tcp://{'x' * 64}:1"],
+    [
+        "",
+        "5555",
+        "tcp://",
+        "tcp://host",
+        "tcp://host:port",
+        "tcp://host:99999",
+        "udp://h:1",
+        "ipc://",
+        "tcp://a..b:1",
+        f"tcp://{'x' * 64}:1",
+    ],
 )
 def test_bad_addresses_are_named(address: str) -> None:
     """The error names the address."""

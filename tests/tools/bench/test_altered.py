@@ -20,7 +20,7 @@ def test_a_node_uses_the_changed_default(dataset_dir: Path) -> None:
     assert f"at most {2 * defaults.SEND_SLOT_BYTES // 2**20} MiB" in line
 
 
-@pytest.mark.parametrize("change", ["STALL_S=1", "PREFETCH=0", "PREFETCH", "PREFETCH=many"])
+@pytest.mark.parametrize("change", ["WORKER_STALL_S=1", "PREFETCH=0", "PREFETCH", "PREFETCH=many"])
 def test_an_unknown_change_is_refused(change: str) -> None:
     """An ignored change would make the benchmark compare a default with itself."""
     with pytest.raises(ToolFailed, match=f"'{change}' is not NAME=VALUE, with one of PREFETCH"):

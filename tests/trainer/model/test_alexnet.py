@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from loader_service.data.picture import load_picture
+from loader_service.data.image_file import load_picture
 from trainer.errors import ConfigError
 from trainer.model.ablation import Ablation
 from trainer.model.alexnet import AlexNet, Sizes

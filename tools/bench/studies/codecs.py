@@ -20,8 +20,8 @@ import numpy as np
 from loader_service.cli.job import CONTEXT, Job
 from loader_service.data.codecs import CODECS, HEADER, RAW_BYTES, SUBSAMPLINGS, decode, encode, raw_value
 from loader_service.data.draws import draw
+from loader_service.data.image_file import load_picture
 from loader_service.data.kernel import Window
-from loader_service.data.picture import load_picture
 from loader_service.datasets.progress import Progress
 from loader_service.types import RECORD_SIDE_PX, View
 from tools.bench.ours import SEED

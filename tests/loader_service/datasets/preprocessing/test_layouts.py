@@ -14,7 +14,7 @@ import pytest
 from click.testing import Result
 from scipy.io import savemat
 
-from loader_service.data.picture import load_picture
+from loader_service.data.image_file import load_picture
 from loader_service.data.records import Records
 
 Preprocess = Callable[..., Result]

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from loader_service.data.codecs import HEADER, RAW_BYTES, SHAPE, header
-from loader_service.data.picture import load_picture
+from loader_service.data.image_file import load_picture
 from loader_service.datasets.preprocessing.pool import Pool, Result
 from loader_service.datasets.preprocessing.sources import Item, label_files, list_files
 

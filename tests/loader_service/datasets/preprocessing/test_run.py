@@ -22,7 +22,7 @@ from PIL import Image
 
 from loader_service.cli import main
 from loader_service.data.codecs import encode
-from loader_service.data.picture import load_picture
+from loader_service.data.image_file import load_picture
 from loader_service.data.records import Records
 from loader_service.datasets.verify import verify
 

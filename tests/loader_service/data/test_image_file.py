@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageOps, features
 
 from loader_service.data import kernel
-from loader_service.data.picture import FILTER, MAX_PIXELS, load_picture
+from loader_service.data.image_file import FILTER, MAX_PIXELS, load_picture
 from loader_service.errors import PictureError
 
 CORNERS = ((230, 20, 20), (20, 200, 20), (20, 20, 220), (240, 240, 20))

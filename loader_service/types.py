@@ -1,6 +1,6 @@
 """Value types that every part shares: views, slices, draws, dataset facts, and their sizes.
 
-All of them are frozen values with canonical bytes, so that two machines mean the same thing by them. Section numbers
+All but ``Slice``, which holds arrays, are frozen values with canonical bytes, so that two machines mean the same thing by them. Section numbers
 refer to the AlexNet paper (Krizhevsky, Sutskever and Hinton, 2012).
 """
 
@@ -117,8 +117,8 @@ class View(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self if crop == self.crop else msgspec.structs.replace(self, crop=crop)
 
     @property
-    def samples_per_record(self) -> int:
-        """Images that this view makes of one record: 10 for ``ten-crop``, else 1."""
+    def crops_per_record(self) -> int:
+        """Crops that this view makes of one record, all in one sample: 10 for ``ten-crop``, else 1."""
         return 10 if self.kind == "ten-crop" else 1
 
     @property
@@ -182,7 +182,7 @@ class SampleLayout(msgspec.Struct, frozen=True):
     @property
     def draws_bytes(self) -> int:
         """Bytes of one sample's draws."""
-        return self.view.samples_per_record * DRAWS.itemsize
+        return self.view.crops_per_record * DRAWS.itemsize
 
     @property
     def sample_bytes(self) -> int:

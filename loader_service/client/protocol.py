@@ -18,7 +18,7 @@ Nodes
         WORKING     Welcome again, after a reconnection                 WELCOMED
         any         lost                                                CONNECTING
 
-    A node is lost when its connection is cut, when it is silent for ``NODE_SILENT_S``, when it sends anything that this
+    A node is lost when its connection or one of its open lanes is cut, when it is silent for ``NODE_SILENT_S``, when it sends anything that this
     protocol does not allow, and when it answers UnknownClient. A lost node is greeted again until it answers.
 
 Parts
@@ -182,7 +182,7 @@ class NodeRecord:
         instance: identity of the node's process, from its Welcome.
         workers: its worker processes.
         shared: True if it writes into this client's shared memory; else slices come in frames.
-        lanes: numbers of the connections that slices may come by, ascending; 0 is the one that talks.
+        lanes: numbers of the connections that carry slices, ascending; 0 also carries every other message.
         turns: slices requested in frames so far; they use the lanes in turn.
         heard_at, greeted_at, pinged_at: times in seconds of its last message, our last Hello, our last Ping.
         asks: what it owes, by the request's number, the oldest first.
@@ -323,7 +323,7 @@ class Ask:
         batch, part: the slice's batch and part.
         generation: the generation that the slot's part is armed with.
         shared: True to have it written into shared memory, False to have it sent in frames.
-        lane: the connection that the frames shall come by.
+        lane: number of the connection that carries the frames.
     """
 
     node: str
@@ -355,7 +355,7 @@ class CopyTail:
 
 @dataclass(frozen=True)
 class Ready:
-    """The first node has been welcomed: the dataset's facts are known."""
+    """Report that the first node has been welcomed, so that the dataset's facts are known."""
 
 
 @dataclass(frozen=True)
@@ -469,13 +469,13 @@ class Ledger:
             asked[1].state = PartState.DONE
 
     def retry(self, record: NodeRecord, number: int) -> None:
-        """Mark a slice as wanted again that its node failed to make, for a reason other than a bad record."""
+        """Mark as wanted again a slice that its node failed to make, for a reason other than a bad record."""
         batch, part = record.asks.pop(number)
         part.retries += 1
         self._want_again(batch, part)
 
     def refuse(self, record: NodeRecord, number: int) -> bool:
-        """Mark a slice as wanted again in which its node found a bad record.
+        """Mark a slice as wanted again because its node found a bad record in it.
 
         Returns:
             True if every node that can be asked has refused this part, so that the record must be excluded or the run

@@ -30,7 +30,7 @@ class Stage(IntEnum):
 class Stopwatch:
     """A stopwatch that adds up the seconds spent in each stage; entering a stage leaves the previous one.
 
-    It costs a fifth of a microsecond per change of stage: three changes per slice of raw records, three per jpeg record.
+    It costs a fifth of a microsecond per change of stage: a few changes per slice of raw records, three per jpeg record.
 
     Args:
         shown: (1,) int64, set to the current stage or Stage.NONE; in shared memory, so that the node can report it.
@@ -161,7 +161,7 @@ def _fill_decoded(
 ) -> None:
     """Write the samples of ``jpeg`` or ``centered`` records: decode one record, augment it while it is in the cache, repeat.
 
-    Of each record only the window that its samples need is decoded.
+    Only the window that the samples need is decoded from each record.
     """
     value = raw_value(side)  # one raw record, overwritten by each
     windows = _windows(draws, out.images.shape[-2])

@@ -1,11 +1,11 @@
-"""Image file -> pixels of a record: resize the short side to 256, crop the centre (AlexNet paper, section 2).
+"""Conversion of an image file to a record's pixels: resize the short side to 256, crop the centre (AlexNet paper, section 2).
 
 Rules for the kinds of files:
 
 - The short side becomes 256 pixels, or ``side``, by a bicubic filter with antialiasing, and the centre square is kept. Both
   happen in one step: only the centre square of the original is resized. A JPEG at least twice as large is decoded at 1/2,
   1/4 or 1/8 of its size (DCT scaling), the smallest that is still large enough; against a full decode this keeps 42 dB on
-  photographs. Of a smaller JPEG only the part that the square needs is decoded, by the records' own decoder (kernel.py) if
+  photographs. From a smaller JPEG only the part that the square needs is decoded, by the records' own decoder (kernel.py) if
   it can, to the same bytes that libjpeg-turbo gives Pillow.
 - EXIF orientation is applied: the record is upright, as a viewer shows the file.
 - Grey becomes three equal channels. 16-bit grey is scaled to 8 bits. Palettes are looked up. Transparent pixels are
@@ -182,7 +182,7 @@ def _pillow_has_libjpeg_turbo() -> bool:
 
 
 def _decode_middle(image: Image.Image, content: bytes | memoryview, side: int) -> Image.Image | None:
-    """Decode of a JPEG the part that its centre square needs; return an "RGBX" image, or None if only Pillow can decode it.
+    """Decode the part of a JPEG that its centre square needs; return an "RGBX" image, or None if only Pillow can decode it.
 
     Pixels that a resize of the centre square to ``side`` x ``side`` does not read are undefined.
     """

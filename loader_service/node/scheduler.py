@@ -2,7 +2,7 @@
 
 An event comes in as a method call; the actions that follow from it go out as a list, for the dispatcher to carry out in
 order. This file uses no socket, clock or process. An event of an unknown client, or of a lease that does not exist any
-more, changes nothing and returns no action: such events are late, not wrong.
+more, changes nothing and returns no action: such events arrive late and are no errors.
 
 A worker (:attr:`WorkerRecord.state`)::
 
@@ -227,7 +227,7 @@ class Scheduler:
         task = worker.tasks.pop(lease, None)
         if task is None:
             return []
-        samples = task.request.what.count * task.request.what.view.samples_per_record
+        samples = task.request.what.count * task.request.what.view.crops_per_record
         worker.slices += 1
         worker.samples += samples
         worker.busy_s += seconds
@@ -309,7 +309,7 @@ class Scheduler:
             # Never reused, so a late answer finds nothing.
             lease, self._next_lease = self._next_lease, self._next_lease + 1
             what = task.request.what
-            task.estimate_s = self._cost_s * what.count * what.view.samples_per_record
+            task.estimate_s = self._cost_s * what.count * what.view.crops_per_record
             task.client.charged_s += task.estimate_s
             worker.tasks[lease] = task
             actions.append(Grant(worker.index, lease, task))

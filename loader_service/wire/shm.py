@@ -10,7 +10,7 @@ little-endian::
 
 **The problem.** A writer can be late: its process was stopped (SIGSTOP, a debugger), it is the orphan of a killed node, or
 its lease lay in a queue. By then the owner has given the slice up and has assigned the memory to another one. A late write
-would put the old slice into the new batch. A pid proves nothing here, since containers have pids of their own.
+would put the old slice into the new batch. A pid does not identify the writer, since each container has its own pid namespace.
 
 **The solution**, for each part, is a generation number and a lock:
 

@@ -111,7 +111,7 @@ def test_records_of_other_sides(
         mean = records.statistics.mean_image
         for view, cut in ((View.named("train", side), crop), (View(crop=5), 5), (View.named("ten-crop", side), crop)):
             out, floats = made(records, view, 0, 5), made(records, view, 0, 5, "float32")
-            numbers = slice_numbers(5, SliceId(view, 2012, 60, 0, 5)).repeat(view.samples_per_record)
+            numbers = slice_numbers(5, SliceId(view, 2012, 60, 0, 5)).repeat(view.crops_per_record)
             draws, images = out.draws.ravel(), out.images.reshape(-1, cut, cut, 3)
             centred = floats.images.reshape(images.shape)
             for i, number in enumerate(numbers.tolist()):

@@ -18,8 +18,9 @@ Nodes
         WORKING     Welcome again, after a reconnection                 WELCOMED
         any         lost                                                CONNECTING
 
-    A node is lost when its connection or one of its open lanes is cut, when it is silent for ``NODE_SILENT_S``, when it sends anything that this
-    protocol does not allow, and when it answers UnknownClient. A lost node is greeted again until it answers.
+    A node is lost when its connection or one of its open lanes is cut, when it is silent for ``NODE_SILENT_S``, when
+    it sends anything that this protocol does not allow, and when it answers UnknownClient. A lost node is greeted
+    again until it answers.
 
 Parts
     A batch lives in a slot and has one part per slice. :class:`PartState` is the progress of a part::

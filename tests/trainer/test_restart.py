@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +94,10 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
     """After SIGKILL the others exit at once, and the result equals that of an undisturbed run, bit for bit."""
     unbroken = torchrun(tmp_path, processes, ["--data", dataset_dir, "--run", tmp_path / "unbroken"])
     assert unbroken.returncode == 0, unbroken.stderr
-    began_s = time.monotonic()
     done = torchrun(tmp_path, processes, ["--data", dataset_dir, "--run", tmp_path / "run"], victim)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began_s < 30, "torchrun had to kill a process that did not leave"
+    # torchrun's warning when a process has not left 30 s after SIGTERM; a clock here would measure the machine.
+    assert "forcefully exiting" not in done.stderr, done.stderr
     assert done.stderr.count("trainer: another process of this run is gone") >= 1, done.stderr
     assert "    raise " not in done.stderr, done.stderr
     steps = [row["step"] for row in log(tmp_path / "run") if row["event"] in ("step", "resume")]

@@ -11,6 +11,7 @@ Rules of this file:
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import tempfile
@@ -99,12 +100,20 @@ class Running:
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 -- close() closes it
         self._processes = [self._start(environ or {}) for _ in range(contestant.copies)]
 
-    def wait(self) -> None:
-        """Wait until all copies are ready."""
-        self._expect("ready")
+    def wait(self, limit_s: float | None = None) -> None:
+        """Wait until all copies are ready.
 
-    def turn(self, warm_s: float, seconds: float) -> Turn:
-        """Let it deliver for ``seconds`` after a warm-up of ``warm_s``; return the figures."""
+        Raises:
+            ToolFailed: one is not within ``limit_s``, if that is given.
+        """
+        self._expect("ready", limit_s)
+
+    def turn(self, warm_s: float, seconds: float, limit_s: float | None = None) -> Turn:
+        """Let it deliver for ``seconds`` after a warm-up of ``warm_s``; return the figures.
+
+        Raises:
+            ToolFailed: it does not answer within ``limit_s`` more than the turn takes, if that is given.
+        """
         # All copies get the line before any answer is read, so that they deliver at the same time.
         for process in self._processes:
             assert process.stdin is not None
@@ -112,9 +121,11 @@ class Running:
                 process.stdin.write(f"{warm_s} {seconds}\n")
                 process.stdin.flush()
         # Counted from here: the warm-up's images and CPU time belong to no turn.
-        self._expect("begin")
+        self._expect("begin", None if limit_s is None else warm_s + limit_s)
         before = self._cpu()
-        answers = [self._read(process).split() for process in self._processes]  # blocks until the turn is over
+        answers = [
+            self._read(process, None if limit_s is None else seconds + limit_s).split() for process in self._processes
+        ]
         after = self._cpu()
         images = sum(int(count) for count, _, _ in answers)
         # The benchmark's checks run in the consumer's process, so their time is part of both totals.
@@ -129,7 +140,9 @@ class Running:
         )
 
     def close(self) -> None:
-        """End its processes and their children."""
+        """End its processes and their children; a second call does nothing."""
+        if self._log.closed:
+            return
         everyone = self._tree()  # before the signal: orphans are no longer found below their parent
         for process in self._processes:
             with suppress(ProcessLookupError):  # _read() has reaped it
@@ -161,13 +174,16 @@ class Running:
             start_new_session=True,  # a group to signal; the terminal's Ctrl-C reaches the benchmark alone
         )
 
-    def _expect(self, word: str) -> None:
+    def _expect(self, word: str, limit_s: float | None = None) -> None:
         for process in self._processes:
-            if (line := self._read(process)) != word:
+            if (line := self._read(process, limit_s)) != word:
                 raise ToolFailed(f"{self.contestant.name} printed {line!r} instead of {word!r}.")
 
-    def _read(self, process: subprocess.Popen[str]) -> str:
+    def _read(self, process: subprocess.Popen[str], limit_s: float | None = None) -> str:
         assert process.stdout is not None
+        # Each answer is one line to one question, so nothing is left in the file's buffer when select() looks.
+        if limit_s is not None and not select.select([process.stdout], [], [], limit_s)[0]:
+            raise ToolFailed(f"{self.contestant.name} did not answer within {limit_s:.0f} s.")
         if line := process.stdout.readline().strip():
             return line
         # An empty line is the end of file, which may precede the exit by a moment; returncode is None until then.

@@ -10,10 +10,12 @@ ENGINE  =
 CIFAR10 = ../shared/data/cifar10-images.tar.gz
 RUN     = runs/cifar10
 RESULTS = docs/results/cifar10
+WHEELS  =
+PYTHON_VERSION =
 run     = .venv/bin/python
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo preprocess test style types cover chaos fuzz docker docker-scale docker-images bench bench-trainer cifar clean
+.PHONY: help setup demo preprocess test style types cover chaos fuzz docker docker-scale docker-images bench bench-trainer cifar gpu gpu-wheels clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +73,12 @@ cifar: setup ## train CIFAR-10 at full width by the paper's recipe, on a GPU -> 
 	mkdir -p "$(RESULTS)"
 	$(run) -m trainer evaluate "$(RUN)" --data build/cifar10 --views ten-crop --json > "$(RESULTS)/ten-crop.json"
 	cd "$(RUN)" && cp config.json log.jsonl summary.json *.svg *.png "$(abspath $(RESULTS))"
+
+gpu: $(if $(PYTHON)$(WHEELS),,setup) ## check and measure all that needs a GPU -> docs/gpu.md; [PYTHON=python3] [WHEELS=DIR] [ARGS="--minutes 9"]
+	@exec $(if $(PYTHON)$(WHEELS),"$(or $(PYTHON),python3)",$(run)) -m tools.gpu $(if $(WHEELS),--wheels "$(WHEELS)") --cifar10 "$(CIFAR10)" $(ARGS)
+
+gpu-wheels: setup ## download what a GPU machine without a network needs besides PyTorch; [PYTHON_VERSION=3.12] [WHEELS=build/wheels]
+	@$(run) -m tools.gpu.wheels --python-version "$(PYTHON_VERSION)" "$(or $(WHEELS),build/wheels)"
 
 clean: ## remove .venv, build/ and caches; keep data/ and runs/
 	rm -rf .venv build dist *.egg-info loader_service/data/*.so .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

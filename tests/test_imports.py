@@ -42,6 +42,10 @@ MAY_IMPORT = {
     "trainer.run": ("trainer", "loader_service.types"),
     "tools": PACKAGES,
     "tools.environment": (),
+    # These run before anything is installed.
+    "tools.gpu.prepare": (),
+    "tools.gpu.wheels": ("tools.gpu.prepare",),
+    "tools.gpu.__main__": ("tools.gpu.prepare",),
 }
 
 # Third-party imports that only these may make.

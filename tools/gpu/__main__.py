@@ -1,4 +1,4 @@
-"""``python -m tools.gpu [--wheels DIR] [OPTIONS]``: prepare this Python, then run ``tools.gpu.command`` in it."""
+"""``python -m tools.gpu [--wheels DIR] [OPTIONS]``: prepare this Python, then run ``tools.gpu.command`` in it, by ``tools.gpu.start``."""
 
 from __future__ import annotations
 

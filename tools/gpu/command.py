@@ -132,7 +132,7 @@ def choose(every: list[Part], words: str) -> list[Part]:
     return [part for part in every if part.name in wanted]
 
 
-@click.command(cls=Job, context_settings=CONTEXT)
+@click.command("gpu", cls=Job, context_settings=CONTEXT)
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Time of this call; the next one continues.")
 @click.option("--dry", is_flag=True, help="Run the same script on a CPU with tiny sizes; the figures mean nothing.")
 @click.option("--parts", "part_names", default=",".join(Name), show_default=True, help="Parts to run.")
@@ -200,7 +200,3 @@ def main(
         left = len(runner.left(chosen))
         click.echo(f"wrote {document} and {path}", err=True)
         click.echo(f"{left} pieces are left: call again to continue" if left else "everything is measured", err=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 from tools.errors import ToolFailed
 from tools.gpu.parts import Settings
-from tools.gpu.results import AnyRow, Tests
+from tools.gpu.results import AnyRow, Marked
 from tools.terminal import ROOT
 
 MARK: Final = re.compile(r"\bmark\.gpu\b")
@@ -36,7 +36,7 @@ def run(settings: Settings, _piece: str, emit: Callable[[AnyRow], None]) -> None
     """
     files = marked_files(ROOT / "tests")
     if not files:
-        emit(Tests("pytest", "no test is marked `gpu`"))
+        emit(Marked("pytest", "no test is marked `gpu`"))
         return
     report = settings.work / "tests.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
@@ -50,7 +50,7 @@ def run(settings: Settings, _piece: str, emit: Callable[[AnyRow], None]) -> None
     emit(read(report))
 
 
-def read(report: Path) -> Tests:
+def read(report: Path) -> Marked:
     """Read pytest's JUnit file."""
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))  # noqa: S314 -- pytest has just written it
     failures = [
@@ -60,4 +60,4 @@ def read(report: Path) -> Tests:
         if (found := case.find(kind)) is not None
     ]
     skipped = sum(case.find("skipped") is not None for case in cases)
-    return Tests("pytest", "", len(cases) - len(failures) - skipped, len(failures), skipped, failures)
+    return Marked("pytest", "", len(cases) - len(failures) - skipped, len(failures), skipped, failures)

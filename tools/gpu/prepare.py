@@ -10,6 +10,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import re
@@ -18,10 +19,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+if sys.version_info >= (3, 11):  # noqa: UP036 -- this file runs under any Python
+    import tomllib  # an older Python gets as far as check_python(), which refuses it in a sentence
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SITE = ROOT / "build" / "gpu" / f"site-{sys.implementation.cache_tag}"
@@ -194,7 +197,7 @@ def compile_extensions() -> None:
 
 
 def main() -> None:
-    """Prepare, then become ``tools.gpu.command``, with the remaining arguments."""
+    """Prepare, then become ``tools.gpu.start``, with the remaining arguments."""
     arguments, wheels = sys.argv[1:], ""
     if arguments[:1] == ["--wheels"]:
         wheels, arguments = (arguments[1:2] or [""])[0], arguments[2:]
@@ -209,7 +212,7 @@ def main() -> None:
     try:
         if wheels and (chosen := needed_wheels(Path(wheels), wanted, versions())):
             install(chosen)
-            importlib.metadata.MetadataPathFinder.invalidate_caches()
+            importlib.invalidate_caches()
         if lacking := missing(wanted, versions()):
             fail(f"this Python lacks {', '.join(lacking)}; bring wheels: {remedy()}.")
         compile_extensions()
@@ -221,5 +224,5 @@ def main() -> None:
     os.chdir(ROOT)
     # exec: a signal to make's child reaches the command, which keeps what was measured.
     os.execve(  # noqa: S606 -- the same Python
-        sys.executable, [sys.executable, "-m", "tools.gpu.command", *arguments], {**os.environ, "PYTHONPATH": path}
+        sys.executable, [sys.executable, "-m", "tools.gpu.start", *arguments], {**os.environ, "PYTHONPATH": path}
     )

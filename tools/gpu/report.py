@@ -9,7 +9,7 @@ from typing import Final
 from tools.bench.trainer import FED_SHARE, TARGETS
 from tools.gpu.feed import STAGES, SYNTHETIC, TRAINER
 from tools.gpu.parts import Name
-from tools.gpu.results import Agreement, Fed, Learned, Loading, Rate, Results, Row, Status, Tests
+from tools.gpu.results import Agreement, Fed, Learned, Loading, Marked, Rate, Results, Row, Status
 
 CIFAR10_ERROR: Final = 0.12
 """Highest test error of CIFAR-10 with ten crops that meets the target."""
@@ -180,11 +180,11 @@ def _cifar10_target(results: Results) -> tuple[str, str, str]:
 
 def _tests(results: Results) -> str:
     text = []
-    for row in results.of(Name.TESTS, Tests):
+    for row in results.of(Name.TESTS, Marked):
         if not row.problem:
             text.append(f"{row.passed} passed, {row.failed} failed, {row.skipped} skipped.")
         text += ["\n".join(f"- `{name}`" for name in row.failures)]
-    return _join(*text, _problems(results.of(Name.TESTS, Tests)))
+    return _join(*text, _problems(results.of(Name.TESTS, Marked)))
 
 
 def _agreement(results: Results) -> str:

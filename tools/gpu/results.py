@@ -34,7 +34,7 @@ class Row(msgspec.Struct, frozen=True, tag=True):
     problem: str = ""
 
 
-class Tests(Row, frozen=True):
+class Marked(Row, frozen=True):
     """Outcome of the tests marked ``gpu``.
 
     Fields:
@@ -151,7 +151,7 @@ class Learned(Row, frozen=True):
 
 _R = TypeVar("_R", bound=Row)
 
-AnyRow = Tests | Agreement | Rate | Fed | Loading | Learned
+AnyRow = Marked | Agreement | Rate | Fed | Loading | Learned
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -22,6 +22,8 @@ from tools.gpu import forms
 from tools.gpu.parts import Name, Part, Settings
 from tools.gpu.results import Agreement, Event, Outcome, Rate, Results, Status, save
 from tools.terminal import ROOT
+
+PROGRAM: Final = (sys.executable, "-m", "tools.gpu.worker")
 
 STOP_S: Final = 20.0
 """Time that a worker has to end after SIGTERM: the trainer saves a checkpoint first."""
@@ -46,6 +48,7 @@ class Runner:
         path: file of the results.
         deadline_s: monotonic time at which the command ends; None for no limit.
         changed: called after each piece, to write the document.
+        program: command that starts a worker.
     """
 
     def __init__(
@@ -55,9 +58,10 @@ class Runner:
         path: Path,
         deadline_s: float | None,
         changed: Callable[[], None],
+        program: Sequence[str] = PROGRAM,
     ) -> None:
         self._settings, self._results, self._path, self._changed = settings, results, path, changed
-        self._deadline_s = deadline_s
+        self._deadline_s, self._program = deadline_s, program
 
     def run(self, chosen: list[Part]) -> None:
         """Run what has not been done: parts that never ended first, then those with the fewest attempts."""
@@ -107,7 +111,7 @@ class Runner:
         )
         log = self._settings.work / "logs" / f"{part.name}.log"
         ended: set[str] = set()
-        with Worker(part.name, settings, pieces, log) as worker:
+        with Worker([*self._program, part.name, _json(settings), *pieces], log) as worker:
             piece, began_s = "", time.monotonic()
             while True:
                 piece_s = began_s + part.piece_limit_s if piece else stop_s
@@ -159,16 +163,13 @@ class Worker:
     """A worker process; a context manager that ends it, and whatever it started.
 
     Args:
-        part: part whose pieces it does.
-        settings: settings of the run.
-        pieces: names of the pieces.
+        command: command that starts it.
         log: file for its standard error.
     """
 
-    def __init__(self, part: Name, settings: Settings, pieces: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
-        command = [sys.executable, "-m", "tools.gpu.worker", part, msgspec.json.encode(settings).decode(), *pieces]
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
                 command,
@@ -238,6 +239,10 @@ class Worker:
         self._selector.close()
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+
+def _json(settings: Settings) -> str:
+    return msgspec.json.encode(settings).decode()
 
 
 def best_form(results: Results, settings: Settings) -> str:

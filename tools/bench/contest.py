@@ -216,7 +216,7 @@ class Running:
     def _memory(self) -> int:
         total = 0
         for process in self._tree():
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.Error, OSError):  # some sandboxes have no smaps
                 # PSS divides a shared page among its users, so LMDB's pages and the slots count once in the sum.
                 total += process.memory_full_info().pss
         return total

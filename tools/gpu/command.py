@@ -93,7 +93,7 @@ def settings_of(
         rounds=1 if dry else 3,
         seconds=0.1 if dry else 2.0,
         folder=str(folder),
-        records=300 if dry else 8192,
+        records=300 if dry else 4096,
         workers=1 if dry else max(1, cores - 2),
         together=3 if dry else together,
         photographs=str(photographs.resolve()) if photographs else None,

@@ -112,8 +112,8 @@ def parts(settings: Settings) -> list[Part]:
     return [
         Part(Name.TESTS, "Tests marked `gpu`", 150, 150, ["pytest"]),
         Part(Name.AGREEMENT, "Faster forms against the plain one", 240, 90, agreements(settings)),
-        Part(Name.SPEED, "Speed beside torchvision's AlexNet", 300, 200, batches),
-        Part(Name.FEED, "Fed by a node on the same machine", 360, 120, list(DRY_FEEDS) if settings.dry else feeds),
+        Part(Name.SPEED, "Speed beside torchvision's AlexNet", 440, 220, batches),
+        Part(Name.FEED, "Fed by a node on the same machine", 480, 220, list(DRY_FEEDS) if settings.dry else feeds),
         Part(
             Name.LOADERS,
             "Loaders alone",
@@ -122,7 +122,7 @@ def parts(settings: Settings) -> list[Part]:
             ["1 worker"] if settings.dry else [workers_piece(count) for count in counts],
         ),
         Part(Name.CIFAR10, "CIFAR-10 by the paper's recipe", 1800, 1800, ["run"], no_archive),
-        Part(Name.FLOAT32, "Speed of the float32 forms", 300, 200, [] if settings.dry else batches),
+        Part(Name.FLOAT32, "Speed of the float32 forms", 440, 220, [] if settings.dry else batches),
     ]
 
 

@@ -64,6 +64,7 @@ def main(part: Name, settings: Settings, pieces: list[str]) -> None:
     deadline_s = time.monotonic() + settings.left_s
     for piece in pieces:
         say(Event(piece))
+        torch.compiler.reset()  # or the networks of earlier pieces would use up dynamo's limit of recompilations
         now = msgspec.structs.replace(settings, left_s=deadline_s - time.monotonic())
         try:
             WORK[part](now, piece, lambda row, piece=piece: say(Event(piece, row)))  # type: ignore[misc]

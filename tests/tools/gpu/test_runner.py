@@ -65,7 +65,13 @@ def test_a_piece_that_dies_or_hangs_loses_only_itself(settings: Settings, progra
     """Reasons are kept, later pieces are done, a figure that came before is kept, and all of it is on disk."""
     results, path = Results(), tmp_path / "results.json"
     pieces = ("a", "dies", "hangs", "hangs after a figure", "breaks the GPU", "b")
-    Runner(settings, results, path, None, lambda: None, program).run([part(*pieces, piece_s=0.5)])
+    on_disk: list[bool] = []  # at each piece's end: a SIGKILL then loses nothing
+
+    def changed() -> None:
+        on_disk.append(load(path) == results)
+
+    Runner(settings, results, path, None, changed, program).run([part(*pieces, piece_s=0.5)])
+    assert on_disk == [True] * len(pieces)
     assert status(results, "a") == status(results, "b") == status(results, "breaks the GPU") == (Status.DONE, "")
     died, why = status(results, "dies")
     assert died is Status.FAILED

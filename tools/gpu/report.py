@@ -18,17 +18,18 @@ HEADER: Final = """# On a GPU
 
 Written by `make gpu` from {source}; do not edit.
 
-    make gpu                                      the Python of .venv
-    make gpu PYTHON=python3 WHEELS=DIR            another Python with PyTorch >= 2.4, without .venv and without a network
-    make gpu-wheels PYTHON_VERSION=3.12 WHEELS=DIR    make that folder of wheels, where there is a network
-    make gpu ARGS="--minutes 9"                   what fits into nine minutes; the next call continues
-    make gpu ARGS="--again speed,feed"            measure parts again
-    make gpu ARGS=--dry                           the same script on a CPU, with tiny sizes
+    make gpu                                          the Python of .venv
+    make gpu PYTHON=python3 WHEELS=DIR                another Python with PyTorch >= 2.4, without .venv and without a network
+    make gpu-wheels PYTHON_VERSION=3.12 WHEELS=DIR    that folder of wheels, made where there is a network
+    make gpu ARGS="--minutes 9"                       what fits into nine minutes; the next call continues
+    make gpu ARGS="--again speed,feed"                measure parts again
+    make gpu ARGS=--dry                               the same script on a CPU, with tiny sizes
 
 Parts run in this order, each in processes of its own under a time limit: tests marked `gpu`; each faster form against the plain
 one; speed of the bfloat16 forms beside torchvision's AlexNet; training fed by a node; loaders alone; CIFAR-10; speed of the
 float32 forms. Results are on disk after each figure, so a run that is killed loses one figure. `--parts` chooses parts,
-`--cifar10 FILE` names the archive, `--photographs DIR` the images that records are cut from (synthetic ones by default)."""
+`--cifar10 FILE` names the archive, `--photographs DIR` the images that records are cut from (synthetic ones by default).
+`--results FILE` and `--document FILE` write elsewhere; `--report` writes the document from results of another machine."""
 
 NOTHING: Final = """## Nothing has been measured yet
 

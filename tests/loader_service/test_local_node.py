@@ -55,7 +55,7 @@ def test_options_and_log_are_the_callers(dataset_dir: Path, tmp_path: Path) -> N
     options, log = ("--metrics", "127.0.0.1:0"), tmp_path / "log"
     with LocalNode(dataset_dir, workers=1, options=options, log=log):
         pass
-    assert "metrics are at http://" in log.read_text(encoding="utf-8")
+    assert "serving metrics at http://" in log.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("log", [None, "log"])

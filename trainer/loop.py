@@ -196,7 +196,7 @@ class Training:
         state.optimizer.zero_grad()
         logits = state.model(self._subtract_mean(pixels, windows), DropoutKey(state.config.seed, state.progress.step))
         torch.autograd.backward(functional.cross_entropy(logits, labels))
-        state.optimizer.step()  # the first step allocates the momentum
+        state.optimizer.step()
 
     @property
     def _waited_s(self) -> float:
@@ -301,6 +301,7 @@ class Training:
         progress.step += 1
         progress.seen += images_total
         progress.images += images_total
+        progress.lr = state.optimizer.lr
         state.loader = self._feed.state() if self._feed else {}
 
         # Decide on log and checkpoint. The end of an epoch has its own checkpoint, after the validation.
@@ -320,7 +321,7 @@ class Training:
     def _end_epoch(self) -> None:
         """Validate, update the learning rate schedule, and save."""
         state, progress = self._state, self._state.progress
-        lr, before = state.optimizer.lr, state.schedule  # the rate of the last step, for the log
+        before = state.schedule
         self._read_meter()
         result = self._agree(self._validate)
         record = EpochRecord(
@@ -331,7 +332,7 @@ class Training:
             val_loss=result.loss,
             val_top1_error=result.top1_error,
             val_top5_error=result.top5_error,
-            lr=lr,
+            lr=progress.lr or state.optimizer.lr,  # of the last step, which may lie before a resume
         )
         is_best = state.schedule.improves(result.top1_error)
         state.schedule = state.schedule.after_epoch(result.top1_error)

@@ -5,9 +5,10 @@
     v <- 0.9 v - 0.0005 * lr * w - lr * <dL/dw>
     w <- w + v
 
-``torch.optim.SGD`` stores ``buffer = -v / lr`` instead of v. Both rules agree only while the learning rate is constant.
-When the rate changes, the buffer must be multiplied by old / new, or the first steps after a drop are ten times too
-short.
+``torch.optim.SGD`` computes ``buffer <- momentum * buffer + (1 - dampening) * (g + weight_decay * w)`` and
+``w <- w - lr * buffer``. With ``lr = 1`` and ``dampening = 1 - rate`` the buffer is exactly -v, whatever the rate was before.
+Its usual form, with the rate as ``lr``, stores -v / rate instead: a change of the rate then changes v, and a saved buffer
+means nothing without the rate of its last step.
 """
 
 from __future__ import annotations
@@ -38,15 +39,17 @@ class PaperSGD:
         self._named = dict(model.named_parameters())
         self._bias_rate = preset.bias_rate
         # Two groups, since presets treat biases differently.
-        weights = [p for name, p in self._named.items() if not _is_bias(name)]
-        biases = [p for name, p in self._named.items() if _is_bias(name)]
+        weights = [p for name, p in self._named.items() if not is_bias(name)]
+        biases = [p for name, p in self._named.items() if is_bias(name)]
         groups = [
             {"params": weights, "weight_decay": WEIGHT_DECAY},
             {"params": biases, "weight_decay": WEIGHT_DECAY if preset.bias_decay else 0.0},
         ]
-        self._sgd = torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, fused=fused)
-        self._lr = lr
-        self._set_group_rates()
+        self._sgd = torch.optim.SGD(groups, lr=1.0, momentum=MOMENTUM, fused=fused)
+        for parameter in self._named.values():
+            # v starts at 0. Without a buffer, SGD's first step would take the gradient without the rate.
+            self._sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+        self.set_lr(lr)
 
     @property
     def lr(self) -> float:
@@ -54,14 +57,10 @@ class PaperSGD:
         return self._lr
 
     def set_lr(self, lr: float) -> None:
-        """Change the learning rate; the velocities v keep their values."""
-        if lr == self._lr:
-            return
-        buffers = list(self._buffers().values())
-        if buffers:  # none before the first step
-            torch._foreach_mul_(buffers, self._lr / lr)  # one launch per device: warm-up changes the rate at every step
+        """Change the learning rate; the velocities keep their values."""
         self._lr = lr
-        self._set_group_rates()
+        weights, biases = self._sgd.param_groups
+        weights["dampening"], biases["dampening"] = 1.0 - lr, 1.0 - lr * self._bias_rate
 
     def zero_grad(self) -> None:
         """Drop the gradients of the previous step."""
@@ -72,34 +71,22 @@ class PaperSGD:
         self._sgd.step()
 
     def momentum(self) -> dict[str, Tensor]:
-        """Return the momentum buffers by parameter name, each of its parameter's shape; empty before the first step."""
-        return self._buffers()
+        """Return a copy of the velocities v by parameter name, each of its parameter's shape; zeros before the first step."""
+        buffers = self.decrements()
+        return dict(zip(buffers, torch._foreach_neg(list(buffers.values())), strict=True))
 
-    def rates(self) -> dict[str, float]:
-        """Return the learning rate of each parameter by name. The velocity is v = -rate * momentum buffer."""
-        return {name: self._lr * (self._bias_rate if _is_bias(name) else 1.0) for name in self._named}
+    def decrements(self) -> dict[str, Tensor]:
+        """Return -v by parameter name, the last step's w before minus w after; the optimiser's own memory, no copy."""
+        return {name: self._sgd.state[parameter]["momentum_buffer"] for name, parameter in self._named.items()}
 
     def load_momentum(self, momentum: Mapping[str, Tensor]) -> None:
-        """Restore the result of ``momentum``; the learning rate must be the same as then."""
-        for name, buffer in momentum.items():
-            parameter = self._named.get(name)
-            if parameter is None:
-                continue  # it belongs to a tower of another process
-            restored = torch.empty_like(parameter, requires_grad=False)  # the parameter's device and memory format
-            self._sgd.state[parameter]["momentum_buffer"] = restored.copy_(buffer)
-
-    def _buffers(self) -> dict[str, Tensor]:
-        state = self._sgd.state
-        return {
-            name: state[parameter]["momentum_buffer"]
-            for name, parameter in self._named.items()
-            if state.get(parameter, {}).get("momentum_buffer") is not None
-        }
-
-    def _set_group_rates(self) -> None:
-        weights, biases = self._sgd.param_groups
-        weights["lr"], biases["lr"] = self._lr, self._lr * self._bias_rate
+        """Restore the result of ``momentum``, exactly, whatever the learning rate is now."""
+        buffers = self.decrements()
+        for name, velocity in momentum.items():
+            if name in buffers:  # others belong to a tower of another process
+                buffers[name].copy_(velocity).neg_()
 
 
-def _is_bias(name: str) -> bool:
+def is_bias(name: str) -> bool:
+    """Return True if the parameter of that name is a bias."""
     return name.rpartition(".")[2] == "bias"

@@ -54,7 +54,7 @@ def test_steps_are_the_papers_across_drops(preset: str, bias_rate: float, bias_d
 
 
 def test_momentum_survives_a_save() -> None:
-    """An optimiser with another's momentum makes the same steps, bit for bit."""
+    """An optimiser with another's momentum makes the same steps, bit for bit, also if the rate changes at the save."""
     one, other = layer(), layer()
     first = PaperSGD(one, PRESETS["original"], 0.01)
     grads = gradients()
@@ -62,8 +62,8 @@ def test_momentum_survives_a_save() -> None:
         one.weight.grad, one.bias.grad = torch.from_numpy(of_weight), torch.from_numpy(of_bias)
         first.step()
     other.load_state_dict(one.state_dict())
-    second = PaperSGD(other, PRESETS["original"], 0.01)
-    assert second.momentum() == {}
+    second = PaperSGD(other, PRESETS["original"], 0.001)
+    assert not any(velocity.any() for velocity in second.momentum().values())
     second.load_momentum(first.momentum())
     for model, optimizer in ((one, first), (other, second)):
         optimizer.set_lr(0.001)
@@ -71,3 +71,19 @@ def test_momentum_survives_a_save() -> None:
         optimizer.step()
     assert torch.equal(one.weight, other.weight)
     assert torch.equal(one.bias, other.bias)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_momentum_is_the_papers_velocity(fused: bool) -> None:
+    """``momentum`` returns v, the last step's change of w, whatever the rate is then; v itself changes no more."""
+    model = layer()
+    optimizer = PaperSGD(model, PRESETS["original"], 0.01, fused)
+    for lr, (of_weight, of_bias) in zip(RATES, gradients(), strict=True):
+        optimizer.set_lr(lr)
+        before = model.weight.detach().clone(), model.bias.detach().clone()
+        model.weight.grad, model.bias.grad = torch.from_numpy(of_weight), torch.from_numpy(of_bias)
+        optimizer.step()
+        optimizer.set_lr(lr / 3)
+        velocity = optimizer.momentum()
+        assert torch.equal(before[0] + velocity["weight"], model.weight)
+        assert torch.equal(before[1] + velocity["bias"], model.bias)

@@ -4,6 +4,9 @@ A file holds tensors and plain values. It is loaded with ``weights_only=True``, 
 the types below. It is written under a temporary name, flushed to disk and renamed, so that the last good checkpoint
 survives a crash at any moment. The newest KEPT files stay, and ``best.pt``, that of the lowest validation error.
 
+Format 2 holds the velocities v of the paper's update rule. Format 1 holds -v / rate, with the rate of the last step, which
+``trainer.run.format_1`` looks up.
+
 Training does not wait for the disk: ``Saver`` writes in a thread. Its rules:
 
 1. ``save`` copies the state before it returns. It waits only if the previous checkpoint is still being written, so there
@@ -36,7 +39,8 @@ from trainer.errors import CheckpointError, TrainerError
 from trainer.run.progress import EpochRecord, Progress
 from trainer.schedule import Schedule
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+READABLE: Final = (1, FORMAT)
 KEPT: Final = 2  # two, so that a checkpoint damaged on the disk has a predecessor
 BEST: Final = "best.pt"
 _PATTERN: Final = "step-*.pt"
@@ -75,9 +79,10 @@ class Checkpoint:
     Fields:
         plain: all that is not a tensor.
         model: parameters by name, on any device.
-        momentum: momentum buffers by parameter name.
+        momentum: velocities v by parameter name; -v / rate in format 1.
         mean: (side, side, 3) float32, mean image of the training split.
         random: states of torch's generators by device. The trainer does not draw from them; a user's layers may.
+        format: format of the file that it was read from.
     """
 
     plain: Plain
@@ -85,6 +90,7 @@ class Checkpoint:
     momentum: Mapping[str, Tensor]
     mean: Tensor
     random: Mapping[str, Tensor]
+    format: int = FORMAT
 
     @property
     def facts(self) -> Facts:
@@ -94,7 +100,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, is_best: bool) -> Path:
-    """Write a checkpoint to ``folder`` and remove the oldest beyond KEPT.
+    """Write a checkpoint to ``folder``, in the newest format, and remove the oldest beyond KEPT.
 
     Returns:
         Its path; the file is complete and on disk.
@@ -155,12 +161,20 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(path, "there is no such file") from None
     except Exception as error:  # damaged files raise a dozen undocumented kinds
         raise CheckpointError(path, f"it is damaged or no checkpoint ({_first_line(error)})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(path, f"it is not in this trainer's format {FORMAT}")
+    if not isinstance(content, dict) or content.get("format") not in READABLE:
+        known = " or ".join(map(str, READABLE))
+        raise CheckpointError(path, f"it is not in this trainer's format {known}; use the version that wrote it")
     try:
         plain = msgspec.convert(content.get("plain"), Plain)
         tensors = msgspec.convert(content.get("tensors"), dict[str, dict[str, Tensor]])
-        return Checkpoint(plain, tensors["model"], tensors["momentum"], tensors["dataset"]["mean"], tensors["random"])
+        return Checkpoint(
+            plain=plain,
+            model=tensors["model"],
+            momentum=tensors["momentum"],
+            mean=tensors["dataset"]["mean"],
+            random=tensors["random"],
+            format=content["format"],
+        )
     except (msgspec.ValidationError, KeyError) as error:
         raise CheckpointError(path, f"its content is invalid ({_first_line(error)})") from error
 

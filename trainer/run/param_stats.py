@@ -59,11 +59,9 @@ def measure(model: AlexNet, optimizer: PaperSGD, world: World) -> dict[str, Para
     It reads each weight and its momentum once, a fraction of the memory traffic of a step. It waits for the device.
     """
     own = dict(model.named_parameters())
-    momentum, rates = optimizer.momentum(), optimizer.rates()
+    decrements = optimizer.decrements()
     weights = _means([parameter.detach() for parameter in own.values()])
-    # The last update was -rate * buffer; see trainer.optimizer.
-    buffers = _means([momentum[name] for name in own]) if momentum else [0.0] * len(own)
-    steps = [rates[name] * mean for name, mean in zip(own, buffers, strict=True)]
+    steps = _means([decrements[name] for name in own])
     return {
         name: ParamStats(*row) for name, row in _everywhere(list(own), list(zip(weights, steps, strict=True)), world)
     }

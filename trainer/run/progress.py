@@ -58,6 +58,7 @@ class Progress(msgspec.Struct, forbid_unknown_fields=True):
         seen: positions of this epoch that have been trained on.
         epoch_tally: sums of this epoch.
         images: images trained on, over all epochs.
+        lr: learning rate of the last step; 0 before the first, and in files of version 0.1.
         trained_s, waited_s: seconds of training without validation, and the part of them spent waiting for data.
     """
 
@@ -66,6 +67,7 @@ class Progress(msgspec.Struct, forbid_unknown_fields=True):
     seen: int = 0
     epoch_tally: Tally = Tally()
     images: int = 0
+    lr: float = 0.0
     trained_s: float = 0.0
     waited_s: float = 0.0
 

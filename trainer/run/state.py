@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loader_service.types import EpochAccount
 from trainer.config import RunConfig
@@ -17,7 +18,7 @@ from trainer.model.alexnet import AlexNet
 from trainer.optimizer import PaperSGD
 from trainer.parallel.exchange import BetweenProcesses, Share
 from trainer.parallel.world import World
-from trainer.run import checkpoint
+from trainer.run import checkpoint, format_1
 from trainer.run.checkpoint import Checkpoint
 from trainer.run.progress import EpochRecord, Progress
 from trainer.schedule import Schedule
@@ -61,7 +62,7 @@ class State:
         """Return the state of a new training, or of one resumed from a checkpoint.
 
         Raises:
-            CheckpointError: the checkpoint does not fit the network.
+            CheckpointError: the checkpoint does not fit the network, or its velocities cannot be told.
         """
         # None: all towers live in this process.
         share = Share((world.pair.tower,), BetweenProcesses(world.pair)) if world.pair else None
@@ -81,9 +82,9 @@ class State:
             )
         optimizer = PaperSGD(model, model.preset, config.lr, config.speed.fused_sgd)
         state = cls(config, facts, model, optimizer, schedule, progress, {}, earlier_accounts, history)
-        optimizer.set_lr(state.rate)  # before the momentum: a change of rate would rescale it
         if resume:
-            optimizer.load_momentum(resume.checkpoint.momentum)
+            optimizer.load_momentum(saved_velocities(model, resume))
+        optimizer.set_lr(state.rate)
         return state
 
     @property
@@ -113,6 +114,17 @@ def build_network(
         crop=facts.crop,
         speed=config.speed,
     )
+
+
+def saved_velocities(model: AlexNet, resume: Resume) -> dict[str, Tensor]:
+    """Return the velocities v in a checkpoint of any format, by parameter name, for the parameters of ``model``.
+
+    Raises:
+        CheckpointError: a file of format 1 does not tell the rate of its last step.
+    """
+    saved = resume.checkpoint
+    own = {name: tensor for name, tensor in saved.momentum.items() if model.owns(name)}
+    return own if saved.format > 1 else format_1.velocities(own, saved.plain, resume.path, model.preset)
 
 
 def restore_weights(model: AlexNet, saved: Checkpoint, path: Path) -> None:

@@ -226,8 +226,8 @@ class AlexNet(nn.Module):
     Args:
         num_classes: number of logits.
         width: factor of the numbers of kernels and units; 1 is the paper's. The std of narrower layers grows by
-            sqrt(full fan-in / fan-in), which preserves the signal; otherwise narrow networks do not start to learn. The
-            same holds for fc6 after smaller maps.
+            sqrt(full fan-in / fan-in), full at width 1 with the same crop, which preserves the signal; otherwise narrow
+            networks do not start to learn. At width 1 and above the std is the preset's, whatever the crop.
         preset: ``paper`` (its text) or ``original`` (the authors' code); see ``trainer.model.presets``.
         devices: devices of the towers: one for all, or one for each.
         towers: 2, or 1 for the paper's smaller network.
@@ -282,7 +282,8 @@ class AlexNet(nn.Module):
             self.fc8.to_empty(device=self.devices[0])
         self._layout = torch.channels_last if speed.channels_last else torch.contiguous_format
         self.to(memory_format=self._layout)  # type: ignore[call-overload]
-        self._initialise(Sizes.of(towers, 1.0, self.ablation.without), seed)  # before graphs may record the weights
+        full = Sizes.of(towers, 1.0, self.ablation.without, crop, self.ablation.pooling)
+        self._initialise(full, seed)  # before graphs may record the weights
         self._segments = [
             _segments(tower, speed, device)
             for tower, device in zip(self.each_tower, self._each(self.devices), strict=True)
@@ -354,7 +355,7 @@ class AlexNet(nn.Module):
                 if layer is None:
                     continue  # towers have no fc8, and the network itself has nothing else
                 std = self.preset.middle_std if name in {"conv3", "conv4", "conv5"} else WEIGHT_STD
-                std *= math.sqrt(full_fan_in[name] / fan_in[name])
+                std *= max(1.0, math.sqrt(full_fan_in[name] / fan_in[name]))
                 # Drawn in float32 on the host, so that every device and layout gets the same weights.
                 normal = normal_weights(seed, address, LAYER_NUMBERS[name], tuple(layer.weight.shape))
                 layer.weight.data.copy_(torch.from_numpy(normal) * std)

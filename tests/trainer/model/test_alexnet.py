@@ -242,7 +242,7 @@ def test_impossible_networks_are_refused(options: dict[str, object], sentence: s
 @pytest.mark.parametrize(("crop", "pooled"), [(64, 1), (84, 1), (112, 2), (227, 6), (256, 7)])
 @pytest.mark.parametrize("pooling", ["overlapping", "plain"])
 def test_other_crops_have_a_network_that_fits(crop: int, pooled: int, pooling: Literal["overlapping", "plain"]) -> None:
-    """fc6 reads the maps of any crop, gradients reach all layers, and fc6's std makes up for fewer inputs."""
+    """fc6 reads the maps of any crop, and gradients reach all layers; the std depends on the width alone."""
     model = AlexNet(3, width=0.05, crop=crop, ablation=Ablation(pooling=pooling))
     pictures = torch.from_numpy(np.random.default_rng(0).normal(0, 60, (2, 3, crop, crop)).astype(np.float32))
     functional.cross_entropy(model(pictures), torch.arange(2)).backward()
@@ -250,8 +250,16 @@ def test_other_crops_have_a_network_that_fits(crop: int, pooled: int, pooling: L
     inputs = model.each_tower[0].fc6.in_features
     if pooling == "overlapping":
         assert inputs == 2 * 6 * pooled**2
-    paper = 256 * 6**2
-    assert model.each_tower[0].fc6.weight.std().item() == pytest.approx(0.01 * math.sqrt(paper / inputs), rel=0.1)
+    full = inputs // (2 * 6) * 256  # at width 1, 256 maps of the same side
+    assert model.each_tower[0].fc6.weight.std().item() == pytest.approx(0.01 * math.sqrt(full / inputs), rel=0.1)
+
+
+@pytest.mark.parametrize(("width", "crop"), [(1.0, 64), (1.2, 64), (1.2, 224)])
+def test_wide_nets_start_with_the_papers_weights(width: float, crop: int) -> None:
+    """At width 1 and above every std is .01, whatever the crop."""
+    tower = AlexNet(10, width=width, crop=crop).each_tower[0]
+    for name in ("conv1", "conv2", "conv5", "fc6", "fc7"):
+        assert getattr(tower, name).weight.std().item() == pytest.approx(0.01, rel=0.03), name
 
 
 def test_the_narrowest_layers_have_one_kernel() -> None:

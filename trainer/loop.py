@@ -157,6 +157,7 @@ class Training:
         self._feed, self._world, self._reporter, self._stop = feed, world, reporter, stop
         self._batches = PairedFeed(feed, world, stop)
         self._subtract_mean = MeanSubtraction(state.facts.mean, state.model.preset, world.devices)
+        self._divisor = state.model.preset.jittered_divisor if state.config.ablation.jitter else 1.0
         self._meter = self._new_meter()
         self._divergence = DivergenceMonitor(state, world)
         self._flops = training_flops(
@@ -283,6 +284,8 @@ class Training:
         # A replica's part of a short last batch may be empty; that process only takes part in the exchange.
         if len(batch.labels):
             images = self._subtract_mean(batch.images, batch.windows)  # for each device (B, 3, S, S) float32
+            if self._divisor != 1.0:
+                torch._foreach_div_(images, self._divisor)  # preset "original", in training alone
             dropout = DropoutKey(config.seed, progress.step, world.replica)
             logits = state.model(images, dropout)  # (B, classes) float32; a zero, (), where fc8 lives elsewhere
             if world.has_head:

@@ -64,6 +64,33 @@ def test_deterministic_holds_while_training(node: str, tmp_path: Path, monkeypat
         assert set(seen) == {expected}
 
 
+@pytest.mark.parametrize(
+    ("options", "divisor"),
+    [(["--preset", "original"], 1.1), (["--preset", "original", "--no-jitter"], 1.0), (["--preset", "paper"], 1.0)],
+    ids=["original", "original without jitter", "paper"],
+)
+def test_jittered_inputs_of_the_original_are_divided(
+    node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], divisor: float
+) -> None:
+    """``original`` divides training inputs by 1.1 where there is jitter; validation inputs are never divided.
+
+    Pixels are whole numbers and the mean image has sixteenths, so undivided inputs are whole sixteenths.
+    """
+    forward, seen = AlexNet.forward, {True: [], False: []}
+
+    def forward_and_look(self: AlexNet, images: Any, *more: Any) -> Any:
+        seen[self.training].append(images[0].clone())
+        return forward(self, images, *more)
+
+    monkeypatch.setattr(AlexNet, "forward", forward_and_look)
+    result = run(node, tmp_path / "run", "--crop", "64", *options)
+    assert result.exit_code == 0, result.output
+    for training, factor in ((True, divisor), (False, 1.0)):
+        sixteenths = torch.cat(seen[training]) * (16 * factor)
+        torch.testing.assert_close(sixteenths, sixteenths.round(), rtol=0, atol=1e-2)
+        assert (torch.cat(seen[training]) * 16 == sixteenths.round()).all() == (factor == 1.0)
+
+
 def test_a_full_disk_ends_no_training(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed checkpoint is reported on the console and in the log, and the next one is written."""
     save, tried = checkpoint.save, []

@@ -30,6 +30,8 @@ class Preset:
         mean_follows_crop: subtract the crop's own window of the mean image, mirrored with it, not always the centre.
         jitter_by_deviation: scale colour jitter by .1 x standard deviation along each principal axis, not by
             .1 x eigenvalue (section 4.1).
+        jittered_divisor: divisor of training inputs with colour jitter, after the subtraction of the mean; the code has it
+            so that their scale stays near that of test inputs, which are not divided.
     """
 
     name: PresetName
@@ -40,6 +42,7 @@ class Preset:
     bias_decay: bool
     mean_follows_crop: bool
     jitter_by_deviation: bool
+    jittered_divisor: float
 
 
 PRESETS: Final[dict[str, Preset]] = {
@@ -52,16 +55,18 @@ PRESETS: Final[dict[str, Preset]] = {
         bias_decay=True,
         mean_follows_crop=True,
         jitter_by_deviation=False,
+        jittered_divisor=1.0,
     ),
     "original": Preset(
         name="original",
         relu_before_lrn1=False,
         lrn_alpha=lrn.ALPHA / lrn.SIZE,  # cuda-convnet divides alpha by the window's size
         middle_std=0.03,
-        bias_rate=2.0,  # inferred from the authors' logs
+        bias_rate=2.0,  # inferred from the authors' logs; their released settings do not state it
         bias_decay=False,
         mean_follows_crop=False,
         jitter_by_deviation=True,
+        jittered_divisor=1.1,  # 1 + the coefficient of the noise
     ),
 }
 

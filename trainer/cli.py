@@ -95,6 +95,7 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **give
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
 @options(SOURCE, (BATCH_SIZE, DEVICES, JSON))
 @click.option("--views", type=click.Choice(VIEWS), default=VIEWS[0], show_default=True, help="Crops of each image.")
+@click.option("--best", is_flag=True, help="Use each run's checkpoint of the lowest validation error.")
 @click.option(
     "--classes", "by_class", is_flag=True, help="Also show the errors of each class and the confusion matrix."
 )
@@ -106,6 +107,7 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **give
 def evaluate(
     runs: tuple[Path, ...],
     views: str,
+    best: bool,
     by_class: bool,
     figure: Path | None,
     batch_size: int,
@@ -115,13 +117,13 @@ def evaluate(
 ) -> None:
     """Report top-1 and top-5 error on the validation split.
 
-    RUN is a run folder, whose newest checkpoint is used, or a checkpoint file. The outputs of several RUNs are averaged.
+    RUN is a run folder, whose newest checkpoint is used unless --best, or a checkpoint file. The outputs of several RUNs are averaged.
     """
     with _errors_reported(), open_source(Source(**places)) as node:
         click.echo(node.about, err=True)
         if figure and not figure.parent.is_dir():  # before the evaluation, which may take hours
             raise ConfigError("--figure", figure, "a file in an existing folder")
-        result, names = evaluate_runs(runs, node, views, batch_size, devices)
+        result, names = evaluate_runs(runs, node, views, batch_size, devices, best)
         if figure:
             write_atomically(figure, confusion_svg(result.confusion, names).encode())
             click.echo(f"Wrote {figure}.", err=True)

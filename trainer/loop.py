@@ -35,7 +35,7 @@ from trainer.model.speed import deterministic
 from trainer.parallel.devices import out_of_memory_error
 from trainer.parallel.world import World
 from trainer.run.console import Reporter
-from trainer.run.divergence import DivergenceMonitor
+from trainer.run.divergence import DivergenceMonitor, start_warning
 from trainer.run.folder import RunFolder
 from trainer.run.progress import EpochRecord, LogInterval, Meter, Tally
 from trainer.run.recorder import Event, Recorder
@@ -316,7 +316,11 @@ class Training:
         progress.trained_s += time.perf_counter() - began_s
         progress.waited_s += self._waited_s - waited_before_s
         if log_now:
-            self._recorder.step(self._interval.close(progress, state.optimizer.lr), self._divergence.param_stats)
+            record = self._interval.close(progress, state.optimizer.lr)
+            self._recorder.step(record, self._divergence.param_stats)
+            if warning := start_warning(record, self._interval.first_step, len(state.facts.class_names)):
+                self._recorder.note(Event.NOT_STARTED, loss=record.loss)
+                self._reporter.say(warning)
             self._interval = self._new_interval()
         if save_now:
             self.save()

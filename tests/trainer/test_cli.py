@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -94,6 +95,24 @@ def test_evaluate_agrees_with_the_last_validation(node: str, run: Path) -> None:
     found = json.loads(result.stdout)
     assert found["images"] == 60
     assert 1 - found["top1_error"] == pytest.approx(summary(run)["accuracy"])
+
+
+def test_evaluate_takes_the_best_checkpoint(node: str, run: Path, tmp_path: Path) -> None:
+    """--best evaluates best.pt of a folder, not the newest checkpoint."""
+    (tmp_path / "checkpoints").mkdir()
+    newest = checkpoint.load(find_checkpoint(run))
+    checkpoint.save(tmp_path / "checkpoints", newest, is_best=True)
+    for weights in newest.model.values():
+        weights.zero_()
+    newest.plain.progress.step += 1
+    checkpoint.save(tmp_path / "checkpoints", newest, is_best=False)
+    losses = {}
+    for option in ([], ["--best"]):
+        result = trainer("evaluate", tmp_path, "--loader", node, "--json", *option)
+        assert result.exit_code == 0, result.output
+        losses[bool(option)] = json.loads(result.stdout)["loss"]
+    assert losses[False] == pytest.approx(math.log(3), rel=1e-6)  # all weights are 0: guessing
+    assert losses[True] != pytest.approx(math.log(3), rel=1e-6)
 
 
 def test_evaluate_several_runs_with_ten_crops(node: str, run: Path) -> None:

@@ -16,7 +16,7 @@ from trainer.cli import main
 from trainer.errors import CheckpointError
 from trainer.model.alexnet import AlexNet
 from trainer.parallel import devices
-from trainer.run import checkpoint
+from trainer.run import checkpoint, divergence
 from trainer.run.checkpoint import Checkpoint
 from trainer.run.folder import RunFolder
 from trainer.run.progress import StepRecord
@@ -89,6 +89,18 @@ def test_jittered_inputs_of_the_original_are_divided(
         sixteenths = torch.cat(seen[training]) * (16 * factor)
         torch.testing.assert_close(sixteenths, sixteenths.round(), rtol=0, atol=1e-2)
         assert (torch.cat(seen[training]) * 16 == sixteenths.round()).all() == (factor == 1.0)
+
+
+def test_a_training_that_does_not_start_is_warned_of(
+    node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose loss stays at ln(classes) says so once, on the console and in the log."""
+    monkeypatch.setattr(divergence, "STARTED_BY", 3)
+    result = run(node, tmp_path / "run", "--lr", "1e-9", "--no-dropout", "--crop", "64")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("The loss is still that of guessing, ln 3 = 1.10, after 3 steps.") == 1
+    (told,) = log(tmp_path / "run", "not-started")
+    assert (told["step"], told["loss"]) == (3, pytest.approx(1.1, abs=0.1))
 
 
 def test_a_full_disk_ends_no_training(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

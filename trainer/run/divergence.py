@@ -1,4 +1,4 @@
-"""Detection of divergence, before damaged weights replace good checkpoints.
+"""Detection of divergence, before damaged weights replace good checkpoints, and of a training that does not start.
 
 Two conditions are checked with every log line and before every checkpoint:
 
@@ -17,11 +17,35 @@ from typing import Final
 from trainer.errors import TrainingDiverged
 from trainer.parallel.world import World
 from trainer.run.param_stats import ParamStats, measure, suspect
-from trainer.run.progress import Tally
+from trainer.run.progress import StepRecord, Tally
 from trainer.run.state import State
 
 EXPLODED: Final = 10.0
 """Limit as a multiple of the loss of guessing. Runs have recovered from above 3, none from above 10."""
+
+
+STARTED_BY: Final = 300
+"""Steps after which the loss should have left that of guessing; CIFAR-10 takes 140 with ``paper``, 50 with ``original``."""
+
+STILL_GUESSING: Final = 0.98
+"""A mean loss above this multiple of ln(classes) is that of guessing."""
+
+
+def start_warning(record: StepRecord, first_step: int, classes: int) -> str | None:
+    """Return a sentence for the first log line after STARTED_BY steps if the network still guesses; else None.
+
+    Args:
+        record: the log line.
+        first_step: step after which its interval began.
+        classes: number of classes.
+    """
+    guessing = math.log(classes)
+    if not first_step < STARTED_BY <= record.step or classes < 2 or record.loss <= STILL_GUESSING * guessing:
+        return None
+    return (
+        f"The loss is still that of guessing, ln {classes} = {guessing:.2f}, after {record.step} steps. What helps: "
+        "--batch-size 32, --lr .02, or --preset original, whose wider weights start sooner."
+    )
 
 
 class DivergenceMonitor:

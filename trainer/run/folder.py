@@ -4,7 +4,8 @@
 
     RUN/
       config.json            configuration, versions, machine and commit, of the last start
-      log.jsonl              one JSON object per line: start, resume, step, layers, epoch, set-lr, not-saved, stop, end
+      log.jsonl              one JSON object per line: start, resume, step, layers, epoch, set-lr, not-saved, not-started,
+                             stop, end
       summary.json           results so far, rewritten after each epoch
       tensorboard/           event files for TensorBoard
       checkpoints/           see ``trainer.run.checkpoint``
@@ -156,14 +157,23 @@ def newest_run(parent: Path) -> Path | None:
     return max(runs, key=lambda config: config.stat().st_mtime).parent if runs else None
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, best: bool = False) -> Path:
     """Return the checkpoint at ``path``: the file itself, or the newest one of a run's folder.
+
+    Args:
+        path: file or folder.
+        best: take the folder's checkpoint of the lowest validation error instead.
 
     Raises:
         RunFolderError: a folder without a checkpoint.
     """
     if not path.is_dir():
         return path
+    if best:
+        found = RunFolder(path).checkpoints / checkpoint.BEST
+        if not found.is_file():
+            raise RunFolderError(path, f"it has no {checkpoint.BEST} yet, which the first validation writes")
+        return found
     newest = RunFolder(path).newest_checkpoint()
     if newest is None:
         raise RunFolderError(path, "it has no checkpoint yet")

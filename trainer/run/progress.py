@@ -129,6 +129,11 @@ class LogInterval:
     def __init__(self, progress: Progress, flops: int, peak: float | None) -> None:
         self._before, self._flops, self._peak = msgspec.structs.replace(progress), flops, peak  # a copy of the counters
 
+    @property
+    def first_step(self) -> int:
+        """Updates of the weights before the interval."""
+        return self._before.step
+
     def tally(self, progress: Progress) -> Tally:
         """Return the sums since the start."""
         return progress.epoch_tally.since(self._before.epoch_tally)

@@ -37,6 +37,7 @@ class Event(StrEnum):
     RESUME = "resume"
     SET_LR = "set-lr"
     NOT_SAVED = "not-saved"
+    NOT_STARTED = "not-started"
     STOP = "stop"
     END = "end"
 

@@ -12,8 +12,8 @@ from trainer.config import RunConfig
 from trainer.data.normalisation import Facts
 from trainer.errors import TrainingDiverged
 from trainer.parallel.world import World
-from trainer.run.divergence import EXPLODED, DivergenceMonitor
-from trainer.run.progress import Tally
+from trainer.run.divergence import EXPLODED, DivergenceMonitor, start_warning
+from trainer.run.progress import StepRecord, Tally
 from trainer.run.state import State
 
 ALONE = World((torch.device("cpu"),))
@@ -59,3 +59,26 @@ def test_a_training_of_no_steps_is_sound() -> None:
     monitor = DivergenceMonitor(training(), ALONE)
     monitor.check(Tally(), lambda: None)
     assert monitor.param_stats["towers.0.conv1.weight"].mean_w > 0
+
+
+def line(step: int, loss: float) -> StepRecord:
+    return StepRecord(step, 0, 100, loss, 0.9, 0.01, 100.0, 0.0)
+
+
+def test_a_loss_of_guessing_after_300_steps_is_a_warning() -> None:
+    """The first line from step 300 on tells that the network still guesses, and what helps."""
+    assert start_warning(line(300, 2.30), 280, 10) == (
+        "The loss is still that of guessing, ln 10 = 2.30, after 300 steps. What helps: --batch-size 32, --lr .02, or "
+        "--preset original, whose wider weights start sooner."
+    )
+    assert "ln 1000 = 6.91, after 320" in str(start_warning(line(320, 6.91), 299, 1000))
+
+
+@pytest.mark.parametrize(
+    ("step", "first", "loss", "classes"),
+    [(280, 260, 2.30, 10), (320, 300, 2.30, 10), (300, 280, 2.20, 10), (300, 280, 0.0, 1)],
+    ids=["too early", "told before", "learning", "one class"],
+)
+def test_otherwise_there_is_no_warning(step: int, first: int, loss: float, classes: int) -> None:
+    """Neither earlier lines nor later ones warn, nor a loss that has fallen, nor a split of one class."""
+    assert start_warning(line(step, loss), first, classes) is None

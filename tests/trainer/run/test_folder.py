@@ -70,3 +70,7 @@ def test_a_run_stands_for_its_newest_checkpoint(tmp_path: Path) -> None:
         (folder.checkpoints / f"step-{step:09d}.pt").touch()
     assert find_checkpoint(folder.path).name == "step-000000100.pt"
     assert find_checkpoint(Path("some.pt")) == Path("some.pt")
+    with pytest.raises(RunFolderError, match=r"it has no best\.pt yet"):
+        find_checkpoint(folder.path, best=True)
+    (folder.checkpoints / "best.pt").touch()
+    assert find_checkpoint(folder.path, best=True).name == "best.pt"

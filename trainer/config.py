@@ -17,7 +17,7 @@ DEFAULT_RUNS: Final = "runs"
 """Parent of new run folders."""
 
 MAX_BATCH: Final = 4096
-"""Largest number of images in an update; a request to a node has the same bound."""
+"""Largest number of images in a batch; a request to a node has the same bound."""
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,7 +57,8 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             augmentation and every dropout mask.
         crop: side of the network's input, in pixels; None takes 7/8 of the records' side: 224 of 256.
         epochs: passes over the training split; about 90 in the paper (section 5).
-        batch_size: images per update; 128 in the paper (section 5).
+        batch_size: images per batch; 128 in the paper (section 5).
+        accumulate: batches per update, whose gradients are those of one batch of all their images.
         lr: initial learning rate; .01 in the paper (section 5).
         schedule, patience, drop_at, warmup: learning rate schedule, as in ``trainer.schedule.Schedule``.
         devices: devices of the towers; empty takes those of the machine.
@@ -77,6 +78,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     crop: int | None = None
     epochs: int = 90
     batch_size: int = 128
+    accumulate: int = 1
     lr: float = 0.01
     schedule: Policy = "plateau"
     patience: int = 5
@@ -101,6 +103,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError("--batch-size", self.batch_size, f"1 to {MAX_BATCH}")
         for option, value, least in (
             ("--epochs", self.epochs, 1),
+            ("--accumulate", self.accumulate, 1),
             ("--patience", self.patience, 1),
             ("--checkpoint-every", self.checkpoint_every, 0),
             ("--log-every", self.log_every, 1),

@@ -19,6 +19,7 @@ from typing import TypeVar
 import msgspec
 import torch
 from rich.console import Console
+from torch import Tensor
 from torch.nn import functional
 
 from trainer.config import RunConfig
@@ -37,7 +38,7 @@ from trainer.parallel.world import World
 from trainer.run.console import Reporter
 from trainer.run.divergence import DivergenceMonitor, start_warning
 from trainer.run.folder import RunFolder
-from trainer.run.progress import EpochRecord, LogInterval, Meter, Tally
+from trainer.run.progress import EpochRecord, LogInterval, Meter, Tally, sums_of
 from trainer.run.recorder import Event, Recorder
 from trainer.run.state import Resume, State
 from trainer.run.summary import Summary
@@ -264,37 +265,43 @@ class Training:
         """
         state, world, config, progress = self._state, self._world, self._state.config, self._state.progress
         began_s, waited_before_s = time.perf_counter(), self._waited_s
+        # M: 128 in the paper, fewer at an epoch's end; the images of one batch, or with --accumulate of several.
+        images_total = min(config.accumulate * config.batch_size, state.facts.count - progress.seen)
+        images_before = 0  # of this process and update
+        sums: list[Tensor] = []  # of each batch, on the device: nothing waits for them here
 
-        # Fetch the batch: for each device (B, S, S, 3) uint8. All processes leave here together if one of them was
-        # stopped or lost its node, before any of them enters a collective of NCCL.
-        batch = self._agree(lambda: next(self._batches))
+        for number in range(-(-images_total // config.batch_size)):
+            # Fetch the batch: for each device (B, S, S, 3) uint8. All processes leave here together if one of them was
+            # stopped or lost its node, before any of them enters a collective of NCCL. An update that has begun is then
+            # given up: nothing below has counted its images yet.
+            batch = self._agree(lambda: next(self._batches))
 
-        # Agree with the other processes. A pair of processes shares one batch, so only tower 0's process counts it.
-        # Rank 0 reads the learning rate set by hand, because the others could read the file a moment later.
-        images_here = len(batch.labels) if world.has_head else 0
-        rate_by_hand = self._folder.requested_rate() if world.is_first else None
-        rows = world.gather([images_here, rate_by_hand or 0.0])  # [images, rate] of each rank
-        images_total = int(sum(images for images, _ in rows))  # M: 128 in the paper, fewer at an epoch's end
-        self._apply_rate_by_hand(rows[0][1])
+            if number == 0:
+                # Agree with the other processes on the learning rate set by hand. Rank 0 reads it, because the others
+                # could read the file a moment later.
+                rate_by_hand = self._folder.requested_rate() if world.is_first else None
+                self._apply_rate_by_hand(world.gather([rate_by_hand or 0.0])[0][0])
+                # It may change with every step, by warm-up or cosine.
+                state.optimizer.set_lr(state.rate)
+                state.optimizer.zero_grad()
 
-        # Learning rate: it may change with every step, by warm-up or cosine.
-        state.optimizer.set_lr(state.rate)
-        state.optimizer.zero_grad()
-
-        # A replica's part of a short last batch may be empty; that process only takes part in the exchange.
-        if len(batch.labels):
-            images = self._subtract_mean(batch.images, batch.windows)  # for each device (B, 3, S, S) float32
-            if self._divisor != 1.0:
-                torch._foreach_div_(images, self._divisor)  # preset "original", in training alone
-            dropout = DropoutKey(config.seed, progress.step, world.replica)
-            logits = state.model(images, dropout)  # (B, classes) float32; a zero, (), where fc8 lives elsewhere
-            if world.has_head:
-                loss = functional.cross_entropy(logits, batch.labels)  # (), mean over B
-                # Replicas' gradients are added, so B / M makes their sum the gradient of the mean over all M images.
-                torch.autograd.backward(loss * (len(batch.labels) / images_total))
-                self._meter.add(loss, logits, batch.labels)  # stays on the device: nothing waits for it here
-            else:
-                torch.autograd.backward(logits)  # the gradient comes from tower 0's process
+            # A replica's part of a short last batch may be empty; that process only takes part in the exchange.
+            if len(batch.labels):
+                images = self._subtract_mean(batch.images, batch.windows)  # for each device (B, 3, S, S) float32
+                if self._divisor != 1.0:
+                    torch._foreach_div_(images, self._divisor)  # preset "original", in training alone
+                dropout = DropoutKey(config.seed, progress.step, world.replica, images_before)
+                logits = state.model(images, dropout)  # (B, classes) float32; a zero, (), where fc8 lives elsewhere
+                if world.has_head:
+                    loss = functional.cross_entropy(logits, batch.labels)  # (), mean over B
+                    # Gradients of batches and replicas are added, so B / M makes their sum the gradient of the mean over
+                    # all M images.
+                    torch.autograd.backward(loss * (len(batch.labels) / images_total))
+                    sums.append(sums_of(loss, logits, batch.labels))
+                else:
+                    torch.autograd.backward(logits)  # the gradient comes from tower 0's process
+            images_before += len(batch.labels)
+            del batch  # on a CPU its images are the loader's memory
 
         # Exchange gradients between replicas, then update: v <- .9 v - .0005 lr w - lr g; w <- w + v (paper section 5).
         world.add_gradients(state.model)
@@ -305,6 +312,8 @@ class Training:
         progress.seen += images_total
         progress.images += images_total
         progress.lr = state.optimizer.lr
+        for row in sums:
+            self._meter.add_sums(row)
         state.loader = self._feed.state() if self._feed else {}
 
         # Decide on log and checkpoint. The end of an epoch has its own checkpoint, after the validation.

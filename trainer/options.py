@@ -95,7 +95,8 @@ NETWORK: Final = (
 )
 RECIPE: Final = (
     _option("--epochs", int, "Passes over the training split."),
-    _option("--batch-size", int, "Images per update."),
+    _option("--batch-size", int, "Images per batch; also per update, without --accumulate."),
+    _option("--accumulate", int, "Batches per update.", metavar="N"),
     _option("--lr", float, "Initial learning rate."),
     _option("--schedule", click.Choice(get_args(Policy)), "Learning rate schedule."),
     _option("--patience", int, "Epochs without improvement before the rate drops (plateau)."),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +103,49 @@ def test_a_training_that_does_not_start_is_warned_of(
     assert result.stdout.count("The loss is still that of guessing, ln 3 = 1.10, after 3 steps.") == 1
     (told,) = log(tmp_path / "run", "not-started")
     assert (told["step"], told["loss"]) == (3, pytest.approx(1.1, abs=0.1))
+
+
+def ended(folder: Path) -> Checkpoint:
+    return checkpoint.load(checkpoint.saved(folder / "checkpoints")[-1])
+
+
+def test_accumulated_batches_are_one_batch(node: str, tmp_path: Path) -> None:
+    """Four batches of 16 per update, three at the epoch's end, train like batches of 64, dropout included."""
+    parts = ["--batch-size", "16", "--accumulate", "4", "--crop", "64"]
+    for folder, options in (("whole", ["--crop", "64"]), ("parts", parts)):
+        result = run(node, tmp_path / folder, *options)
+        assert result.exit_code == 0, result.output
+    whole, accumulated = ended(tmp_path / "whole"), ended(tmp_path / "parts")
+    for name, weights in whole.model.items():
+        torch.testing.assert_close(accumulated.model[name], weights, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(accumulated.momentum[name], whole.momentum[name], rtol=1e-2, atol=1e-7)
+    assert accumulated.plain.loader == whole.plain.loader
+    assert accumulated.plain.ledger == whole.plain.ledger
+    rows = [[(row["step"], row["seen"]) for row in log(tmp_path / folder, "step")] for folder in ("whole", "parts")]
+    assert rows[0] == rows[1] == [(1, 64), (2, 128), (3, 192), (4, 256), (5, 300)]
+
+
+def test_a_stop_within_an_update_gives_it_up(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM after the second of four batches saves the state before them; the resume ends like an unbroken run."""
+    options = ["--batch-size", "16", "--accumulate", "4", "--crop", "64"]
+    assert run(node, tmp_path / "unbroken", *options).exit_code == 0
+    forward, calls = AlexNet.forward, []
+
+    def forward_and_stop(self: AlexNet, *given: Any) -> Any:
+        calls.append(len(given[0][0]))
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *given)
+
+    monkeypatch.setattr(AlexNet, "forward", forward_and_stop)
+    assert run(node, tmp_path / "run", *options).exit_code == 0
+    assert (len(calls), ended(tmp_path / "run").plain.progress.seen) == (6, 64)
+    result = run(node, tmp_path / "run", *options, "--resume", "auto")
+    assert result.exit_code == 0, result.output
+    end, expected = ended(tmp_path / "run"), ended(tmp_path / "unbroken")
+    assert [name for name in end.model if not torch.equal(end.model[name], expected.model[name])] == []
+    assert end.plain.history == expected.plain.history
+    assert [(account.expected, account.delivered) for account in end.plain.ledger] == [(300, 300)]
 
 
 def test_a_full_disk_ends_no_training(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ SCHEDULES: Final = {
     "cosine": ["--schedule", "cosine"],
     "warm-up": ["--warmup", "2.5"],
     "cosine after warm-up": ["--schedule", "cosine", "--warmup", "1.5"],
+    "accumulated": ["--schedule", "cosine", "--batch-size", "50", "--accumulate", "2"],
     "set-lr": ["--patience", "9", "--preset", "original"],
     "set-lr with cosine": ["--schedule", "cosine"],
 }

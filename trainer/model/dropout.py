@@ -36,7 +36,8 @@ def dropout_mask(
         return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(KEEP)
     count = math.prod(shape)
     # Bits are drawn on the host, so that every device and process sees the same masks, and travel packed: a byte per 8 units.
-    packed = torch.from_numpy(dropout_bits(key, tower, layer, count)).to(device, non_blocking=True)
+    bits_drawn = dropout_bits(key, tower, layer, count, skip=key.first * shape[1])
+    packed = torch.from_numpy(bits_drawn).to(device, non_blocking=True)
     places = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
     bits = (packed[:, None] >> places) & 1  # (bytes, 8), first unit in the highest bit
     return bits.flatten()[:count].view(shape).bool()

@@ -40,13 +40,28 @@ class Meter:
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add one batch, given its mean loss (), logits (B, classes) and labels (B,)."""
-        images = len(labels)
-        wrong = (logits.detach().argmax(1) != labels).sum()
-        self._sums += torch.stack([loss.detach().double() * images, wrong, torch.full_like(wrong, images)])
+        self.add_sums(sums_of(loss, logits, labels))
+
+    def add_sums(self, sums: Tensor) -> None:
+        """Add a result of ``sums_of``."""
+        self._sums += sums
 
     def read(self) -> Tally:
         """Return the sums so far; waits for the device."""
         return Tally(*self._sums.tolist())
+
+
+def sums_of(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sums of a tally over one batch, (3,) float64 on its device: loss, wrong best guesses, images.
+
+    Args:
+        loss: (), mean over the batch.
+        logits: (B, classes).
+        labels: (B,) int64.
+    """
+    images = len(labels)
+    wrong = (logits.detach().argmax(1) != labels).sum()
+    return torch.stack([loss.detach().double() * images, wrong, torch.full_like(wrong, images)])
 
 
 class Progress(msgspec.Struct, forbid_unknown_fields=True):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 
 from trainer.model.dropout import dropout_mask, halve
@@ -29,3 +32,14 @@ def test_without_a_key_torch_decides() -> None:
 def test_in_use_outputs_are_halved() -> None:
     """At test time outputs are halved, the expectation over all masks."""
     assert torch.equal(halve(torch.tensor([[2.0, 3.0]])), torch.tensor([[1.0, 1.5]]))
+
+
+@pytest.mark.parametrize("units", [8, 13, 300])
+def test_masks_of_parts_are_those_of_the_whole(units: int) -> None:
+    """Passes over parts of a batch, each with the images before it, drop what one pass over the whole drops."""
+    whole = dropout_mask((50, units), KEY, 1, 6, torch.device("cpu"))
+    parts = [
+        dropout_mask((count, units), replace(KEY, first=first), 1, 6, torch.device("cpu"))
+        for first, count in ((0, 7), (7, 40), (47, 3))
+    ]
+    assert torch.equal(torch.cat(parts), whole)

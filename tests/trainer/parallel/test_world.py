@@ -103,7 +103,7 @@ COMPILED = {"compiled": Speed(compile=True, fused_norm=True)} if any(map(shutil.
 
 
 def configs(node: str, replicas: int, speeds: dict[str, Speed]) -> dict[str, RunConfig]:
-    """Return runs of five short steps in each form. Replicas draw different masks, so they run without dropout."""
+    """Return runs of five short steps in each form, and one of the same steps by accumulation. Replicas draw different masks, so they run without dropout."""
     plain = RunConfig(
         width=0.05,
         crop=64,
@@ -116,7 +116,8 @@ def configs(node: str, replicas: int, speeds: dict[str, Speed]) -> dict[str, Run
         source=Source(loader=node),
         ablation=Ablation(dropout=replicas == 1),
     )
-    return {name: msgspec.structs.replace(plain, speed=speed) for name, speed in speeds.items()}
+    accumulated = {"accumulated": msgspec.structs.replace(plain, batch_size=16, accumulate=4)}
+    return {name: msgspec.structs.replace(plain, speed=speed) for name, speed in speeds.items()} | accumulated
 
 
 def train_each(runs: dict[str, RunConfig], parent: Path) -> None:
@@ -160,7 +161,7 @@ def test_faster_forms_in_company(node: str, tmp_path: Path, processes: int, spee
     narrow = {name: speed for name, speed in FORMS.items() if speed.amp == "bf16"}
     train_each(configs(node, processes // 2, {"plain": REFERENCE} | narrow), alone)
     together(processes, configs(node, processes // 2, speeds), parent)
-    for name in speeds:
+    for name in (*speeds, "accumulated"):
         assert_same_form(parent / name, alone / "plain", alone / (name if name in narrow else "plain"))
 
 

@@ -100,9 +100,10 @@ def test_a_training_that_does_not_start_is_warned_of(
     monkeypatch.setattr(divergence, "STARTED_BY", 3)
     result = run(node, tmp_path / "run", "--lr", "1e-9", "--no-dropout", "--crop", "64")
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("The loss is still that of guessing, ln 3 = 1.10, after 3 steps.") == 1
+    assert result.stdout.count("is not below that of guessing, ln 3 = 1.10. What helps: ") == 1
     (told,) = log(tmp_path / "run", "not-started")
-    assert (told["step"], told["loss"]) == (3, pytest.approx(1.1, abs=0.1))
+    assert told["step"] == 3
+    assert told["loss"] > 1.0
 
 
 def ended(folder: Path) -> Checkpoint:

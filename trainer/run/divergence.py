@@ -43,8 +43,8 @@ def start_warning(record: StepRecord, first_step: int, classes: int) -> str | No
     if not first_step < STARTED_BY <= record.step or classes < 2 or record.loss <= STILL_GUESSING * guessing:
         return None
     return (
-        f"The loss is still that of guessing, ln {classes} = {guessing:.2f}, after {record.step} steps. What helps: "
-        "--batch-size 32, --lr .02, or --preset original, whose wider weights start sooner."
+        f"The loss after {record.step} steps, {record.loss:.2f}, is not below that of guessing, ln {classes} = "
+        f"{guessing:.2f}. What helps: --batch-size 32, --lr .02, or --preset original, whose wider weights start sooner."
     )
 
 

@@ -68,10 +68,12 @@ def line(step: int, loss: float) -> StepRecord:
 def test_a_loss_of_guessing_after_300_steps_is_a_warning() -> None:
     """The first line from step 300 on tells that the network still guesses, and what helps."""
     assert start_warning(line(300, 2.30), 280, 10) == (
-        "The loss is still that of guessing, ln 10 = 2.30, after 300 steps. What helps: --batch-size 32, --lr .02, or "
-        "--preset original, whose wider weights start sooner."
+        "The loss after 300 steps, 2.30, is not below that of guessing, ln 10 = 2.30. What helps: --batch-size 32, "
+        "--lr .02, or --preset original, whose wider weights start sooner."
     )
-    assert "ln 1000 = 6.91, after 320" in str(start_warning(line(320, 6.91), 299, 1000))
+    assert "after 320 steps, 6.91, is not below that of guessing, ln 1000 = 6.91" in str(
+        start_warning(line(320, 6.91), 299, 1000)
+    )
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **give
 @options(SOURCE, (BATCH_SIZE, DEVICES, JSON))
 @click.option("--views", type=click.Choice(VIEWS), default=VIEWS[0], show_default=True, help="Crops of each image.")
 @click.option("--best", is_flag=True, help="Use each run's checkpoint of the lowest validation error.")
+@click.option("--ema", is_flag=True, help="Use the moving averages of the weights, of runs with --ema.")
 @click.option(
     "--classes", "by_class", is_flag=True, help="Also show the errors of each class and the confusion matrix."
 )
@@ -108,6 +109,7 @@ def evaluate(
     runs: tuple[Path, ...],
     views: str,
     best: bool,
+    ema: bool,
     by_class: bool,
     figure: Path | None,
     batch_size: int,
@@ -123,7 +125,7 @@ def evaluate(
         click.echo(node.about, err=True)
         if figure and not figure.parent.is_dir():  # before the evaluation, which may take hours
             raise ConfigError("--figure", figure, "a file in an existing folder")
-        result, names = evaluate_runs(runs, node, views, batch_size, devices, best)
+        result, names = evaluate_runs(runs, node, views, batch_size, devices, best, ema)
         if figure:
             write_atomically(figure, confusion_svg(result.confusion, names).encode())
             click.echo(f"Wrote {figure}.", err=True)

@@ -59,6 +59,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         epochs: passes over the training split; about 90 in the paper (section 5).
         batch_size: images per batch; 128 in the paper (section 5).
         accumulate: batches per update, whose gradients are those of one batch of all their images.
+        ema: decay of a moving average of the weights, between 0 and 1; None keeps none.
         lr: initial learning rate; .01 in the paper (section 5).
         schedule, patience, drop_at, warmup: learning rate schedule, as in ``trainer.schedule.Schedule``.
         devices: devices of the towers; empty takes those of the machine.
@@ -79,6 +80,7 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epochs: int = 90
     batch_size: int = 128
     accumulate: int = 1
+    ema: float | None = None
     lr: float = 0.01
     schedule: Policy = "plateau"
     patience: int = 5
@@ -111,6 +113,8 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ):
             if value < least:
                 raise ConfigError(option, value, f"at least {least}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError("--ema", self.ema, "a number between 0 and 1, such as .999")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ConfigError("--peak-tflops", self.peak_tflops, "more than 0")
         self.first_schedule()  # checks the options of the schedule

@@ -306,6 +306,8 @@ class Training:
         # Exchange gradients between replicas, then update: v <- .9 v - .0005 lr w - lr g; w <- w + v (paper section 5).
         world.add_gradients(state.model)
         state.optimizer.step()
+        if state.ema:
+            state.ema.update(progress.step + 1)
 
         # Count. Only now does the loader's position move: a checkpoint never counts an image without its update.
         progress.step += 1
@@ -340,6 +342,10 @@ class Training:
         before = state.schedule
         self._read_meter()
         result = self._agree(self._validate)
+        average = None
+        if state.ema:
+            with state.ema.in_use():
+                average = self._agree(self._validate)
         record = EpochRecord(
             epoch=progress.epoch,
             step=progress.step,
@@ -349,6 +355,9 @@ class Training:
             val_top1_error=result.top1_error,
             val_top5_error=result.top5_error,
             lr=progress.lr or state.optimizer.lr,  # of the last step, which may lie before a resume
+            ema_val_loss=average.loss if average else None,
+            ema_val_top1_error=average.top1_error if average else None,
+            ema_val_top5_error=average.top5_error if average else None,
         )
         is_best = state.schedule.improves(result.top1_error)
         state.schedule = state.schedule.after_epoch(result.top1_error)

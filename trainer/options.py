@@ -97,6 +97,7 @@ RECIPE: Final = (
     _option("--epochs", int, "Passes over the training split."),
     _option("--batch-size", int, "Images per batch; also per update, without --accumulate."),
     _option("--accumulate", int, "Batches per update.", metavar="N"),
+    _option("--ema", float, "Also keep a moving average of the weights. [default: none]", metavar="DECAY"),
     _option("--lr", float, "Initial learning rate."),
     _option("--schedule", click.Choice(get_args(Policy)), "Learning rate schedule."),
     _option("--patience", int, "Epochs without improvement before the rate drops (plateau)."),

@@ -29,7 +29,7 @@ SCHEDULES: Final = {
     "cosine": ["--schedule", "cosine"],
     "warm-up": ["--warmup", "2.5"],
     "cosine after warm-up": ["--schedule", "cosine", "--warmup", "1.5"],
-    "accumulated": ["--schedule", "cosine", "--batch-size", "50", "--accumulate", "2"],
+    "accumulated": ["--schedule", "cosine", "--batch-size", "50", "--accumulate", "2", "--ema", "0.9"],
     "set-lr": ["--patience", "9", "--preset", "original"],
     "set-lr with cosine": ["--schedule", "cosine"],
 }
@@ -111,11 +111,11 @@ def unbroken(processes: Any, node: str, tmp_path_factory: pytest.TempPathFactory
 
 
 def assert_same_end(folder: Path, other: Path) -> None:
-    """Compare weights, velocities, schedule, position and the rate of every step, bit for bit."""
+    """Compare weights, velocities, moving averages, schedule, position and the rate of every step, bit for bit."""
     end, expected = newest(folder), newest(other)
     assert end.plain.progress.step == expected.plain.progress.step == EPOCHS * STEPS_PER_EPOCH
     assert rates(folder) == rates(other)
-    for tensors, others in ((end.model, expected.model), (end.momentum, expected.momentum)):
+    for tensors, others in ((end.model, expected.model), (end.momentum, expected.momentum), (end.ema, expected.ema)):
         assert tensors.keys() == others.keys()
         assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
     assert end.plain.schedule == expected.plain.schedule

@@ -77,7 +77,13 @@ def evaluate(members: Sequence[Member], batches: Iterable[DeviceBatch], world: W
 
 
 def evaluate_runs(
-    paths: Sequence[Path], node: Endpoint, views: str, batch_size: int, devices: Sequence[str], best: bool = False
+    paths: Sequence[Path],
+    node: Endpoint,
+    views: str,
+    batch_size: int,
+    devices: Sequence[str],
+    best: bool = False,
+    ema: bool = False,
 ) -> tuple[Evaluation, tuple[str, ...]]:
     """Evaluate the averaged outputs of several runs' networks on the validation split.
 
@@ -88,6 +94,7 @@ def evaluate_runs(
         batch_size: images per batch; every crop counts.
         devices: at most one name; empty takes what the machine has.
         best: take each folder's checkpoint of the lowest validation error, not its newest.
+        ema: take the moving averages of the weights.
 
     Returns:
         The evaluation, and the names of the classes.
@@ -98,7 +105,7 @@ def evaluate_runs(
         LoaderServiceError: the node cannot serve.
     """
     device = choose_device(devices)
-    loaded = [load_member(path, device, best) for path in paths]
+    loaded = [load_member(path, device, best, ema) for path in paths]
     records = max(1, batch_size // VIEWS_PER_RECORD[views])
     with Feed(node, "val", views, records, (device,), crop=loaded[0][1].crop) as feed:
         sides = (len(feed.facts.mean), feed.facts.crop)
@@ -110,8 +117,10 @@ def evaluate_runs(
         return evaluate([member for member, _ in loaded], feed), feed.facts.class_names
 
 
-def load_member(path: Path, device: torch.device, best: bool = False) -> tuple[Member, Facts]:
+def load_member(path: Path, device: torch.device, best: bool = False, ema: bool = False) -> tuple[Member, Facts]:
     """Load the network of a run's newest or best checkpoint, or of a checkpoint file, onto one device, in float32.
+
+    With ``ema`` its weights are the moving average.
 
     Returns:
         The network in evaluation mode, and the facts about its training split.
@@ -123,5 +132,5 @@ def load_member(path: Path, device: torch.device, best: bool = False) -> tuple[M
     saved = checkpoint.load(path)
     config, facts = msgspec.structs.replace(saved.plain.config, speed=REFERENCE), saved.facts
     model = build_network(config, facts, (device,))
-    restore_weights(model, saved, path)
+    restore_weights(model, saved, path, ema)
     return Member(model.eval(), MeanSubtraction(facts.mean, model.preset, (device,))), facts

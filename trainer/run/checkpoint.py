@@ -23,7 +23,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -82,6 +82,7 @@ class Checkpoint:
         momentum: velocities v by parameter name; -v / rate in format 1.
         mean: (side, side, 3) float32, mean image of the training split.
         random: states of torch's generators by device. The trainer does not draw from them; a user's layers may.
+        ema: moving average of the weights by parameter name; empty without --ema.
         format: format of the file that it was read from.
     """
 
@@ -90,6 +91,7 @@ class Checkpoint:
     momentum: Mapping[str, Tensor]
     mean: Tensor
     random: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -116,6 +118,7 @@ def save(folder: Path, checkpoint: Checkpoint, is_best: bool) -> Path:
             "model": _on_host(checkpoint.model),
             "momentum": _on_host(checkpoint.momentum),
             "random": _on_host(checkpoint.random),
+            "ema": _on_host(checkpoint.ema),
             "dataset": {"mean": checkpoint.mean},
         },
     }
@@ -173,6 +176,7 @@ def load(path: Path) -> Checkpoint:
             momentum=tensors["momentum"],
             mean=tensors["dataset"]["mean"],
             random=tensors["random"],
+            ema=tensors.get("ema", {}),
             format=content["format"],
         )
     except (msgspec.ValidationError, KeyError) as error:
@@ -265,7 +269,13 @@ def _snapshot(whole: Checkpoint) -> Checkpoint:
         progress=msgspec.structs.replace(whole.plain.progress),
         history=list(whole.plain.history),
     )
-    return replace(whole, plain=plain, model=_copied_to_host(whole.model), momentum=_copied_to_host(whole.momentum))
+    return replace(
+        whole,
+        plain=plain,
+        model=_copied_to_host(whole.model),
+        momentum=_copied_to_host(whole.momentum),
+        ema=_copied_to_host(whole.ema),
+    )
 
 
 def _copied_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -75,9 +75,11 @@ class Reporter:
 
     def epoch(self, record: EpochRecord) -> None:
         """Show the results of an epoch."""
+        average = "" if record.ema_val_top1_error is None else f"; averaged weights: {record.ema_val_top1_error:.1%}"
         self.say(
             f"epoch {record.epoch + 1}/{self._epochs} done: loss {record.loss:.3f}, error {record.error:.1%}; validation: "
             f"loss {record.val_loss:.3f}, top-1 error {record.val_top1_error:.1%}, top-5 {record.val_top5_error:.1%}"
+            f"{average}"
         )
 
 

@@ -120,7 +120,10 @@ class StepRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="s
 
 
 class EpochRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="epoch", tag_field="event"):
-    """A log line for an epoch: its training, and the validation after it (centre crop)."""
+    """A log line for an epoch: its training, and the validation after it (centre crop).
+
+    The ``ema`` fields are the validation of the moving average of the weights; None without --ema.
+    """
 
     epoch: int
     step: int
@@ -130,6 +133,9 @@ class EpochRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     val_top1_error: float
     val_top5_error: float
     lr: float
+    ema_val_loss: float | None = None
+    ema_val_top1_error: float | None = None
+    ema_val_top5_error: float | None = None
 
 
 class LogInterval:

@@ -113,6 +113,7 @@ class Recorder:
         state = self._state
         model = self._world.merge_towers(state.model.state_dict())
         momentum = self._world.merge_towers(state.optimizer.momentum())
+        ema = self._world.merge_towers(state.ema.weights()) if state.ema else {}
         plain = Plain(
             config=state.config,
             progress=state.progress,
@@ -128,7 +129,7 @@ class Recorder:
         # All processes have taken part in the gathering above; the first one writes.
         if not self._world.is_first:
             return
-        whole = Checkpoint(plain, model, momentum, state.facts.mean, checkpoint.random_states())
+        whole = Checkpoint(plain, model, momentum, state.facts.mean, checkpoint.random_states(), ema)
         self._saver.save(whole, is_best, partial(self._folder.clear_requested_rate, rate_by_hand))
 
     def finish(self) -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor
 from loader_service.types import EpochAccount
 from trainer.config import RunConfig
 from trainer.data.normalisation import Facts
+from trainer.ema import MovingAverage
 from trainer.errors import CheckpointError
 from trainer.model.alexnet import AlexNet
 from trainer.optimizer import PaperSGD
@@ -40,6 +41,7 @@ class State:
         config: configuration of the run.
         facts: facts about the training split.
         model, optimizer: this process's part of the network, and its momentum.
+        ema: moving average of the weights; None without --ema.
         schedule: learning rate schedule.
         progress: counters of the run.
         loader: position of the first sample that has not been trained on.
@@ -51,6 +53,7 @@ class State:
     facts: Facts
     model: AlexNet
     optimizer: PaperSGD
+    ema: MovingAverage | None
     schedule: Schedule
     progress: Progress
     loader: dict[str, Any]
@@ -81,9 +84,12 @@ class State:
                 list(plain.history),
             )
         optimizer = PaperSGD(model, model.preset, config.lr, config.speed.fused_sgd)
-        state = cls(config, facts, model, optimizer, schedule, progress, {}, earlier_accounts, history)
+        ema = MovingAverage(model, config.ema) if config.ema is not None else None
+        state = cls(config, facts, model, optimizer, ema, schedule, progress, {}, earlier_accounts, history)
         if resume:
             optimizer.load_momentum(saved_velocities(model, resume))
+            if ema:
+                ema.load(resume.checkpoint.ema)  # empty if --ema is new: the average starts here
         optimizer.set_lr(state.rate)
         return state
 
@@ -127,14 +133,17 @@ def saved_velocities(model: AlexNet, resume: Resume) -> dict[str, Tensor]:
     return own if saved.format > 1 else format_1.velocities(own, saved.plain, resume.path, model.preset)
 
 
-def restore_weights(model: AlexNet, saved: Checkpoint, path: Path) -> None:
-    """Load the weights of a checkpoint into ``model``.
+def restore_weights(model: AlexNet, saved: Checkpoint, path: Path, ema: bool = False) -> None:
+    """Load the weights of a checkpoint into ``model``, or with ``ema`` their moving average.
 
     Raises:
-        CheckpointError: the weights belong to another network.
+        CheckpointError: the weights belong to another network, or there is no average.
     """
+    if ema and not saved.ema:
+        raise CheckpointError(path, "it has no moving average of the weights; trainer run --ema makes one")
+    weights = saved.ema if ema else saved.model
     try:
         # Other processes restore their own towers.
-        model.load_state_dict({name: tensor for name, tensor in saved.model.items() if model.owns(name)})
+        model.load_state_dict({name: tensor for name, tensor in weights.items() if model.owns(name)})
     except RuntimeError as error:
         raise CheckpointError(path, "its weights do not fit the network that it describes") from error

@@ -47,6 +47,12 @@ class TensorBoard:
     def epoch(self, record: EpochRecord) -> None:
         """Write the validation after an epoch."""
         errors = {"top-1 error": record.val_top1_error, "top-5 error": record.val_top5_error}
+        average: dict[str, float | None] = {
+            "validation of average/loss": record.ema_val_loss,
+            "validation of average/top-1 error": record.ema_val_top1_error,
+            "validation of average/top-5 error": record.ema_val_top5_error,
+        }
+        self._add(average, record.step)
         self._add(
             {f"validation/{name}": value for name, value in {"loss": record.val_loss, **errors}.items()}, record.step
         )

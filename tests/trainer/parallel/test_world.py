@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from click.testing import CliRunner
 from rich.console import Console
 
@@ -103,7 +104,7 @@ COMPILED = {"compiled": Speed(compile=True, fused_norm=True)} if any(map(shutil.
 
 
 def configs(node: str, replicas: int, speeds: dict[str, Speed]) -> dict[str, RunConfig]:
-    """Return runs of five short steps in each form, and one of the same steps by accumulation. Replicas draw different masks, so they run without dropout."""
+    """Return runs of five short steps in each form, and one by accumulation, with a moving average. Replicas draw different masks, so they run without dropout."""
     plain = RunConfig(
         width=0.05,
         crop=64,
@@ -116,7 +117,7 @@ def configs(node: str, replicas: int, speeds: dict[str, Speed]) -> dict[str, Run
         source=Source(loader=node),
         ablation=Ablation(dropout=replicas == 1),
     )
-    accumulated = {"accumulated": msgspec.structs.replace(plain, batch_size=16, accumulate=4)}
+    accumulated = {"accumulated": msgspec.structs.replace(plain, batch_size=16, accumulate=4, ema=0.5)}
     return {name: msgspec.structs.replace(plain, speed=speed) for name, speed in speeds.items()} | accumulated
 
 
@@ -161,6 +162,10 @@ def test_faster_forms_in_company(node: str, tmp_path: Path, processes: int, spee
     narrow = {name: speed for name, speed in FORMS.items() if speed.amp == "bf16"}
     train_each(configs(node, processes // 2, {"plain": REFERENCE} | narrow), alone)
     together(processes, configs(node, processes // 2, speeds), parent)
+    average, expected = ended(parent / "accumulated").ema, ended(alone / "accumulated").ema
+    assert average.keys() == expected.keys() == ended(parent / "accumulated").model.keys()
+    for name, weights in expected.items():
+        torch.testing.assert_close(average[name], weights, rtol=1e-3, atol=1e-5)
     for name in (*speeds, "accumulated"):
         assert_same_form(parent / name, alone / "plain", alone / (name if name in narrow else "plain"))
 

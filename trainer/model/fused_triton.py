@@ -5,7 +5,11 @@ cache of its multiprocessor. Memory traffic is the convolution's output, the poo
 winner: about 2 + 3 / 4 bytes per unit of the convolution in bfloat16, where separate operations move more than 20. All
 arithmetic is float32.
 
-Tests compare the kernels with the separate operations in Triton's interpreter, on a CPU. They have not run on a GPU yet.
+Tests compile the kernels for several GPUs, and compare them with the separate operations in Triton's interpreter, on a
+CPU. They have not run on a GPU yet.
+
+Kernels have no type annotations but ``tl.constexpr``: Triton's compiler evaluates each name in an annotation, and refuses
+``Any``.
 """
 
 from __future__ import annotations
@@ -73,7 +77,7 @@ def _on(maps: Tensor) -> Any:
 
 
 @triton.jit
-def _squares(at: Any, stride_c: Any, channel: Any, inside: Any, channels: Any, relu_first: tl.constexpr) -> Any:
+def _squares(at, stride_c, channel, inside, channels, relu_first: tl.constexpr):
     """Return the sum of squares over LRN's window around ``channel``, at the places ``at``; ``inside`` masks real units."""
     total = tl.zeros(inside.shape, tl.float32)
     for d in tl.static_range(-_REACH, _REACH + 1):
@@ -87,12 +91,12 @@ def _squares(at: Any, stride_c: Any, channel: Any, inside: Any, channels: Any, r
 
 @triton.jit
 def _forward_kernel(
-    maps: Any, pooled: Any, winners: Any,
-    map_b: Any, map_c: Any, map_y: Any, map_x: Any,  # strides of maps
-    out_b: Any, out_c: Any, out_y: Any, out_x: Any,  # and of pooled and winners
-    channels: Any, out_height: Any, out_width: Any, alpha: Any,
+    maps, pooled, winners,
+    map_b, map_c, map_y, map_x,  # strides of maps
+    out_b, out_c, out_y, out_x,  # and of pooled and winners
+    channels, out_height, out_width, alpha,
     side: tl.constexpr, relu_first: tl.constexpr, block_c: tl.constexpr, block_x: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Compute ``block_x`` windows of a row, all channels; tensors are (block_x, block_c)."""
     row = tl.program_id(0)
     image, top = (row // out_height).to(tl.int64), row % out_height
@@ -122,12 +126,12 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    gradient: Any, maps: Any, winners: Any, back: Any,
-    map_b: Any, map_c: Any, map_y: Any, map_x: Any,  # strides of maps and back
-    out_b: Any, out_c: Any, out_y: Any, out_x: Any,  # and of gradient and winners
-    channels: Any, height: Any, width: Any, out_height: Any, out_width: Any, alpha: Any,
+    gradient, maps, winners, back,
+    map_b, map_c, map_y, map_x,  # strides of maps and back
+    out_b, out_c, out_y, out_x,  # and of gradient and winners
+    channels, height, width, out_height, out_width, alpha,
     side: tl.constexpr, relu_first: tl.constexpr, block_c: tl.constexpr, block_x: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Compute the gradients of ``block_x`` units of a row before pooling, all channels; tensors are (block_x, block_c).
 
     ``trainer.model.lrn.gradient_of_normalise`` has the formula. Each thread recomputes the sums of its neighbours: 25 loads

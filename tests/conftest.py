@@ -35,6 +35,12 @@ CLASSES = ("ant", "bee", "cat")
 MakeDataset = Callable[..., Manifest]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked ``gpu`` on a machine without one."""
+    if item.get_closest_marker("gpu") and not pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("torch sees no GPU here")
+
+
 def _picture(number: int, side: int = RECORD_SIDE_PX) -> npt.NDArray[np.uint8]:
     """Return the pixels of record ``number``, (side, side, 3) uint8: smooth, asymmetric, and different for each number."""
     y, x, channel = np.ogrid[:side, :side, :3]

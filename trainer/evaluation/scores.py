@@ -56,7 +56,7 @@ class ClassErrors(msgspec.Struct, frozen=True):
 
 
 class ScoreCounter:
-    """Counts over batches, kept on their device, so that no batch waits for it; ``evaluation`` does."""
+    """Counts over batches, kept on their device: no batch waits for it, and ``evaluation`` waits once."""
 
     def __init__(self) -> None:
         self._loss: Tensor | None = None  # (), float64, a sum
@@ -76,8 +76,9 @@ class ScoreCounter:
         missed = (best != labels[:, None]).all(1)  # (B,)
         # A probability of 0 gives a large but finite loss.
         loss = -of_label.clamp_min(torch.finfo(of_label.dtype).tiny).log().double().sum()
-        confusion = torch.bincount(labels * classes + best[:, 0], minlength=classes**2)  # (classes * classes,)
-        by_class = torch.bincount(labels[missed], minlength=classes)
+        # Additions at indices: bincount and boolean indices give results whose size the host would have to wait for.
+        confusion = labels.new_zeros(classes**2).index_add_(0, labels * classes + best[:, 0], torch.ones_like(labels))
+        by_class = labels.new_zeros(classes).index_add_(0, labels, missed.to(labels.dtype))
         if self._loss is None:
             self._loss, self._confusion, self._missed = loss, confusion, by_class
         else:
@@ -89,8 +90,9 @@ class ScoreCounter:
 
     def evaluation(self, world: World | None) -> Evaluation:
         """Return the results of all batches in all processes of ``world``, which all call this."""
-        classes, loss = len(self._missed), float(self._loss) if self._loss is not None else 0.0
-        mine = [loss, *self._confusion.tolist(), *self._missed.tolist()]
+        classes, mine = len(self._missed), [0.0]
+        if self._loss is not None:  # one transfer of all; float64 is exact for counts up to 2^53
+            mine = torch.cat([self._loss[None], self._confusion.double(), self._missed.double()]).tolist()
         if world and world.size > 1:  # without tower 0 or a batch, a process does not know the classes
             classes = int(max(row[0] for row in world.gather([classes])))
             rows = world.gather(mine if self._loss is not None else [0.0] * (1 + classes**2 + classes))

@@ -77,8 +77,9 @@ def normalise(rows: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """
     with torch.autocast(rows.device.type, enabled=False):
         wide = _wide(rows)
-        # One product with the band matrix instead of n shifted sums.
-        scale = torch.addmm(wide.new_tensor(K), wide * wide, _band(wide), alpha=alpha)
+        # One product with the band matrix instead of n shifted sums. K is filled in on the device: a copy of a number from
+        # the host would wait for the device, and cannot be recorded as a CUDA graph.
+        scale = torch.addmm(wide.new_full((), K), wide * wide, _band(wide), alpha=alpha)
         return (wide * _power(scale)).to(rows.dtype), scale
 
 
@@ -126,7 +127,24 @@ def _power(scale: Tensor) -> Tensor:
     return root.sqrt().mul_(root)
 
 
+_BANDS: Final[dict[tuple[int, torch.dtype, torch.device], Tensor]] = {}
+"""Band matrices by C, dtype and device: two for each device of a network, at most 64 KiB each at width 1."""
+
+
 def _band(rows: Tensor) -> Tensor:
-    """Return the band matrix (C, C): 1 for maps in the same window, else 0."""
+    """Return the band matrix (C, C) for ``rows``, made once for each C, dtype and device."""
+    if torch.compiler.is_compiling():
+        return _make_band(
+            rows
+        )  # a compiler makes it a part of its kernel, and must not keep its own kind of tensor here
+    key = rows.shape[1], rows.dtype, rows.device
+    if key not in _BANDS:
+        with torch.inference_mode(False):  # a validation may need it first, and training then uses the same one
+            _BANDS[key] = _make_band(rows)
+    return _BANDS[key]
+
+
+def _make_band(rows: Tensor) -> Tensor:
+    """Make the band matrix (C, C): 1 for maps in the same window, else 0."""
     index = torch.arange(rows.shape[1], device=rows.device)
     return ((index[:, None] - index).abs() <= SIZE // 2).to(rows.dtype)

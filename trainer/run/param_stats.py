@@ -56,12 +56,12 @@ class ParamStatsRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 def measure(model: AlexNet, optimizer: PaperSGD, world: World) -> dict[str, ParamStats]:
     """Measure all parameters of the network, by name, tower by tower; all processes call this.
 
-    It reads each weight and its momentum once, a fraction of the memory traffic of a step. It waits for the device.
+    It reads each weight and its momentum once, a fraction of the memory traffic of a step. It waits for the device once.
     """
     own = dict(model.named_parameters())
     decrements = optimizer.decrements()
-    weights = _means([parameter.detach() for parameter in own.values()])
-    steps = _means([decrements[name] for name in own])
+    means = _means([*(parameter.detach() for parameter in own.values()), *(decrements[name] for name in own)])
+    weights, steps = means[: len(own)], means[len(own) :]
     return {
         name: ParamStats(*row) for name, row in _everywhere(list(own), list(zip(weights, steps, strict=True)), world)
     }
@@ -82,9 +82,15 @@ def suspect(stats: Mapping[str, ParamStats], before: Mapping[str, ParamStats]) -
 
 
 def _means(tensors: list[Tensor]) -> list[float]:
-    """Return the mean magnitude of each tensor, with one kernel launch per device."""
-    norms = torch._foreach_norm(tensors, 1)  # sums of magnitudes, all queued before the first .item() waits
-    return [norm.item() / max(1, tensor.numel()) for norm, tensor in zip(norms, tensors, strict=True)]
+    """Return the mean magnitude of each tensor, with a few kernel launches per device and one transfer to the host."""
+    places: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        places.setdefault(tensor.device, []).append(i)
+    sums = [torch.stack(torch._foreach_norm([tensors[i] for i in own], 1)) for own in places.values()]  # of magnitudes
+    first = next(iter(places))
+    numbers = torch.cat([each.to(first, non_blocking=True) for each in sums]).tolist()  # the one wait
+    total = dict(zip([i for own in places.values() for i in own], numbers, strict=True))
+    return [total[i] / max(1, tensor.numel()) for i, tensor in enumerate(tensors)]
 
 
 def _everywhere(

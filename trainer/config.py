@@ -62,10 +62,10 @@ class RunConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ema: decay of a moving average of the weights, between 0 and 1; None keeps none.
         lr: initial learning rate; .01 in the paper (section 5).
         schedule, patience, drop_at, warmup: learning rate schedule, as in ``trainer.schedule.Schedule``.
-        devices: devices of the towers; empty takes those of the machine.
+        devices: devices of the towers; empty takes one GPU, or the CPU of a machine without.
         checkpoint_every: steps between checkpoints within an epoch; 0 saves only at the end of each epoch.
         log_every: steps between log lines.
-        deterministic: avoid kernels whose sums depend on thread timing; see ``trainer.model.speed.deterministic``.
+        deterministic: avoid kernels whose sums depend on thread timing; see ``trainer.model.speed.numerics``.
         peak_tflops: peak of one device in 1e12 operations per second, for the MFU; None looks up the device's name.
         source: source of the batches.
         ablation: differences from the paper's network and recipe. Files call it ``variation``, as version 0.1 did.

@@ -32,7 +32,7 @@ from trainer.evaluation.scores import Evaluation
 from trainer.model.flops import TERA, peak_flops, training_flops
 from trainer.model.presets import preset_named
 from trainer.model.rng import DropoutKey
-from trainer.model.speed import deterministic
+from trainer.model.speed import numerics
 from trainer.parallel.devices import out_of_memory_error
 from trainer.parallel.world import World
 from trainer.run.console import Reporter
@@ -78,7 +78,7 @@ def train(
     if config.batch_size % world.replicas:
         raise ConfigError("--batch-size", config.batch_size, f"a multiple of {world.replicas}, the number of replicas")
     with ExitStack() as stack:
-        stack.enter_context(deterministic(config.deterministic))
+        stack.enter_context(numerics(config.deterministic))  # before the peak is looked up, which depends on it
         feed = stack.enter_context(_open_feed(config, node, stop, resume, world)) if node else None
         facts = share_facts(feed.facts if feed else None, world)
         if not facts.count:

@@ -48,15 +48,16 @@ def _option(name: str, type_: Any, text: str, **more: Any) -> Any:
     return click.option(name, type=type_, default=default, show_default=True, help=text, **more)
 
 
-def _switch(name: str, text: str, default: bool = True) -> Any:
-    return click.option(f"--{name}/--no-{name}", default=default, show_default=True, help=text)
+def _switch(name: str, text: str, default: bool | None = True) -> Any:
+    shown = "on on CPUs, off on GPUs" if default is None else True  # None: see trainer.model.speed.Speed
+    return click.option(f"--{name}/--no-{name}", default=default, show_default=shown, help=text)
 
 
 DEVICES: Final = click.option(
     "--devices",
     metavar="A[,B]",
     callback=_names,
-    help="One device for both towers, or one for each, such as cuda:0,cuda:1.",
+    help="One device for both towers, or one for each, such as cuda:0,cuda:1. [default: cuda:0, or cpu without a GPU]",
 )
 BATCH_SIZE: Final = _option("--batch-size", int, "Images per batch; every crop of an image counts.")
 JSON: Final = click.option("--json", "as_json", is_flag=True, help="Write JSON to standard output.")

@@ -22,7 +22,7 @@ from trainer.data.feed import DeviceBatch, Feed, open_source
 from trainer.data.normalisation import MeanSubtraction, Windows
 from trainer.model.alexnet import AlexNet
 from trainer.model.rng import DropoutKey
-from trainer.model.speed import Speed
+from trainer.model.speed import Speed, numerics
 from trainer.optimizer import PaperSGD
 
 CLASSES = 1000
@@ -46,6 +46,7 @@ def main(batch: int, width: float, device: str, speed: str, data: Path | None, w
     torch.manual_seed(0)
     place = torch.device(device)
     with ExitStack() as stack:
+        stack.enter_context(numerics(deterministic=False))  # as in a run
         if data is None:
             # A constant mean image, (256, 256, 3) float32: its values do not change the cost of the subtraction.
             batches, classes, mean = again(noise(batch, place)), CLASSES, torch.full((RECORD, RECORD, 3), 120.0)
@@ -75,7 +76,7 @@ def noise(size: int, device: torch.device) -> DeviceBatch:
 
 def stepper(model: AlexNet, centre: MeanSubtraction) -> Callable[[DeviceBatch], int]:
     """Return a function that makes one training step, as ``trainer run`` does but without logs, and returns its images."""
-    optimizer = PaperSGD(model.train(), model.preset, lr=1e-4, fused=model.speed.fused_sgd)
+    optimizer = PaperSGD(model.train(), model.preset, lr=1e-4, fused=bool(model.speed.fused_sgd))
     numbers = count()
 
     def step(batch: DeviceBatch) -> int:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from enum import Enum, auto
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 import msgspec
@@ -27,7 +27,7 @@ from tools.errors import ToolFailed
 from tools.terminal import ROOT
 from trainer.model.alexnet import IMAGE_SIDE_PX, Sizes
 from trainer.model.flops import peak_flops, training_flops
-from trainer.model.speed import Speed
+from trainer.model.speed import Speed, numerics
 
 DOCUMENT: Final = ROOT / "docs" / "trainer-benchmarks.md"
 WARM_SHARE: Final = 0.2
@@ -40,17 +40,23 @@ TARGETS: Final = {128: 32_000, 512: 49_000}
 FED_SHARE: Final = 0.98
 """Target share of the rate on synthetic data for training from a node."""
 
+
+def _form(channels_last: bool = True, fused_sgd: bool = True, **more: Any) -> Speed:
+    """Return options that do not depend on the device, so that rates on several devices compare the same form."""
+    return Speed(channels_last=channels_last, fused_sgd=fused_sgd, **more)
+
+
 FORMS: Final[dict[str, Speed]] = {
-    "float32": Speed(),
-    "float32, plain SGD": Speed(fused_sgd=False),
-    "float32, not channels-last": Speed(channels_last=False),
-    "float32, fused LRN": Speed(fused_norm=True),
-    "bf16": Speed(amp="bf16"),
-    "bf16, fused LRN": Speed(amp="bf16", fused_norm=True),
-    "bf16, compiled": Speed(amp="bf16", compile=True),
-    "bf16, graphs": Speed(amp="bf16", cuda_graphs=True),
-    "bf16, fused LRN, graphs": Speed(amp="bf16", fused_norm=True, cuda_graphs=True),
-    "bf16, fused LRN, compiled, graphs": Speed(amp="bf16", fused_norm=True, compile=True, cuda_graphs=True),
+    "float32": _form(),
+    "float32, plain SGD": _form(fused_sgd=False),
+    "float32, not channels-last": _form(channels_last=False),
+    "float32, fused LRN": _form(fused_norm=True),
+    "bf16": _form(amp="bf16"),
+    "bf16, fused LRN": _form(amp="bf16", fused_norm=True),
+    "bf16, compiled": _form(amp="bf16", compile=True),
+    "bf16, graphs": _form(amp="bf16", cuda_graphs=True),
+    "bf16, fused LRN, graphs": _form(amp="bf16", fused_norm=True, cuda_graphs=True),
+    "bf16, fused LRN, compiled, graphs": _form(amp="bf16", fused_norm=True, compile=True, cuda_graphs=True),
 }
 """Each option alone, and combinations."""
 
@@ -160,7 +166,8 @@ def _share_used(settings: Settings, speed: Speed | None, images_per_s: float) ->
     if speed is None:  # a peer's network has another number of FLOPs
         return None
     dtype = torch.bfloat16 if speed.amp == "bf16" else torch.float32
-    peak = peak_flops([torch.device(settings.device)], dtype)
+    with numerics(deterministic=False):  # as in the contestants: the peak depends on the arithmetic that torch may use
+        peak = peak_flops([torch.device(settings.device)], dtype)
     # Of the real network: 1,000 classes, two towers, overlapping pools.
     work = training_flops(Sizes.of(2, settings.width), 1000, IMAGE_SIDE_PX, "overlapping")
     return images_per_s * work / peak if peak else None

@@ -263,7 +263,7 @@ class AlexNet(nn.Module):
                 "--devices", ",".join(map(str, devices)), f"one device, or one for each of {towers} towers"
             )
         check_speed(speed, self.devices)
-        self.speed = speed
+        self.speed = speed = speed.on(self.devices)
         self._local_towers = share.towers if share else tuple(range(towers))
         self.exchange = share.exchange if share else choose_exchange(self.devices)
         self.fc8: nn.Linear | None = None

@@ -26,7 +26,8 @@ def choose_devices(asked: Sequence[str], towers: int) -> tuple[torch.device, ...
     """Return the devices of the towers: one entry for all of them, or one for each.
 
     Args:
-        asked: names given by the user; empty takes what the machine has (two GPUs, one, or the CPU).
+        asked: names given by the user; empty takes one GPU, or the CPU of a machine without. A machine with two gets a
+            tower on each only by name, until that has run on two GPUs.
         towers: 1 or 2.
 
     Raises:
@@ -34,7 +35,7 @@ def choose_devices(asked: Sequence[str], towers: int) -> tuple[torch.device, ...
         DeviceError: a device that this machine lacks.
     """
     found = torch.cuda.device_count()
-    names = list(asked) or ([f"cuda:{i}" for i in range(min(towers, found))] if found else ["cpu"])
+    names = list(asked) or ["cuda:0" if found else "cpu"]
     devices = []
     for name in names:
         try:

@@ -83,7 +83,7 @@ class State:
                 plain.ledger,
                 list(plain.history),
             )
-        optimizer = PaperSGD(model, model.preset, config.lr, config.speed.fused_sgd)
+        optimizer = PaperSGD(model, model.preset, config.lr, bool(model.speed.fused_sgd))
         ema = MovingAverage(model, config.ema) if config.ema is not None else None
         state = cls(config, facts, model, optimizer, ema, schedule, progress, {}, earlier_accounts, history)
         if resume:

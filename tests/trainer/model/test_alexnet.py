@@ -139,7 +139,7 @@ def losses(
 ) -> list[float]:
     """Return the losses of steps on batches of 8 images; the last batch has ``last``."""
     model = AlexNet(5, width=0.1, preset=preset, devices=devices, seed=3, speed=speed)
-    optimizer = PaperSGD(model, model.preset, 0.01, speed.fused_sgd)
+    optimizer = PaperSGD(model, model.preset, 0.01, bool(model.speed.fused_sgd))
     out = []
     for step in range(steps):
         count = last if step == steps - 1 else 8

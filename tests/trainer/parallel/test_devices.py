@@ -21,8 +21,9 @@ MIB = 1 << 20
     [
         (0, (), 2, ("cpu",)),
         (1, (), 2, ("cuda:0",)),
-        (2, (), 2, ("cuda:0", "cuda:1")),
-        (8, (), 2, ("cuda:0", "cuda:1")),
+        (2, (), 2, ("cuda:0",)),
+        (2, ("cuda:0", "cuda:1"), 2, ("cuda:0", "cuda:1")),
+        (8, (), 2, ("cuda:0",)),
         (8, (), 1, ("cuda:0",)),
         (0, ("cpu", "cpu"), 2, ("cpu", "cpu")),
         (1, ("cuda", "cuda:0"), 2, ("cuda:0", "cuda:0")),
@@ -32,7 +33,7 @@ MIB = 1 << 20
 def test_devices_are_what_the_machine_has_or_the_user_names(
     monkeypatch: pytest.MonkeyPatch, gpus: int, asked: tuple[str, ...], towers: int, expected: tuple[str, ...]
 ) -> None:
-    """The default is two GPUs, one, or the CPU; the user's names take precedence."""
+    """The default is one GPU, or the CPU; the user's names take precedence."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert tuple(map(str, choose_devices(asked, towers))) == expected
 

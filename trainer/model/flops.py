@@ -7,6 +7,7 @@ forward and twice backward (for inputs and for weights; conv1 needs no gradient 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Final
@@ -27,21 +28,49 @@ class Arithmetic(StrEnum):
     FLOAT32 = "float32"
 
 
+def _peaks(bfloat16: float, tf32: float, float32: float) -> dict[Arithmetic, float]:
+    """Return the peaks of a GPU whose tensor cores multiply float16 as fast as bfloat16."""
+    return {
+        Arithmetic.BFLOAT16: bfloat16,
+        Arithmetic.FLOAT16: bfloat16,
+        Arithmetic.TF32: tf32,
+        Arithmetic.FLOAT32: float32,
+    }
+
+
 PEAKS: Final[dict[str, dict[Arithmetic, float]]] = {
-    "H200": {Arithmetic.BFLOAT16: 989, Arithmetic.FLOAT16: 989, Arithmetic.TF32: 495, Arithmetic.FLOAT32: 67},
-    "H100 PCIe": {Arithmetic.BFLOAT16: 756, Arithmetic.FLOAT16: 756, Arithmetic.TF32: 378, Arithmetic.FLOAT32: 51},
-    "H100": {Arithmetic.BFLOAT16: 989, Arithmetic.FLOAT16: 989, Arithmetic.TF32: 495, Arithmetic.FLOAT32: 67},
-    "A100": {Arithmetic.BFLOAT16: 312, Arithmetic.FLOAT16: 312, Arithmetic.TF32: 156, Arithmetic.FLOAT32: 19.5},
-    "A10G": {Arithmetic.BFLOAT16: 70, Arithmetic.FLOAT16: 70, Arithmetic.TF32: 35, Arithmetic.FLOAT32: 35},
-    "L40S": {Arithmetic.BFLOAT16: 362, Arithmetic.FLOAT16: 362, Arithmetic.TF32: 183, Arithmetic.FLOAT32: 91.6},
-    "L4": {Arithmetic.BFLOAT16: 121, Arithmetic.FLOAT16: 121, Arithmetic.TF32: 60, Arithmetic.FLOAT32: 30.3},
+    # "NVIDIA Blackwell Architecture", table of HGX B200 and GB200 per GPU: 4.5 and 5 PFLOP/s sparse in bfloat16.
+    "B200": _peaks(2250, 1125, 75),
+    "GB200": _peaks(2500, 1250, 80),
+    # "NVIDIA H200 Tensor Core GPU Datasheet": SXM and NVL, sparse 1,979 and 1,671.
+    "H200": _peaks(989, 495, 67),
+    "H200 NVL": _peaks(835, 418, 60),
+    "GH200": _peaks(989, 495, 67),  # "NVIDIA GH200 Grace Hopper Superchip Datasheet"
+    # "NVIDIA H100 Tensor Core GPU Datasheet": SXM 1,979 sparse, NVL 1,671, PCIe 1,513.
+    "H100": _peaks(989, 495, 67),
+    "H100 NVL": _peaks(835, 418, 60),
+    "H100 PCIe": _peaks(756, 378, 51),
+    "H20": _peaks(148, 74, 44),  # no public data sheet; dense figures as the trade press reported them
+    "A100": _peaks(312, 156, 19.5),  # "NVIDIA A100 Tensor Core GPU Datasheet": SXM and PCIe alike
+    "A10": _peaks(125, 62.5, 31.2),  # "NVIDIA A10 Tensor Core GPU Datasheet"
+    "A10G": _peaks(70, 35, 35),  # "NVIDIA A10G" data sheet, for Amazon's G5
+    # "NVIDIA L40" and "L40S GPU Datasheet": 362 and 733 sparse. "NVIDIA L4 Tensor Core GPU Datasheet": 242 sparse.
+    "L40": _peaks(181, 90.5, 90.5),
+    "L40S": _peaks(362, 183, 91.6),
+    "L4": _peaks(121, 60, 30.3),
+    # "NVIDIA V100" and "T4 Tensor Core GPU Datasheet"; neither has bfloat16 or TF32.
     "V100": {Arithmetic.FLOAT16: 125, Arithmetic.FLOAT32: 15.7},
+    "V100 PCIe": {Arithmetic.FLOAT16: 112, Arithmetic.FLOAT32: 14},
     "T4": {Arithmetic.FLOAT16: 65, Arithmetic.FLOAT32: 8.1},
-    "RTX 4090": {Arithmetic.BFLOAT16: 165, Arithmetic.FLOAT16: 165, Arithmetic.TF32: 82.6, Arithmetic.FLOAT32: 82.6},
-    "RTX 3090": {Arithmetic.BFLOAT16: 71, Arithmetic.FLOAT16: 71, Arithmetic.TF32: 35.6, Arithmetic.FLOAT32: 35.6},
+    # "NVIDIA Ada" and "Ampere GA102 GPU Architecture", appendices: tensor cores with float32 accumulation.
+    "RTX 4090": _peaks(165, 82.6, 82.6),
+    "RTX 3090": _peaks(71, 35.6, 35.6),
 }
-"""TFLOP/s of dense arithmetic with float32 accumulation, from the vendors' data sheets, for the first key that is a part of
-the device's name. The sheets' sparse figures are twice as high and do not apply to a dense network."""
+"""TFLOP/s of dense arithmetic with float32 accumulation, from the vendors' documents. Their sparse figures are twice as high
+and do not apply to a dense network. Keys are words of the names that torch reports: see ``peak_of``."""
+
+_OTHER_MODELS: Final = frozenset({"D", "LAPTOP", "MAX", "MIG", "SUPER", "TI"})
+"""Words of the names of slower or partial devices, such as a slice of an A100 ("... MIG 1g.5gb") or a laptop's GPU."""
 
 
 def multiply_adds(sizes: Sizes, num_classes: int, crop: int, pooling: str) -> dict[str, int]:
@@ -85,12 +114,33 @@ def peak_flops(devices: Sequence[torch.device], dtype: torch.dtype) -> float | N
 
 
 def peak_of(name: str, kind: Arithmetic) -> float | None:
-    """Return the peak FLOP/s of a GPU by its name; None if it is unknown."""
-    found = next((peaks for key, peaks in PEAKS.items() if key in name), dict[Arithmetic, float]())
+    """Return the peak FLOP/s of a GPU by the name that torch reports; None if it is unknown.
+
+    The longest key decides whose words stand in the name, in this order: "NVIDIA A100-SXM4-40GB" is an A100, but no A10, and
+    "NVIDIA H100 NVL" is not the SXM model.
+    """
+    words = _words(name)
+    if _OTHER_MODELS & set(words):
+        return None
+    keys = [key for key in PEAKS if _stands_in(_words(key), words)]
+    if not keys:
+        return None
+    found = PEAKS[max(keys, key=len)]
     peak = found.get(
         kind, found.get(Arithmetic.FLOAT32) if kind is Arithmetic.TF32 else None
     )  # GPUs before Ampere have no TF32
     return peak * TERA if peak else None
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name, in capitals; names separate them by spaces and hyphens."""
+    return re.split(r"[\s-]+", name.upper())
+
+
+def _stands_in(part: list[str], words: list[str]) -> bool:
+    """Return True if ``part`` is in ``words``, in order; other words may stand between: "H100 80GB PCIe"."""
+    rest = iter(words)
+    return all(word in rest for word in part)
 
 
 def _places(crop: int, pooling: str) -> dict[str, int]:

@@ -165,11 +165,12 @@ def predict_command(run: Path, images: tuple[Path, ...], devices: tuple[str, ...
 def set_lr(run: Path, rate: float) -> None:
     """Set the learning RATE of a RUN by hand.
 
-    It applies from the next step, now or after a resume. Later drops of the schedule start from the new rate.
+    It applies from the step after the next log line, or from the first step after a resume. Later drops of the schedule start
+    from the new rate.
     """
     with _errors_reported():
         RunFolder(run).request_rate(rate)
-    click.echo(f"{run} uses the learning rate {rate:g} from its next step.")
+    click.echo(f"{run} uses the learning rate {rate:g} after its next log line.")
 
 
 @main.command()

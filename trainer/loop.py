@@ -167,6 +167,7 @@ class Training:
         self._peak = _peak_of_all(state.config, world)
         self._interval = self._new_interval()
         self._applied_rate = 0.0  # the request by ``trainer set-lr`` that is in effect; 0 for none
+        self._requested_rate: float | None = None  # the request last read; None before the first reading
         state.loader = feed.state() if feed else {}  # a stop before the first step saves it
 
     def run(self) -> None:
@@ -232,11 +233,23 @@ class Training:
             raise Stopped
         return result
 
+    def _read_requested_rate(self) -> float:
+        """Return the learning rate requested by ``trainer set-lr``, 0 for none; in the first process only.
+
+        The file is read before the first step and every ``log_every`` steps: the steps between open no file, which may be
+        on a network's disk.
+        """
+        if not self._world.is_first:
+            return 0.0
+        if self._requested_rate is None or self._state.progress.step % self._state.config.log_every == 0:
+            self._requested_rate = self._folder.requested_rate() or 0.0
+        return self._requested_rate
+
     def _apply_rate_by_hand(self, requested: float) -> None:
         """Apply a learning rate requested by ``trainer set-lr``; 0 means no request.
 
-        A request stays in the run folder until a checkpoint includes it, so a crash cannot lose it. Every step reads it;
-        only the first one applies it.
+        A request stays in the run folder until a checkpoint includes it, so a crash cannot lose it. Every step passes it
+        on; only the first one applies it.
         """
         if requested == self._applied_rate:
             return
@@ -279,8 +292,7 @@ class Training:
             if number == 0:
                 # Agree with the other processes on the learning rate set by hand. Rank 0 reads it, because the others
                 # could read the file a moment later.
-                rate_by_hand = self._folder.requested_rate() if world.is_first else None
-                self._apply_rate_by_hand(world.gather([rate_by_hand or 0.0])[0][0])
+                self._apply_rate_by_hand(world.gather([self._read_requested_rate()])[0][0])
                 # It may change with every step, by warm-up or cosine.
                 state.optimizer.set_lr(state.rate)
                 state.optimizer.zero_grad()

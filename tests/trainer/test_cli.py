@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,10 +222,35 @@ def test_a_loss_that_explodes_stops_the_run(node: str, tmp_path: Path) -> None:
         assert all(weights.isfinite().all() for weights in checkpoint.load(path).model.values())
 
 
+def test_steps_between_log_lines_open_no_file(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate set by hand is read before the first step and after each log line, and applies from the step after it."""
+    append, requested_rate = RunFolder.append, RunFolder.requested_rate
+    readings = []
+
+    def append_and_set(self: RunFolder, record: Any) -> None:
+        append(self, record)
+        if isinstance(record, StepRecord) and record.step == 4:
+            self.request_rate(0.002)
+
+    def requested_rate_and_count(self: RunFolder) -> float | None:
+        rate = requested_rate(self)
+        if threading.current_thread() is threading.main_thread():  # the thread that saves a checkpoint reads it, too
+            readings.append(rate)
+        return rate
+
+    monkeypatch.setattr(RunFolder, "append", append_and_set)
+    monkeypatch.setattr(RunFolder, "requested_rate", requested_rate_and_count)
+    assert trainer("run", "--loader", node, "--run", tmp_path / "run", *SMALL, "--log-every", "4").exit_code == 0
+    assert readings[:2] == [None, 0.002]
+    assert len(readings) == 3  # before steps 1, 5 and 9 of 10
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["lr"]) for row in rows if row["event"] == "set-lr"] == [(4, 0.002)]
+
+
 def test_a_rate_set_by_hand_holds_from_the_next_step(
     node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rate set during training applies once, from the next step, and is in log and checkpoint."""
+    """A rate set during training applies once, from the step after a log line, and is in log and checkpoint."""
     append = RunFolder.append
     by_hand = []
 

@@ -109,7 +109,7 @@ class RunFolder:
         return saved[-1] if saved else None
 
     def request_rate(self, rate: float) -> None:
-        """Request another learning rate from the run's next step, now or after a resume.
+        """Request another learning rate: after the run's next log line, or from its first step after a resume.
 
         Raises:
             RunFolderError: no run was started in this folder.

@@ -49,18 +49,23 @@ COPY trainer trainer
 COPY tools tools
 RUN pip install --no-cache-dir --no-deps --no-index --no-build-isolation --target /opt/app .
 
-# The user has the same number as the loader's: only its owner can open shared memory.
+# The user has the same number as the loader's: only its owner can open shared memory. --compile and --fused-norm compile at run
+# time, with a C++ compiler for CPUs, a C compiler for the launchers of GPU kernels, and Python's headers; /cache keeps the
+# results. It must not be on a file system without code (noexec), as Docker's tmpfs is.
 FROM ${BASE}
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends libjpeg62-turbo \
+    && apt-get install --yes --no-install-recommends libjpeg62-turbo g++ \
+    && headers=$(python -c 'import sysconfig; print(sysconfig.get_path("include"))') \
+    && { [ -e "$headers/Python.h" ] || apt-get install --yes --no-install-recommends python3-dev; } \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin loader \
-    && install --directory --owner loader --group loader /data /keys /runs
+    && install --directory --owner loader --group loader /data /keys /runs /cache
 COPY --from=packages /opt/venv /opt/venv
 COPY --from=packages /opt/pillow-avx2 /opt/pillow-avx2
 COPY docker/entrypoint.sh /usr/local/bin/
 COPY --from=code /opt/app /opt/app
 ENV PATH=/opt/app/bin:/opt/venv/bin:$PATH PYTHONPATH=/opt/app PYTHONUNBUFFERED=1 HOME=/tmp
+ENV TRITON_CACHE_DIR=/cache/triton TORCHINDUCTOR_CACHE_DIR=/cache/inductor
 USER 10001:10001
 WORKDIR /tmp
 STOPSIGNAL SIGTERM

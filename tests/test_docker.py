@@ -175,12 +175,29 @@ def test_shared_memory_outlives_its_users(services: dict[str, Any]) -> None:
     assert int(services["shm"]["shm_size"]) == 2 << 30
 
 
-def test_one_trainer_asks_for_two_gpus_and_one_for_none(services: dict[str, Any]) -> None:
-    """`trainer` reserves the paper's two GPUs; `trainer-cpu` runs the same command without."""
+def test_one_trainer_asks_for_a_gpu_and_one_for_none(services: dict[str, Any]) -> None:
+    """`trainer` reserves the GPU that it uses by default, or as many as asked; `trainer-cpu` runs the same command without."""
     [device] = services["trainer"]["deploy"]["resources"]["reservations"]["devices"]
-    assert device == {"driver": "nvidia", "count": 2, "capabilities": ["gpu"]}
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    [device] = rendered(TRAINER_GPUS="2")["services"]["trainer"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["count"] == 2
     assert "reservations" not in services["trainer-cpu"]["deploy"]["resources"]
     assert services["trainer-cpu"]["command"] == services["trainer"]["command"]
+
+
+def test_trainers_can_compile_at_run_time(services: dict[str, Any]) -> None:
+    """The image has a compiler, and the caches of Triton and torch.compile are on a volume, since /tmp is not executable."""
+    image = dockerfile("trainer").split("COPY --from=code")[0].split("FROM ${BASE}")[-1]
+    installed = re.findall(r"apt-get install --yes --no-install-recommends ([^&]*)&&", image)[0].split()
+    assert "g++" in installed
+    assert "Python.h" in image
+    settings = dict(re.findall(r"\b(TRITON_CACHE_DIR|TORCHINDUCTOR_CACHE_DIR)=(\S+)", dockerfile("trainer")))
+    assert settings == {"TRITON_CACHE_DIR": "/cache/triton", "TORCHINDUCTOR_CACHE_DIR": "/cache/inductor"}
+    assert re.search(r"install --directory --owner loader .*/cache\b", image)
+    for name in TRAINERS:
+        mounts = {mount["target"]: mount for mount in services[name]["volumes"]}
+        assert mounts["/cache"]["type"] == "volume"
+        assert not mounts["/cache"].get("read_only")
 
 
 @pytest.mark.parametrize(("flags", "first"), [("sse4_2 avx2 bmi2", "/opt/pillow-avx2:"), ("sse4_2 avx", "")])

@@ -57,7 +57,7 @@ def main() -> None:
 @main.command(cls=SectionedCommand)
 @options(SOURCE, OUTPUT, RECIPE, NETWORK, ABLATION, SPEED)
 @click.pass_context
-def run(context: click.Context, /, path: Path | None, resume: str | None, **given: Any) -> None:
+def run(context: click.Context, /, path: Path | None, resume: str | None, profiled: int, **given: Any) -> None:
     """Train a network. Ctrl-C stops the run; the same command with --resume auto continues it."""
     # Errors are reported at two levels. The inner one runs while StopRequest still handles signals, so that the SIGTERM
     # that torchrun sends after the death of a process cannot cut the message off. The outer one reports errors of the
@@ -83,7 +83,8 @@ def run(context: click.Context, /, path: Path | None, resume: str | None, **give
                 folder = folder or RunFolder.create(path, Path(DEFAULT_RUNS))
                 folder.describe(config, launch_id())
                 _print(console, f"Results: {folder.path}")
-            summary = train(config, folder or RunFolder(path or Path()), node, console, stop, resumed, world)
+            folder = folder or RunFolder(path or Path())
+            summary = train(config, folder, node, console, stop, resumed, world, profiled)
         except Stopped:
             _print(console, "Stopped before training began.")
         else:

@@ -38,6 +38,7 @@ from trainer.parallel.world import World
 from trainer.run.console import Reporter
 from trainer.run.divergence import DivergenceMonitor, start_warning
 from trainer.run.folder import RunFolder
+from trainer.run.profiler import StepProfiler
 from trainer.run.progress import EpochRecord, LogInterval, Meter, Tally, sums_of
 from trainer.run.recorder import Event, Recorder
 from trainer.run.state import Resume, State
@@ -55,6 +56,7 @@ def train(
     stop: StopRequest,
     resume: Resume | None,
     world: World,
+    profiled_steps: int = 0,
 ) -> Summary:
     """Train until the last epoch is complete or a stop is requested.
 
@@ -66,6 +68,7 @@ def train(
         stop: stop request, checked after each step; a checkpoint is saved before this returns.
         resume: checkpoint of an earlier run; None starts a new one.
         world: processes that train together; all of them call this function.
+        profiled_steps: steps that the first process records into RUN/trace.json; 0 for none.
 
     Returns:
         The summary of the run, also in RUN/summary.json.
@@ -86,7 +89,9 @@ def train(
         state = State.begin(config, facts, world, resume)
         reporter = stack.enter_context(Reporter(console, config.epochs, facts.count))
         recorder = stack.enter_context(Recorder(folder, state, world, feed.accounts if feed else list, reporter))
-        training = Training(state, recorder, folder, node, feed, world, reporter, stop)
+        profiled = profiled_steps if world.is_first else 0
+        profiler = stack.enter_context(StepProfiler(folder.trace, profiled, reporter.say))
+        training = Training(state, recorder, folder, node, feed, world, reporter, stop, profiler)
         recorder.note(Event.RESUME if resume else Event.START)
         out_of_memory = False
         try:
@@ -141,6 +146,7 @@ class Training:
         world: all processes of the run.
         reporter: progress display.
         stop: stop request, checked after each step.
+        profiler: profiler, informed after each step.
     """
 
     def __init__(
@@ -153,7 +159,9 @@ class Training:
         world: World,
         reporter: Reporter,
         stop: StopRequest,
+        profiler: StepProfiler,
     ) -> None:
+        self._profiler = profiler
         self._state, self._recorder, self._folder, self._node = state, recorder, folder, node
         self._feed, self._world, self._reporter, self._stop = feed, world, reporter, stop
         self._batches = PairedFeed(feed, world, stop)
@@ -269,6 +277,7 @@ class Training:
         self._interval = self._new_interval()
         while self._state.progress.seen < self._state.facts.count:
             self._train_step()
+            self._profiler.step()
         self._agree(self._stop.check)
 
     def _train_step(self) -> None:

@@ -172,6 +172,15 @@ OUTPUT: Final = (
         metavar="STEPS",
     ),
     _option("--log-every", int, "Steps between log lines.", metavar="STEPS"),
+    # Not a part of the configuration: a resumed run profiles only if it is asked again.
+    click.option(
+        "--profile",
+        "profiled",
+        type=click.IntRange(0),
+        default=0,
+        metavar="STEPS",
+        help="Record STEPS steps with torch.profiler into the run folder's trace.json, for Perfetto. [default: none]",
+    ),
 )
 
 _SECTIONS: Final = {

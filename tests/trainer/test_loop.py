@@ -51,6 +51,19 @@ def test_it_tells_of_speed_and_layers(node: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["deterministic"] is True
 
 
+def test_a_few_steps_are_profiled(node: str, tmp_path: Path) -> None:
+    """--profile writes a trace of that many steps, which says how to open it; a resume does not profile again."""
+    folder = tmp_path / "run"
+    result = run(node, folder, "--profile", "1")
+    assert result.exit_code == 0, result.output
+    assert "ui.perfetto.dev" in result.output
+    names = [event.get("name") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]]
+    assert names.count("_LocalResponseNormBackward") == 2 * 2  # two towers with two normalisations each
+    (folder / "trace.json").unlink()
+    assert run(node, folder, "--resume", "auto", "--epochs", "2").exit_code == 0
+    assert not (folder / "trace.json").exists()
+
+
 def test_deterministic_holds_while_training(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--deterministic changes torch's settings during training; without it they stay."""
     forward, seen = AlexNet.forward, []

@@ -12,6 +12,7 @@
       set-lr.json            requested learning rate that no checkpoint includes yet
       kernels.png            first-layer kernels, tower by tower
       curves.svg             loss and error by step
+      trace.json             profile of a few steps, with --profile
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class RunFolder:
         self.rate = path / "set-lr.json"
         self.kernels = path / "kernels.png"
         self.curves = path / "curves.svg"
+        self.trace = path / "trace.json"
 
     @classmethod
     def create(cls, path: Path | None, parent: Path) -> RunFolder:

@@ -167,7 +167,7 @@ def follow(model: AlexNet, images: Tensor, labels: Tensor) -> Course:
         labels: (B,) int64, likewise.
     """
     model.train()
-    optimizer = PaperSGD(model, model.preset, lr=LR, fused=model.speed.fused_sgd)
+    optimizer = PaperSGD(model, model.preset, lr=LR, fused=bool(model.speed.fused_sgd))
     named = dict(model.named_parameters())
     before = {name: value.detach().clone() for name, value in named.items()}
     losses, gradients = list[Tensor](), dict[str, Tensor]()

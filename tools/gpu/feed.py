@@ -189,7 +189,7 @@ def _pageable(loader: Loader, device: torch.device, clock: Clock) -> Batches:
 def _stepper(settings: Settings, device: torch.device) -> Callable[[Tensor, Tensor], None]:
     """Return a function that makes one training step on a batch on the device."""
     model = AlexNet(CLASSES, settings.width, devices=(device,), speed=FORMS[settings.form]).train()
-    optimizer = PaperSGD(model, model.preset, lr=1e-4, fused=model.speed.fused_sgd)
+    optimizer = PaperSGD(model, model.preset, lr=1e-4, fused=bool(model.speed.fused_sgd))
 
     def step(images: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad()

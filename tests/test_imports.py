@@ -268,3 +268,14 @@ def test_a_loader_machine_needs_no_torch(entry: str) -> None:
     """A node and a client run without importing torch."""
     program = f"import sys, {entry}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=60)
+
+
+def test_no_tool_imports_another_tools_entry() -> None:
+    """A ``__main__`` and the demo are commands; code that two tools share has a module of its own."""
+    wrong = [
+        f"{module}, line {line}, imports {name}"
+        for module, tree in modules().items()
+        for name, line in imports(module, tree)
+        if name.endswith(".__main__") or under(name, "tools.demo")
+    ]
+    assert wrong == []

@@ -13,7 +13,7 @@ from loader_service.cli.options import Command, option
 from loader_service.data import kernel
 from loader_service.errors import OptionError
 from loader_service.node import health
-from loader_service.node.health import Check, State
+from loader_service.node.health import Check, CheckState
 
 
 @click.command(cls=Command)
@@ -47,7 +47,7 @@ def doctor(data: Path, workers: int, bind: str, keys: Path | None) -> None:
     for check in checks:
         remedy = f"; {check.remedy}" if check.remedy else ""
         click.echo(f"{check.state:8} {check.what}: {check.found.removesuffix('.')}{remedy}")
-    if any(check.state is State.FAILED for check in checks):
+    if any(check.state is CheckState.FAILED for check in checks):
         click.get_current_context().exit(1)
 
 
@@ -62,10 +62,10 @@ def check_pillow() -> Check:
     found = " and ".join(f"{name} {version}" for name, version in versions.items()) or "not installed"
     wanted = "pillow-simd" if platform.machine() == "x86_64" else "pillow"
     if versions.keys() == {wanted}:
-        return Check("PIL", State.OK, found)
+        return Check("PIL", CheckState.OK, found)
     # Both packages install the module PIL: the one installed last wins, whatever the metadata says.
     remedy = f"other builds are slower and resize to other bytes: `make setup` installs {wanted} alone"
-    return Check("PIL", State.WARNING, found, remedy)
+    return Check("PIL", CheckState.WARNING, found, remedy)
 
 
 def check_kernel() -> Check:
@@ -74,12 +74,12 @@ def check_kernel() -> Check:
     try:
         form = kernel.chosen()
     except OptionError as error:
-        return Check(what, State.FAILED, str(error), f"unset {kernel.VARIABLE}")
+        return Check(what, CheckState.FAILED, str(error), f"unset {kernel.VARIABLE}")
     best = kernel.FORMS[0]
     if form != best:
-        return Check(what, State.WARNING, f"{form}; this machine can run {best}", f"unset {kernel.VARIABLE}")
+        return Check(what, CheckState.WARNING, f"{form}; this machine can run {best}", f"unset {kernel.VARIABLE}")
     if form == "numpy":
         remedy = "install a C compiler, then run `make clean setup`"
-        return Check(what, State.WARNING, "not compiled; NumPy is ten times slower", remedy)
+        return Check(what, CheckState.WARNING, "not compiled; NumPy is ten times slower", remedy)
     part = "only the part that a crop needs" if kernel.decodes_windows() else "whole images"
-    return Check(what, State.OK, f"{form}; JPEG decoding: {part}")
+    return Check(what, CheckState.OK, f"{form}; JPEG decoding: {part}")

@@ -29,7 +29,7 @@ DESCRIPTORS_PER_WORKER: Final = 4
 CGROUP: Final = Path("/sys/fs/cgroup")
 
 
-class State(StrEnum):
+class CheckState(StrEnum):
     """Results of a check."""
 
     OK = "ok"
@@ -49,7 +49,7 @@ class Check:
     """
 
     what: str
-    state: State
+    state: CheckState
     found: str
     remedy: str = ""
 
@@ -59,9 +59,9 @@ def check_dataset(data: Path) -> Check:
     try:
         facts = survey(data)
     except LoaderServiceError as error:
-        return Check("dataset", State.FAILED, str(error))
+        return Check("dataset", CheckState.FAILED, str(error))
     found = ", ".join(f"{split} ({f.count:,} records)" for split, f in facts.items())
-    return Check("dataset", State.OK, f"{found}; output check passed (16 samples of each)")
+    return Check("dataset", CheckState.OK, f"{found}; output check passed (16 samples of each)")
 
 
 def check_samples() -> Check:
@@ -69,8 +69,8 @@ def check_samples() -> Check:
     try:
         made = prove()
     except LoaderServiceError as error:
-        return Check("samples", State.FAILED, str(error))
-    return Check("samples", State.OK, f"output check passed (hash {made.golden}); {made}")
+        return Check("samples", CheckState.FAILED, str(error))
+    return Check("samples", CheckState.OK, f"output check passed (hash {made.golden}); {made}")
 
 
 def check_cpus(workers: int) -> Check:
@@ -78,8 +78,8 @@ def check_cpus(workers: int) -> Check:
     cpus = available_cpus()
     found = f"{workers} workers for {cpus:g} CPUs"
     if workers > cpus:
-        return Check("CPUs", State.WARNING, found, f"more workers than CPUs; use --workers {max(1, int(cpus))}")
-    return Check("CPUs", State.OK, found)
+        return Check("CPUs", CheckState.WARNING, found, f"more workers than CPUs; use --workers {max(1, int(cpus))}")
+    return Check("CPUs", CheckState.OK, found)
 
 
 def available_cpus(root: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> float:
@@ -113,17 +113,17 @@ def check_shared_memory(directory: Path = DIRECTORY) -> Check:
     try:
         free = shutil.disk_usage(directory).free
     except OSError as error:
-        return Check(what, State.FAILED, f"{directory} cannot be used ({error.strerror})", remedy)
+        return Check(what, CheckState.FAILED, f"{directory} cannot be used ({error.strerror})", remedy)
     found = f"{directory} has {free / 2**20:,.0f} MiB free, a loader with batches of {defaults.BATCH_SIZE} needs"
     found += f" {need / 2**20:,.0f}"
     if free < need:  # no failure: a loader with transport auto falls back to frames
         return Check(
             what,
-            State.WARNING,
+            CheckState.WARNING,
             f"{found}: loaders on this machine will receive slices in frames, not in shared memory",
             remedy,
         )
-    return Check(what, State.OK, found)
+    return Check(what, CheckState.OK, found)
 
 
 def check_descriptors(workers: int) -> Check:
@@ -132,8 +132,8 @@ def check_descriptors(workers: int) -> Check:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f"the limit is {limit}, {need} are needed"
     if limit != resource.RLIM_INFINITY and limit < need:  # RLIM_INFINITY is -1, below every need
-        return Check("open files", State.FAILED, found, f"raise the limit: ulimit -n {need}")
-    return Check("open files", State.OK, "there is no limit" if limit == resource.RLIM_INFINITY else found)
+        return Check("open files", CheckState.FAILED, found, f"raise the limit: ulimit -n {need}")
+    return Check("open files", CheckState.OK, "there is no limit" if limit == resource.RLIM_INFINITY else found)
 
 
 def check_keys(directory: Path | None, bind: str) -> Check:
@@ -142,17 +142,17 @@ def check_keys(directory: Path | None, bind: str) -> Check:
         sockets.check_address(bind)
         if directory is None:
             if sockets.is_local(bind):
-                return Check("keys", State.OK, f"none needed: only this machine can reach {bind}")
+                return Check("keys", CheckState.OK, f"none needed: only this machine can reach {bind}")
             return Check(
                 "keys",
-                State.FAILED,
+                CheckState.FAILED,
                 f"other machines can reach {bind}",
                 "run `loader-service keygen DIR`, and start with --keys DIR",
             )
         allowed = len(node_keys(directory).allowed)
     except LoaderServiceError as error:
-        return Check("keys", State.FAILED, str(error))
-    return Check("keys", State.OK, f"{directory} is private and allows {allowed} clients")
+        return Check("keys", CheckState.FAILED, str(error))
+    return Check("keys", CheckState.OK, f"{directory} is private and allows {allowed} clients")
 
 
 def check_address(bind: str) -> Check:
@@ -163,7 +163,7 @@ def check_address(bind: str) -> Check:
         router.close()  # before term(), which waits for open sockets
     except LoaderServiceError as error:
         remedy = f"check for a running node with `loader-service status {bind}`, or choose another --bind"
-        return Check("address", State.FAILED, str(error), remedy)
+        return Check("address", CheckState.FAILED, str(error), remedy)
     finally:
         context.term()
-    return Check("address", State.OK, f"{address} is free")
+    return Check("address", CheckState.OK, f"{address} is free")

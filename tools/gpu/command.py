@@ -16,7 +16,7 @@ import msgspec
 from loader_service.cli.job import CONTEXT, Job
 from tools.bench.report.document import machine as describe_host
 from tools.errors import ToolFailed
-from tools.gpu import forms
+from tools.gpu.measure import forms
 from tools.gpu.parts import Name, Part, Settings, parts
 from tools.gpu.probe import Probe
 from tools.gpu.report import markdown

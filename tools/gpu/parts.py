@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from tools.gpu import forms
+from tools.gpu.measure import forms
 
 WORKER_COUNTS: Final = (16, 8, 4, 2, 1)
 """Workers of every loader; the largest first, since it is the most telling."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from tools.bench.trainer import FED_SHARE, TARGETS
-from tools.gpu.feed import STAGES, SYNTHETIC, TRAINER
+from tools.gpu.measure.feed import STAGES, SYNTHETIC, TRAINER
 from tools.gpu.parts import Name
 from tools.gpu.results import Agreement, Fed, Learned, Loading, Marked, Rate, Results, Row, Status
 

@@ -15,7 +15,7 @@ FORMAT: Final = 1
 
 
 class Status(StrEnum):
-    """How a piece of a part ended."""
+    """The end of a piece of a part."""
 
     DONE = "done"
     FAILED = "failed"

@@ -18,7 +18,7 @@ import click
 import msgspec
 import psutil
 
-from tools.gpu import forms
+from tools.gpu.measure import forms
 from tools.gpu.parts import Name, Part, Settings
 from tools.gpu.results import Agreement, Event, Outcome, Rate, Results, Status, save
 from tools.terminal import ROOT

@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from loader_service.node.worker import die_with_parent
-from tools.gpu import agreement, cifar, feed, loaders, marked, speed
+from tools.gpu.measure import agreement, cifar, feed, loaders, marked, speed
 from tools.gpu.parts import Name, Settings
 from tools.gpu.results import AnyRow, Event, Status
 

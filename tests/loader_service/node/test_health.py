@@ -11,7 +11,7 @@ import pytest
 import simplejpeg
 
 from loader_service.node import health
-from loader_service.node.health import State
+from loader_service.node.health import CheckState
 from loader_service.wire.auth import generate
 
 LOCAL = "tcp://127.0.0.1:5555"
@@ -19,17 +19,17 @@ LOCAL = "tcp://127.0.0.1:5555"
 
 def test_a_dataset(dataset_dir: Path, tmp_path: Path) -> None:
     """A sound dataset is reported with its records, a missing one with a remedy."""
-    assert health.check_dataset(dataset_dir).state is State.OK
+    assert health.check_dataset(dataset_dir).state is CheckState.OK
     assert "train (300 records), val (60 records)" in health.check_dataset(dataset_dir).found
     missing = health.check_dataset(tmp_path)
-    assert missing.state is State.FAILED
+    assert missing.state is CheckState.FAILED
     assert "make preprocess" in missing.found
 
 
 def test_samples(other_decoder: None) -> None:
     """An installation that makes other samples fails the check, which lists the versions of its libraries."""
     check = health.check_samples()
-    assert check.state is State.FAILED
+    assert check.state is CheckState.FAILED
     assert f"with numpy {np.__version__}, simplejpeg {simplejpeg.__version__}" in check.found
 
 
@@ -41,14 +41,14 @@ def test_samples_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", fail)
     check = health.check_samples()
-    assert (check.state, "a built-in image cannot be decoded" in check.found) == (State.FAILED, True)
+    assert (check.state, "a built-in image cannot be decoded" in check.found) == (CheckState.FAILED, True)
 
 
 def test_more_workers_than_processors() -> None:
     """One worker passes on any machine; 10,000 give a warning with a better number."""
-    assert health.check_cpus(1).state is State.OK
+    assert health.check_cpus(1).state is CheckState.OK
     many = health.check_cpus(10_000)
-    assert many.state is State.WARNING
+    assert many.state is CheckState.WARNING
     assert many.remedy.endswith(f"--workers {int(health.available_cpus())}")
 
 
@@ -72,43 +72,43 @@ def test_a_cgroups_quota_counts(tmp_path: Path) -> None:
 
 def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for one loader passes, 64 MiB (the default of a container) give a warning, and a missing directory fails."""
-    for free_mib, state in ((111, State.OK), (64, State.WARNING)):
+    for free_mib, state in ((111, CheckState.OK), (64, CheckState.WARNING)):
         usage = type("Usage", (), {"free": free_mib * 2**20})
         monkeypatch.setattr("shutil.disk_usage", lambda _, usage=usage: usage)
         check = health.check_shared_memory(tmp_path)
         assert check.state is state
-        assert ("--shm-size" in check.remedy) == (state is State.WARNING)
+        assert ("--shm-size" in check.remedy) == (state is CheckState.WARNING)
     monkeypatch.undo()
-    assert health.check_shared_memory(tmp_path / "nowhere").state is State.FAILED
+    assert health.check_shared_memory(tmp_path / "nowhere").state is CheckState.FAILED
 
 
 def test_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """The soft limit must allow four files per worker and some for clients."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
-    assert health.check_descriptors(32).state is State.OK
+    assert health.check_descriptors(32).state is CheckState.OK
     few = health.check_descriptors(33)
-    assert (few.state, few.remedy) == (State.FAILED, "raise the limit: ulimit -n 260")
+    assert (few.state, few.remedy) == (CheckState.FAILED, "raise the limit: ulimit -n 260")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert health.check_descriptors(33).state is State.OK
+    assert health.check_descriptors(33).state is CheckState.OK
 
 
 def test_keys(tmp_path: Path) -> None:
     """Keys are optional on loopback and required elsewhere, and only their owner may read them."""
-    assert health.check_keys(None, LOCAL).state is State.OK
-    assert health.check_keys(None, "tcp://0.0.0.0:5555").state is State.FAILED
-    assert health.check_keys(None, "nonsense").state is State.FAILED
+    assert health.check_keys(None, LOCAL).state is CheckState.OK
+    assert health.check_keys(None, "tcp://0.0.0.0:5555").state is CheckState.FAILED
+    assert health.check_keys(None, "nonsense").state is CheckState.FAILED
     generate(tmp_path / "keys")
-    assert health.check_keys(tmp_path / "keys", "tcp://0.0.0.0:5555").state is State.OK
+    assert health.check_keys(tmp_path / "keys", "tcp://0.0.0.0:5555").state is CheckState.OK
     (tmp_path / "keys" / "node.secret").chmod(0o644)
-    assert health.check_keys(tmp_path / "keys", LOCAL).state is State.FAILED
+    assert health.check_keys(tmp_path / "keys", LOCAL).state is CheckState.FAILED
     (tmp_path / "keys" / "node.secret").chmod(0o600)
     (tmp_path / "keys" / "allowed" / "client.key").unlink()
-    assert health.check_keys(tmp_path / "keys", LOCAL).state is State.FAILED
+    assert health.check_keys(tmp_path / "keys", LOCAL).state is CheckState.FAILED
 
 
 def test_an_address_that_is_taken(node_address: str) -> None:
     """A port in use fails the check; a free one passes and stays free."""
-    assert health.check_address("tcp://127.0.0.1:*").state is State.OK
+    assert health.check_address("tcp://127.0.0.1:*").state is CheckState.OK
     taken = health.check_address(node_address)
-    assert taken.state is State.FAILED
+    assert taken.state is CheckState.FAILED
     assert f"loader-service status {node_address}" in taken.remedy

@@ -11,10 +11,10 @@ import msgspec
 import torch
 
 from tools.bench.contest import Contestant, Kind
-from tools.gpu import forms
+from tools.gpu.measure import forms
+from tools.gpu.measure.turns import play
 from tools.gpu.parts import Settings, installed
 from tools.gpu.results import AnyRow, Rate
-from tools.gpu.turns import play
 from trainer.model.alexnet import IMAGE_SIDE_PX, Sizes
 from trainer.model.flops import peak_flops, training_flops
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tools.gpu.forms import FORMS, PLAIN
+from tools.gpu.measure.forms import FORMS, PLAIN
 from tools.gpu.parts import Settings
 from tools.gpu.results import Agreement, AnyRow
 from trainer.model.alexnet import IMAGE_SIDE_PX, AlexNet

@@ -8,10 +8,10 @@ from typing import Final
 
 from tools.bench.contest import Contestant, Kind
 from tools.bench.contestants import FORMS
-from tools.gpu import data
+from tools.gpu.measure import data
+from tools.gpu.measure.turns import play
 from tools.gpu.parts import Settings, installed
 from tools.gpu.results import AnyRow, Loading
-from tools.gpu.turns import play
 
 READY_S: Final = 60.0
 

@@ -18,12 +18,12 @@ from torch.nn import functional
 from loader_service import Loader, LocalNode
 from loader_service.torch import TensorLoader
 from tools.bench.contest import Contestant
-from tools.gpu import data
-from tools.gpu.forms import FORMS
+from tools.gpu.measure import data
+from tools.gpu.measure.forms import FORMS
+from tools.gpu.measure.speed import READY_S, ours
+from tools.gpu.measure.turns import play
 from tools.gpu.parts import Settings
 from tools.gpu.results import AnyRow, Fed
-from tools.gpu.speed import READY_S, ours
-from tools.gpu.turns import play
 from trainer.model.alexnet import IMAGE_SIDE_PX, AlexNet
 from trainer.optimizer import PaperSGD
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from tools.bench.records import photographs as read_photographs
 from tools.errors import ToolFailed
-from tools.gpu import data, forms
+from tools.gpu.measure import data, forms
 from tools.gpu.parts import Settings
 from tools.gpu.results import AnyRow, Learned
 from tools.results import Evaluation, decode, read_summary

@@ -1,0 +1,1 @@
+"""The measurements and checks of ``make gpu``, one file for each part, and what they share: data, forms, turns."""

@@ -45,7 +45,8 @@ class PaperSGD:
             {"params": weights, "weight_decay": WEIGHT_DECAY},
             {"params": biases, "weight_decay": WEIGHT_DECAY if preset.bias_decay else 0.0},
         ]
-        self._sgd = torch.optim.SGD(groups, lr=1.0, momentum=MOMENTUM, fused=fused)
+        # None, not False: without the fused kernel torch may still choose its foreach form, which GPUs need.
+        self._sgd = torch.optim.SGD(groups, lr=1.0, momentum=MOMENTUM, fused=fused or None)
         for parameter in self._named.values():
             # v starts at 0. Without a buffer, SGD's first step would take the gradient without the rate.
             self._sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)

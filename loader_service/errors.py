@@ -21,6 +21,7 @@
     │   └── MessageError                 a message breaks the protocol
     ├── SharedMemoryError             5  shared memory is too small or cannot be opened
     ├── SlotsHeld                     5  the caller's arrays hold every slot
+    ├── PinnedMemoryError             5  CUDA cannot pin the slots
     ├── StateError                    6  a saved state does not fit this loader
     └── NodeFailed                    7  a node cannot start or cannot continue
 
@@ -202,6 +203,19 @@ class SlotsHeld(LoaderServiceError):
         super().__init__(
             f"all {slots} slots are held by arrays that the caller keeps: a batch's arrays are views of a slot, which is "
             "reused when the last of them is released. Copy the arrays to keep (`batch.images.copy()`), or raise prefetch."
+        )
+
+
+class PinnedMemoryError(LoaderServiceError):
+    """CUDA does not register the slots as pinned memory, from which it copies to a GPU."""
+
+    exit_code = 5
+
+    def __init__(self, size: int, code: int) -> None:
+        self.size, self.code = size, code
+        super().__init__(
+            f"CUDA could not register {size} bytes of slots as pinned memory (CUDA error {code}). Error 2 is a lack of "
+            "memory: lower prefetch or batch_size. Error 712 is memory that is registered already, outside of TensorLoader."
         )
 
 

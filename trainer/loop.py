@@ -29,6 +29,7 @@ from trainer.data.paired_feed import PairedFeed, share_facts
 from trainer.errors import ConfigError
 from trainer.evaluation.evaluate import Member, evaluate
 from trainer.evaluation.scores import Evaluation
+from trainer.model.dropout import MaskPlan
 from trainer.model.flops import TERA, peak_flops, training_flops
 from trainer.model.presets import preset_named
 from trainer.model.rng import DropoutKey
@@ -164,7 +165,7 @@ class Training:
         self._profiler = profiler
         self._state, self._recorder, self._folder, self._node = state, recorder, folder, node
         self._feed, self._world, self._reporter, self._stop = feed, world, reporter, stop
-        self._batches = PairedFeed(feed, world, stop)
+        self._batches = PairedFeed(feed, world, stop, _mask_plan(state, world))
         self._subtract_mean = MeanSubtraction(state.facts.mean, state.model.preset, world.devices)
         self._divisor = state.model.preset.jittered_divisor if state.config.ablation.jitter else 1.0
         self._meter = self._new_meter()
@@ -201,7 +202,7 @@ class Training:
         """
         state, devices, crop = self._state, self._world.devices, self._state.facts.crop
         pixels = [torch.zeros(images, crop, crop, 3, dtype=torch.uint8, device=device) for device in devices]
-        windows = Windows.centre(images, len(state.facts.mean), crop)
+        windows = [Windows.centre(images, len(state.facts.mean), crop, device) for device in devices]
         labels = torch.zeros(images, dtype=torch.int64, device=devices[0])
         state.model.train()
         state.optimizer.zero_grad()
@@ -311,7 +312,7 @@ class Training:
                 images = self._subtract_mean(batch.images, batch.windows)  # for each device (B, 3, S, S) float32
                 if self._divisor != 1.0:
                     torch._foreach_div_(images, self._divisor)  # preset "original", in training alone
-                dropout = DropoutKey(config.seed, progress.step, world.replica, images_before)
+                dropout = batch.dropout(DropoutKey(config.seed, progress.step, world.replica, images_before))
                 logits = state.model(images, dropout)  # (B, classes) float32; a zero, (), where fc8 lives elsewhere
                 if world.has_head:
                     loss = functional.cross_entropy(logits, batch.labels)  # (), mean over B
@@ -417,6 +418,19 @@ class Training:
         rows = self._world.gather(msgspec.structs.astuple(self._meter.read()))  # [loss, wrong, images] of each rank
         progress.epoch_tally = Tally(*(sum(column) for column in zip(*rows, strict=True)))
         self._divergence.check(self._interval.tally(progress), self._recorder.newest)
+
+
+def _mask_plan(state: State, world: World) -> MaskPlan:
+    """Return the masks of the batches still to come, with the keys that ``Training._train_step`` will ask for."""
+    config, progress, count = state.config, state.progress, state.facts.count
+    return MaskPlan(
+        first=DropoutKey(config.seed, progress.step, world.replica),
+        units=state.model.dropout_units(),
+        accumulate=config.accumulate,
+        images=config.batch_size // world.replicas,
+        left=-(-(count - progress.seen) // config.batch_size),
+        per_epoch=-(-count // config.batch_size),
+    )
 
 
 def _peak_of_all(config: RunConfig, world: World) -> float | None:

@@ -191,9 +191,11 @@ class Loader:
             self._deliveries = self._begin()
         start = time.perf_counter()
         self._used_s += start - (self._returned_at or start)  # 0 until a batch was returned
-        delivery = self._wait(self._deliveries)
-        self._returned_at = time.perf_counter()
-        self.waited_s += self._returned_at - start
+        try:
+            delivery = self._wait(self._deliveries)
+        finally:  # also if a signal's handler interrupts the wait
+            self._returned_at = time.perf_counter()
+            self.waited_s += self._returned_at - start
         match delivery:
             case Deliver(batch):
                 plan = batch.plan
@@ -257,7 +259,7 @@ class Loader:
         """The uses of this loader's time and slots up to this moment."""
         # The session's thread goes on meanwhile, so the numbers may differ by a batch; hence the max below.
         accounts, filling = self.ledger, self._session.pending
-        held, ready = len(self._held), self._deliveries.qsize() if self._deliveries else 0
+        held, ready = len(self._held), self.ready
         return LoaderMetrics(
             batches=self._batches,
             samples=self._samples,
@@ -274,6 +276,11 @@ class Loader:
             reassigned=sum(account.reassigned for account in accounts),
             substituted=sum(self._substituted.values()),
         )
+
+    @property
+    def ready(self) -> int:
+        """Batches that ``next()`` would return without waiting; the end and an error count as one."""
+        return self._deliveries.qsize() if self._deliveries else 0
 
     @property
     def memory_bytes(self) -> int:

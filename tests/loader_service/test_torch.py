@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from loader_service import Loader, errors
+from loader_service import Batch, Loader, errors
 from loader_service.torch import TensorLoader
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
+GPUS = (torch.device("cuda", 0), torch.device("cuda", 1))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -56,3 +63,262 @@ def test_a_missing_device_is_named(node_address: str) -> None:
         for device in ("gpu", "mps", "cuda:99" if not torch.cuda.is_available() else "meta"):
             with pytest.raises(errors.OptionError, match=f"device='{device}'"):
                 TensorLoader(loader, device)
+
+
+def test_several_devices_get_every_batch(node_address: str) -> None:
+    """The first device's batch has the others' as copies; a device that occurs twice gets one copy."""
+    with Loader(node_address, batch_size=16, timeout_s=20) as loader, TensorLoader(loader, ("cpu", "cpu")) as batches:
+        batch = next(batches)
+        (copy,) = batch.copies
+        assert copy.images.data_ptr() == batch.images.data_ptr()
+        assert copy.copies == ()
+        assert batches.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_extra_arrays_travel_with_their_batch(node_address: str, device: str) -> None:
+    """What ``extra`` returns for a batch comes back with that batch, in its shape and dtype."""
+
+    def extra(batch: Batch) -> dict[str, Any]:
+        return {"start": np.array([[batch.start]], np.int16), "flips": batch.draws["flip"]}
+
+    with Loader(node_address, batch_size=64, timeout_s=20) as loader, TensorLoader(loader, device, extra=extra) as batches:  # fmt: skip
+        for batch in batches:
+            assert batch.extra["start"].tolist() == [[batch.start]]
+            assert batch.extra["start"].dtype == torch.int16
+            assert torch.equal(batch.extra["flips"], batch.flip)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_second_tensor_loader_is_refused(node_address: str, device: str) -> None:
+    """Two on one Loader would each get a part of the batches; after close() or collection of the first one, another may."""
+    with Loader(node_address, timeout_s=20) as loader:
+        first = TensorLoader(loader, device)
+        with pytest.raises(errors.OptionError, match="without another open TensorLoader: close that one first"):
+            TensorLoader(loader, device)
+        first.close()
+        first.close()  # does nothing
+        with pytest.raises(ValueError, match="closed"):
+            next(first)
+        second = TensorLoader(loader, device)
+        next(second)
+        del second
+        gc.collect()
+        with TensorLoader(loader, device) as third:
+            next(third)
+
+
+class PretendedStream:
+    """A stream whose copies are made when it is waited for, as late as possible."""
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], object]] = []
+        self.done = 0
+
+    def record_event(self) -> PretendedEvent:
+        return PretendedEvent(self)
+
+    def wait_event(self, event: PretendedEvent) -> None:
+        """Do nothing: the host goes on, and the copies are made later."""
+
+    def synchronize(self) -> None:
+        while self.work:
+            self.work.pop(0)()
+            self.done += 1
+
+
+class PretendedEvent:
+    """A point in a stream, reached when nothing before it is left to do."""
+
+    def __init__(self, stream: PretendedStream) -> None:
+        self._stream, self._reached_at = stream, stream.done + len(stream.work)
+
+    def query(self) -> bool:
+        return self._stream.done >= self._reached_at
+
+
+class PretendedCuda:
+    """Two GPUs whose tensors lie on the CPU, and CUDA's registration of host memory.
+
+    Fields:
+        copies: (bytes, True if the source is pinned) of each copy to a GPU.
+        registered: size of each registered block, by address.
+        code: error of the next registrations; 0 for none.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.copies: list[tuple[int, bool]] = []
+        self.registered: dict[int, int] = {}
+        self.code = 0
+        self.consumer = PretendedStream()
+        self._pinned: list[Tensor] = []
+        self._current: PretendedStream | None = None
+        self._streams: list[PretendedStream] = []
+        empty, to = torch.empty, Tensor.to
+
+        def pinned_empty(*size: Any, pin_memory: bool = False, **more: Any) -> Tensor:
+            tensor = empty(*size, **more)
+            if pin_memory:
+                self._pinned.append(tensor)
+            return tensor
+
+        def copy(tensor: Tensor, device: object, non_blocking: bool = False) -> Tensor:
+            if device not in GPUS:
+                return to(tensor, device)
+            assert non_blocking
+            assert self._current is not None, "a copy on the consumer's stream would wait for the step"
+            self.copies.append((tensor.nbytes, self._is_pinned(tensor)))
+            target = torch.zeros_like(tensor)
+            self._current.work.append(lambda: target.copy_(tensor))
+            return target
+
+        monkeypatch.setattr(torch, "empty", pinned_empty)
+        monkeypatch.setattr(Tensor, "to", copy)
+        monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "device", nullcontext)
+        monkeypatch.setattr(torch.cuda, "Stream", self._new_stream)
+        monkeypatch.setattr(torch.cuda, "stream", self._use)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.consumer)
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+        assert flags == 1  # for all GPUs
+        if self.code:
+            return self.code
+        if address in self.registered:
+            return 712
+        self.registered[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        return 0 if self.registered.pop(address, None) else 713
+
+    def finish(self) -> None:
+        """Let all copies be made."""
+        for stream in self._streams:
+            stream.synchronize()
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        blocks = [(block.data_ptr(), block.nbytes) for block in self._pinned] + list(self.registered.items())
+        return any(
+            start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= start + size for start, size in blocks
+        )
+
+    def _new_stream(self, device: object) -> PretendedStream:
+        self._streams.append(PretendedStream())
+        return self._streams[-1]
+
+    @contextmanager
+    def _use(self, stream: PretendedStream) -> Iterator[None]:
+        self._current = stream
+        yield
+        self._current = None
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> PretendedCuda:
+    return PretendedCuda(monkeypatch)
+
+
+@pytest.fixture
+def always_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next batch count as ready, so that every step copies one ahead."""
+    monkeypatch.setattr(Loader, "ready", property(lambda loader: 1))
+
+
+def arrays(address: str, **options: Any) -> list[tuple[Any, ...]]:
+    with Loader(address, timeout_s=20, **options) as loader:
+        return [(b.images.copy(), b.labels.copy(), b.ids.copy(), b.draws.copy()) for b in loader]
+
+
+@pytest.mark.usefixtures("always_ready")
+def test_a_batch_travels_to_each_gpu_in_two_pinned_copies(node_address: str, cuda: PretendedCuda) -> None:
+    """Pixels go straight from their slot, and everything else in one packet; the host never waits for a step."""
+    expected = arrays(node_address, batch_size=32)
+    with Loader(node_address, batch_size=32, timeout_s=20) as loader, TensorLoader(loader, GPUS, extra=lambda b: {"e": b.ids}) as batches:  # fmt: skip
+        for images, labels, ids, draws in expected:
+            batch = next(batches)
+            cuda.finish()
+            for each in (batch, *batch.copies):
+                np.testing.assert_array_equal(each.images.numpy(), images)
+                for tensor, array in ((each.labels, labels), (each.ids, ids), (each.extra["e"], ids)):
+                    np.testing.assert_array_equal(tensor.numpy(), array)
+                for name in ("y", "x", "flip", "shift"):
+                    np.testing.assert_array_equal(getattr(each, name).numpy(), draws[name])
+            assert len(batch.copies) == 1
+        with pytest.raises(StopIteration):
+            next(batches)
+    assert all(pinned for _, pinned in cuda.copies)
+    assert len(cuda.copies) == 2 * len(GPUS) * len(expected)
+
+
+@pytest.mark.usefixtures("always_ready")
+def test_a_slot_is_kept_until_its_copies_are_done(node_address: str, cuda: PretendedCuda) -> None:
+    """A slow GPU holds slots, not wrong pixels; once its copies are done the slots return."""
+    expected = arrays(node_address, batch_size=16)
+    with Loader(node_address, batch_size=16, prefetch=6, timeout_s=20) as loader, TensorLoader(loader, "cuda") as batches:  # fmt: skip
+        handed_out = [next(batches) for _ in range(5)]
+        assert loader.metrics.slots["held"] == 6  # with the one that is copied ahead
+        cuda.finish()
+        next(batches)
+        assert loader.metrics.slots["held"] == 2
+        for batch, (images, *_) in zip(handed_out, expected, strict=False):
+            np.testing.assert_array_equal(batch.images.numpy(), images)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_held_slots_are_no_standstill(node_address: str) -> None:
+    """If the loader can deliver nothing before copies are done, next() waits for them instead of failing."""
+    expected = arrays(node_address, batch_size=16)
+    with Loader(node_address, batch_size=16, prefetch=1, timeout_s=20) as loader, TensorLoader(loader, "cuda") as batches:  # fmt: skip
+        assert len(list(batches)) == len(expected)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_batch_does_not_wait_for_the_next_one(node_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the next batch is not ready, this one is returned alone."""
+    monkeypatch.setattr(Loader, "ready", property(lambda loader: 0))
+    with Loader(node_address, batch_size=16, timeout_s=20) as loader, TensorLoader(loader, "cuda") as batches:
+        next(batches)
+        assert batches.state_dict() == loader.state_dict()
+
+
+@pytest.mark.usefixtures("always_ready")
+def test_state_and_ledger_count_what_was_returned(node_address: str, cuda: PretendedCuda) -> None:
+    """A batch that is copied ahead is neither passed in the state nor delivered in the ledger."""
+    with Loader(node_address, batch_size=16, epochs=2, timeout_s=20) as loader, TensorLoader(loader, "cuda") as batches:
+        start = batches.state_dict()
+        batch = next(batches)
+        assert batches.state_dict() != loader.state_dict()
+        assert batches.ledger[0].delivered == 16
+        assert loader.ledger[0].delivered == 32
+        batches.load_state_dict(start)
+        again = next(batches)
+        cuda.finish()
+        assert again.ids.tolist() == batch.ids.tolist() != [0] * 16
+
+
+def test_memory_that_cuda_refuses_is_named(node_address: str, cuda: PretendedCuda) -> None:
+    """The error has CUDA's number, and the loader stays usable."""
+    with Loader(node_address, batch_size=16, timeout_s=20) as loader:
+        cuda.code = 2
+        with pytest.raises(errors.PinnedMemoryError, match=r"CUDA error 2.*lower prefetch or batch_size"):
+            TensorLoader(loader, "cuda")
+        cuda.code = 0
+        with TensorLoader(loader, "cuda") as batches:
+            assert list(cuda.registered.values()) == [loader.memory.nbytes]
+            next(batches)
+    assert cuda.registered == {}
+
+
+def test_memory_is_unregistered_without_close(node_address: str, cuda: PretendedCuda) -> None:
+    """A TensorLoader that is dropped waits for its copies and unregisters the slots."""
+    with Loader(node_address, batch_size=16, timeout_s=20) as loader:
+        batches = TensorLoader(loader, "cuda")
+        batch = next(batches)
+        del batches
+        gc.collect()
+        assert cuda.registered == {}
+        assert batch.images.any()

@@ -15,8 +15,11 @@ import torch
 from click.testing import CliRunner, Result
 
 from trainer.cli import main
+from trainer.data.feed import DeviceBatch
 from trainer.errors import CheckpointError
 from trainer.model.alexnet import AlexNet
+from trainer.model.dropout import DrawnMasks
+from trainer.model.rng import DropoutKey
 from trainer.parallel import devices
 from trainer.run import checkpoint, divergence
 from trainer.run.checkpoint import Checkpoint
@@ -49,6 +52,34 @@ def test_it_tells_of_speed_and_layers(node: str, tmp_path: Path) -> None:
     assert ratio == pytest.approx(mean_dw / mean_w, rel=1e-2)
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["deterministic"] is True
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_every_batch_brings_its_masks(
+    node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    """No step draws masks of its own: not after an epoch's short last update, nor after a resume within an epoch."""
+    plain, asked = DeviceBatch.dropout, []
+
+    def dropout(batch: DeviceBatch, key: DropoutKey) -> DropoutKey:
+        masks = plain(batch, key)
+        asked.append((key.step, key.first, isinstance(masks, DrawnMasks)))
+        if len(asked) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return masks
+
+    monkeypatch.setattr(DeviceBatch, "dropout", dropout)
+    options = ["--batch-size", "50", "--accumulate", str(accumulate), "--crop", "64", "--epochs", "2"]
+    assert run(node, tmp_path / "run", *options).exit_code == 0
+    assert ended(tmp_path / "run").plain.progress.step == (1 if accumulate == 4 else 5)
+    assert run(node, tmp_path / "run", *options, "--resume", "auto").exit_code == 0
+    assert all(came for _, _, came in asked)
+    places = [(step, first) for step, first, _ in asked]
+    if accumulate == 1:
+        assert places == [(step, 0) for step in range(12)]
+    else:  # the second update is given up by the stop, and begins again
+        epoch = [(0, 0), (0, 50), (0, 100), (0, 150), (1, 0), (1, 50)]
+        assert places == [*epoch[:5], *epoch[4:], *((step + 2, first) for step, first in epoch)]
 
 
 def test_a_few_steps_are_profiled(node: str, tmp_path: Path) -> None:

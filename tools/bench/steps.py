@@ -21,6 +21,7 @@ from trainer.config import Source
 from trainer.data.feed import DeviceBatch, Feed, open_source
 from trainer.data.normalisation import MeanSubtraction, Windows
 from trainer.model.alexnet import AlexNet
+from trainer.model.dropout import MaskPlan
 from trainer.model.rng import DropoutKey
 from trainer.model.speed import Speed, numerics
 from trainer.optimizer import PaperSGD
@@ -56,6 +57,8 @@ def main(batch: int, width: float, device: str, speed: str, data: Path | None, w
             feed = stack.enter_context(Feed(node, "train", "train", batch, (place,), epochs=EPOCHS))
             batches, classes, mean = feed, len(feed.facts.class_names), feed.facts.mean
         model = AlexNet(classes, width, devices=(place,), speed=msgspec.json.decode(speed, type=Speed))
+        if data is not None:
+            feed.draw_masks(MaskPlan(DropoutKey(0, 0), model.dropout_units()))  # as in a run
         step = stepper(model, MeanSubtraction(mean, model.preset, (place,)))
         deliver(chunks(step, batches, place))
 
@@ -70,8 +73,8 @@ def noise(size: int, device: torch.device) -> DeviceBatch:
     """Return a batch of random pixels, (size, 224, 224, 3) uint8, and labels, (size,) int64, on ``device``."""
     images = torch.randint(0, 256, (size, CROP, CROP, 3), dtype=torch.uint8).to(device)
     labels = torch.randint(0, CLASSES, (size,)).to(device)
-    # Epoch 0, one view of each image.
-    return DeviceBatch((images,), Windows.centre(size, RECORD, CROP), labels, labels.cpu().numpy(), 0, 1)
+    # Epoch 0, one view of each image; the labels serve as record numbers, too.
+    return DeviceBatch((images,), (Windows.centre(size, RECORD, CROP, device),), labels, labels, 0, 1)
 
 
 def stepper(model: AlexNet, centre: MeanSubtraction) -> Callable[[DeviceBatch], int]:
@@ -82,7 +85,7 @@ def stepper(model: AlexNet, centre: MeanSubtraction) -> Callable[[DeviceBatch], 
     def step(batch: DeviceBatch) -> int:
         optimizer.zero_grad()
         # A new step number draws new dropout masks, as in a run; the cost of drawing is part of a step.
-        logits = model(centre(batch.images, batch.windows), DropoutKey(0, next(numbers)))
+        logits = model(centre(batch.images, batch.windows), batch.dropout(DropoutKey(0, next(numbers))))
         torch.autograd.backward(functional.cross_entropy(logits, batch.labels))
         optimizer.step()
         return len(batch.labels)  # a shape, known on the host: does not wait for the GPU

@@ -1,14 +1,13 @@
 """The trainer's interface to the loader service; no other module of the trainer talks to it.
 
-It finds a node or starts a private one, turns the batches of a ``Loader`` into tensors on the devices, and measures how
-long the trainer waits for them. Pixels stay uint8 until they are on the device, where ``trainer.data.normalisation``
-converts them to floats.
+It finds a node or starts a private one, takes tensors on the devices from a ``TensorLoader``, and measures how long the
+trainer waits for them. Dropout masks travel in the same packet as labels and crop positions. Pixels stay uint8
+until they are on the device, where ``trainer.data.normalisation`` converts them to floats.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +19,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loader_service import EpochAccount, Loader, LocalNode, View, defaults, describe
+from loader_service import Batch, EpochAccount, Loader, LocalNode, View, defaults, describe
 from loader_service.data.image_file import load_picture
 from loader_service.errors import LoaderServiceError, NoNodeError
+from loader_service.torch import TensorLoader
 from loader_service.types import Split
 from trainer.config import Source
 from trainer.data.normalisation import Facts, Windows
 from trainer.model.ablation import Ablation
+from trainer.model.dropout import DrawnMasks, MaskPlan
 from trainer.model.presets import Preset
-from trainer.parallel.devices import Stager
+from trainer.model.rng import DropoutKey
 
 __all__ = ["DeviceBatch", "Endpoint", "Feed", "LoaderServiceError", "load_image", "open_source", "training_view"]
 
@@ -66,19 +67,25 @@ class DeviceBatch:
 
     Fields:
         images: for each device (B V, S, S, 3) uint8, R, G, B; the V crops of a record are adjacent.
-        windows: position of each crop in its record.
+        windows: for each device the position of each crop in its record.
         labels: (B,) int64 on the first device.
-        ids: (B,) int64 on the host, the record number of each position.
+        ids: (B,) int64 on the first device, the record number of each position; empty in a process of tower 1.
         epoch: number of the epoch, from 0.
         views: V, crops of each record: 10 for ten-crop, else 1.
+        masks: dropout masks that came with the batch; None if none were drawn.
     """
 
     images: tuple[Tensor, ...]
-    windows: Windows
+    windows: tuple[Windows, ...]
     labels: Tensor
-    ids: npt.NDArray[np.int64]
+    ids: Tensor
     epoch: int
     views: int
+    masks: DrawnMasks | None = None
+
+    def dropout(self, key: DropoutKey) -> DropoutKey:
+        """Return the masks of ``key`` if they came with the batch, else the key, whose masks are then drawn on use."""
+        return self.masks if self.masks is not None and self.masks.key == key else key
 
 
 class Feed:
@@ -96,7 +103,7 @@ class Feed:
         rank, world_size: part of each batch that this process takes, and number of parts.
         crop: side of the crops, in pixels; None takes the view's, and for a view's name 7/8 of the records' side.
 
-    On a CPU the images are views of the loader's memory: release a batch before fetching many more.
+    On a CPU images and labels are views of the loader's memory: release a batch before fetching many more.
     """
 
     def __init__(
@@ -129,39 +136,56 @@ class Feed:
         )
         if state is not None:
             self._loader.load_state_dict(state)  # refuses another dataset, view or seed
-        self._stager = Stager(devices)
-        self._first = devices[0]
-        self.waited_s = 0.0
-        """Seconds spent waiting for the loader."""
+        self._plan: MaskPlan | None = None
+        self._sent = self._returned = 0  # batches
+        try:
+            self._tensors = TensorLoader(self._loader, devices, extra=self._masks)
+        except BaseException:
+            self._loader.close()
+            raise
+
+    def draw_masks(self, plan: MaskPlan) -> None:
+        """Draw dropout masks for all batches; call this before the first one."""
+        self._plan = plan
 
     def __enter__(self) -> Feed:
-        self._loader.__enter__()
-        self._batches = iter(self._loader)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._loader.__exit__(kind, error, trace)
+        self._tensors.close()
+        self._loader.close()
 
     def __iter__(self) -> Iterator[DeviceBatch]:
         return self
 
     def __next__(self) -> DeviceBatch:
-        began_s = time.perf_counter()
-        try:
-            batch = next(self._batches)
-        finally:  # also if a stop interrupts the wait
-            self.waited_s += time.perf_counter() - began_s
-        draws = batch.draws.reshape(-1)  # (B V,) struct: y, x, flip, shift
+        batch = next(self._tensors)
+        each = (batch, *batch.copies)
+        number, self._returned = self._returned, self._returned + 1
+        masks = None
+        if self._plan:
+            masks = self._plan.drawn(number, len(batch.labels), [one.extra["masks"] for one in each])
         return DeviceBatch(
-            images=self._stager.put(batch.images.reshape(-1, *batch.images.shape[-3:])),  # (B V, S, S, 3)
-            windows=Windows(draws["y"].astype(np.int64), draws["x"].astype(np.int64), draws["flip"].copy()),
-            labels=torch.from_numpy(batch.labels.copy()).to(self._first, non_blocking=True),
-            ids=batch.ids.copy(),
+            images=tuple(one.images.view(-1, *one.images.shape[-3:]) for one in each),  # (B V, S, S, 3)
+            windows=tuple(Windows(one.y.flatten(), one.x.flatten(), one.flip.flatten()) for one in each),
+            labels=batch.labels,
+            ids=batch.ids,
             epoch=batch.epoch,
-            views=draws.size // max(1, len(batch.labels)),  # a rank's part of a short last batch may be empty
+            views=batch.y.numel() // max(1, len(batch.labels)),  # a rank's part of a short last batch may be empty
+            masks=masks,
         )
+
+    def _masks(self, batch: Batch) -> Mapping[str, npt.NDArray[np.uint8]]:
+        """Draw the masks of the next batch; the TensorLoader may be one batch ahead of this iterator."""
+        number, self._sent = self._sent, self._sent + 1
+        return {"masks": self._plan.draw(number, len(batch.labels))} if self._plan else {}
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds spent waiting for the loader."""
+        return self._loader.waited_s
 
     @property
     def facts(self) -> Facts:
@@ -176,13 +200,12 @@ class Feed:
         )
 
     def state(self) -> dict[str, Any]:
-        """Return the position of the first sample that has not been delivered, as plain values."""
-        state: dict[str, Any] = self._loader.state_dict()
-        return state
+        """Return the position of the first sample that this feed has not returned, as plain values."""
+        return self._tensors.state_dict()
 
     def accounts(self) -> list[EpochAccount]:
         """Return the account of each epoch that this feed has begun."""
-        return self._loader.ledger
+        return self._tensors.ledger
 
 
 @contextmanager

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -38,22 +36,26 @@ class Facts:
 
 @dataclass(frozen=True)
 class Windows:
-    """Positions of P crops in their records.
+    """Positions of P crops in their records, on one device: the crops', where GPUs are concerned, so that nothing waits.
 
     Fields:
         y, x: (P,) int64, first row and column, before the flip.
         flip: (P,) bool, True for mirrored crops.
     """
 
-    y: npt.NDArray[np.int64]
-    x: npt.NDArray[np.int64]
-    flip: npt.NDArray[np.bool_]
+    y: Tensor
+    x: Tensor
+    flip: Tensor
 
     @classmethod
-    def centre(cls, count: int, record_side: int, crop_side: int) -> Windows:
-        """Return the centre crops of ``count`` records, not mirrored."""
-        first = np.full(count, (record_side - crop_side) // 2)
-        return cls(first, first, np.zeros(count, np.bool_))
+    def centre(cls, count: int, record_side: int, crop_side: int, device: torch.device | None = None) -> Windows:
+        """Return the centre crops of ``count`` records, not mirrored, on ``device`` (default: the CPU)."""
+        first = torch.full((count,), (record_side - crop_side) // 2, device=device)
+        return cls(first, first, torch.zeros(count, dtype=torch.bool, device=device))
+
+    def to(self, device: torch.device) -> Windows:
+        """Return the same positions on ``device``."""
+        return Windows(self.y.to(device), self.x.to(device), self.flip.to(device))
 
 
 class MeanSubtraction:
@@ -70,42 +72,36 @@ class MeanSubtraction:
         both = torch.stack([mean, mean.flip(1)])  # (2, side, side, 3): the mean and its mirror image
         self._means = {device: both.to(device) for device in devices}
 
-    def __call__(self, images: Sequence[Tensor], windows: Windows) -> list[Tensor]:
+    def __call__(self, images: Sequence[Tensor], windows: Sequence[Windows]) -> list[Tensor]:
         """Subtract the mean from a batch of P crops.
 
         Args:
             images: for each device (P, S, S, 3) uint8, R, G, B.
-            windows: positions of the P crops.
+            windows: for each device positions of the P crops.
 
         Returns:
             For each device (P, 3, S, S) float32, channels-last, -255 to 255.
         """
-        return [self._on_device(batch, windows) for batch in images]
+        return [self._on_device(*pair) for pair in zip(images, windows, strict=True)]
 
     def _on_device(self, images: Tensor, windows: Windows) -> Tensor:
         means = self._means[images.device]
         side, record_side = images.shape[1], means.shape[1]
         if not self._follows_crop:
-            windows = Windows.centre(len(images), record_side, side)
+            windows = Windows.centre(len(images), record_side, side, images.device)
         # A mirrored crop reads the mirrored mean, where its window starts at the other edge.
-        x = np.where(windows.flip, record_side - side - windows.x, windows.x)
+        x = torch.where(windows.flip, record_side - side - windows.x, windows.x)
         # A CPU call is cheap and memory traffic is not; on a GPU the launches of a loop would take longer than the work.
         subtract = subtract_by_loop if images.device.type == "cpu" else subtract_at_once
         return subtract(images, means, windows.flip, windows.y, x)
 
 
-def subtract_by_loop(
-    images: Tensor,
-    means: Tensor,
-    which: npt.NDArray[np.bool_],
-    y: npt.NDArray[np.int64],
-    x: npt.NDArray[np.int64],
-) -> Tensor:
+def subtract_by_loop(images: Tensor, means: Tensor, which: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Subtract the window of each crop, one by one: least memory traffic, best on a CPU.
 
     Args:
         images: (P, S, S, 3) uint8.
-        means: (2, M, M, 3) float32, on the same device: the mean image and its mirror image.
+        means: (2, M, M, 3) float32, on the same device as all arguments: the mean image and its mirror image.
         which: (P,) bool, index into ``means``.
         y: (P,) int64, first row of each window.
         x: (P,) int64, first column of each window.
@@ -120,15 +116,9 @@ def subtract_by_loop(
     return out.permute(0, 3, 1, 2)  # a view; its memory is channels-last
 
 
-def subtract_at_once(
-    images: Tensor,
-    means: Tensor,
-    which: npt.NDArray[np.bool_],
-    y: npt.NDArray[np.int64],
-    x: npt.NDArray[np.int64],
-) -> Tensor:
+def subtract_at_once(images: Tensor, means: Tensor, which: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Subtract all windows in two operations, best on a GPU; arguments and result as in ``subtract_by_loop``."""
     side = images.shape[1]
     windows = means.unfold(1, side, 1).unfold(2, side, 1)  # a view, (2, M - S + 1, M - S + 1, 3, S, S)
-    index = torch.from_numpy(np.stack([which, y, x]).astype(np.int64)).to(images.device, non_blocking=True)  # (3, P)
-    return torch.sub(images.permute(0, 3, 1, 2), windows[index[0], index[1], index[2]])
+    # Indices of int64 on the device: a bool would be a mask, whose size the host would have to wait for.
+    return torch.sub(images.permute(0, 3, 1, 2), windows[which.long(), y, x])

@@ -39,12 +39,12 @@ class Member:
     model: AlexNet
     subtract_mean: MeanSubtraction
 
-    def probabilities(self, images: Sequence[Tensor], windows: Windows, views: int) -> Tensor:
+    def probabilities(self, images: Sequence[Tensor], windows: Sequence[Windows], views: int) -> Tensor:
         """Return softmax outputs, averaged over the crops of each record.
 
         Args:
             images: for each device (B V, S, S, 3) uint8.
-            windows: positions of the B V crops.
+            windows: for each device positions of the B V crops.
             views: V, crops of each record.
 
         Returns:

@@ -40,7 +40,7 @@ def predict(run: Path, images: Sequence[Path], devices: Sequence[str]) -> Iterat
     for path in images:
         pixels, windows = load_image(path, facts)  # (1, crop, crop, 3) uint8
         with torch.inference_mode():
-            probabilities = member.probabilities([pixels.to(device)], windows, views=1)[0]  # (classes,)
+            probabilities = member.probabilities([pixels.to(device)], [windows.to(device)], views=1)[0]  # (classes,)
         best = probabilities.topk(min(TOP, len(facts.class_names)))
         guesses = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         yield Prediction(str(path), [Guess(facts.class_names[label], probability) for label, probability in guesses])

@@ -297,6 +297,12 @@ class AlexNet(nn.Module):
         elsewhere = {str(index) for index in range(self.sizes.towers)} - set(self.towers)
         return rest.partition(".")[0] not in elsewhere if owner == "towers" else owner != "fc8" or self.fc8 is not None
 
+    def dropout_units(self) -> dict[tuple[int, int], int]:
+        """Return the units that dropout applies to, by (tower, layer), in all towers, also those of other processes."""
+        counts = self.sizes.counts() if self.ablation.dropout else {}
+        layers = [(LAYER_NUMBERS[name], counts[name]) for name in ("fc6", "fc7") if name in counts]
+        return {(tower, layer): units for tower in range(self.sizes.towers) for layer, units in layers}
+
     @property
     def each_tower(self) -> list[Tower]:
         """Towers in this process, in order."""

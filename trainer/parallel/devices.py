@@ -1,19 +1,13 @@
-"""Devices of the towers: their choice, the transfer of batches from host memory, and the batch that fits."""
+"""Devices of the towers: their choice, and the batch that fits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from trainer.errors import ConfigError, DeviceError
-
-_STAGES: Final = 2
-"""Number of pinned buffers: one is filled while the other is copied to the device."""
 
 _TRIALS: Final = (4, 8)
 """Images in the two trial batches."""
@@ -57,71 +51,6 @@ def choose_devices(asked: Sequence[str], towers: int) -> tuple[torch.device, ...
 def choose_device(asked: Sequence[str]) -> torch.device:
     """Return one device for a whole network; raise as ``choose_devices`` does."""
     return choose_devices(asked, 1)[0]
-
-
-class Stager:
-    """Copies of host arrays on the devices, made while the devices compute.
-
-    For a GPU, an array is copied to pinned memory and from there to the device on a separate stream, while the previous
-    step still computes. On the CPU nothing is copied: the tensor shares the array's memory.
-
-    Args:
-        devices: targets, one for each tower; a device that occurs twice gets one copy.
-    """
-
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        self._unique = tuple(dict.fromkeys(devices))
-        self._devices = tuple(devices)
-        self._streams = {
-            d: torch.cuda.Stream(device=d)  # type: ignore[no-untyped-call]
-            for d in self._unique
-            if d.type == "cuda"
-        }
-        self._stages = [_Stage() for _ in range(_STAGES)]
-        self._turn = 0
-
-    def put(self, array: npt.NDArray[np.generic]) -> tuple[Tensor, ...]:
-        """Return the array as a tensor on each device, of the same shape and dtype.
-
-        On the CPU the tensor is a view that keeps the array alive. For GPUs the array may be reused at once.
-        """
-        if not self._streams:
-            return (torch.from_numpy(array),) * len(self._devices)
-        stage = self._stages[self._turn]
-        self._turn = (self._turn + 1) % _STAGES
-        pinned = stage.fill(array)
-        sent = {device: self._send(pinned, device, stage) for device in self._unique}
-        return tuple(sent[device] for device in self._devices)
-
-    def _send(self, pinned: Tensor, device: torch.device, stage: _Stage) -> Tensor:
-        if device.type == "cpu":
-            return pinned.clone()  # the buffer is filled again two batches later
-        stream, compute = self._streams[device], torch.cuda.current_stream(device)
-        with torch.cuda.stream(stream):
-            tensor = pinned.to(device, non_blocking=True)
-            stage.sent.append(stream.record_event())
-        compute.wait_stream(stream)  # the host does not wait
-        # The allocator knows only the stream that allocated; without this it could reuse memory that compute still reads.
-        tensor.record_stream(compute)
-        return tensor
-
-
-class _Stage:
-    """A pinned buffer that is refilled only when the copies from it are complete."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self.sent: list[torch.cuda.Event] = []
-
-    def fill(self, array: npt.NDArray[np.generic]) -> Tensor:
-        """Copy ``array`` into the buffer and return it as a tensor of the array's shape and dtype."""
-        for event in self.sent:
-            event.synchronize()
-        self.sent.clear()
-        source = torch.from_numpy(array)
-        if self._buffer.numel() < array.nbytes:  # pinning is slow, so buffers only grow
-            self._buffer = torch.empty(array.nbytes, dtype=torch.uint8, pin_memory=True)
-        return self._buffer[: array.nbytes].view(source.dtype).view(source.shape).copy_(source)
 
 
 def out_of_memory_error(

@@ -16,9 +16,13 @@ from loader_service.errors import LoaderServiceError, NoNodeError, PictureError
 from trainer.config import Source
 from trainer.data import feed
 from trainer.data.feed import Endpoint, Feed, load_image, open_source, training_view
-from trainer.data.normalisation import Facts
+from trainer.data.normalisation import Facts, MeanSubtraction
+from trainer.model import dropout
 from trainer.model.ablation import Ablation
+from trainer.model.alexnet import AlexNet
+from trainer.model.dropout import DrawnMasks, MaskPlan, dropout_mask
 from trainer.model.presets import PRESETS
+from trainer.model.rng import DropoutKey
 
 CPU = (torch.device("cpu"),)
 CLASSES = 3
@@ -35,7 +39,7 @@ def test_batches_are_tensors(node: str) -> None:
         assert [images.shape for images in batch.images] == [(32, 224, 224, 3)] * 2
         assert batch.images[0].dtype == torch.uint8
         assert batch.labels.tolist() == [int(number) % CLASSES for number in batch.ids]
-        assert len(batch.windows.y) == len(batch.windows.flip) == 32
+        assert [len(windows.y) for windows in batch.windows] == [32] * 2
         assert batches.waited_s > 0
         assert batches.facts.count == 300
         assert batches.facts.class_names == ("ant", "bee", "cat")
@@ -49,7 +53,7 @@ def test_ten_crops_follow_each_other(node: str) -> None:
     assert batch.views == 10
     assert batch.images[0].shape == (40, 224, 224, 3)
     assert len(batch.labels) == 4
-    assert batch.windows.flip[:10].tolist() == [False] * 5 + [True] * 5
+    assert batch.windows[0].flip[:10].tolist() == [False] * 5 + [True] * 5
 
 
 def test_a_feed_goes_on_where_another_was_left(node: str) -> None:
@@ -63,6 +67,37 @@ def test_a_feed_goes_on_where_another_was_left(node: str) -> None:
     together = first + rest
     assert sorted(together[:300]) == sorted(together[300:]) == list(range(300))
     assert [(account.expected, account.delivered) for account in accounts] == [(300 - 128, 300 - 128), (300, 300)]
+
+
+def test_masks_come_with_their_batch(node: str) -> None:
+    """Each batch has the masks of its own step, for every layer and device; for another key they are drawn on use."""
+    plan = MaskPlan(DropoutKey(seed=3, step=7, replica=1), {(0, 6): 20, (0, 7): 13, (1, 6): 20})
+    with Feed(Endpoint(node, ""), "train", "train", 128, (*CPU, *CPU)) as batches:
+        batches.draw_masks(plan)
+        for number, batch in enumerate(batches):
+            images, key = len(batch.labels), DropoutKey(3, 7 + number, 1)
+            masks = batch.dropout(key)
+            assert isinstance(masks, DrawnMasks)
+            for (tower, layer), units in plan.units.items():
+                mask = dropout_mask((images, units), masks, tower, layer, CPU[0])
+                assert torch.equal(mask, dropout_mask((images, units), key, tower, layer, CPU[0]))
+            other = DropoutKey(3, 8 + number, 1)
+            assert batch.dropout(other) is other
+    assert number == 2
+
+
+def test_a_step_uses_the_masks_that_came(node: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network draws no masks of its own, in either layout of the towers, and its outputs are those of the key."""
+    for devices in (CPU, CPU * 2):
+        model = AlexNet(3, width=0.05, crop=64, devices=devices).train()
+        with Feed(Endpoint(node, ""), "train", "train", 100, devices, crop=64) as batches:
+            batches.draw_masks(MaskPlan(DropoutKey(0, 5), model.dropout_units()))
+            batch, subtract = next(batches), MeanSubtraction(batches.facts.mean, model.preset, devices)
+        images = subtract(batch.images, batch.windows)
+        expected = model(images, DropoutKey(0, 5))
+        with monkeypatch.context() as patch:
+            patch.setattr(dropout, "dropout_bits", lambda *_, **__: pytest.fail("a mask was drawn in the step"))
+            assert torch.equal(model(images, batch.dropout(DropoutKey(0, 5))), expected)
 
 
 def test_original_jitter_is_by_standard_deviation(node: str) -> None:
@@ -81,8 +116,8 @@ def test_augmentations_can_be_switched_off(node: str) -> None:
         with Feed(Endpoint(node, ""), "train", view, 32, CPU) as batches:
             batch = next(batches)
         assert view.jitter == 0
-        assert batch.windows.flip.any() == ablation.flips
-        assert (len(set(batch.windows.y.tolist())) > 1) == ablation.crops
+        assert batch.windows[0].flip.any() == ablation.flips
+        assert (len(set(batch.windows[0].y.tolist())) > 1) == ablation.crops
         assert batch.ids.tolist() != sorted(batch.ids.tolist())
 
 

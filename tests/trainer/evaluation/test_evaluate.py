@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ def batch(labels: list[int], views: int = 1) -> DeviceBatch:
     pictures = len(labels) * views
     pixels = torch.zeros(pictures, 224, 224, 3, dtype=torch.uint8)
     return DeviceBatch(
-        (pixels,), Windows.centre(pictures, 256, 224), torch.tensor(labels), np.arange(len(labels)), 0, views
+        (pixels,), (Windows.centre(pictures, 256, 224),), torch.tensor(labels), torch.arange(len(labels)), 0, views
     )
 
 

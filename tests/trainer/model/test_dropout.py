@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.model.dropout import dropout_mask, halve
+from trainer.model.dropout import MaskPlan, dropout_mask, halve
 from trainer.model.rng import DropoutKey, dropout_bits
 
 CPU = torch.device("cpu")
@@ -43,3 +43,24 @@ def test_masks_of_parts_are_those_of_the_whole(units: int) -> None:
         for first, count in ((0, 7), (7, 40), (47, 3))
     ]
     assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_plan_counts_the_batches_of_each_step() -> None:
+    """Without accumulation each batch is a step; with it, an epoch's last step has the batches that are left."""
+    assert [MaskPlan(KEY, {}).key(number) for number in range(3)] == [replace(KEY, step=9 + n) for n in range(3)]
+    plan = MaskPlan(KEY, {}, accumulate=3, images=20, left=4, per_epoch=5)
+    rest, epoch = [(9, 0), (9, 20), (9, 40), (10, 0)], [(11, 0), (11, 20), (11, 40), (12, 0), (12, 20)]
+    expected = [*rest, *epoch, *((step + 2, first) for step, first in epoch)]
+    assert [plan.key(number) for number in range(14)] == [replace(KEY, step=s, first=first) for s, first in expected]
+    between_epochs = replace(plan, left=0)
+    assert [between_epochs.key(number).step for number in range(6)] == [9, 9, 9, 10, 10, 11]
+
+
+def test_a_plan_draws_the_masks_of_parts() -> None:
+    """Masks drawn for a later batch of a step are those of its key, also from the middle of a byte."""
+    plan = MaskPlan(KEY, {(0, 6): 13, (1, 7): 5}, accumulate=2, images=7, left=2)
+    masks = plan.drawn(1, 4, [torch.from_numpy(plan.draw(1, 4))])
+    assert masks.key == replace(KEY, first=7)
+    for (tower, layer), units in plan.units.items():
+        expected = dropout_mask((4, units), masks.key, tower, layer, CPU)
+        assert torch.equal(dropout_mask((4, units), masks, tower, layer, CPU), expected)

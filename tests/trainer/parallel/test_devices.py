@@ -1,18 +1,17 @@
-"""Devices: their choice, the staging of batches, and the batch that fits."""
+"""Devices: their choice, and the batch that fits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 
 from trainer.errors import ConfigError, DeviceError
 from trainer.parallel import devices
-from trainer.parallel.devices import Stager, choose_devices, out_of_memory_error
+from trainer.parallel.devices import choose_devices, out_of_memory_error
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 MIB = 1 << 20
 
 
@@ -55,15 +54,6 @@ def test_devices_that_cannot_be_had_are_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(error):
         choose_devices(asked, towers)
-
-
-def test_the_cpu_gets_no_copy() -> None:
-    """A CPU tensor shares the loader's memory, for both towers."""
-    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    one, other = Stager((CPU, CPU)).put(array)
-    array[0, 0] = 7
-    assert one[0, 0] == 7
-    assert other.data_ptr() == one.data_ptr() == array.ctypes.data
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TypeVar
 
 import msgspec
@@ -35,6 +35,7 @@ from trainer.model.presets import preset_named
 from trainer.model.rng import DropoutKey
 from trainer.model.speed import numerics
 from trainer.parallel.devices import out_of_memory_error
+from trainer.parallel.gradients import GradientSum
 from trainer.parallel.world import World
 from trainer.run.console import Reporter
 from trainer.run.divergence import DivergenceMonitor, start_warning
@@ -168,6 +169,7 @@ class Training:
         self._batches = PairedFeed(feed, world, stop, _mask_plan(state, world))
         self._subtract_mean = MeanSubtraction(state.facts.mean, state.model.preset, world.devices)
         self._divisor = state.model.preset.jittered_divisor if state.config.ablation.jitter else 1.0
+        self._gradients = GradientSum(state.model, world.data)
         self._meter = self._new_meter()
         self._divergence = DivergenceMonitor(state, world)
         self._flops = training_flops(
@@ -293,7 +295,8 @@ class Training:
         images_before = 0  # of this process and update
         sums: list[Tensor] = []  # of each batch, on the device: nothing waits for them here
 
-        for number in range(-(-images_total // config.batch_size)):
+        batches = -(-images_total // config.batch_size)
+        for number in range(batches):
             # Fetch the batch: for each device (B, S, S, 3) uint8. All processes leave here together if one of them was
             # stopped or lost its node, before any of them enters a collective of NCCL. An update that has begun is then
             # given up: nothing below has counted its images yet.
@@ -316,17 +319,21 @@ class Training:
                 logits = state.model(images, dropout)  # (B, classes) float32; a zero, (), where fc8 lives elsewhere
                 if world.has_head:
                     loss = functional.cross_entropy(logits, batch.labels)  # (), mean over B
+                    sums.append(sums_of(loss, logits, batch.labels))
                     # Gradients of batches and replicas are added, so B / M makes their sum the gradient of the mean over
                     # all M images.
-                    torch.autograd.backward(loss * (len(batch.labels) / images_total))
-                    sums.append(sums_of(loss, logits, batch.labels))
+                    start = loss * (len(batch.labels) / images_total)
                 else:
-                    torch.autograd.backward(logits)  # the gradient comes from tower 0's process
+                    start = logits  # the gradient comes from tower 0's process
+                # The replicas' sum begins within the backward pass of the update's last batch.
+                with nullcontext() if number == batches - 1 else self._gradients.held():
+                    torch.autograd.backward(start)
             images_before += len(batch.labels)
             del batch  # on a CPU its images are the loader's memory
 
-        # Exchange gradients between replicas, then update: v <- .9 v - .0005 lr w - lr g; w <- w + v (paper section 5).
-        world.add_gradients(state.model)
+        # Await the sum of the replicas' gradients, which the last backward pass began, then update:
+        # v <- .9 v - .0005 lr w - lr g; w <- w + v (paper section 5).
+        self._gradients.finish()
         state.optimizer.step()
         if state.ema:
             state.ema.update(progress.step + 1)

@@ -2,13 +2,15 @@
 
 ::
 
-    rank = replica * towers + tower          a mesh of two dimensions, data x tower
+    rank = replica * towers + tower
 
 The processes of one replica are a pair: they exchange maps and gradients (``trainer.parallel.exchange``). The processes of
-one tower hold equal weights and add up their gradients. Small facts (stop requests, numbers of images) are gathered from
-all processes over gloo; tensors on GPUs travel over NCCL. Without torchrun the world is one process, and nothing is sent.
+one tower hold equal weights and add up their gradients (``trainer.parallel.gradients``). Small facts (stop requests, numbers
+of images) are gathered from all processes over gloo; tensors on GPUs travel over NCCL. Without torchrun the world is one
+process, and nothing is sent.
 
-No process waits for data inside a collective of NCCL: all processes first agree, over gloo, that each has its batch.
+No process waits for data inside a collective of NCCL: all processes first agree, over gloo, that each has its batch. So gloo
+may wait for a night, and NCCL, which does not notice that a peer is dead, for two minutes only.
 
 The death of one process ends all: its connections close, so a process that waits for it gets ``PeerLost`` and exits, and
 so on. torchrun starts all of them again, as often as ``--max-restarts`` allows.
@@ -28,8 +30,7 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -37,8 +38,12 @@ from trainer.errors import ConfigError, DeviceError, PeerLost
 from trainer.parallel.devices import choose_devices
 
 _WAIT_TIMEOUT: Final = timedelta(days=1)
-"""Time that a process waits for another. A node may be down for a night; a dead process is noticed at once, by its
-connection."""
+"""Time that a process waits for another over gloo. A node may be down for a night; a dead process is noticed at once, by
+its connection."""
+
+_NCCL_TIMEOUT: Final = timedelta(minutes=2)
+"""Time that an operation of NCCL may take. Its kernels wait for a dead peer without end, so NCCL's watchdog ends this process
+instead. No step takes so long, and compiling, which does take a minute, is done by all processes at the same time."""
 
 _START_TIMEOUT: Final = timedelta(minutes=10)
 """Time between the starts of the first and the last process."""
@@ -51,7 +56,7 @@ _TEXT_BYTES: Final = 1 << 14
 
 
 @contextmanager
-def _communication(doing: str) -> Iterator[None]:
+def communication(doing: str) -> Iterator[None]:
     """Raise ``PeerLost`` if communication inside the block fails, because another process has died."""
     try:
         yield
@@ -66,22 +71,24 @@ class Pair:
     Fields:
         tower: number of the tower in this process.
         peer: rank of the other process.
-        group: process group of the two.
+        group: process group of the two for tensors on their devices.
+        host_group: process group of the two for tensors in host memory; the same on CPUs.
     """
 
     tower: int
     peer: int
     group: dist.ProcessGroup
+    host_group: dist.ProcessGroup
 
     def send(self, tensor: Tensor) -> None:
         """Send a contiguous tensor to the peer, which calls ``receive``."""
-        with _communication("sending to its peer"):
-            dist.send(tensor, self.peer, self.group)
+        with communication("sending to its peer"):
+            dist.send(tensor, self.peer, self._group_of(tensor))
 
     def receive(self, buffer: Tensor) -> Tensor:
         """Receive a tensor from the peer into ``buffer``, which is contiguous; return ``buffer``."""
-        with _communication("waiting for its peer"):
-            dist.recv(buffer, self.peer, self.group)
+        with communication("waiting for its peer"):
+            dist.recv(buffer, self.peer, self._group_of(buffer))
         return buffer
 
     def swap(self, mine: Tensor) -> Tensor:
@@ -89,13 +96,16 @@ class Pair:
         theirs = torch.empty_like(mine)
         # One batch of both operations: two blocking sends would wait for each other.
         operations = [
-            dist.P2POp(dist.isend, mine, self.peer, self.group),
-            dist.P2POp(dist.irecv, theirs, self.peer, self.group),
+            dist.P2POp(dist.isend, mine, self.peer, self._group_of(mine)),
+            dist.P2POp(dist.irecv, theirs, self.peer, self._group_of(mine)),
         ]
-        with _communication("exchanging with its peer"):
+        with communication("exchanging with its peer"):
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
         return theirs
+
+    def _group_of(self, tensor: Tensor) -> dist.ProcessGroup:
+        return self.host_group if tensor.device.type == "cpu" else self.group
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,7 @@ class World:
             return [list(numbers)]
         mine = torch.tensor(numbers, dtype=torch.float64)  # exact for integers up to 2^53
         rows = [torch.empty_like(mine) for _ in range(self.size)]
-        with _communication("gathering from all processes"):
+        with communication("gathering from all processes"):
             dist.all_gather(rows, mine)
         return [row.tolist() for row in rows]
 
@@ -154,19 +164,6 @@ class World:
             raise ValueError(f"the text has {len(content)} bytes; at most {_TEXT_BYTES} can be gathered")
         rows = self.gather([*content, *[0] * (_TEXT_BYTES - len(content))])  # all_gather needs equal sizes
         return [bytes(int(byte) for byte in row).rstrip(b"\0").decode() for row in rows]
-
-    def add_gradients(self, model: nn.Module) -> None:
-        """Replace every gradient by its sum over the replicas; a process without images contributes zeros."""
-        if self.data is None:
-            return
-        for parameter in model.parameters():
-            if parameter.grad is None:  # its part of a short last batch was empty
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        with _communication("adding up gradients"):
-            # All reductions start before the first wait, so that they overlap.
-            for work in [dist.all_reduce(gradient, group=self.data, async_op=True) for gradient in gradients]:
-                work.wait()
 
     def merge_towers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of both towers, by name, in the first process; elsewhere return those given.
@@ -205,20 +202,31 @@ def join(asked: Sequence[str], towers: int) -> Iterator[World]:
     device = _own_device(asked)  # before the group: NCCL uses the current device
     if size % towers:
         raise ConfigError("--nproc-per-node", size, f"a multiple of {towers}: one process for each tower of a network")
-    with _communication("joining the other processes"):
+    with communication("joining the other processes"):
         store, rank, _ = next(iter(rendezvous("env://", timeout=_START_TIMEOUT)))
         store = PrefixStore(_agree_on_launch(store, rank, size), store)
-        # CPU tensors (small facts) go over gloo, GPU tensors (maps, gradients) over NCCL.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_WAIT_TIMEOUT, store=store, rank=rank, world_size=size)
+        dist.init_process_group("gloo", timeout=_WAIT_TIMEOUT, store=store, rank=rank, world_size=size)
     try:
-        with _communication("joining the other processes"):
-            mesh = init_device_mesh(device.type, (size // towers, towers), mesh_dim_names=("data", "tower"))
-        pair = Pair(rank % towers, rank ^ 1, mesh.get_group("tower")) if towers == 2 else None  # ranks 2r and 2r + 1
-        data = mesh.get_group("data") if size > towers else None
+        with communication("joining the other processes"):
+            pair = data = None
+            if towers == 2:
+                pairs = [[first, first + 1] for first in range(0, size, 2)]
+                host = _own_group(pairs, torch.device("cpu"))
+                pair = Pair(rank % 2, rank ^ 1, _own_group(pairs, device) if device.type == "cuda" else host, host)
+            if size > towers:
+                data = _own_group([list(range(tower, size, towers)) for tower in range(towers)], device)
         yield World((device,), rank, size, pair, data, int(os.environ.get("GROUP_RANK", "0")))
     finally:
         dist.destroy_process_group()
+
+
+def _own_group(groups: list[list[int]], device: torch.device) -> dist.ProcessGroup:
+    """Divide all processes into groups of ranks, for tensors on ``device``, and return this process's own group."""
+    backend, timeout = ("nccl", _NCCL_TIMEOUT) if device.type == "cuda" else ("gloo", _WAIT_TIMEOUT)
+    own: dist.ProcessGroup | None
+    own, _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout, backend=backend)  # type: ignore[no-untyped-call]
+    assert own is not None, "every rank is in one of the groups"
+    return own
 
 
 def leave(world: World) -> None:

@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = ("loader_service", "trainer", "tools")
 EXTRAS_OF_MAKE = ("trainer", "dev")
 DOCUMENTS = (
     "README.md",
@@ -179,16 +180,14 @@ def test_pil_is_pillow_simd() -> None:
         importlib.metadata.version("pillow")
 
 
-def packages() -> list[Path]:
-    """Every folder of the packages that holds Python files."""
-    return sorted(
-        {path.parent for name in ("loader_service", "trainer", "tools") for path in (ROOT / name).rglob("*.py")}
-    )
+def folders(*names: str) -> list[Path]:
+    """Every folder that holds Python files, below these."""
+    return sorted({path.parent for name in names for path in (ROOT / name).rglob("*.py")})
 
 
 def test_no_folder_is_too_large_to_take_in() -> None:
     """A folder's listing shows its architecture only while it is short: at most 16 Python files."""
-    assert [str(folder.relative_to(ROOT)) for folder in packages() if len(list(folder.glob("*.py"))) > 16] == []
+    assert [str(folder.relative_to(ROOT)) for folder in folders(*PACKAGES) if len(list(folder.glob("*.py"))) > 16] == []
 
 
 def test_docstrings_say_what_a_thing_does() -> None:
@@ -196,7 +195,7 @@ def test_docstrings_say_what_a_thing_does() -> None:
     question = re.compile(r"(What|Where|How|Who|When|Whether|Which)\b")
     wrong = [
         f"{path.relative_to(ROOT)}: {docstring.splitlines()[0]}"
-        for path in sorted({file for folder in packages() for file in folder.glob("*.py")})
+        for path in sorted({file for folder in folders(*PACKAGES, "tests") for file in folder.glob("*.py")})
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         and question.match(docstring := ast.get_docstring(node) or "")

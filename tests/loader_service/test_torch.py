@@ -77,7 +77,7 @@ def test_several_devices_get_every_batch(node_address: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_extra_arrays_travel_with_their_batch(node_address: str, device: str) -> None:
-    """What ``extra`` returns for a batch comes back with that batch, in its shape and dtype."""
+    """A batch brings back the arrays that ``extra`` returned for it, in their shapes and dtypes."""
 
     def extra(batch: Batch) -> dict[str, Any]:
         return {"start": np.array([[batch.start]], np.int16), "flips": batch.draws["flip"]}

@@ -163,7 +163,10 @@ def load(path: Path) -> Checkpoint:
     except FileNotFoundError:
         raise CheckpointError(path, "there is no such file") from None
     except Exception as error:  # damaged files raise a dozen undocumented kinds
-        raise CheckpointError(path, f"it is damaged or no checkpoint ({_first_line(error)})") from error
+        raise CheckpointError(
+            path,
+            f"it is damaged or no checkpoint ({_first_line(error)}); name another, or remove it to use the one before",
+        ) from error
     if not isinstance(content, dict) or content.get("format") not in READABLE:
         known = " or ".join(map(str, READABLE))
         raise CheckpointError(path, f"it is not in this trainer's format {known}; use the version that wrote it")

@@ -16,6 +16,7 @@ import pytest
 import simplejpeg
 
 from loader_service import LocalNode
+from loader_service.local_node import PROGRAM
 from loader_service.wire.shm import DIRECTORY
 
 WAIT_S = 20.0
@@ -33,9 +34,11 @@ def segments_of(pid: int) -> set[Path]:
 class Node(LocalNode):
     """A node under test, with a log of its own, that can be signalled and looked into."""
 
-    def __init__(self, data: Path, workers: int, bind: str, options: tuple[str, ...], log: Path) -> None:
+    def __init__(
+        self, data: Path, workers: int, bind: str, options: tuple[str, ...], program: tuple[str, ...], log: Path
+    ) -> None:
         self._log = log
-        super().__init__(data, workers, bind=bind, options=options, log=log)
+        super().__init__(data, workers, bind=bind, options=options, log=log, program=program)
 
     @property
     def process(self) -> subprocess.Popen[str]:
@@ -90,10 +93,14 @@ def start_node(dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     nodes: list[Node] = []
 
     def start(
-        workers: int = 1, data: Path = dataset_dir, bind: str = "tcp://127.0.0.1:*", options: tuple[str, ...] = ()
+        workers: int = 1,
+        data: Path = dataset_dir,
+        bind: str = "tcp://127.0.0.1:*",
+        options: tuple[str, ...] = (),
+        program: tuple[str, ...] = PROGRAM,
     ) -> Node:
         log = tmp_path_factory.mktemp("node") / "log"
-        nodes.append(Node(data, workers, bind, options, log))
+        nodes.append(Node(data, workers, bind, options, program, log))
         return nodes[-1]
 
     yield start

@@ -157,7 +157,11 @@ def test_a_dataset_replaced_in_use_is_never_mixed_with_the_old_one(
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("exclusions", [None, [-1], [RECORDS], ["7"], list(range(2000))], ids=str)
+@pytest.mark.parametrize(
+    "exclusions",
+    [None, [-1], [RECORDS], ["7"], list(range(2000))],
+    ids=["none", "negative", "too large", "text", "too many"],
+)
 def test_exclusions_of_a_state_are_checked(start_node: StartNode, sound_dir: Path, exclusions: Any) -> None:
     """A state with impossible exclusions is refused."""
     with _load(start_node(data=sound_dir).address) as loader, pytest.raises(errors.StateError, match="exclusions"):

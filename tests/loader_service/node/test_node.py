@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -117,11 +118,17 @@ def test_workers_may_die_again_and_again(start_node: StartNode, eventually: Even
     assert len(_epoch(node.address)) == 5
 
 
-def test_it_survives_a_stopped_worker(
-    dataset_dir: Path, start_node: StartNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
+IMPATIENT = """
+from loader_service import defaults
+defaults.STALL_WARNING_S, defaults.WORKER_STALL_S = 1.0, 2.0  # before the import of the dispatcher, which reads them
+from loader_service.cli import main
+main()
+"""
+
+
+def test_it_survives_a_stopped_worker(start_node: StartNode) -> None:
     """A worker under SIGSTOP is killed after WORKER_STALL_S, other workers make its slices, and the log reports both."""
-    node = start_node(workers=2)
+    node = start_node(workers=2, program=(sys.executable, "-c", IMPATIENT))
     undisturbed = _epoch(node.address, epochs=2)
     with Loader(node.address, batch_size=64, epochs=2, timeout_s=40) as loader:
         got = [b.images.tobytes() + b.labels.tobytes() for b in [next(loader)]]
@@ -130,7 +137,7 @@ def test_it_survives_a_stopped_worker(
         got += [b.images.tobytes() + b.labels.tobytes() for b in loader]
     assert got == undisturbed
     _, said = node.stop()
-    assert re.search(rf"no progress for 5 s although \d+ slices are requested: worker \d \(pid {stopped.pid}\)", said)
+    assert re.search(rf"no progress for 1 s although \d+ slices are requested: worker \d \(pid {stopped.pid}\)", said)
     assert f"(pid {stopped.pid}) ended by signal SIGKILL" in said
 
 

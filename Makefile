@@ -11,11 +11,13 @@ CIFAR10 = ../shared/data/cifar10-images.tar.gz
 RUN     = runs/cifar10
 RESULTS = docs/results/cifar10
 WHEELS  =
+JOBS    = 2
 PYTHON_VERSION =
 run     = .venv/bin/python
+pytest  = $(run) -m pytest --numprocesses=$(JOBS) --dist=worksteal
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo preprocess test style types cover chaos fuzz docker docker-scale docker-images bench bench-trainer cifar gpu gpu-wheels clean
+.PHONY: help setup demo preprocess test test-long style types cover chaos fuzz docker docker-scale docker-images bench bench-trainer cifar gpu gpu-wheels clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,8 +34,11 @@ ifeq ($(SRC),)
 endif
 	.venv/bin/loader-service preprocess "$(or $(SRC),build/sample-images)" "$(OUT)"
 
-test: setup ## run the tests; [ARGS="-k ledger"]
-	@$(run) -m pytest $(ARGS)
+test: setup ## run the tests, JOBS at a time; [ARGS="-k ledger"] [JOBS=2]
+	@$(pytest) $(ARGS)
+
+test-long: setup ## run the tests that take long, as CI does; [ARGS="-k gpu"] [JOBS=2]
+	@$(pytest) -m long $(ARGS)
 
 style: setup ## check lint and formatting
 	@$(run) -m ruff check .

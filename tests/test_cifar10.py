@@ -42,6 +42,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_it_learns_to_tell_ten_classes(images: Path, tmp_path: Path) -> None:
     """Six epochs from a node, by the commands that users type, bring the ten-crop error below the limit."""
     torch.set_num_threads(1)

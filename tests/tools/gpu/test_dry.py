@@ -43,46 +43,62 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
 
 
-@pytest.mark.timeout(400)  # a minute on an idle machine
-def test_the_whole_script_stopped_and_continued(tmp_path: Path) -> None:
-    """Ctrl-C in the third part keeps the two before; the next call does the rest, and the document has all of it."""
-    with subprocess.Popen(command(tmp_path), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+def stopped_and_continued(folder: Path, first: str, title: str, *options: str) -> Results:
+    """Send SIGINT when the part with ``title`` begins, after those in ``first``; do the rest in another call; return its results."""
+    with subprocess.Popen(
+        command(folder, *options), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("Speed beside"):
+            if line.startswith(title):
                 process.send_signal(signal.SIGINT)
                 break
         shown = process.stderr.read()
     assert process.returncode == 130
     assert "Traceback" not in shown
     assert "gpu: stopped." in shown
-    assert "| bf16 | one device | yes |" in (tmp_path / "gpu.md").read_text()
-    stopped = outcomes(tmp_path)
-    assert {piece.partition("/")[0] for piece in stopped} == {"tests", "agreement"}
+    assert "| bf16 | one device | yes |" in (folder / "gpu.md").read_text()
+    stopped = outcomes(folder)
+    assert {piece.partition("/")[0] for piece in stopped} == set(first.split(","))
 
-    done = subprocess.run(
-        command(tmp_path), cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    done = CliRunner(env={"OMP_NUM_THREADS": "1"}).invoke(main, ["--dry", "--folder", str(folder), *options])
+    assert done.exit_code == 0, done.stderr
     assert "everything is measured" in done.stderr
-    ended = outcomes(tmp_path)
-    assert {str(outcome.status) for outcome in ended.values()} == {"done"}
-    assert {piece: ended[piece] for piece in stopped} == stopped
-    results = load(tmp_path / "results.json")
+    results = load(folder / "results.json")
     assert results is not None
+    assert {str(outcome.status) for outcome in results.outcomes.values()} == {"done"}
+    assert {piece: results.outcomes[piece] for piece in stopped} == stopped
     assert all(row.agrees for row in results.of(Name.AGREEMENT, Agreement))
+    document = (folder / "gpu.md").read_text()
+    assert "its figures mean nothing" in document
+    assert document == markdown(results, "results.json")
+    return results
+
+
+def test_two_parts_stopped_and_continued(tmp_path: Path) -> None:
+    """Ctrl-C in the second part keeps the first; the next call does the rest, and the document has both."""
+    results = stopped_and_continued(tmp_path, "agreement", "Loaders alone", "--parts", "agreement,loaders")
+    assert set(loaders(results)) == {"this project, shared memory, raw", "PyTorch DataLoader, LMDB raw"}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)  # a minute on an idle machine
+def test_the_whole_script_stopped_and_continued(tmp_path: Path) -> None:
+    """Ctrl-C in the third part keeps the two before; the next call does the rest, and the document has all of it."""
+    results = stopped_and_continued(tmp_path, "tests,agreement", "Speed beside")
     assert all(row.images_per_s for row in results.of(Name.SPEED, Rate))
     fed = {row.path: row for row in results.of(Name.FEED, Fed)}
     assert set(fed) == {"synthetic", "pinned slots", "pageable memory", "trainer's feed"}
     assert sum(fed["pinned slots"].waits.values()) == pytest.approx(1)
-    loaders = {row.title for row in results.of(Name.LOADERS, Loading) if row.images_per_s}
-    assert loaders == {"this project, shared memory, raw", "PyTorch DataLoader, LMDB raw"}
+    assert set(loaders(results)) == {"this project, shared memory, raw", "PyTorch DataLoader, LMDB raw"}
     [learned] = results.of(Name.CIFAR10, Learned)
     assert learned.epochs == 1
     assert learned.ten_crop_error is not None
-    document = (tmp_path / "gpu.md").read_text()
-    assert "its figures mean nothing" in document
-    assert document == markdown(results, "results.json")
+
+
+def loaders(results: Results) -> list[str]:
+    """Return the titles of the loaders that were measured."""
+    return [row.title for row in results.of(Name.LOADERS, Loading) if row.images_per_s]
 
 
 def outcomes(folder: Path) -> dict[str, Outcome]:

@@ -25,7 +25,8 @@ from loader_service.datasets.verify import verify
 
 Preprocess = Callable[..., Result]
 
-KILLS: Final = int(os.environ.get("PREPROCESS_KILLS", "20"))
+FEW_KILLS: Final = 4
+MANY_KILLS: Final = int(os.environ.get("PREPROCESS_KILLS", "20"))
 """Number of times that a run is killed; more only take longer."""
 
 KILLS_IN_A_ROW: Final = 4
@@ -80,10 +81,13 @@ def wait_for_records(out: Path, process: subprocess.Popen[bytes]) -> None:
         select.select([], [], [], 0.02)
 
 
-def test_kills_at_random_moments_change_nothing(large_album: Path, tmp_path: Path, undisturbed: Undisturbed) -> None:
+@pytest.mark.parametrize("kills", [FEW_KILLS, pytest.param(MANY_KILLS, marks=pytest.mark.long)], ids=["few", "many"])
+def test_kills_at_random_moments_change_nothing(
+    kills: int, large_album: Path, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
     """After SIGKILL at random moments, also while it resumes, the same command makes the same fingerprints."""
     moments = random.Random(20121203)
-    for number in range(KILLS):
+    for number in range(kills):
         out = tmp_path / str(number // KILLS_IN_A_ROW)
         with subprocess.Popen(command(large_album, out), stderr=subprocess.DEVNULL) as process:
             select.select([], [], [], moments.uniform(0, undisturbed.seconds * 0.75))

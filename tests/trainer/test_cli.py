@@ -25,7 +25,9 @@ from trainer.run import checkpoint
 from trainer.run.folder import RunFolder, find_checkpoint
 from trainer.run.progress import StepRecord
 
-SMALL = ["--width", "0.05", "--epochs", "2", "--batch-size", "64", "--devices", "cpu", "--log-every", "2"]
+SMALL = ["--width", "0.05", "--crop", "64", "--epochs", "2", "--batch-size", "64", "--devices", "cpu"]
+SMALL += ["--log-every", "2"]
+EXPLOSIVE = ["--crop", "224", "--lr", "0.99", "--preset", "original"]
 
 
 def trainer(*arguments: str | Path) -> Result:
@@ -213,7 +215,7 @@ def test_new_runs_go_under_runs(node: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_loss_that_explodes_stops_the_run(node: str, tmp_path: Path) -> None:
     """The error names step and layer, has its own exit code, and only good checkpoints are kept."""
-    result = trainer("run", "--loader", node, "--run", tmp_path / "run", *SMALL, "--lr", "0.99", "--preset", "original")
+    result = trainer("run", "--loader", node, "--run", tmp_path / "run", *SMALL, *EXPLOSIVE)
     assert_refused(result, 8, "the loss exploded to ")
     assert re.search(
         r" at step 2 \(inspect \S+weight first\): there is no checkpoint yet; try a smaller --lr", result.stderr

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -16,7 +13,7 @@ from trainer.cli import main
 from trainer.run import checkpoint
 from trainer.run.checkpoint import Checkpoint
 
-OPTIONS = ["--width", "0.05", "--epochs", "2", "--batch-size", "64", "--seed", "5"]
+OPTIONS = ["--width", "0.05", "--crop", "64", "--epochs", "2", "--batch-size", "64", "--seed", "5"]
 OPTIONS += ["--no-dropout", "--log-every", "1", "--checkpoint-every", "0"]  # replicas drop units of their own
 LEGS = ((1, "cpu", 2), (2, "cpu", 4), (4, "cpu", 7), (1, "cpu,cpu", 10))
 """Processes, their devices, and the step after which they are stopped, in the middle of an epoch."""
@@ -40,29 +37,11 @@ main()
 """
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
-def leg(node: str, folder: Path, processes: int, devices: str, last: int) -> None:
-    """Continue the run until step ``last`` in several processes, with the environment that torchrun would set."""
-    command = [sys.executable, "-c", STOP_AT_STEP, "run", "--loader", node, "--run", str(folder), "--resume", "auto"]
-    settings = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-    settings |= {"MASTER_PORT": str(free_port())}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    running = [
-        subprocess.Popen(
-            [*command, *OPTIONS, "--devices", devices, str(last)],
-            env=os.environ | settings | rank,
-            stderr=subprocess.PIPE,
-        )
-        for rank in ranks
-    ]
-    for process in running:
-        _, said = process.communicate(timeout=100)
-        assert process.returncode == 0, said.decode()
+def leg(processes: Any, node: str, folder: Path, count: int, devices: str, last: int) -> None:
+    """Continue the run until step ``last`` in several processes."""
+    command = ["run", "--loader", node, "--run", folder, "--resume", "auto", *OPTIONS, "--devices", devices, str(last)]
+    for code, said in processes.together(count, STOP_AT_STEP, *command):
+        assert code == 0, said
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -74,10 +53,10 @@ def ended(folder: Path) -> Checkpoint:
     return checkpoint.load(checkpoint.saved(folder / "checkpoints")[-1])
 
 
-def test_a_run_goes_on_in_any_layout(node: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_in_any_layout(processes: Any, node: str, tmp_path: Path) -> None:
     """Losses and weights are those of one uninterrupted process up to rounding, and the ledger has each sample once."""
-    for processes, devices, last in LEGS:
-        leg(node, tmp_path / "run", processes, devices, last)
+    for count, devices, last in LEGS:
+        leg(processes, node, tmp_path / "run", count, devices, last)
     alone = CliRunner().invoke(
         main, ["run", "--loader", node, "--run", str(tmp_path / "alone"), *OPTIONS, "--devices", "cpu"]
     )

@@ -26,7 +26,8 @@ from trainer.run.checkpoint import Checkpoint
 from trainer.run.folder import RunFolder
 from trainer.run.progress import StepRecord
 
-SMALL = ["--width", "0.05", "--epochs", "1", "--batch-size", "64", "--devices", "cpu", "--log-every", "1"]
+SMALL = ["--width", "0.05", "--crop", "64", "--epochs", "1", "--batch-size", "64", "--devices", "cpu"]
+SMALL += ["--log-every", "1"]
 STEPS = 5
 
 
@@ -69,7 +70,7 @@ def test_every_batch_brings_its_masks(
         return masks
 
     monkeypatch.setattr(DeviceBatch, "dropout", dropout)
-    options = ["--batch-size", "50", "--accumulate", str(accumulate), "--crop", "64", "--epochs", "2"]
+    options = ["--batch-size", "50", "--accumulate", str(accumulate), "--epochs", "2"]
     assert run(node, tmp_path / "run", *options).exit_code == 0
     assert ended(tmp_path / "run").plain.progress.step == (1 if accumulate == 4 else 5)
     assert run(node, tmp_path / "run", *options, "--resume", "auto").exit_code == 0
@@ -129,7 +130,7 @@ def test_jittered_inputs_of_the_original_are_divided(
         return forward(self, images, *more)
 
     monkeypatch.setattr(AlexNet, "forward", forward_and_look)
-    result = run(node, tmp_path / "run", "--crop", "64", *options)
+    result = run(node, tmp_path / "run", *options)
     assert result.exit_code == 0, result.output
     for training, factor in ((True, divisor), (False, 1.0)):
         sixteenths = torch.cat(seen[training]) * (16 * factor)
@@ -142,7 +143,7 @@ def test_a_training_that_does_not_start_is_warned_of(
 ) -> None:
     """A run whose loss stays at ln(classes) says so once, on the console and in the log."""
     monkeypatch.setattr(divergence, "STARTED_BY", 3)
-    result = run(node, tmp_path / "run", "--lr", "1e-9", "--no-dropout", "--crop", "64")
+    result = run(node, tmp_path / "run", "--lr", "1e-9", "--no-dropout")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("is not below that of guessing, ln 3 = 1.10. What helps: ") == 1
     (told,) = log(tmp_path / "run", "not-started")
@@ -156,8 +157,8 @@ def ended(folder: Path) -> Checkpoint:
 
 def test_accumulated_batches_are_one_batch(node: str, tmp_path: Path) -> None:
     """Four batches of 16 per update, three at the epoch's end, train like batches of 64, dropout included."""
-    parts = ["--batch-size", "16", "--accumulate", "4", "--crop", "64"]
-    for folder, options in (("whole", ["--crop", "64"]), ("parts", parts)):
+    parts = ["--batch-size", "16", "--accumulate", "4"]
+    for folder, options in (("whole", []), ("parts", parts)):
         result = run(node, tmp_path / folder, *options)
         assert result.exit_code == 0, result.output
     whole, accumulated = ended(tmp_path / "whole"), ended(tmp_path / "parts")
@@ -172,7 +173,7 @@ def test_accumulated_batches_are_one_batch(node: str, tmp_path: Path) -> None:
 
 def test_a_stop_within_an_update_gives_it_up(node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM after the second of four batches saves the state before them; the resume ends like an unbroken run."""
-    options = ["--batch-size", "16", "--accumulate", "4", "--crop", "64"]
+    options = ["--batch-size", "16", "--accumulate", "4"]
     assert run(node, tmp_path / "unbroken", *options).exit_code == 0
     forward, calls = AlexNet.forward, []
 

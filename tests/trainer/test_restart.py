@@ -16,21 +16,8 @@ import torch
 from trainer.run import checkpoint
 from trainer.run.checkpoint import Checkpoint
 
-OPTIONS = [
-    "--width",
-    "0.05",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "50",
-    "--seed",
-    "5",
-    "--devices",
-    "cpu",
-    "--workers",
-    "1",
-]
-OPTIONS += ["--log-every", "1", "--checkpoint-every", "2"]
+OPTIONS = ["--width", "0.05", "--crop", "64", "--epochs", "1", "--batch-size", "50", "--seed", "5", "--devices", "cpu"]
+OPTIONS += ["--workers", "1", "--log-every", "1", "--checkpoint-every", "2"]
 STEPS, KILLED_IN, SAVED = 6, 4, 2
 
 # The process of rank VICTIM kills itself in its fourth step, the first time that torchrun starts it; or, if SIGNAL is
@@ -87,14 +74,15 @@ def ended(folder: Path) -> Checkpoint:
     return checkpoint.load(checkpoint.saved(folder / "checkpoints")[-1])
 
 
-@pytest.mark.parametrize(("processes", "victim"), [(2, 1), (4, 0)])
+@pytest.mark.parametrize(("count", "victim"), [(2, 1), (4, 0)])
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
-    dataset_dir: Path, tmp_path: Path, processes: int, victim: int
+    processes: Any, dataset_dir: Path, tmp_path: Path, count: int, victim: int
 ) -> None:
     """After SIGKILL the others exit at once, and the result equals that of an undisturbed run, bit for bit."""
-    unbroken = torchrun(tmp_path, processes, ["--data", dataset_dir, "--run", tmp_path / "unbroken"])
-    assert unbroken.returncode == 0, unbroken.stderr
-    done = torchrun(tmp_path, processes, ["--data", dataset_dir, "--run", tmp_path / "run"], victim)
+    command = ["run", "--data", dataset_dir, "--run", tmp_path / "unbroken", *OPTIONS]
+    for code, said in processes.together(count, "from trainer.cli import main; main()", *command):
+        assert code == 0, said
+    done = torchrun(tmp_path, count, ["--data", dataset_dir, "--run", tmp_path / "run"], victim)
     assert done.returncode == 0, done.stderr
     # torchrun's warning when a process has not left 30 s after SIGTERM; a clock here would measure the machine.
     assert "forcefully exiting" not in done.stderr, done.stderr

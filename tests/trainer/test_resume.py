@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,20 @@ from trainer.run import checkpoint
 from trainer.run.checkpoint import Checkpoint
 
 EPOCHS, STEPS_PER_EPOCH, RECORDS = 2, 10, 300
-OPTIONS = ["--width", "0.05", "--epochs", str(EPOCHS), "--batch-size", "32", "--seed", "5", "--devices", "cpu"]
+OPTIONS = [
+    "--width",
+    "0.05",
+    "--crop",
+    "64",
+    "--epochs",
+    str(EPOCHS),
+    "--batch-size",
+    "32",
+    "--seed",
+    "5",
+    "--devices",
+    "cpu",
+]
 OPTIONS += ["--checkpoint-every", "4", "--log-every", "1"]
 
 # Ends itself by a real signal, after the step that is asked for has been logged.
@@ -48,11 +58,11 @@ def run_to_the_end(node: str, folder: Path, *more: str) -> Checkpoint:
     return checkpoint.load(checkpoint.saved(folder / "checkpoints")[-1])
 
 
-def run_until(node: str, folder: Path, number: signal.Signals, step: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", END_AT_STEP, "run", "--loader", node, "--run", str(folder), *OPTIONS]
-    command += [str(int(number)), str(step)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: sums are split by threads
-    return subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=100, check=False)
+def run_until(processes: Any, node: str, folder: Path, number: signal.Signals, step: int) -> tuple[int | None, str]:
+    """Return the exit code and the output of a run that ends itself by a signal."""
+    command = ["run", "--loader", node, "--run", folder, *OPTIONS, str(int(number)), str(step)]
+    ended: tuple[int | None, str] = processes.start(END_AT_STEP, *command).wait()
+    return ended
 
 
 def steps_logged(folder: Path) -> list[int]:
@@ -86,10 +96,10 @@ def assert_each_sample_once(end: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("step", [3, STEPS_PER_EPOCH, 13], ids=["first epoch", "before validation", "second epoch"])
-def test_stopped_by_sigterm(node: str, tmp_path: Path, unbroken: Checkpoint, step: int) -> None:
+def test_stopped_by_sigterm(processes: Any, node: str, tmp_path: Path, unbroken: Checkpoint, step: int) -> None:
     """A stopped run saves and exits with 0; its resume trains on the rest, even if only the validation remains."""
-    stopped = run_until(node, tmp_path / "run", signal.SIGTERM, step)
-    assert stopped.returncode == 0, stopped.stderr
+    code, said = run_until(processes, node, tmp_path / "run", signal.SIGTERM, step)
+    assert code == 0, said
     assert steps_logged(tmp_path / "run")[-1] == step
     end = run_to_the_end(node, tmp_path / "run", "--resume", "auto")
     assert steps_logged(tmp_path / "run") == list(range(1, EPOCHS * STEPS_PER_EPOCH + 1))
@@ -97,18 +107,18 @@ def test_stopped_by_sigterm(node: str, tmp_path: Path, unbroken: Checkpoint, ste
     assert_same_end(end, unbroken)
 
 
-def test_killed_after_a_checkpoint(node: str, tmp_path: Path, unbroken: Checkpoint) -> None:
+def test_killed_after_a_checkpoint(processes: Any, node: str, tmp_path: Path, unbroken: Checkpoint) -> None:
     """The two steps between the checkpoint and SIGKILL are repeated and counted once."""
-    killed = run_until(node, tmp_path / "run", signal.SIGKILL, 6)
-    assert killed.returncode == -signal.SIGKILL
+    code, _ = run_until(processes, node, tmp_path / "run", signal.SIGKILL, 6)
+    assert code == -signal.SIGKILL
     end = run_to_the_end(node, tmp_path / "run", "--resume", "auto")
     assert steps_logged(tmp_path / "run") == [*range(1, 7), *range(5, EPOCHS * STEPS_PER_EPOCH + 1)]
     assert_each_sample_once(end)
     assert_same_end(end, unbroken)
 
 
-def test_killed_before_the_first_checkpoint(node: str, tmp_path: Path, unbroken: Checkpoint) -> None:
+def test_killed_before_the_first_checkpoint(processes: Any, node: str, tmp_path: Path, unbroken: Checkpoint) -> None:
     """Without a checkpoint the same command starts over in the same folder."""
-    killed = run_until(node, tmp_path / "run", signal.SIGKILL, 2)
-    assert killed.returncode == -signal.SIGKILL
+    code, _ = run_until(processes, node, tmp_path / "run", signal.SIGKILL, 2)
+    assert code == -signal.SIGKILL
     assert_same_end(run_to_the_end(node, tmp_path / "run", "--resume", "auto"), unbroken)

@@ -7,7 +7,6 @@ The rate changes at each checkpoint of these runs in some way: at the next step 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import signal
 from pathlib import Path
 from typing import Any, Final
@@ -38,13 +37,12 @@ BY_HAND: Final = {"set-lr": 4, "set-lr with cosine": 4}
 
 RUN: Final = """
 import os, signal, sys
-import torch
 from trainer.cli import main
 from trainer.run import checkpoint
 from trainer.run.folder import RunFolder
 from trainer.run.progress import StepRecord
 
-torch.set_num_threads(1)
+by_hand, last, number = (int(sys.argv.pop()) for _ in range(3))
 append, save = RunFolder.append, checkpoint.save
 
 def append_and_stop(self, record):
@@ -62,28 +60,16 @@ def save_and_kill(folder, whole, is_best):
     return path
 
 RunFolder.append, checkpoint.save = append_and_stop, save_and_kill
-sys.stdout = open(os.devnull, "w")
-main(command)
+main()
 """
 """A command, ended by a real signal: SIGTERM after step ``last``, or SIGKILL as soon as its checkpoint is on the disk."""
 
 
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Return a context whose processes start with torch imported, in milliseconds, and share no thread with this one."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.cli", "torch._dynamo"])  # torch.optim imports the latter
-    return context
-
-
 def run(processes: Any, node: str, folder: Path, schedule: str, last: int = 0, number: int = 0) -> int | None:
     """Run or resume a training in a process of its own until a signal ends it, and return its exit code."""
-    command = ["run", "--loader", node, "--run", str(folder), *OPTIONS, *SCHEDULES[schedule], "--resume", "auto"]
-    given = {"command": command, "last": last, "number": number, "by_hand": BY_HAND.get(schedule)}
-    process = processes.Process(target=exec, args=(RUN, given | {"__name__": "trained"}))
-    process.start()
-    process.join(60)
-    code: int | None = process.exitcode
+    command = ["run", "--loader", node, "--run", folder, *OPTIONS, *SCHEDULES[schedule], "--resume", "auto"]
+    ending = (int(number), last, BY_HAND.get(schedule, 0))
+    code: int | None = processes.start(RUN, *command, *map(str, ending)).wait(60)[0]
     return code
 
 

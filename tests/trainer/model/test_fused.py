@@ -28,7 +28,7 @@ def one_by_one(maps: Tensor, side: int, relu_first: bool) -> Tensor:
     return pooled if relu_first else functional.relu(pooled)
 
 
-def maps(dtype: torch.dtype = torch.float32, layout: str = "last", shape: tuple[int, ...] = (2, 7, 8, 9)) -> Tensor:
+def maps(dtype: torch.dtype = torch.float32, layout: str = "last", shape: tuple[int, ...] = (2, 7, 6, 9)) -> Tensor:
     """Return maps as large as conv1's, with many negative values and all different."""
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 60
     return drawn.to(dtype).contiguous(memory_format=LAYOUTS[layout])
@@ -79,7 +79,7 @@ def test_kernels_are_the_three_operations(side: int, relu_first: bool, layout: s
 
 def test_kernels_take_bfloat16_and_calculate_in_float32() -> None:
     """Results for bfloat16 maps differ from float32's in the last bit: the interpreter truncates where GPUs round."""
-    given = maps(torch.bfloat16)
+    given = maps(torch.bfloat16, shape=(1, 7, 5, 9))
     pooled, winners = fused_triton.forward(given, ALPHA, 3, True)
     exact, places = fused_triton.forward(given.float(), ALPHA, 3, True)
     assert pooled.dtype == torch.bfloat16

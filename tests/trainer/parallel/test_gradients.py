@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -123,30 +121,11 @@ def run(ending: str) -> None:
     leave(world)
 
 
-def processes(count: int, ending: str = "") -> list[tuple[int, str]]:
-    """Return exit code and errors of each process."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    settings |= {"MASTER_PORT": str(port), "PYTHONPATH": str(Path(__file__).parents[3])}
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, ending],
-            env=settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    errors = [process.communicate(timeout=100)[1] for process in running]
-    return [(process.returncode, error) for process, error in zip(running, errors, strict=True)]
-
-
 @pytest.mark.parametrize("count", [2, 4])
-def test_buckets_give_the_sums_of_single_calls(count: int) -> None:
+def test_buckets_give_the_sums_of_single_calls(processes: Any, count: int) -> None:
     """Also with accumulation, with ranks without images, and with buckets of any size; bit for bit in two processes."""
-    for code, errors in processes(count):
-        assert code == 0, errors
+    for code, said in processes.together(count, Path(__file__).read_text(encoding="utf-8"), ""):
+        assert code == 0, said
 
 
 def test_one_process_sums_nothing() -> None:
@@ -159,11 +138,12 @@ def test_one_process_sums_nothing() -> None:
     assert all(parameter.grad is grad for parameter, grad in zip(model.parameters(), before, strict=True))
 
 
-def test_a_killed_process_is_noticed_over_gloo() -> None:
+def test_a_killed_process_is_noticed_over_gloo(processes: Any) -> None:
     """The other one loses its connection, long before any timeout."""
-    (code, errors), (killed, _) = processes(2, "killed")
+    program = Path(__file__).read_text(encoding="utf-8")
+    (code, said), (killed, _) = processes.together(2, program, "killed")
     assert killed == -signal.SIGKILL
-    assert code == NOTICED, errors
+    assert code == NOTICED, said
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -6,9 +6,7 @@ For runs that resume in other layouts see test_layouts.py. As a program, this fi
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,14 +31,6 @@ from trainer.stop import StopRequest
 
 OPTIONS = ["--width", "0.05", "--epochs", "1", "--batch-size", "64", "--seed", "5", "--devices", "cpu"]
 OPTIONS += ["--log-every", "1", "--checkpoint-every", "2"]
-
-
-def torchrun(processes: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += map(str, arguments)
-    return subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100, check=False
-    )
 
 
 def ended(folder: Path) -> Checkpoint:
@@ -86,10 +76,11 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert [(account.expected, account.delivered) for account in end.plain.ledger] == [(300, 300)]
 
 
-def test_a_process_for_each_tower(node: str, one_process: Path, tmp_path: Path) -> None:
+def test_a_process_for_each_tower(processes: Any, node: str, one_process: Path, tmp_path: Path) -> None:
     """Two gloo processes learn the same as one, with dropout; their checkpoint has both towers."""
-    done = torchrun(2, "-m", "--", "trainer", "run", "--loader", node, "--run", tmp_path / "run", *OPTIONS)
-    assert done.returncode == 0, done.stderr
+    command = ["run", "--loader", node, "--run", tmp_path / "run", *OPTIONS]
+    for code, said in processes.together(2, "from trainer.cli import main; main()", *command):
+        assert code == 0, said
     assert_same_run(tmp_path / "run", one_process)
 
 
@@ -131,12 +122,6 @@ def train_each(runs: dict[str, RunConfig], parent: Path) -> None:
     leave(world)
 
 
-def together(processes: int, runs: dict[str, RunConfig], parent: Path) -> None:
-    """Run ``train_each`` in several processes."""
-    done = torchrun(processes, __file__, msgspec.json.encode(runs).decode(), parent)
-    assert done.returncode == 0, done.stderr
-
-
 def assert_same_form(folder: Path, plain: Path, own: Path) -> None:
     """Losses are the plain form's, as exactly as the form is, and one process's of the same form; so are sums of gradients.
 
@@ -153,15 +138,23 @@ def assert_same_form(folder: Path, plain: Path, own: Path) -> None:
         assert {name: distance for name, distance in far.items() if not distance < 0.05} == {}
 
 
-@pytest.mark.parametrize(("processes", "speeds"), [(2, FORMS), (4, FORMS | COMPILED)], ids=["a tower each", "replicas"])
-def test_faster_forms_in_company(node: str, tmp_path: Path, processes: int, speeds: dict[str, Speed]) -> None:
+@pytest.mark.parametrize(
+    ("count", "speeds"),
+    [(2, FORMS), (4, FORMS), pytest.param(4, COMPILED, marks=pytest.mark.long)],
+    ids=["a tower each", "replicas", "compiled replicas"],
+)
+def test_faster_forms_in_company(
+    processes: Any, node: str, tmp_path: Path, count: int, speeds: dict[str, Speed]
+) -> None:
     """Each form learns the same as one plain process, with a process for each tower and as replicas."""
     alone, parent = tmp_path / "alone", tmp_path / "together"
     alone.mkdir()
     parent.mkdir()
     narrow = {name: speed for name, speed in FORMS.items() if speed.amp == "bf16"}
-    train_each(configs(node, processes // 2, {"plain": REFERENCE} | narrow), alone)
-    together(processes, configs(node, processes // 2, speeds), parent)
+    train_each(configs(node, count // 2, {"plain": REFERENCE} | narrow), alone)
+    runs = msgspec.json.encode(configs(node, count // 2, speeds)).decode()
+    for code, said in processes.together(count, Path(__file__).read_text(encoding="utf-8"), runs, parent):
+        assert code == 0, said
     average, expected = ended(parent / "accumulated").ema, ended(alone / "accumulated").ema
     assert average.keys() == expected.keys() == ended(parent / "accumulated").model.keys()
     for name, weights in expected.items():

@@ -17,11 +17,11 @@ from loader_service.local_node import start_command
 from loader_service.wire.auth import generate
 
 PROGRAM = """
-import sys, time
+import signal, sys
 from loader_service import LocalNode
 node = LocalNode(sys.argv[1], 1)
 print(node.pid, flush=True)
-time.sleep(60)
+signal.pause()
 """
 
 

@@ -33,7 +33,7 @@ def test_a_signal_to_a_tool_ends_its_command(number: signal.Signals) -> None:
     """A signal to the tool alone also ends the command that it waits for."""
     program = (
         "import click; from loader_service.cli.job import Job; from tools.terminal import run;"
-        "step = 'import time; print(\"running\", flush=True); time.sleep(60)';"
+        "step = 'import signal; print(\"running\", flush=True); signal.pause()';"
         "click.command(cls=Job)(lambda: run('python', '-c', step))()"
     )
     command = [sys.executable, "-c", program]

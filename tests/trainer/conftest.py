@@ -82,11 +82,13 @@ class TrainerProcesses:
         process.start()
         return TrainerProcess(process, log)
 
-    def together(self, count: int, program: str, *arguments: str | Path) -> list[tuple[int | None, str]]:
+    def together(
+        self, count: int, program: str, *arguments: str | Path, environ: Mapping[str, str] | None = None
+    ) -> list[tuple[int | None, str]]:
         """Run a program in ``count`` processes with the variables that torchrun sets; return codes and outputs by rank."""
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        everywhere = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        everywhere = {**(environ or {}), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
         running = [self.start(program, *arguments, environ=everywhere | rank) for rank in ranks]
         return [process.wait() for process in running]

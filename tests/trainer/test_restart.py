@@ -47,6 +47,12 @@ main()
 """
 
 
+def settings(folder: Path, victim: int = -1, number: int = signal.SIGKILL) -> dict[str, str]:
+    """Return the variables that TRAINER reads."""
+    given = {"VICTIM": str(victim), "SIGNAL": str(int(number)), "STARTED": str(folder / "started")}
+    return given | {"OMP_NUM_THREADS": "1"}
+
+
 def torchrun(
     folder: Path, processes: int, arguments: list[str | Path], victim: int = -1, number: int = signal.SIGKILL
 ) -> subprocess.CompletedProcess[str]:
@@ -55,11 +61,8 @@ def torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
     command += [f"--nproc-per-node={processes}", "--", str(script), "run"]
     command += [str(argument) for argument in [*arguments, *OPTIONS]]
-    settings = {"OMP_NUM_THREADS": "1", "VICTIM": str(victim), "SIGNAL": str(int(number))}
-    settings |= {"STARTED": str(folder / "started"), "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(
-        command, env=os.environ | settings, capture_output=True, text=True, timeout=100, check=False, cwd=folder
-    )
+    environ = os.environ | settings(folder, victim, number) | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100, check=False, cwd=folder)
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
@@ -80,7 +83,8 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
 ) -> None:
     """After SIGKILL the others exit at once, and the result equals that of an undisturbed run, bit for bit."""
     command = ["run", "--data", dataset_dir, "--run", tmp_path / "unbroken", *OPTIONS]
-    for code, said in processes.together(count, "from trainer.cli import main; main()", *command):
+    environ = settings(tmp_path) | {"TORCHELASTIC_RESTART_COUNT": "0"}
+    for code, said in processes.together(count, TRAINER, *command, environ=environ):
         assert code == 0, said
     done = torchrun(tmp_path, count, ["--data", dataset_dir, "--run", tmp_path / "run"], victim)
     assert done.returncode == 0, done.stderr

@@ -10,5 +10,7 @@ install() {
     pip install --no-cache-dir --no-deps --constraint constraints.txt --build-constraint constraints.txt \
         "$@" pillow-simd
 }
-install
+install & # both at once: each compiles on one core
+portable=$!
 CC="cc -mavx2" install --target "$1"
+wait "$portable"

@@ -9,11 +9,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -86,10 +88,9 @@ class LocalNode:
         program: Sequence[str] = PROGRAM,
     ) -> None:
         # Mode 0700: no other user can connect to the socket in it.
-        self._folder = tempfile.TemporaryDirectory(prefix="loader-service-") if bind is None else None
-        if self._folder:
-            bind = f"ipc://{self._folder.name}/node"
-        assert bind is not None
+        folder = Path(tempfile.mkdtemp(prefix="loader-service-")) if bind is None else None
+        self._remove_folder = weakref.finalize(self, _remove, folder, os.getpid())
+        bind = f"ipc://{folder}/node" if bind is None else bind
         # A log in a file keeps everything; on this process's standard error only warnings are worth the noise.
         levels = ("--log-level", "warning") if log is None else ()
         command = start_command(data, workers, bind, keys=keys, options=(*levels, *options), program=program)
@@ -137,8 +138,7 @@ class LocalNode:
         for pipe in (self._process.stdout, self._process.stderr):
             if pipe:
                 pipe.close()
-        if self._folder:
-            self._folder.cleanup()
+        self._remove_folder()
 
     def __enter__(self) -> LocalNode:
         return self
@@ -183,6 +183,12 @@ class LocalNode:
                 sys.stderr.write(line)
             else:
                 self._last_lines = [*self._last_lines[1 - _LAST_LINES :], line.strip()]
+
+
+def _remove(folder: Path | None, owner: int) -> None:
+    """Remove the folder of a node's socket, unless this is a forked child of the process that made it."""
+    if folder is not None and os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _spawn(command: Sequence[str], log: Path | str | None) -> subprocess.Popen[str]:

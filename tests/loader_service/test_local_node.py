@@ -96,3 +96,27 @@ def test_the_command_is_what_a_user_types() -> None:
     command = start_command("data", 2, "tcp://127.0.0.1:5555", options=("--insecure",))
     words = "loader-service start --workers 2 --data data --bind tcp://127.0.0.1:5555 --insecure"
     assert command == words.split()
+
+
+FORKING = """
+import os, sys
+from loader_service import LocalNode, status
+node = LocalNode(sys.argv[1], workers=1)
+child = os.fork()
+if child == 0:
+    sys.exit()  # runs finalisers and exit handlers
+os.waitpid(child, 0)
+assert status(node.address).clients == ()  # a new connection
+folder = os.path.dirname(node.address.removeprefix("ipc://"))
+assert os.path.isdir(folder)
+node.close()
+assert not os.path.exists(folder)
+"""
+
+
+def test_a_forked_child_that_ends_leaves_the_nodes_socket_alone(dataset_dir: Path) -> None:
+    """The folder of the socket goes with its LocalNode, never with a forked child."""
+    made = subprocess.run(
+        [sys.executable, "-c", FORKING, str(dataset_dir)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (made.returncode, made.stderr) == (0, "")

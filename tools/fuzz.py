@@ -32,7 +32,7 @@ from loader_service.datasets.progress import Progress
 from loader_service.errors import MessageError
 from loader_service.types import RECORD_SIDE_PX, VIEWS, DatasetFacts, Installation, SliceId, mean_bytes
 from loader_service.wire import messages
-from loader_service.wire.messages import FromClient, FromNode, Place, Request
+from loader_service.wire.messages import FromClient, FromNode, Place, Request, SlotLayout
 from loader_service.wire.shm import Segment
 from tools.errors import ToolFailed
 from tools.sample_dataset import digest, given_or_made
@@ -59,16 +59,17 @@ GROWTH_BYTES: Final = 16 * 2**20
 
 ANSWER_MS: Final = 10_000
 
+SLOTS: Final = SlotLayout(1, 4, 4, 150_528, 12)
+"""One slot with one part of 4 samples, for the slice that from_client() requests in shared memory."""
 
-def from_client(instance: str = INSTANCE, segment: str = SEGMENT, data_offset: int = 4096 * 2) -> list[FromClient]:
+
+def from_client(instance: str = INSTANCE, segment: str = SEGMENT, nonce: bytes = bytes(16)) -> list[FromClient]:
     """Return one valid message of each type that a client sends."""
     what = SliceId(VIEWS["center"], 3, 2, 1, 4)  # seed, epoch, start, count
-    # Pixels of 4 samples are 602,112 bytes; labels and draws lie after them.
-    place = Place(0, 1, data_offset, data_offset + 640_000, data_offset + 650_000)
     return [
         messages.Hello(messages.PROTOCOL, "host:1"),
-        messages.Attach(segment),
-        Request(instance, 7, "train", what, "uint8", place),
+        messages.Attach(segment, nonce, SLOTS),
+        Request(instance, 7, "train", what, "uint8", Place(0, 1)),
         Request(instance, 8, "train", msgspec.structs.replace(what, excluded=(5, 6)), "float32"),
         Request(instance, 9, "val", SliceId(VIEWS["ten-crop"], 0, 0, 0, 1), "uint8"),
         messages.Ping(),
@@ -87,7 +88,7 @@ def from_node() -> list[FromNode]:
         messages.Welcome(
             messages.PROTOCOL, INSTANCE, 2, 2**24, Installation(INSTANCE, {"numpy": "2"}), {"train": facts}
         ),
-        messages.Attached(SEGMENT, bytes(16)),
+        messages.Attached(SEGMENT, accepted=True),
         messages.Pixels(7, 4096),
         messages.Filled(7),
         messages.Failed(7, 3, "because", "cat/1.jpg"),
@@ -302,7 +303,7 @@ def fuzz_node(rng: Random, inputs: int, data: Path, progress: Progress) -> tuple
         ToolFailed: it ended, hung, grew, or serves other bytes than before.
     """
     context: zmq.Context[Any] = zmq.Context()
-    segment = Segment.create(1 << 20, 1)  # 1 MiB and one part: room for the slices of from_client()
+    segment = Segment.create(SLOTS.slots * SLOTS.slot_bytes, SLOTS.parts)
     try:
         with LocalNode(data, workers=1) as node:
             before = epoch_digests(node.address)
@@ -312,7 +313,7 @@ def fuzz_node(rng: Random, inputs: int, data: Path, progress: Progress) -> tuple
                 client = FuzzingClient(context, node.address, reads=rng.random() < 0.5)
                 # The node's own instance and a segment that exists: else it would drop every Request before it looks
                 # further.
-                valid = [messages.encode(m) for m in from_client(client.instance(), segment.name, segment.data_offset)]
+                valid = [messages.encode(m) for m in from_client(client.instance(), segment.name, segment.nonce)]
                 for _ in range(min(MESSAGES_PER_CLIENT, inputs - sent)):
                     frames = [damaged(rng, valid)]
                     if rng.random() < 0.02:

@@ -14,7 +14,7 @@ import click
 
 from loader_service.types import RECORD_SIDE_PX, VIEWS, DatasetFacts, Installation, SliceId, mean_bytes
 from loader_service.wire import messages
-from loader_service.wire.messages import FromClient, FromNode, Place, Request
+from loader_service.wire.messages import FromClient, FromNode, Place, Request, SlotLayout
 
 INSTANCE: Final = "0123456789abcdef" * 2
 SEGMENT: Final = f"loader-service-{'fedcba9876543210' * 2}"
@@ -34,9 +34,9 @@ TRANSCRIPT: Final[tuple[FromClient | FromNode, ...]] = (
     messages.Welcome(
         messages.PROTOCOL, INSTANCE, 2, 2**24, Installation("2" * 32, {"numpy": "2.4.6"}), {"train": FACTS}
     ),
-    messages.Attach(SEGMENT),
-    messages.Attached(SEGMENT, bytes(range(16))),
-    Request(INSTANCE, 1, "train", SliceId(VIEWS["center"], 5, 0, 0, 2), "uint8", Place(0, 1, 8192, 311_296, 315_392)),
+    messages.Attach(SEGMENT, bytes(range(16)), SlotLayout(6, 128, 32, 150_528, 12)),
+    messages.Attached(SEGMENT, accepted=True),
+    Request(INSTANCE, 1, "train", SliceId(VIEWS["center"], 5, 0, 0, 2), "uint8", Place(0, 1)),
     messages.Pixels(1, 0),
     messages.Filled(1),
     messages.Failed(2, 1, "its checksum is wrong", "bee/1.jpg"),

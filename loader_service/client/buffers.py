@@ -11,10 +11,9 @@ import numpy.typing as npt
 
 from loader_service.client.protocol import Ask, Part, PendingBatch
 from loader_service.types import DRAWS, SampleLayout, SliceId
-from loader_service.wire.messages import Place
-from loader_service.wire.shm import Hold, Segment
+from loader_service.wire.messages import Attach, Place, SlotLayout
+from loader_service.wire.shm import Hold, Segment, sweep
 
-_ALIGNMENT_BYTES = 4096  # a page
 _LABEL_BYTES = 8  # int64
 Bytes = npt.NDArray[np.uint8]
 Copy = Callable[[Bytes, Bytes], None]
@@ -23,8 +22,8 @@ Copy = Callable[[Bytes, Bytes], None]
 class Buffers:
     """Slots for batches of up to ``batch_size`` samples.
 
-    A slot has three areas, each of which begins on a page boundary: pixels, labels, draws. A slice is a range of samples
-    in each area. A slot has as many parts as a full batch has slices.
+    A slice is a range of samples in each of a slot's three areas; see :class:`SlotLayout`. A slot has as many parts as a
+    full batch has slices.
 
     Args:
         layout: bytes of one sample.
@@ -51,14 +50,14 @@ class Buffers:
         copy: Copy,
     ) -> None:
         self._copy = copy
-        self.layout, self.slots, self.slice_samples = layout, slots, slice_samples
-        self._seed, self._batch_size = seed, batch_size
-        self._parts = -(-batch_size // slice_samples)  # ceil
-        # Offsets of the areas within a slot; pixels are at 0.
-        self._labels = _round_up(batch_size * layout.image_bytes)
-        self._draws = self._labels + _round_up(batch_size * _LABEL_BYTES)
-        self._slot_bytes = self._draws + _round_up(batch_size * layout.draws_bytes)
-        self.segment = Segment.create(slots * self._slot_bytes, slots * self._parts, named=named)
+        self.layout, self.slots, self._seed = layout, slots, seed
+        # Slices of nearly equal size, and no more of them.
+        self.slice_samples = -(-batch_size // -(-batch_size // slice_samples))  # ceil, twice
+        at = SlotLayout(slots, batch_size, self.slice_samples, layout.image_bytes, layout.draws_bytes)
+        self._at, self._slot_bytes = at, at.slot_bytes
+        if named:
+            sweep()  # segments of loaders that were killed, and whose node is gone: this one may need their room
+        self.segment = Segment.create(slots * at.slot_bytes, at.parts, named=named)
 
     @property
     def memory_bytes(self) -> int:
@@ -81,9 +80,14 @@ class Buffers:
         """Bytes of one sample's label and draws."""
         return _LABEL_BYTES + self.layout.draws_bytes
 
+    @property
+    def attach(self) -> Attach | None:
+        """The message that asks a node to write into the segment; None if other processes cannot open it."""
+        return Attach(self.segment.name, self.segment.nonce, self._at) if self.segment.name else None
+
     def arm(self, slot: int, part: int) -> int | None:
         """Give a part a new generation and return it; None while a late writer holds the part."""
-        return self.segment.arm(slot * self._parts + part)  # the segment numbers the parts of all slots in one row
+        return self.segment.arm(slot * self._at.parts_per_slot + part)
 
     def slice_id(self, epoch: int, part: Part) -> SliceId:
         """Return the identity of a slice of this run."""
@@ -91,15 +95,7 @@ class Buffers:
 
     def place(self, ask: Ask) -> Place:
         """Return the place in the segment that a worker shall write a slice to."""
-        base, layout, offset = self._base(ask.batch.slot), self.layout, ask.part.offset
-        # Offsets count from the segment's start, so a writer knows nothing about slots.
-        return Place(
-            part=ask.batch.slot * self._parts + ask.part.index,
-            generation=ask.generation,
-            images=base + offset * layout.image_bytes,
-            labels=base + self._labels + offset * _LABEL_BYTES,
-            draws=base + self._draws + offset * layout.draws_bytes,
-        )
+        return Place(ask.batch.slot * self._at.parts_per_slot + ask.part.index, ask.generation)
 
     def write_pixels(self, batch: PendingBatch, part: Part, start: int, frame: Bytes) -> None:
         """Copy a piece of a slice from its frame to its slot, at byte ``start`` of the slice's pixels.
@@ -132,8 +128,8 @@ class Buffers:
         return (
             # Slots and areas begin on page boundaries, so each array is aligned for its dtype.
             np.ndarray((count, *layout.view.shape), layout.dtype, whole, 0),
-            np.ndarray((count,), np.int64, whole, self._labels),
-            np.ndarray((count, *layout.view.draws_shape), DRAWS, whole, self._draws),
+            np.ndarray((count,), np.int64, whole, self._at.labels),
+            np.ndarray((count, *layout.view.draws_shape), DRAWS, whole, self._at.draws),
         )
 
     def close(self) -> None:
@@ -144,7 +140,7 @@ class Buffers:
     def _areas(self, batch: PendingBatch, part: Part) -> tuple[Bytes, Bytes, Bytes]:
         """Return the bytes of a slice in its slot: pixels, labels, draws."""
         base, layout, offset, count = self._base(batch.slot), self.layout, part.offset, part.count
-        areas = ((0, layout.image_bytes), (self._labels, _LABEL_BYTES), (self._draws, layout.draws_bytes))
+        areas = ((0, layout.image_bytes), (self._at.labels, _LABEL_BYTES), (self._at.draws, layout.draws_bytes))
         images, labels, draws = (
             self.segment.array(base + area + offset * size, (count * size,), np.uint8) for area, size in areas
         )
@@ -152,7 +148,3 @@ class Buffers:
 
     def _base(self, slot: int) -> int:
         return self.segment.data_offset + slot * self._slot_bytes
-
-
-def _round_up(size: int) -> int:
-    return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES  # ceil

@@ -358,8 +358,7 @@ class Loader:
             tail_bytes=self._buffers.tail_bytes,
             arm=self._buffers.arm,
             transport=self._transport,
-            segment=self._buffers.segment.name,
-            nonce=self._buffers.segment.nonce,
+            attach=self._buffers.attach,
             excluded=self._excluded,
         )
         return self._session.begin(self._buffers, run)

@@ -14,7 +14,7 @@ Nodes
         from        event                                               to
         CONNECTING  Welcome                                             WELCOMED
         WELCOMED    a run begins without shared memory                  WORKING    (slices in frames)
-        WELCOMED    Attached, the answer to our Attach                  WORKING    (shared if the nonce is right)
+        WELCOMED    Attached, the answer to our Attach                  WORKING    (shared if it is accepted)
         WORKING     Welcome again, after a reconnection                 WELCOMED
         any         lost                                                CONNECTING
 
@@ -246,11 +246,11 @@ class Run:
         schedule: the batches of the run.
         epoch, position: the place to begin at.
         slots: number of slots, 0 .. slots - 1.
-        slice_samples: most positions per slice.
+        slice_samples: positions per slice; a batch's last slice may have fewer.
         pixel_bytes, tail_bytes: one sample's bytes in a slice that comes in frames: pixels; label and draws.
         arm: see :data:`Arm`.
         transport: ``shm`` or ``tcp`` to force one; ``auto`` shares memory with each node that can.
-        segment, nonce: name of the slots' segment, empty if it has none, and the nonce that is written in it.
+        attach: the message that asks a node to write into the slots; None if nodes cannot open them.
         excluded: records that are known to be bad, ascending.
     """
 
@@ -263,8 +263,7 @@ class Run:
     tail_bytes: int
     arm: Arm
     transport: Transport = "auto"
-    segment: str = ""
-    nonce: bytes = b""
+    attach: messages.Attach | None = None
     excluded: tuple[int, ...] = ()
 
 
@@ -548,11 +547,10 @@ class Ledger:
             self._batches.append(PendingBatch(plan, self._free.popleft(), self._cut(plan)))
 
     def _cut(self, plan: Plan) -> list[Part]:
-        """Return a batch's parts, of nearly equal size."""
-        pieces = -(-plan.count // self.run.slice_samples)  # ceil
-        edges = [plan.count * i // pieces for i in range(pieces + 1)] if pieces else []  # no parts: an empty batch
-        pairs = itertools.pairwise(edges)
-        return [Part(plan.first + low, high - low, low, index) for index, (low, high) in enumerate(pairs)]
+        """Return a batch's parts. Part i of every slot begins at the same sample, so it stands for one place in memory."""
+        size = self.run.slice_samples
+        firsts = range(0, plan.count, size)  # empty for an empty batch
+        return [Part(plan.first + low, min(size, plan.count - low), low, i) for i, low in enumerate(firsts)]
 
     def _deliveries(self) -> Iterator[Deliver]:
         # Only the oldest batch may leave: a younger one that is done waits in its slot, so batches stay in order.
@@ -938,23 +936,24 @@ class ClientProtocol:
         """Have a node work for the run in progress, in shared memory if it can."""
         if self._run is None or record.state is NodeState.CONNECTING:  # the next begin or Welcome calls again
             return ()
-        if self._run.transport == "tcp" or not self._run.segment:
+        if self._run.transport == "tcp" or self._run.attach is None:
             return self._put_to_work(record, shared=False)
         if record.state is NodeState.WORKING:  # since an earlier run, whose slots are this one's
             return self._put_to_work(record, shared=record.shared)
-        return [Send(record.address, messages.Attach(self._run.segment))]
+        return [Send(record.address, self._run.attach)]
 
     def _attached(self, record: NodeRecord, answer: messages.Attached) -> Iterable[Action]:
+        run = self._run
         # Late: another run has begun, or the node was lost meanwhile.
-        if self._run is None or answer.segment != self._run.segment or record.state is not NodeState.WELCOMED:
+        if run is None or run.attach is None or answer.segment != run.attach.segment:
             return ()
-        # The nonce proves that it is this segment. The name does not: another container has another /dev/shm.
-        if answer.nonce == self._run.nonce:
+        if record.state is not NodeState.WELCOMED:
+            return ()
+        if answer.accepted:
             return self._put_to_work(record, shared=True)
-        if self._run.transport == "shm":
-            reason = answer.reason or "it opened another segment of that name"
+        if run.transport == "shm":
             raise SharedMemoryError(
-                f"the node at {record.address} cannot share memory with this client ({reason})",
+                f"the node at {record.address} cannot share memory with this client ({answer.reason})",
                 remedy="run both on one machine, as one user, with one /dev/shm; or let transport be auto",
             )
         text = f"node {record.address} cannot share memory with this client, so slices come in frames: {answer.reason}"

@@ -33,7 +33,17 @@ from loader_service.errors import MessageError, NodeFailed, SharedMemoryError
 from loader_service.metrics import NodeHook, NodeMetrics
 from loader_service.node.forkserver import ForkServer
 from loader_service.node.packets import Bad, Done, Forked, Lease, Ready
-from loader_service.node.scheduler import Action, Answer, Grant, Refuse, Scheduler, Task, WorkerRecord
+from loader_service.node.scheduler import (
+    Action,
+    Answer,
+    ClientSegment,
+    Detach,
+    Grant,
+    Refuse,
+    Scheduler,
+    Task,
+    WorkerRecord,
+)
 from loader_service.node.send_buffers import SendBuffers
 from loader_service.node.watchdog import Watchdog, culprit
 from loader_service.node.worker import NO_RECORD, Worker, prove, survey
@@ -41,18 +51,25 @@ from loader_service.node.worker_pool import Death, Event, WorkerPool
 from loader_service.types import DatasetFacts, Installation, Split
 from loader_service.wire import messages, sockets
 from loader_service.wire.auth import Authenticator, NodeKeys, node_keys
-from loader_service.wire.messages import Failed, Request
-from loader_service.wire.shm import Segment, sweep
+from loader_service.wire.messages import Attach, Attached, Failed, Request
+from loader_service.wire.shm import Segment, SegmentWatch, sweep
 from loader_service.wire.sockets import Waker
 
 log = logging.getLogger("loader_service.node")
 
 TICK_MS: Final = 500
-"""Period of the checks for silent clients, stalled workers and standstills, and of the metrics hook."""
+"""Period of the checks for killed and silent clients, stalled workers and standstills, and of the metrics hook."""
 
 MAX_CLIENTS: Final = 256
 """Upper bound of the clients of a node. No cluster has so many trainers; the bound limits the memory that a peer can
 take by Hellos under new identities."""
+
+CANNOT_ATTACH: Final = "the node cannot open it: it runs on another machine, in another container or as another user; or it has barred this client"
+"""The reason in every Attached that refuses. It does not tell the causes apart, so no client can use it to look for segments."""
+
+SWEEP_FOR_S: Final = 5.0
+"""Seconds during which every tick looks for orphans after a client was lost. A killed process's connection can end before its
+other files are closed, and with them the lock that shows that its segment has an owner."""
 
 MESSAGES_PER_TURN: Final = 64
 """Messages read from clients before the loop polls again, so that many clients cannot starve the workers."""
@@ -129,9 +146,12 @@ class Dispatcher:
         if self._authenticator:
             self._poller.register(self._authenticator.socket, zmq.POLLIN)
         self._last_heard: dict[bytes, float] = {}  # time of the last message, by client
+        # By client and name; the scheduler's Detach removes them.
+        self._segments: dict[tuple[bytes, str], SegmentWatch] = {}
         self._watchdog = Watchdog(settings.standstill_s)
         self._send_buffers = SendBuffers(own, settings.slot_bytes, self._waker.wake)
         self._worker_pool = WorkerPool(fork_server, progress, self._poller, settings.stall_s)
+        self._sweep_until = 0.0  # see SWEEP_FOR_S
         self._refused = 0  # messages, requests and keys; see Status
         self._started = time.monotonic()
         self._stopping = False
@@ -195,6 +215,8 @@ class Dispatcher:
         if self._authenticator:
             self._authenticator.close()
         self._context.term()  # waits for libzmq's threads, which may still read a send slot
+        for segment in self._segments.values():
+            segment.close()
         self._send_buffers.close()
         self._waker.close()
 
@@ -258,29 +280,33 @@ class Dispatcher:
             case messages.StatusQuery():
                 self._send(client, self.status())
             case messages.Bye():
-                self._forget(client)
+                self._remove(client)
             case _ if not known:
                 self._send(client, messages.UnknownClient())
             case messages.Ping():
                 self._send(client, messages.Pong())
             case messages.Attach():
-                self._attach(client, message.segment)
+                self._attach(client, message)
             case messages.Request():
                 self._request(client, message)
 
-    def _attach(self, client: bytes, name: str) -> None:
-        """Open a client's segment once, to return the nonce in it. The workers map it when a lease names it."""
+    def _attach(self, client: bytes, message: Attach) -> None:
+        """Open a client's segment, to check it and to watch it. The workers map it when a lease names it."""
+        name, layout = message.segment, message.layout
         try:
-            segment = Segment.attach(name)
+            if self._scheduler.clients[client].barred:
+                raise SharedMemoryError("the client is barred")
+            segment = SegmentWatch(name, message.nonce, layout.slots * layout.slot_bytes, layout.parts)
         except SharedMemoryError as error:
-            self._send(client, messages.Attached(name, b"", str(error)[:4096]))  # the bound of Text
+            # Not a refused message: every client on another machine tries.
+            log.debug("client %s does not share memory with this node: %s", client.hex()[:8], error)
+            self._send(client, Attached(name, accepted=False, reason=CANNOT_ATTACH))
             return
-        nonce = segment.nonce
-        segment.close()  # workers map it themselves, each with its own opening for the locks
-        # The client compares the nonce with its own. If they differ, it saw another segment of that name, and it sends no
-        # place; so the node need not check.
-        self._do(self._scheduler.client_attached(client, name))
-        self._send(client, messages.Attached(name, nonce))
+        if again := self._segments.get((client, name)):
+            again.close()
+        self._segments[client, name] = segment
+        self._do(self._scheduler.client_attached(client, ClientSegment(name, segment.data_offset, layout)))
+        self._send(client, Attached(name, accepted=True))
 
     def _request(self, client: bytes, request: Request) -> None:
         if request.instance != self.instance:  # it was queued for another run of this node
@@ -318,11 +344,28 @@ class Dispatcher:
             case Bad(lease, record, reason, source):
                 self._do(scheduler.worker_failed(index, lease, record, reason, source))
             case Death(crashed, record, how):
+                # Before worker_died, which would lease the slice to the next worker.
+                crashed = crashed and not self._bar_if_flawed(next(iter(scheduler.workers[index].tasks.values()), None))
                 self._do(scheduler.worker_died(index, crashed=crashed, record=record, how=how))
 
+    def _bar_if_flawed(self, task: Task | None) -> bool:
+        """Bar the client of the task that a dead worker wrote if its segment is the cause; return whether it is."""
+        if task is None or task.segment is None:
+            return False
+        segment = self._segments.get((task.client.id, task.segment.name))
+        if segment is None or not (flaw := segment.flaw()):
+            return False
+        self._bar(task.client.id, flaw)
+        return True
+
+    def _bar(self, client: bytes, flaw: str) -> None:
+        log.warning("client %s: %s; this node writes no more of its slices there", client.hex()[:8], flaw)
+        self._do(self._scheduler.client_barred(client, flaw))
+
     def _tick(self, now: float) -> None:
-        """Do the work of every TICK_MS: spawn workers, forget silent clients, kill stalled workers."""
+        """Do the work of every TICK_MS: spawn workers, forget killed and silent clients, kill stalled workers."""
         self._worker_pool.spawn_due(now)
+        self._check_segments(now)
         # A list, since _forget changes the dict.
         for client in [c for c, heard in self._last_heard.items() if now - heard > self._settings.client_silent_s]:
             log.warning(
@@ -331,10 +374,24 @@ class Dispatcher:
                 now - self._last_heard[client],
             )
             self._forget(client)
-            sweep()  # it was probably killed, and its segment is an orphan
         for worker in self._scheduler.workers:  # a worker's first task is the one that it writes
             self._worker_pool.kill_if_stalled(worker.index, worker.pid, next(iter(worker.tasks), None), now)
         self._report_standstill(now)
+
+    def _check_segments(self, now: float) -> None:
+        """Forget the clients that were killed, and bar those whose segments have shrunk."""
+        for key in list(self._segments):  # a list, since a client that is forgotten can take others with it
+            segment = self._segments.get(key)
+            if segment is None:
+                continue
+            client, _ = key
+            if segment.orphaned():
+                log.info("client %s has ended without a Bye and is forgotten", client.hex()[:8])
+                self._forget(client)
+            elif flaw := segment.flaw():
+                self._bar(client, flaw)
+        if now < self._sweep_until:
+            sweep()  # removes the names; the memory follows when the workers have unmapped it
 
     def _report_standstill(self, now: float) -> None:
         """Log each standstill once, with its place."""
@@ -368,18 +425,22 @@ class Dispatcher:
                     self._deliver(task)
                 case Refuse(client, message):
                     self._send(client, message)
+                case Detach(client, segment):
+                    self._segments.pop((client, segment)).close()
+                    self._worker_pool.release(segment)
 
     def _grant(self, worker: int, lease: int, task: Task) -> None:
         request = task.request
         if task.slot is None:
-            assert request.place is not None  # the scheduler gives a slot to every other task
-            segment, place = task.client.segment, request.place
+            assert task.segment is not None  # the scheduler gives a slot to every other task
+            assert request.place is not None
+            name, to = task.segment.name, task.segment.destination(request.place)
         else:
-            own = self._send_buffers.place(task)
+            own = self._send_buffers.destination(task)
             if own is None:  # a worker that had this slot is dead, and its locks with it
                 raise NodeFailed(f"send slot {task.slot} is locked, although no worker uses it")
-            segment, place = self._send_buffers.segment_name, own
-        self._worker_pool.give(worker, Lease(lease, request.split, request.what, request.dtype, segment, place))
+            name, to = self._send_buffers.segment_name, own
+        self._worker_pool.give(worker, Lease(lease, request.split, request.what, request.dtype, name, to))
 
     def _deliver(self, task: Task) -> None:
         if task.slot is None:
@@ -400,6 +461,11 @@ class Dispatcher:
         return sockets.try_send(self._router, [client, *frames], on_gone=lambda: self._forget(owner))
 
     def _forget(self, client: bytes) -> None:
+        """Remove a client that is lost. It was probably killed, and its segment is an orphan then."""
+        self._sweep_until = time.monotonic() + SWEEP_FOR_S
+        self._remove(client)
+
+    def _remove(self, client: bytes) -> None:
         self._last_heard.pop(client, None)
         # May grant leases to others; a nested _do is harmless, since each has its own list.
         self._do(self._scheduler.client_left(client))

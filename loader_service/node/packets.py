@@ -10,6 +10,7 @@ dispatcher  fork server Fork      start a worker; its end of a socket pair is at
 fork server dispatcher  Forked    the worker's process exists
 worker      dispatcher  Ready     its datasets are open
 dispatcher  worker      Lease     write this slice
+dispatcher  worker      Release   unmap this segment
 worker      dispatcher  Done      the slice is written
 worker      dispatcher  Bad       the slice cannot be written
 fork server dispatcher  Died      the worker's process has ended and is reaped
@@ -23,13 +24,27 @@ from typing import Final
 import msgspec
 
 from loader_service.types import Dtype, SliceId, Split, StageSeconds
-from loader_service.wire.messages import Place
 
 MAX_PACKET_BYTES: Final = 65_536
 """Upper bound of a packet: a Lease with MAX_EXCLUDED records is the largest, about 10 KB."""
 
 
 # No bounds on these fields: both ends are forks of one process, and nobody else has the socket.
+class Destination(msgspec.Struct, frozen=True):
+    """The destination of a slice in a segment.
+
+    Fields:
+        part, generation: the part that guards it, and the generation in which it may be written: see ``wire/shm.py``.
+        images, labels, draws: offsets of the three arrays from the segment's start, in bytes.
+    """
+
+    part: int
+    generation: int
+    images: int
+    labels: int
+    draws: int
+
+
 class Lease(msgspec.Struct, frozen=True, tag="lease"):
     """Dispatcher to worker: write a slice.
 
@@ -37,7 +52,7 @@ class Lease(msgspec.Struct, frozen=True, tag="lease"):
         id: number of the lease; the answer repeats it.
         split, what, dtype: the slice.
         segment: name of the client's segment; empty for the node's own send slots.
-        place: destination in that segment.
+        to: destination in that segment.
     """
 
     id: int
@@ -45,7 +60,13 @@ class Lease(msgspec.Struct, frozen=True, tag="lease"):
     what: SliceId
     dtype: Dtype
     segment: str
-    place: Place
+    to: Destination
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """Dispatcher to worker: unmap a segment, since its client has left. The worker reads it after its present lease."""
+
+    segment: str
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -91,7 +112,7 @@ class Died(msgspec.Struct, frozen=True, tag="died"):
 
 
 encode: Final = msgspec.msgpack.Encoder().encode
-decode_lease: Final = msgspec.msgpack.Decoder(Lease).decode
+decode_order: Final = msgspec.msgpack.Decoder(Lease | Release).decode
 decode_answer: Final = msgspec.msgpack.Decoder(Ready | Done | Bad).decode
 decode_fork: Final = msgspec.msgpack.Decoder(Fork).decode
 decode_fork_server: Final = msgspec.msgpack.Decoder(Forked | Died).decode

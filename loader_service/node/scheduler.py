@@ -21,7 +21,9 @@ A request (:class:`Task`)::
     QUEUED      client_left                         dropped
     LEASED      worker_done                         Answer
     LEASED      worker_failed                       Refuse
-    LEASED      worker_died                         QUEUED, at the front; or Refuse, after CRASHES crashes
+    LEASED      worker_died                         QUEUED, at the front; or Refuse, after CRASHES crashes or
+                                                    if its client is barred
+    QUEUED      client_barred, with a place         Refuse
     LEASED      client_left                         LEASED; its result will be dropped
 
 Invariants:
@@ -29,6 +31,7 @@ Invariants:
 - A request has at most one lease at a time, and a lease number is used once.
 - Each request of a client that stays gets exactly one Answer or Refuse.
 - A worker has at most DEPTH leases.
+- Each segment that a client has attached is released by exactly one Detach.
 - A send slot is free, belongs to one LEASED task, or holds one answered slice until ``slot_freed``.
 
 **Fairness** is start-time fair queueing (Goyal, Vin and Cheng, 1996). Each client is charged the worker time of its
@@ -43,8 +46,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from loader_service.node.packets import Destination
 from loader_service.types import SampleLayout, StageSeconds
-from loader_service.wire.messages import Failed, Request, WorkerState
+from loader_service.wire.messages import Failed, Place, Request, SlotLayout, WorkerState
 
 DEPTH: Final = 2
 """Leases per worker: one that it writes and one that waits, so that it never waits for the dispatcher."""
@@ -58,6 +62,29 @@ MAX_QUEUE: Final = 4096
 NO_SECONDS: Final = StageSeconds()
 
 
+@dataclass(frozen=True)
+class ClientSegment:
+    """The shared memory that a client has attached: its name, the offset of its data in bytes, the layout of its slots."""
+
+    name: str
+    data_offset: int
+    layout: SlotLayout
+
+    def fits(self, request: Request, place: Place) -> bool:
+        """Return whether a request's slice fits the part of its place, and its samples are those of the layout."""
+        sample, layout = SampleLayout(request.what.view, request.dtype), self.layout
+        return (
+            (sample.image_bytes, sample.draws_bytes) == (layout.image_bytes, layout.draws_bytes)
+            and place.part < layout.parts
+            and request.what.count <= layout.samples(place.part)
+        )
+
+    def destination(self, place: Place) -> Destination:
+        """Return the bytes that a place stands for."""
+        offsets = (self.data_offset + at for at in self.layout.offsets(place.part))
+        return Destination(place.part, place.generation, *offsets)
+
+
 # eq=False: records are compared by identity; _present relies on it.
 @dataclass(eq=False)
 class ClientRecord:
@@ -65,7 +92,8 @@ class ClientRecord:
 
     id: bytes
     name: str
-    segment: str = ""  # name of its shared memory; empty: it receives slices in frames
+    segment: ClientSegment | None = None  # None: it receives slices in frames
+    barred: str = ""  # the reason why its shared memory is not written any more; empty: it may be
     queue: deque[Task] = field(default_factory=deque)
     charged_s: float = 0.0  # worker time, see Fairness; only differences between clients matter
     sending: int = 0  # send slots that it occupies
@@ -80,6 +108,7 @@ class Task:
 
     client: ClientRecord
     request: Request
+    segment: ClientSegment | None = None  # the one attached at the time of the request
     crashes: int = 0  # workers that crashed on it
     estimate_s: float = 0.0  # the charge of its lease, corrected when the lease is done
     slot: int | None = None  # its send slot, for a request without a place
@@ -132,7 +161,15 @@ class Refuse:
     message: Failed
 
 
-Action = Grant | Answer | Refuse
+@dataclass(frozen=True)
+class Detach:
+    """The action to let go of a client's segment, here and in all workers."""
+
+    client: bytes
+    segment: str
+
+
+Action = Grant | Answer | Refuse | Detach
 
 
 class Scheduler:
@@ -166,34 +203,55 @@ class Scheduler:
         self.clients[client] = ClientRecord(client, name, charged_s=floor)
         return actions
 
-    def client_attached(self, client: bytes, segment: str) -> list[Action]:
-        """Note that the node can write a client's shared memory."""
-        if client in self.clients:
-            self.clients[client].segment = segment
-        return []
+    def client_attached(self, client: bytes, segment: ClientSegment) -> list[Action]:
+        """Note that the node can write a client's shared memory. With another segment than before it starts anew.
+
+        So no request that was made for the one segment is written to the other.
+        """
+        known = self.clients.get(client)
+        if known is None:
+            return []
+        actions = self.client_joined(client, known.name) if known.segment not in (None, segment) else []
+        self.clients[client].segment = segment
+        return actions
+
+    def client_barred(self, client: bytes, reason: str) -> list[Action]:
+        """Stop writing into a client's shared memory, and refuse its requests for that; frames stay open to it."""
+        known = self.clients.get(client)
+        if known is None:
+            return []
+        actions = self._detach(known)
+        known.barred = reason
+        refused = [task for task in known.queue if task.request.place is not None]
+        known.queue = deque(task for task in known.queue if task.request.place is None)
+        for task in refused:
+            actions += self._refuse(task, -1, reason)
+        return actions + self._dispatch()
 
     def client_left(self, client: bytes) -> list[Action]:
         """Remove a client and its queued requests. Its leases continue, and their results are dropped."""
         gone = self.clients.pop(client, None)
+        actions: list[Action] = []
         if gone:
+            actions = self._detach(gone)
             for task in gone.queue:
                 self._release_slot(task)
             gone.queue.clear()
-        return self._dispatch()
+        return actions + self._dispatch()
 
     def requested(self, client: bytes, request: Request) -> list[Action]:
         """Queue a client's request, or refuse it."""
         asking = self.clients.get(client)  # None: it left, or was forgotten, while the request was on its way
         if asking is None:
             return []
-        if request.place is not None and not asking.segment:
-            return [Refuse(client, Failed(request.id, -1, "no shared memory is attached"))]
+        if flaw := _flaw(asking, request):
+            return [Refuse(client, Failed(request.id, -1, flaw))]
         if len(asking.queue) >= MAX_QUEUE:
             return [Refuse(client, Failed(request.id, -1, "too many requests are waiting"))]
         if not asking.queue:  # an idle client saves no credit: its charge rises to that of the busy clients
             floor = min((c.charged_s for c in self.clients.values() if c.queue), default=asking.charged_s)
             asking.charged_s = max(asking.charged_s, floor)
-        asking.queue.append(Task(asking, request))
+        asking.queue.append(Task(asking, request, asking.segment))
         return self._dispatch()
 
     def slot_freed(self, slot: int, client: ClientRecord) -> list[Action]:
@@ -274,7 +332,9 @@ class Scheduler:
                 reason = f"it crashed {CRASHES} workers, the last by {how}"
                 actions += self._refuse(tasks.pop(0), record, reason)
         for task in reversed(tasks):  # reversed, since each goes to the front of its queue
-            if self._present(task):
+            if task.client.barred and task.request.place is not None:
+                actions += self._refuse(task, -1, task.client.barred)
+            elif self._present(task):
                 self.reassigned += 1
                 task.client.charged_s -= task.estimate_s
                 task.client.queue.appendleft(task)  # with its send slot, if any; the lock is free
@@ -340,6 +400,10 @@ class Scheduler:
             return client.queue.popleft()
         return None
 
+    def _detach(self, client: ClientRecord) -> list[Action]:
+        segment, client.segment = client.segment, None
+        return [Detach(client.id, segment.name)] if segment else []
+
     def _present(self, task: Task) -> bool:
         """Return whether the client of a task is still connected, and has not said Hello again since."""
         return self.clients.get(task.client.id) is task.client  # a repeated Hello makes a new record
@@ -357,3 +421,13 @@ class Scheduler:
             self._free_slots.append(task.slot)
             task.client.sending -= 1
             task.slot = None
+
+
+def _flaw(client: ClientRecord, request: Request) -> str:
+    """Return the reason why no worker may write to the place of a request; empty if one may, or if it has none."""
+    place, segment = request.place, client.segment
+    if place is None:
+        return ""
+    if segment is None:
+        return client.barred or "no shared memory is attached"
+    return "" if segment.fits(request, place) else f"the slice does not fit part {place.part} of the attached segment"

@@ -10,9 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from loader_service.node.packets import Destination
 from loader_service.node.scheduler import ClientRecord, Task
 from loader_service.types import SampleLayout
-from loader_service.wire.messages import Filled, Pixels, Place, Request, encode
+from loader_service.wire.messages import Filled, Pixels, Request, encode
 from loader_service.wire.shm import Hold, Segment
 
 ALIGNMENT_BYTES: Final = 64
@@ -49,15 +50,15 @@ class SendBuffers:
         _, end = self._areas(request)
         return end <= self.slot_bytes
 
-    def place(self, task: Task) -> Place | None:
-        """Arm a task's slot and return the place of its slice; None if a late writer holds the slot."""
+    def destination(self, task: Task) -> Destination | None:
+        """Arm a task's slot and return the destination of its slice; None if a late writer holds the slot."""
         assert task.slot is not None
         generation = self._segment.arm(task.slot)  # again for each lease, so a dead worker's lease is void
         if generation is None:
             return None
         (images, labels, draws), _ = self._areas(task.request)
         base = self._base(task.slot)
-        return Place(task.slot, generation, base + images, base + labels, base + draws)
+        return Destination(task.slot, generation, base + images, base + labels, base + draws)
 
     def messages(self, task: Task) -> Iterator[list[Any]]:
         """Yield the messages of a slice, each a list of frames. They hold the slot until the last of them is sent."""

@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import time
-from collections import OrderedDict
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +23,7 @@ from loader_service.data import golden
 from loader_service.data.fill import Stopwatch, fill
 from loader_service.data.records import Records
 from loader_service.errors import DatasetInvalid, DatasetNotFound, NodeFailed, RecordError, SharedMemoryError
-from loader_service.node.packets import MAX_PACKET_BYTES, Bad, Done, Lease, Ready, decode_lease, encode
+from loader_service.node.packets import MAX_PACKET_BYTES, Bad, Done, Lease, Ready, decode_order, encode
 from loader_service.types import BUILTIN_GOLDEN, DRAWS, DatasetFacts, Installation, SampleLayout, Slice, Split
 from loader_service.wire.shm import Claim, Segment
 
@@ -33,9 +32,6 @@ log = logging.getLogger("loader_service.node")
 SPLITS: Final[tuple[Split, ...]] = ("train", "val")
 NO_RECORD: Final = -1
 """Published while a worker reads no record."""
-
-_MAX_SEGMENTS: Final = 64
-"""Segments of clients that a worker keeps mapped; it closes the least recently used one first."""
 
 STALE: Final = {
     Claim.BUSY: "a late writer holds the part",
@@ -149,14 +145,17 @@ class Worker:
         self._stopwatch = Stopwatch(progress[1:])
         self._records = {split: _reopen(data / f"{split}.lmdb", fact.fingerprint) for split, fact in facts.items()}
         self._own = own.reopen()  # locks exclude openings, and all workers inherited the same one
-        self._segments: OrderedDict[str, Segment] = OrderedDict()
+        self._segments: dict[str, Segment] = {}  # of clients, by name, until the dispatcher has them released
 
     def run(self) -> None:
-        """Answer leases until the dispatcher closes its end."""
+        """Carry out orders until the dispatcher closes its end."""
         self._link.send(encode(Ready()))
         while packet := self._link.recv(MAX_PACKET_BYTES):  # blocks; an empty packet is the end of file
-            lease = decode_lease(packet)
-            self._link.send(encode(self._serve(lease)))
+            order = decode_order(packet)
+            if isinstance(order, Lease):
+                self._link.send(encode(self._serve(order)))
+            elif segment := self._segments.pop(order.segment, None):
+                segment.close()
 
     def _serve(self, lease: Lease) -> Done | Bad:
         start = time.perf_counter()
@@ -178,7 +177,7 @@ class Worker:
         """Write a slice into its place if the lease is still valid."""
         segment = self._segment(lease.segment)
         # The lock is held until the last byte is written.
-        with segment.writing(lease.place.part, lease.place.generation) as claim:
+        with segment.writing(lease.to.part, lease.to.generation) as claim:
             if claim is Claim.OURS:
                 fill(_slice(segment, lease), self._records[lease.split], lease.what, self._record, self._stopwatch)
         return claim
@@ -193,13 +192,9 @@ class Worker:
         """Return a segment by its name, mapped once and kept: a new mapping would fault every page in again."""
         if not name:  # a slice in frames: the place is in the node's own send slots
             return self._own
-        segment = self._segments.pop(name, None)  # and inserted again below, so that the order is by last use
+        segment = self._segments.get(name)
         if segment is None:
-            segment = Segment.attach(name)
-            # A client that has left is not reported to workers; its segments close when newer ones need the room.
-            while len(self._segments) >= _MAX_SEGMENTS:
-                self._segments.popitem(last=False)[1].close()
-        self._segments[name] = segment
+            segment = self._segments[name] = Segment.attach(name)
         return segment
 
 
@@ -216,11 +211,11 @@ def _reopen(path: Path, fingerprint: str) -> Records:
 
 
 def _slice(segment: Segment, lease: Lease) -> Slice:
-    """Return the arrays of a lease's place. Segment.array checks that they lie within the data."""
-    layout, place, n = SampleLayout(lease.what.view, lease.dtype), lease.place, lease.what.count
+    """Return the arrays of a lease's destination. Segment.array checks that they lie within the data."""
+    layout, to, n = SampleLayout(lease.what.view, lease.dtype), lease.to, lease.what.count
     view = layout.view
     return Slice(
-        images=segment.array(place.images, (n, *view.shape), lease.dtype),
-        labels=segment.array(place.labels, (n,), np.int64),
-        draws=segment.array(place.draws, (n, *view.draws_shape), DRAWS),
+        images=segment.array(to.images, (n, *view.shape), lease.dtype),
+        labels=segment.array(to.labels, (n,), np.int64),
+        draws=segment.array(to.draws, (n, *view.draws_shape), DRAWS),
     )

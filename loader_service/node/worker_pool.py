@@ -22,7 +22,18 @@ import zmq
 
 from loader_service.errors import NodeFailed
 from loader_service.node.forkserver import ForkServer
-from loader_service.node.packets import MAX_PACKET_BYTES, Bad, Died, Done, Forked, Lease, Ready, decode_answer, encode
+from loader_service.node.packets import (
+    MAX_PACKET_BYTES,
+    Bad,
+    Died,
+    Done,
+    Forked,
+    Lease,
+    Ready,
+    Release,
+    decode_answer,
+    encode,
+)
 from loader_service.node.worker import NO_RECORD
 from loader_service.types import STAGES
 
@@ -70,6 +81,7 @@ class WorkerPool:
         self._shared_progress = progress
         self._links: dict[int, socket.socket] = {}  # by worker index
         self._by_descriptor: dict[int, int] = {}  # worker index by descriptor of its link
+        self._pids: dict[int, int] = {}  # by worker index
         self._ready: set[int] = set()  # workers that said Ready
         # By worker index: the lease and record that it was last seen at, and the time when it reached them.
         self._last_moves: dict[int, tuple[int, int, float]] = {}
@@ -92,10 +104,12 @@ class WorkerPool:
 
     def give(self, index: int, lease: Lease) -> None:
         """Send a lease to a worker. If the worker is dead, its Death follows, and the scheduler leases the slice again."""
-        try:
-            self._links[index].send(encode(lease))  # never full: its buffer has room for DEPTH leases of about 10 KB
-        except (BrokenPipeError, ConnectionResetError, KeyError):  # KeyError: its link is closed already
-            log.debug("worker %d has died; lease %d goes to another worker", index, lease.id)
+        self._send(index, lease)
+
+    def release(self, segment: str) -> None:
+        """Have all workers unmap a client's segment; a worker that writes a slice does so after it."""
+        for index in list(self._ready):  # the others have mapped none yet
+            self._send(index, Release(segment))
 
     def progress(self, index: int) -> tuple[int, str]:
         """Return the record that a worker reads (NO_RECORD: none) and its stage (empty: none)."""
@@ -143,6 +157,17 @@ class WorkerPool:
         for link in self._links.values():
             link.close()
 
+    def _send(self, index: int, order: Lease | Release) -> None:
+        try:
+            self._links[index].send(encode(order))
+        except (BrokenPipeError, ConnectionResetError, KeyError):  # KeyError: its link is closed already
+            log.debug("worker %d has died before it could read its order", index)
+        except BlockingIOError:
+            # The buffer holds hundreds of orders. The worker was stopped while it had no lease, and its maps keep memory.
+            if pid := self._pids.pop(index, 0):  # once
+                log.warning("worker %d (pid %d) does not read its orders: killed", index, pid)
+                os.kill(pid, signal.SIGKILL)
+
     def _spawn(self, index: int) -> None:
         link = self._fork_server.spawn_worker(index)
         self._links[index] = link
@@ -177,6 +202,7 @@ class WorkerPool:
     def _receive_from_fork_server(self) -> Iterator[tuple[int, Event]]:
         match self._fork_server.receive():
             case Forked() as forked:
+                self._pids[forked.index] = forked.pid
                 yield forked.index, forked
             case Died(index, pid, code):
                 if index in self._links:  # slices that it finished before it died count

@@ -10,7 +10,7 @@ sender     message         tag          meaning
 client     Hello           hello        introduces the client; a repeated Hello discards its earlier requests
 node       Welcome         welcome      answers Hello: instance, workers, golden hashes, facts of every split
 client     Attach          attach       asks the node to open the client's segment of shared memory
-node       Attached        attached     answers Attach: the nonce read from the segment, or the reason of a failure
+node       Attached        attached     answers Attach: whether the node writes into the segment
 client     Request         request      asks for one slice, to be written to a place or sent in frames
 node       Pixels          pixels       carries a frame of the slice's pixels
 node       Filled          filled       answers Request: the slice is complete
@@ -26,7 +26,7 @@ node       Status          status       answers StatusQuery: state and counters 
 A conversation::
 
     Hello    -> Welcome
-    Attach   -> Attached                                shared memory only: the nonce proves that both see one segment
+    Attach   -> Attached                                shared memory only: the nonce proves that the segment is the client's
     Request  -> Filled                                  with a place: the slice lies in the client's segment
     Request  -> Pixels + frame, ..., Filled + frame     without a place: the slice travels in frames
     Request  -> Failed
@@ -48,9 +48,9 @@ import msgspec
 from msgspec import Meta
 
 from loader_service.errors import MessageError
-from loader_service.types import DatasetFacts, Dtype, Installation, SliceId, Split, StageSeconds
+from loader_service.types import MAX_SLICE, DatasetFacts, Dtype, Installation, SliceId, Split, StageSeconds
 
-PROTOCOL: Final = 5
+PROTOCOL: Final = 6
 """Version of the protocol; it increases when any message changes its fields or its meaning."""
 
 CLIENT_ID_BYTES: Final = 16
@@ -62,6 +62,11 @@ MAX_CONNECTIONS: Final = 16
 # A Request with MAX_EXCLUDED records is the largest: 9 bytes for each in MessagePack, and a few hundred for the rest.
 MAX_CLIENT_MESSAGE_BYTES: Final = 16_384
 """Upper bound of a client's message; libzmq closes the connection of a peer that sends a larger one."""
+
+_AREA_ALIGNMENT_BYTES: Final = 4096
+"""The areas of a slot begin on page boundaries."""
+
+_LABEL_BYTES: Final = 8  # int64
 
 # Types of fields, with their bounds.
 Name = Annotated[str, Meta(max_length=255)]
@@ -103,34 +108,106 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     splits: dict[Split, DatasetFacts]
 
 
+class SlotLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The layout of the slots in a client's segment, from which the place of every slice follows.
+
+    A slot holds one batch in three areas: pixels, labels, draws. A part is a range of samples of a slot, the same range in
+    each area, and holds one slice. The segment numbers the parts of all slots in one row.
+
+    Fields:
+        slots: number of slots.
+        batch_size: samples per slot.
+        slice_samples: samples per part; the last part of a slot may have fewer.
+        image_bytes, draws_bytes: bytes of one sample's pixels and draws.
+    """
+
+    slots: Annotated[int, Meta(ge=1, le=2**16)]
+    batch_size: Annotated[int, Meta(ge=1, le=2**16)]
+    slice_samples: Annotated[int, Meta(ge=1, le=MAX_SLICE)]
+    image_bytes: Annotated[int, Meta(ge=1, le=2**32)]
+    draws_bytes: Annotated[int, Meta(ge=1, le=2**16)]
+
+    @property
+    def parts_per_slot(self) -> int:
+        """Number of parts of a slot."""
+        return -(-self.batch_size // self.slice_samples)  # ceil
+
+    @property
+    def parts(self) -> int:
+        """Number of parts of all slots."""
+        return self.slots * self.parts_per_slot
+
+    @property
+    def labels(self) -> int:
+        """Offset of the labels from the slot's start, in bytes; the pixels are at 0."""
+        return _aligned(self.batch_size * self.image_bytes)
+
+    @property
+    def draws(self) -> int:
+        """Offset of the draws from the slot's start, in bytes."""
+        return self.labels + _aligned(self.batch_size * _LABEL_BYTES)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        return self.draws + _aligned(self.batch_size * self.draws_bytes)
+
+    def samples(self, part: int) -> int:
+        """Return the number of samples of a part."""
+        return min(self.slice_samples, self.batch_size - self._first(part))
+
+    def offsets(self, part: int) -> tuple[int, int, int]:
+        """Return the offsets of a part's pixels, labels and draws from the start of the slots, in bytes."""
+        first, base = self._first(part), part // self.parts_per_slot * self.slot_bytes
+        return (
+            base + first * self.image_bytes,
+            base + self.labels + first * _LABEL_BYTES,
+            base + self.draws + first * self.draws_bytes,
+        )
+
+    def _first(self, part: int) -> int:
+        """Return the number of a part's first sample within its slot."""
+        return part % self.parts_per_slot * self.slice_samples
+
+
 class Attach(_Message, frozen=True, tag="attach"):
-    """A client's request to open its segment of shared memory."""
+    """A client's request to open its segment of shared memory.
+
+    Fields:
+        segment: the segment's name.
+        nonce: the one in its header, which only those who can open the segment can read: it proves that the segment is the
+            client's own. The node compares it and never sends it.
+        layout: the layout of its slots.
+    """
 
     segment: SegmentName
+    nonce: Nonce
+    layout: SlotLayout
 
 
 class Attached(_Message, frozen=True, tag="attached"):
-    """The node's answer to Attach: the nonce read from the segment, or an empty one and the reason of the failure."""
+    """The node's answer to Attach: whether it writes into the segment; if not, a sentence for people.
+
+    The sentence is the same for all causes that a client could use to look for other segments.
+    """
 
     segment: SegmentName
-    nonce: Annotated[bytes, Meta(max_length=16)]  # not Nonce: empty after a failure
+    accepted: bool
     reason: Text = ""
 
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The place of a slice in the client's segment.
 
+    It has no offsets: they follow from the part and the layout of the Attach. So the place that is written is always the
+    one that the part guards.
+
     Fields:
         part, generation: the part that guards the place, and the generation in which it may be written: see ``shm.py``.
-        images, labels, draws: offsets of the three arrays from the segment's start, in bytes.
     """
 
-    part: Annotated[int, Meta(ge=0, le=2**20)]
+    part: Annotated[int, Meta(ge=0, le=2**32)]
     generation: Counter
-    # In bytes; Segment.array checks them against the segment's size.
-    images: Counter
-    labels: Counter
-    draws: Counter
 
 
 class Request(_Message, frozen=True, tag="request"):
@@ -354,3 +431,7 @@ def protocol_of(frame: bytes | memoryview) -> int | None:
     # An error here would hide the first one, which the caller reports.
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _AREA_ALIGNMENT_BYTES) * _AREA_ALIGNMENT_BYTES  # ceil

@@ -29,30 +29,45 @@ belongs to one opening of the file. A stopped process keeps it; the kernel relea
 opening closes, and so within a millisecond of SIGKILL. It works between containers that share /dev/shm. Two users that
 share one opening would not exclude each other, so each user opens the segment for itself.
 
-**Orphans.** The owner holds a lock on byte 0 of the segment as long as it lives. A segment without this lock has lost its
-owner, and :func:`sweep` removes it.
+**Orphans.** The owner of a named segment holds a lock on byte 0 as long as it lives. A segment without this lock has lost
+its owner, and :func:`sweep` removes it. The lock has an opening of its own, which is never mapped: a mapping keeps its opening
+alive, also in a forked child. The child closes its copy of that opening, so the lock ends with the owner, and the child never
+removes what is its parent's.
+
+**Foreign files.** /dev/shm is open to every user, and a segment stays in its owner's hands: it can be a FIFO, claim any size,
+or shrink at any moment. So a segment is opened without following links or waiting, it must be a regular file of this
+process's user whose memory is allocated, and its header is read once, not from the map. Root is no exception to the
+comparison of users: for root it is the only one, since file permissions do not stop it. A dispatcher maps no segment of a
+client (:class:`SegmentWatch`). A worker that touches memory behind a segment's new end dies by SIGBUS, and the dispatcher sees
+by :meth:`SegmentWatch.flaw` that the segment is the cause.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hmac
+import logging
 import math
 import mmap
 import os
 import re
 import secrets
+import stat
 import struct
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from loader_service.errors import SharedMemoryError
+
+log = logging.getLogger("loader_service.shm")
 
 DIRECTORY: Final = Path("/dev/shm")  # noqa: S108 - POSIX shared memory; names are random
 HEADER: Final = struct.Struct("<16s16sIIQ")
@@ -62,9 +77,25 @@ MAGIC: Final = b"loader-service 1"  # 16 bytes; the digit is the version of the 
 PAGE_BYTES: Final = 4096
 GENERATION_BYTES: Final = 8
 
+MAX_BYTES: Final = 2**40
+"""Upper bound of a segment that a process opens; a larger one is no client's, whose slots take some hundred megabytes."""
+
 _NAME: Final = re.compile(r"loader-service-[0-9a-f]{32}")
 _FLOCK: Final = struct.Struct("hh4xqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
 _OWNER_LOCK_AT: Final = 0
+# O_NOFOLLOW: no symbolic link leads a node to another file. O_NONBLOCK: the open of a FIFO does not wait for a peer.
+_FOREIGN_FLAGS: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_BLOCK_BYTES: Final = 512  # of st_blocks, on every file system (stat(2))
+
+
+class _Header(NamedTuple):
+    """The checked facts of a segment's file; offset and size in bytes."""
+
+    nonce: bytes
+    parts: int
+    data_offset: int
+    size: int
 
 
 class Claim(StrEnum):
@@ -84,11 +115,10 @@ class Segment:
     Threads may read and write the data at the same time; everything else is for one thread only.
     """
 
-    def __init__(self, descriptor: int, name: str, size: int) -> None:
-        self._descriptor, self.name, self.size = descriptor, name, size
-        self._map = mmap.mmap(descriptor, size)  # shared; mmap duplicates the descriptor and keeps the copy
-        header: tuple[bytes, bytes, int, int, int] = HEADER.unpack_from(self._map)
-        _, self.nonce, self.parts, _, self.data_offset = header
+    def __init__(self, descriptor: int, name: str, header: _Header, owner_lock: int = -1) -> None:
+        self._descriptor, self._owner_lock, self._header, self.name = descriptor, owner_lock, header, name
+        self.nonce, self.parts, self.data_offset, self.size = header
+        self._map = mmap.mmap(descriptor, self.size)  # shared; mmap duplicates the descriptor and keeps the copy
         # (parts,) u64 in the shared pages. Only the owner writes them, and only with the part's lock.
         self._generations = np.frombuffer(self._map, "<u8", self.parts, PAGE_BYTES)
         # (size,): the base of every array, so each keeps the mapping alive.
@@ -107,56 +137,56 @@ class Segment:
                 would end the process with SIGBUS.
 
         Raises:
-            SharedMemoryError: there is not enough memory.
+            SharedMemoryError: there is not enough memory, or /dev/shm is missing or read-only.
         """
-        data_offset = _round_up(PAGE_BYTES + parts * GENERATION_BYTES)
-        size = data_offset + _round_up(data_bytes)
-        descriptor = _allocate(size, named=named, reserve=reserve or named)
+        header = _Header(secrets.token_bytes(16), parts, *_extent(data_bytes, parts))
+        name = f"loader-service-{secrets.token_hex(16)}" if named else ""
+        descriptors: list[int] = []
         try:
+            descriptors.append(_open_new(named=named))
+            _allocate(descriptors[0], header.size, reserve=reserve or named)
+            if not named:
+                # Another process of this user can open it in /proc; the kernel offers seals for memory without a name only.
+                fcntl.fcntl(descriptors[0], fcntl.F_ADD_SEALS, _SEALS)
             # Before the name exists, so no other process sees half a header.
-            os.pwrite(descriptor, HEADER.pack(MAGIC, secrets.token_bytes(16), parts, 0, data_offset), 0)
-            _lock(descriptor, fcntl.F_WRLCK, _OWNER_LOCK_AT)  # held until close() and the end of the map
-            name = f"loader-service-{secrets.token_hex(16)}" if named else ""
+            os.pwrite(descriptors[0], HEADER.pack(MAGIC, header.nonce, parts, 0, header.data_offset), 0)
+            if named:
+                # An opening of its own for the owner's lock, see Orphans; held until close().
+                descriptors.append(_open_again(descriptors[0]))
+                _lock(descriptors[1], fcntl.F_WRLCK, _OWNER_LOCK_AT)
+            segment = cls(descriptors[0], name, header, *descriptors[1:])
             if named:
                 # The name comes last: a sweep in another process must never see a segment whose owner lock is free.
                 # src_dir_fd has no effect on an absolute path, but makes Python call linkat(2), which follows the link.
-                os.link(f"/proc/self/fd/{descriptor}", DIRECTORY / name, src_dir_fd=descriptor, follow_symlinks=True)
-            return cls(descriptor, name, size)
-        except BaseException:
-            os.close(descriptor)
+                source = f"/proc/self/fd/{descriptors[0]}"
+                os.link(source, DIRECTORY / name, src_dir_fd=descriptors[0], follow_symlinks=True)
+        except BaseException as error:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            if isinstance(error, OSError):
+                raise _unavailable(error, header.size) from error
             raise
+        if named:
+            _owned.add(segment)
+        return segment
 
     @classmethod
     def attach(cls, name: str) -> Segment:
-        """Open another process's segment.
+        """Open and map another process's segment.
 
         Raises:
-            SharedMemoryError: no segment has that name on this machine.
+            SharedMemoryError: this user has no segment of that name on this machine.
         """
-        if not _NAME.fullmatch(name):
-            raise SharedMemoryError(f"{name!r} is not a segment's name")
+        descriptor, header = _open_foreign(name)
         try:
-            # O_NOFOLLOW: a client must not make a node open another file through a symbolic link.
-            descriptor = os.open(DIRECTORY / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            raise SharedMemoryError(f"the segment {name} cannot be opened here ({error.strerror})") from error
-        try:
-            size = os.fstat(descriptor).st_size
-            header = os.pread(descriptor, HEADER.size, 0)
-            if len(header) < HEADER.size:
-                raise SharedMemoryError(f"{name} is too short for a segment")
-            # The file belongs to a client, so its numbers are checked like those of a message.
-            magic, _, parts, _, data_offset = HEADER.unpack(header)
-            if magic != MAGIC or not PAGE_BYTES + parts * GENERATION_BYTES <= data_offset <= size:
-                raise SharedMemoryError(f"{name} is not a segment of this version")
-            return cls(descriptor, name, size)
-        except BaseException:
+            return cls(descriptor, name, header)
+        except (OSError, ValueError) as error:  # ValueError: it has shrunk since the check
             os.close(descriptor)
-            raise
+            raise SharedMemoryError(f"the segment {name} cannot be mapped ({error})") from error
 
     def reopen(self) -> Segment:
         """Open an inherited segment anew, for a forked child: locks exclude openings from each other, not processes."""
-        return Segment(os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDWR | os.O_CLOEXEC), self.name, self.size)
+        return Segment(_open_again(self._descriptor), self.name, self._header)
 
     def array(self, offset: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return an array over the data.
@@ -198,10 +228,13 @@ class Segment:
             Whether the part may be written: only if ``Claim.OURS``.
 
         Raises:
-            SharedMemoryError: the segment has no such part.
+            SharedMemoryError: the segment has no such part, or its owner has shrunk it.
         """
         if not 0 <= part < self.parts:
             raise SharedMemoryError(f"the segment has no part {part}")
+        # A write behind the file's end would end this process by SIGBUS. The owner can still shrink it after this check.
+        if os.fstat(self._descriptor).st_size < self.size:
+            raise SharedMemoryError(_shrunk(self.name))
         if not _lock(self._descriptor, fcntl.F_WRLCK, self._lock_at(part)):
             yield Claim.BUSY  # a writer of an earlier lease is stopped in the middle, or still writes
             return
@@ -212,13 +245,9 @@ class Segment:
             # After an exception, too: the process lives on and would keep it.
             _lock(self._descriptor, fcntl.F_UNLCK, self._lock_at(part))
 
-    def orphaned(self) -> bool:
-        """Return whether the owner of the segment is gone."""
-        return _free(self._descriptor, _OWNER_LOCK_AT)  # in the owner it is always True: its own lock does not count
-
     def unlink(self) -> None:
-        """Remove the segment's name; mappings stay valid."""
-        if self.name:
+        """Remove the segment's name; mappings stay valid. Only the owner can: in a forked child this does nothing."""
+        if self._owner_lock >= 0:
             (DIRECTORY / self.name).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -227,9 +256,16 @@ class Segment:
             return
         os.close(self._descriptor)
         self._descriptor = -1
+        self.disown()
         del self._generations, self._bytes  # they export the map's buffer, and an exporting map cannot be closed
         with suppress(BufferError):  # arrays over the data exist, and keep the mapping alive
             self._map.close()
+
+    def disown(self) -> None:
+        """Close this process's copy of the owner's lock, if it has one. The lock ends with the last copy."""
+        if self._owner_lock >= 0:
+            os.close(self._owner_lock)
+            self._owner_lock = -1
 
     def _lock_at(self, part: int) -> int:
         return PAGE_BYTES + part * GENERATION_BYTES
@@ -253,48 +289,192 @@ class Hold:
         self._release()
 
 
-def sweep() -> list[str]:
-    """Remove the segments whose owner is gone, and return their names."""
-    removed = []
-    for path in DIRECTORY.glob("loader-service-*"):
-        if not _NAME.fullmatch(path.name):
-            continue
+class SegmentWatch:
+    """A client's segment as its node's dispatcher sees it: opened and never mapped, so that no file can end the dispatcher.
+
+    Args:
+        name: name of the segment.
+        nonce: the nonce that its header must have.
+        data_bytes, parts: size of its data, and number of its parts, that it must have.
+
+    Raises:
+        SharedMemoryError: this user has no such segment on this machine, or its owner is gone.
+    """
+
+    def __init__(self, name: str, nonce: bytes, data_bytes: int, parts: int) -> None:
+        self.name = name
+        self._descriptor, header = _open_foreign(name)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            if not hmac.compare_digest(header.nonce, nonce):
+                raise SharedMemoryError(f"the nonce of {name} is another")
+            if header != (header.nonce, parts, *_extent(data_bytes, parts)):
+                raise SharedMemoryError(f"{name} has another layout than its client states")
+            if self.orphaned():
+                raise SharedMemoryError(f"{name} has lost its owner")
+        except BaseException:
+            self.close()
+            raise
+        self._size, self.data_offset = header.size, header.data_offset
+
+    def orphaned(self) -> bool:
+        """Return whether the owner of the segment is gone."""
+        return _free(self._descriptor, _OWNER_LOCK_AT)
+
+    def flaw(self) -> str:
+        """Return the reason why a write into the segment can end the writer by SIGBUS; empty if none can."""
+        facts = os.fstat(self._descriptor)
+        return _shrunk(self.name) if min(facts.st_size, facts.st_blocks * _BLOCK_BYTES) < self._size else ""
+
+    def close(self) -> None:
+        """Close the opening; while it exists, the segment's memory does, too."""
+        os.close(self._descriptor)
+
+
+def sweep() -> list[str]:
+    """Remove the segments of this user whose owner is gone, and return their names.
+
+    Other users may put files of any kind and name into the directory. This function leaves them alone, and raises no OSError.
+    """
+    try:
+        names = [path.name for path in DIRECTORY.iterdir() if _NAME.fullmatch(path.name)]
+    except OSError as error:  # there is no shared memory on this machine
+        log.debug("%s cannot be listed: %s", DIRECTORY, error)
+        return []
+    removed = []
+    for name in names:
+        try:
+            descriptor = os.open(DIRECTORY / name, _FOREIGN_FLAGS)
         except OSError:  # it belongs to another user, or is gone already
             continue
         try:
+            facts = os.fstat(descriptor)
+            # Root can open and remove files of other users, too; their own processes sweep them.
+            if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
+                continue
             if _free(descriptor, _OWNER_LOCK_AT):
-                path.unlink(missing_ok=True)  # names are random and never reused: this is the file that was checked
-                removed.append(path.name)
+                (DIRECTORY / name).unlink(missing_ok=True)  # names are never reused: this is the file that was checked
+                removed.append(name)
+        except OSError as error:  # a read-only mount, for example
+            log.debug("the segment %s stays: %s", name, error)
         finally:
             os.close(descriptor)
     return removed
 
 
-def _allocate(size: int, *, named: bool, reserve: bool) -> int:
-    """Return a descriptor of ``size`` bytes of zeroed memory, all of it allocated if ``reserve``."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE  # O_TMPFILE: no name yet, see create
-    # 0600: only processes of this user can open the segment, so a node of another user sends frames.
-    descriptor = os.open(DIRECTORY, flags, 0o600) if named else os.memfd_create("loader-service", os.MFD_CLOEXEC)
+_owned: Final[weakref.WeakSet[Segment]] = weakref.WeakSet()
+"""The named segments that this process has created."""
+
+
+def _disown_inherited() -> None:
+    """In a forked child: leave the segments to the parent. Their mappings stay, since arrays over them may be in use."""
+    for segment in list(_owned):
+        segment.disown()
+    _owned.clear()
+
+
+os.register_at_fork(after_in_child=_disown_inherited)
+
+
+def _open_foreign(name: str) -> tuple[int, _Header]:
+    """Open a segment that another process made; return the descriptor and what is in the header.
+
+    Raises:
+        SharedMemoryError: there is none of that name, or it cannot be used.
+    """
+    if not _NAME.fullmatch(name):
+        raise SharedMemoryError(f"{name!r} is not a segment's name")
     try:
-        if reserve:
-            os.posix_fallocate(descriptor, 0, size)
-        else:
-            os.ftruncate(descriptor, size)  # tmpfs allocates a page at the first write to it
+        descriptor = os.open(DIRECTORY / name, _FOREIGN_FLAGS)
     except OSError as error:
+        raise SharedMemoryError(f"the segment {name} cannot be opened here ({error.strerror})") from error
+    try:
+        return descriptor, _read_header(descriptor, name)
+    except BaseException:
         os.close(descriptor)
-        # The file system is full, memory is exhausted, or the size is beyond that of the largest file.
-        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
-            raise
-        room = os.statvfs(DIRECTORY)
-        raise SharedMemoryError(
+        raise
+
+
+def _read_header(descriptor: int, name: str) -> _Header:
+    """Check a segment's file and return the facts in its header; raise SharedMemoryError if it cannot be used."""
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode):
+        raise SharedMemoryError(f"{name} is not a regular file")
+    if facts.st_uid != os.geteuid():
+        raise SharedMemoryError(f"{name} belongs to another user")
+    if facts.st_size > MAX_BYTES:
+        raise SharedMemoryError(f"{name} is larger than {MAX_BYTES} bytes")
+    if facts.st_blocks * _BLOCK_BYTES < facts.st_size:  # a write to a hole in a full /dev/shm ends in SIGBUS
+        raise SharedMemoryError(f"the memory of {name} is not allocated")
+    try:
+        header = os.pread(descriptor, HEADER.size, 0)
+    except OSError as error:
+        raise SharedMemoryError(f"{name} cannot be read ({error.strerror})") from error
+    if len(header) < HEADER.size:
+        raise SharedMemoryError(f"{name} is too short for a segment")
+    # The file belongs to a client, so its numbers are checked like those of a message.
+    magic, nonce, parts, _, data_offset = HEADER.unpack(header)
+    if magic != MAGIC or not PAGE_BYTES + parts * GENERATION_BYTES <= data_offset <= facts.st_size:
+        raise SharedMemoryError(f"{name} is not a segment of this version")
+    return _Header(nonce, parts, data_offset, facts.st_size)
+
+
+def _open_new(*, named: bool) -> int:
+    """Return the descriptor of a new, empty file without a name."""
+    # 0600: only processes of this user can open the segment, so a node of another user sends frames.
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE  # O_TMPFILE: no name yet, see create
+    return (
+        os.open(DIRECTORY, flags, 0o600)
+        if named
+        else os.memfd_create("loader-service", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    )
+
+
+def _open_again(descriptor: int) -> int:
+    """Open a file once more: locks exclude openings from each other, and a duplicate would share this one's."""
+    return os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+
+
+def _allocate(descriptor: int, size: int, *, reserve: bool) -> None:
+    """Give an empty file ``size`` bytes of zeroed memory, all of it allocated if ``reserve``."""
+    if reserve:
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)  # tmpfs allocates a page at the first write to it
+
+
+def _unavailable(error: OSError, size: int) -> SharedMemoryError:
+    """Return the error that says why a segment of ``size`` bytes cannot be created, and what to do."""
+    # The file system is full, memory is exhausted, or the size is beyond that of the largest file.
+    if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+        return SharedMemoryError(
             "there is not enough shared memory for the slots",
             size,
-            room.f_bavail * room.f_frsize,
+            _room(),
             "enlarge /dev/shm (docker: --shm-size), or use a smaller batch_size or prefetch",
-        ) from error
-    return descriptor
+        )
+    return SharedMemoryError(
+        f"shared memory cannot be created in {DIRECTORY} ({error.strerror})",
+        remedy='mount a writable tmpfs there (docker: --shm-size), or use transport="tcp"',
+    )
+
+
+def _room() -> int | None:
+    """Return the bytes that are free in /dev/shm; None if that is unknown."""
+    try:
+        room = os.statvfs(DIRECTORY)
+    except OSError:  # it is missing, and the memory has no name
+        return None
+    return room.f_bavail * room.f_frsize
+
+
+def _extent(data_bytes: int, parts: int) -> tuple[int, int]:
+    """Return the offset of a segment's data and the segment's size, in bytes."""
+    data_offset = _round_up(PAGE_BYTES + parts * GENERATION_BYTES)
+    return data_offset, data_offset + _round_up(data_bytes)
+
+
+def _shrunk(name: str) -> str:
+    return f"the client's shared memory {name} has been truncated or has lost pages"
 
 
 def _lock(descriptor: int, kind: int, at: int) -> bool:

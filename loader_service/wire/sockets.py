@@ -249,6 +249,7 @@ class Waker:
         # the same number by then. It is reentrant because a finaliser or signal handler may run inside these methods.
         self._lock = threading.RLock()
         self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._pid = os.getpid()
 
     def fileno(self) -> int:
         """Return the descriptor to poll."""
@@ -256,6 +257,9 @@ class Waker:
 
     def wake(self) -> None:
         """Wake the loop, or do nothing after close. Safe to call from anywhere."""
+        # A forked child has no loop, its descriptor is the parent's, and another thread of the parent may have held the lock.
+        if self._pid != os.getpid():
+            return
         with self._lock:
             if self._descriptor >= 0:
                 os.eventfd_write(self._descriptor, 1)  # adds to a counter: many wakes before a clear are one

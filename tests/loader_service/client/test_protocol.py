@@ -56,12 +56,15 @@ from loader_service.wire.messages import (
     Ping,
     Pixels,
     Pong,
+    SlotLayout,
     UnknownClient,
     Welcome,
 )
 
 PATIENCE_S = defaults.NODE_STALL_S
-SEGMENT, NONCE = "loader-service-" + "0" * 32, b"n" * 16
+SEGMENT = "loader-service-" + "0" * 32
+ATTACH = Attach(SEGMENT, b"n" * 16, SlotLayout(4, 10, 3, 100, 12))
+ACCEPTED, FAR_AWAY = Attached(SEGMENT, accepted=True), Attached(SEGMENT, accepted=False, reason="it is far away")
 PIXEL_BYTES, TAIL_BYTES = 100, 20  # of one sample
 FACTS = DatasetFacts(
     9, ("a",), bytes(mean_bytes(8)), (0.0,) * 3, (1.0,) * 3, (1.0,) * 9, fingerprint="f" * 32, golden="g" * 32
@@ -95,7 +98,7 @@ class World:
             pixel_bytes=PIXEL_BYTES,
             tail_bytes=TAIL_BYTES,
             arm=self.arm,
-            **({"segment": SEGMENT, "nonce": NONCE} | run),
+            **({"attach": ATTACH} | run),
         )
         self.names: set[str] = set()
         self.now = 0.0
@@ -155,7 +158,7 @@ class World:
         self.resolve(*self.names, node)
         self.receive(node, msgspec.structs.replace(WELCOME, workers=workers))
         if self.run.transport != "tcp":
-            self.receive(node, Attached(SEGMENT, NONCE if shared else b"", "" if shared else "it is far away"))
+            self.receive(node, ACCEPTED if shared else FAR_AWAY)
 
     def node_down(self, node: str) -> None:
         self.carry_out(self.core.disconnected(node, self.now))
@@ -444,7 +447,7 @@ def test_a_node_that_stands_still_is_reported_and_relieved() -> None:
     (report,) = world.standstills
     assert (report.node, report.owed, report.still_s) == ("mute", len(owed), PATIENCE_S + 1)
     assert (report.oldest, report.oldest_s, report.elsewhere) == (owed[0].part, PATIENCE_S + 1, True)
-    assert "owes 6 slices, the oldest (positions 0 to 1) for 31 s; the next batch, at position 0" in str(report)
+    assert "owes 6 slices, the oldest (positions 0 to 2) for 31 s; the next batch, at position 0" in str(report)
     assert str(report).endswith("other nodes are asked instead")
     assert {ask.node for ask in world.asked} == {"good"}
     assert {ask.part.first for ask in owed} <= {ask.part.first for ask in world.asked}
@@ -483,7 +486,7 @@ def test_a_node_that_stands_still_is_waited_for_if_it_is_the_only_one() -> None:
 
 def test_a_node_that_is_slow_is_left_alone() -> None:
     """A node that gives a piece, a slice or a failure now and then does not stand still, nor does one that owes nothing."""
-    world = World(10, slice_samples=10, segment="")
+    world = World(10, slice_samples=10, attach=None)
     world.node_up("slow", 1)
     world.node_up("wait", 1)
     world.advance()
@@ -528,10 +531,10 @@ def test_a_node_is_greeted_until_it_answers_and_then_attached() -> None:
     assert world.carry_out(world.core.connected("a", 1.5)) == [Send("a", Hello(PROTOCOL, "client"))]
     assert Send("a", Hello(PROTOCOL, "client")) not in world.tick(1.5 + GREET_AGAIN_S)
     assert Send("a", Hello(PROTOCOL, "client")) in world.tick(1.6 + GREET_AGAIN_S)
-    assert world.receive("a", WELCOME) == [Ready(), Send("a", Attach(SEGMENT))]
+    assert world.receive("a", WELCOME) == [Ready(), Send("a", ATTACH)]
     assert (world.core.facts, world.core.slot_bytes, world.core.workers) == (FACTS, 1 << 20, 1)
     assert world.advance() == []
-    assert world.receive("a", Attached(SEGMENT, NONCE)) == []
+    assert world.receive("a", ACCEPTED) == []
     world.advance()
     assert {(ask.node, ask.instance, ask.shared, ask.lane) for ask in world.asked} == {("a", "1" * 32, True, 0)}
 
@@ -539,7 +542,7 @@ def test_a_node_is_greeted_until_it_answers_and_then_attached() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"protocol": PROTOCOL + 1}, "protocol version is 6, this client needs 5"),
+        ({"protocol": PROTOCOL + 1}, "protocol version is 7, this client needs 6"),
         (
             {"installation": Installation("0" * 32, {"numpy": "9.9"})},
             f"this client needs {BUILTIN_GOLDEN}; .*numpy 9.9",
@@ -577,27 +580,21 @@ def test_a_node_that_cannot_attach_sends_frames() -> None:
     world = World()
     world.resolve("a")
     world.receive("a", WELCOME)
-    text = "node a cannot share memory with this client, so slices come in frames: no such file"
-    assert world.receive("a", Attached(SEGMENT, b"", "no such file")) == [Inform(text), OpenLanes("a", 3)]
+    text = "node a cannot share memory with this client, so slices come in frames: it is far away"
+    assert world.receive("a", FAR_AWAY) == [Inform(text), OpenLanes("a", 3)]
     world.advance()
     assert {ask.shared for ask in world.asked} == {False}
 
 
-@pytest.mark.parametrize(
-    ("answer", "sentence"),
-    [
-        (Attached(SEGMENT, b"", "no such file"), "the node at a cannot share memory with this client .no such file."),
-        (Attached(SEGMENT, b"m" * 16), "it opened another segment of that name"),
-    ],
-    ids=["it cannot open it", "another nonce"],
-)
-def test_forced_shared_memory_that_a_node_cannot_have_is_an_error(answer: Attached, sentence: str) -> None:
-    """A node that does not return the segment's nonce does not write into it."""
+def test_forced_shared_memory_that_a_node_cannot_have_is_an_error() -> None:
+    """With the transport ``shm``, a node that does not accept the segment ends the run, with its reason."""
     world = World(transport="shm")
     world.resolve("a")
     world.receive("a", WELCOME)
-    with pytest.raises(SharedMemoryError, match=sentence):
-        world.receive("a", answer)
+    with pytest.raises(
+        SharedMemoryError, match=r"the node at a cannot share memory with this client \(it is far away\)"
+    ):
+        world.receive("a", FAR_AWAY)
 
 
 def test_an_answer_about_another_segment_changes_nothing() -> None:
@@ -605,11 +602,11 @@ def test_an_answer_about_another_segment_changes_nothing() -> None:
     world = World()
     world.resolve("a")
     world.receive("a", WELCOME)
-    assert world.receive("a", Attached(SEGMENT.replace("0", "1"), NONCE)) == []
+    assert world.receive("a", Attached(SEGMENT.replace("0", "1"), accepted=True)) == []
     assert world.state("a") is NodeState.WELCOMED
 
 
-@pytest.mark.parametrize("run", [{"transport": "tcp"}, {"segment": ""}], ids=str)
+@pytest.mark.parametrize("run", [{"transport": "tcp"}, {"attach": None}], ids=str)
 def test_without_shared_memory_nothing_is_attached(run: dict[str, Any]) -> None:
     """A run over TCP, or one whose slots have no name, begins right after the Welcome."""
     world = World(**run)
@@ -624,9 +621,9 @@ def test_a_welcomed_node_works_once_a_run_begins() -> None:
     core.resolved(frozenset("a"))
     assert core.receive("a", WELCOME, 0.0) == [Ready()]
     assert core.receive("a", Filled(1), 0.0) == ()
-    assert core.receive("a", Attached(SEGMENT, NONCE), 0.0) == ()
-    assert core.begin(world.run) == [Send("a", Attach(SEGMENT))]
-    assert core.receive("a", Attached(SEGMENT, NONCE), 0.0) == ()
+    assert core.receive("a", ACCEPTED, 0.0) == ()
+    assert core.begin(world.run) == [Send("a", ATTACH)]
+    assert core.receive("a", ACCEPTED, 0.0) == ()
     assert core.begin(world.run) == []
     assert core._nodes["a"].state is NodeState.WORKING
 
@@ -638,11 +635,11 @@ def test_a_node_that_reconnects_is_asked_again() -> None:
     world.advance()
     old, world.asked = world.asked, []
     other = msgspec.structs.replace(WELCOME, instance="2" * 32, workers=2)
-    assert world.receive("a", other) == [Send("a", Attach(SEGMENT))]
+    assert world.receive("a", other) == [Send("a", ATTACH)]
     assert world.state("a") is NodeState.WELCOMED
     world.advance()
     assert world.asked == []
-    world.receive("a", Attached(SEGMENT, NONCE))
+    world.receive("a", ACCEPTED)
     world.advance()
     assert {ask.instance for ask in world.asked} == {"2" * 32}
     assert len(world.asked) == 2 * ASKS_PER_WORKER

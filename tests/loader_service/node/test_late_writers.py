@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import zmq
 
 from loader_service import Batch, Loader, View, defaults, status
-from loader_service.types import SampleLayout, SliceId
+from loader_service.types import SliceId
 from loader_service.wire import messages
 from loader_service.wire.messages import Filled, Place, Request, UnknownClient, Welcome
-from loader_service.wire.shm import PAGE_BYTES, Segment
+from loader_service.wire.shm import Segment
 
 StartNode = Callable[..., Any]
 Eventually = Callable[[Callable[[], bool], str], None]
+LockedParts = Callable[[Path], list[int]]
 
 OPTIONS: dict[str, Any] = {"batch_size": 16, "dtype": "float32", "prefetch": 6, "epochs": 4, "timeout_s": 20}
 SLOTS = 8  # prefetch and SPARE_SLOTS
+ONE_SAMPLE = messages.SlotLayout(slots=1, batch_size=1, slice_samples=1, image_bytes=224 * 224 * 3, draws_bytes=12)
 LOOKS = 50  # attempts after each batch to find the worker while it writes
 
 
@@ -39,26 +40,21 @@ def _digests(address: str) -> list[bytes]:
         return [_digest(batch) for batch in loader]
 
 
-def _locked_parts(segment: Path) -> list[int]:
-    """Return the offsets of a segment's parts that a writer has locked, read from /proc/locks."""
-    inode = segment.stat().st_ino
-    rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-    return [int(r[6]) for r in rows if r[1] == "OFDLCK" and int(r[5].rpartition(":")[2]) == inode and int(r[6]) >= PAGE_BYTES]  # fmt: skip
-
-
-def _stop_while_writing(worker: psutil.Process, segment: Path, loader: Loader) -> list[bytes]:
+def _stop_while_writing(
+    worker: psutil.Process, segment: Path, locked_parts: LockedParts, loader: Loader
+) -> list[bytes]:
     """Stop the only worker while it holds a part; return the digests of the batches taken until then."""
     taken = []
     for batch in loader:  # each batch frees a slot, and the loader requests its slices again
         taken.append(_digest(batch))
         del batch
         for _ in range(LOOKS):
-            if not _locked_parts(segment):
+            if not locked_parts(segment):
                 continue
             worker.suspend()
             while worker.status() != psutil.STATUS_STOPPED:
                 os.sched_yield()
-            if _locked_parts(segment):
+            if locked_parts(segment):
                 return taken
             worker.resume()
     pytest.fail("the worker was never found while it wrote a slice")
@@ -72,7 +68,11 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_a_worker_that_wakes_while_writing_a_slice_changes_no_batch(
-    start_node: StartNode, eventually: Eventually, my_segments: Callable[[], set[Path]], tmp_path: Path
+    start_node: StartNode,
+    eventually: Eventually,
+    my_segments: Callable[[], set[Path]],
+    locked_parts: LockedParts,
+    tmp_path: Path,
 ) -> None:
     """A node that is stopped while it writes a slice, and resumes after all slots were reused, changes no batch.
 
@@ -82,13 +82,13 @@ def test_a_worker_that_wakes_while_writing_a_slice_changes_no_batch(
     undisturbed = _digests(sleeper.address)
     with Loader(f"{sleeper.address},{elsewhere}", transport="shm", **OPTIONS) as loader:
         (segment,) = my_segments()
-        got = _stop_while_writing(sleeper.workers()[0], segment, loader)
+        got = _stop_while_writing(sleeper.workers()[0], segment, locked_parts, loader)
         psutil.Process(sleeper.process.pid).suspend()
         start_node(workers=1, bind=elsewhere)
         got += [_digest(next(loader)) for _ in range(2 * SLOTS)]  # the sleeper is lost by then, and every slot reused
         held = [next(loader) for _ in range(SLOTS - 2)]
         before = [_digest(batch) for batch in held]
-        assert _locked_parts(segment)  # the stopped worker still holds its part
+        assert locked_parts(segment)  # the stopped worker still holds its part
         sleeper.workers()[0].resume()
         psutil.Process(sleeper.process.pid).resume()
         eventually(lambda: status(sleeper.address).leases == 0, "the sleeper has finished its leases")
@@ -101,7 +101,11 @@ def test_a_worker_that_wakes_while_writing_a_slice_changes_no_batch(
 
 
 def test_a_killed_nodes_stopped_worker_never_wakes(
-    start_node: StartNode, eventually: Eventually, my_segments: Callable[[], set[Path]], tmp_path: Path
+    start_node: StartNode,
+    eventually: Eventually,
+    my_segments: Callable[[], set[Path]],
+    locked_parts: LockedParts,
+    tmp_path: Path,
 ) -> None:
     """A worker that is stopped while it writes dies with its killed dispatcher, and its part is free again."""
     dying, elsewhere = start_node(workers=1), f"ipc://{tmp_path}/survivor"
@@ -109,48 +113,28 @@ def test_a_killed_nodes_stopped_worker_never_wakes(
     with Loader(f"{dying.address},{elsewhere}", transport="shm", **OPTIONS) as loader:
         (segment,) = my_segments()
         orphan = dying.workers()[0]
-        got = _stop_while_writing(orphan, segment, loader)
+        got = _stop_while_writing(orphan, segment, locked_parts, loader)
         dying.process.kill()
-        eventually(lambda: not orphan.is_running() and not _locked_parts(segment), "the orphan and its lock are gone")
+        eventually(lambda: not orphan.is_running() and not locked_parts(segment), "the orphan and its lock are gone")
         start_node(workers=1, bind=elsewhere)
         got += [_digest(batch) for batch in loader]
     assert got == undisturbed
 
 
-class Client:
-    """A client that sends single messages."""
-
-    def __init__(self, address: str) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._dealer = self._context.socket(zmq.DEALER)
-        self._dealer.connect(address)
-
-    def ask(self, message: messages.FromClient) -> messages.FromNode:
-        """Send a message and return the answer."""
-        self._dealer.send(messages.encode(message))
-        assert self._dealer.poll(10_000), f"no answer to {message}"
-        return messages.decode_from_node(self._dealer.recv_multipart()[0])
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._dealer.close(linger=0)
-        self._context.term()
-
-
 @pytest.fixture
 def segment() -> Iterator[Segment]:
-    made = Segment.create(1 << 20, 1)
+    made = Segment.create(ONE_SAMPLE.slots * ONE_SAMPLE.slot_bytes, ONE_SAMPLE.parts)
     yield made
     made.unlink()
     made.close()
 
 
 def test_a_request_that_waited_for_a_node_which_is_gone_is_dropped_by_the_next(
-    start_node: StartNode, segment: Segment
+    start_node: StartNode, connect: Callable[[str], Any], segment: Segment
 ) -> None:
     """A request names an instance; another instance at the same address answers UnknownClient and writes nothing."""
     old = start_node(workers=1)
-    by_hand = Client(old.address)
+    by_hand = connect(old.address)
     welcome = by_hand.ask(messages.Hello(messages.PROTOCOL, "by hand"))
     by_hand.close()
     assert isinstance(welcome, Welcome)
@@ -159,19 +143,16 @@ def test_a_request_that_waited_for_a_node_which_is_gone_is_dropped_by_the_next(
     old.process.communicate()
     start_node(workers=1, bind=address)
     view = View.named("center")
-    layout, at = SampleLayout(view, "uint8"), segment.data_offset
-    place = Place(0, segment.arm(0) or 0, at, at + layout.image_bytes, at + layout.image_bytes + 8)
+    place = Place(0, segment.arm(0) or 0)
     late = Request(welcome.instance, 1, "train", SliceId(view, 0, 0, 5, 1), "uint8", place)
-    by_hand = Client(address)
-    try:
-        renewed = by_hand.ask(messages.Hello(messages.PROTOCOL, "by hand"))
-        by_hand.ask(messages.Attach(segment.name))
-        pixels = segment.array(at, (layout.image_bytes,), np.uint8)
-        assert isinstance(by_hand.ask(late), UnknownClient)
-        assert not pixels.any()
-        assert isinstance(renewed, Welcome)
-        current = Request(renewed.instance, 2, "train", SliceId(view, 0, 0, 5, 1), "uint8", place)
-        assert by_hand.ask(current) == Filled(2)
-        assert pixels.any()
-    finally:
-        by_hand.close()
+    by_hand = connect(address)
+    renewed = by_hand.ask(messages.Hello(messages.PROTOCOL, "by hand"))
+    attach = messages.Attach(segment.name, segment.nonce, ONE_SAMPLE)
+    assert by_hand.ask(attach) == messages.Attached(segment.name, accepted=True)
+    pixels = segment.array(segment.data_offset, (ONE_SAMPLE.image_bytes,), np.uint8)
+    assert isinstance(by_hand.ask(late), UnknownClient)
+    assert not pixels.any()
+    assert isinstance(renewed, Welcome)
+    current = Request(renewed.instance, 2, "train", SliceId(view, 0, 0, 5, 1), "uint8", place)
+    assert by_hand.ask(current) == Filled(2)
+    assert pixels.any()

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
-from loader_service.node.scheduler import CRASHES, DEPTH, Action, Answer, Grant, Refuse, Scheduler
+from loader_service.node.packets import Destination
+from loader_service.node.scheduler import (
+    CRASHES,
+    DEPTH,
+    Action,
+    Answer,
+    ClientSegment,
+    Detach,
+    Grant,
+    Refuse,
+    Scheduler,
+)
 from loader_service.types import SliceId, View
-from loader_service.wire.messages import Place, Request
+from loader_service.wire.messages import Place, Request, SlotLayout
 
-PLACE = Place(0, 1, 0, 0, 0)
+PLACE = Place(0, 1)
+SEGMENT = ClientSegment("loader-service-" + "0" * 32, 8192, SlotLayout(2, 64, 32, 224 * 224 * 3, 12))
 
 
 def _request(number: int, *, view: str = "center", count: int = 32, place: Place | None = PLACE) -> Request:
@@ -29,9 +42,9 @@ def _ready(workers: int, send_slots: int = 4) -> Scheduler:
     return scheduler
 
 
-def _join(scheduler: Scheduler, client: bytes) -> None:
+def _join(scheduler: Scheduler, client: bytes, segment: ClientSegment = SEGMENT) -> None:
     scheduler.client_joined(client, client.decode())
-    scheduler.client_attached(client, "loader-service-" + "0" * 32)
+    scheduler.client_attached(client, segment)
 
 
 def test_requests_go_to_the_emptiest_worker_up_to_the_depth() -> None:
@@ -141,7 +154,8 @@ def test_costly_slices_do_not_starve_cheap_ones() -> None:
     """Two clients, one with slices that take ten times as long, get about half of the workers' time each."""
     scheduler = _ready(2)
     _join(scheduler, b"cheap")
-    _join(scheduler, b"costly")
+    layout = msgspec.structs.replace(SEGMENT.layout, image_bytes=10 * 224 * 224 * 3, draws_bytes=120)
+    _join(scheduler, b"costly", ClientSegment("costly", 8192, layout))  # of a ten-crop client
     spent = {b"cheap": 0.0, b"costly": 0.0}
     number, running = 0, []
     for client in spent:
@@ -232,3 +246,81 @@ def test_every_request_is_answered_once_whatever_happens(seed: int) -> None:
             carry_out(scheduler.worker_done(worker, lease, 0.001))
     assert set(answers.values()) == {1}
     assert sorted(scheduler._free_slots) == list(range(5))
+
+
+# Shared memory
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        _request(1, place=Place(SEGMENT.layout.parts, 1)),
+        _request(1, place=Place(0, 1), count=33),
+        _request(1, place=Place(0, 1), view="whole"),
+        msgspec.structs.replace(_request(1, place=Place(0, 1)), dtype="float32"),
+    ],
+    ids=["no such part", "more samples than the part has", "larger pixels", "wider pixels"],
+)
+def test_a_slice_must_fit_the_part_that_it_names(request_: Request) -> None:
+    """A request is refused if its slice would reach beyond its part."""
+    scheduler = _ready(1)
+    _join(scheduler, b"a")
+    (refusal,) = scheduler.requested(b"a", request_)
+    assert isinstance(refusal, Refuse)
+    assert refusal.message.reason.startswith("the slice does not fit part ")
+
+
+def test_a_place_is_the_part_of_the_layout() -> None:
+    """The offsets of a slice follow from its part alone: the areas of its slot, and its first sample in each."""
+    scheduler = _ready(1)
+    _join(scheduler, b"a")
+    (grant,) = _grants(scheduler.requested(b"a", _request(1, place=Place(3, 7))))
+    assert grant.task.segment is not None
+    layout = SEGMENT.layout
+    slot, pixels = 8192 + layout.slot_bytes, 32 * layout.image_bytes
+    labels = 64 * layout.image_bytes  # a multiple of a page
+    assert grant.task.segment.destination(Place(3, 7)) == Destination(
+        3, 7, slot + pixels, slot + labels + 32 * 8, slot + labels + 4096 + 32 * 12
+    )
+
+
+def test_a_segment_is_released_when_its_client_leaves_joins_again_or_attaches_another() -> None:
+    """Each attached segment is released by one Detach, also if the same client attaches it again."""
+    scheduler, other = _ready(1), ClientSegment("other", 8192, SEGMENT.layout)
+    _join(scheduler, b"a")
+    assert scheduler.client_attached(b"a", SEGMENT) == []
+    assert Detach(b"a", SEGMENT.name) in scheduler.client_joined(b"a", "a")
+    assert scheduler.client_attached(b"a", SEGMENT) == []
+    assert Detach(b"a", SEGMENT.name) in scheduler.client_attached(b"a", other)
+    assert scheduler.client_left(b"a") == [Detach(b"a", "other")]
+    assert scheduler.client_left(b"a") == []
+
+
+def test_a_request_for_one_segment_is_never_written_to_another() -> None:
+    """A client that attaches another segment starts anew: requests that wait are dropped, and those leased are not answered."""
+    scheduler = _ready(1)
+    _join(scheduler, b"a")
+    leases = [g.lease for n in range(DEPTH + 2) for g in _grants(scheduler.requested(b"a", _request(n)))]
+    actions = scheduler.client_attached(b"a", ClientSegment("other", 8192, SEGMENT.layout))
+    assert _grants(actions) == []
+    assert scheduler.worker_done(0, leases[0], 0.001) == []
+    assert scheduler.worker_died(0, crashed=False, record=-1, how="signal SIGKILL") == []
+    assert scheduler.queued == 0
+
+
+def test_a_barred_client_gets_its_reason_and_frames() -> None:
+    """All requests with a place are refused with the reason: waiting ones, new ones and those of a dead worker."""
+    scheduler = _ready(1)
+    _join(scheduler, b"a")
+    for number in range(DEPTH + 2):
+        scheduler.requested(b"a", _request(number))
+    scheduler.requested(b"a", _request(9, place=None))
+    detach, *refusals = scheduler.client_barred(b"a", "it has shrunk")
+    assert detach == Detach(b"a", SEGMENT.name)
+    refusals += scheduler.worker_died(0, crashed=True, record=5, how="signal SIGBUS")
+    refusals += scheduler.requested(b"a", _request(DEPTH + 2))
+    failures = [action.message for action in refusals if isinstance(action, Refuse)]
+    assert sorted(failure.id for failure in failures) == list(range(DEPTH + 3))
+    assert {(failure.record, failure.reason) for failure in failures} == {(-1, "it has shrunk")}
+    assert scheduler.bad_samples == 0
+    assert [g.task.request.id for g in _grants(scheduler.worker_ready(0))] == [9]

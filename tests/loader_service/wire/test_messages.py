@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import msgspec
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 from loader_service.errors import MessageError
 from loader_service.types import RECORD_SIDE_PX, DatasetFacts, Installation, SliceId, View, mean_bytes
 from loader_service.wire import messages
-from loader_service.wire.messages import Place, Request
+from loader_service.wire.messages import Place, Request, SlotLayout
 
 INSTANCE = "0" * 32
 SEGMENT = "loader-service-" + "a" * 32
-REQUEST = Request(INSTANCE, 7, "train", SliceId(View(basis=(1.0,) * 9), 3, 2, 1, 32), "uint8", Place(1, 2, 3, 4, 5))
+REQUEST = Request(INSTANCE, 7, "train", SliceId(View(basis=(1.0,) * 9), 3, 2, 1, 32), "uint8", Place(1, 2))
+LAYOUT = SlotLayout(slots=3, batch_size=10, slice_samples=4, image_bytes=1000, draws_bytes=12)
 FACTS = DatasetFacts(
     count=5,
     class_names=("a",),
@@ -29,7 +31,7 @@ FACTS = DatasetFacts(
 )
 FROM_CLIENT: list[messages.FromClient] = [
     messages.Hello(1, "me"),
-    messages.Attach(SEGMENT),
+    messages.Attach(SEGMENT, b"n" * 16, LAYOUT),
     REQUEST,
     messages.Ping(),
     messages.Pong(),
@@ -38,7 +40,7 @@ FROM_CLIENT: list[messages.FromClient] = [
 ]
 FROM_NODE: list[messages.FromNode] = [
     messages.Welcome(1, INSTANCE, 2, 1 << 24, Installation("2" * 32, {"numpy": "2"}), {"train": FACTS}),
-    messages.Attached(SEGMENT, b"n" * 16),
+    messages.Attached(SEGMENT, accepted=False, reason="it is far away"),
     messages.Pixels(7, 4096),
     messages.Filled(7),
     messages.Failed(7, -1, "because"),
@@ -82,7 +84,8 @@ def test_a_nodes_message_is_not_a_clients() -> None:
         {"what": {"view": {"crop": 1025}, "seed": 0, "epoch": 0, "start": 0, "count": 1}},
         {"what": {"view": {"jitter": float("nan")}, "seed": 0, "epoch": 0, "start": 0, "count": 1}},
         {"what": {"view": {"basis": [1.0] * 8}, "seed": 0, "epoch": 0, "start": 0, "count": 1}},
-        {"place": {"part": -1, "generation": 0, "images": 0, "labels": 0, "draws": 0}},
+        {"place": {"part": -1, "generation": 0}},
+        {"place": {"part": 0, "generation": 0, "images": 0}},
         {"extra": 1},
     ],
     ids=str,
@@ -94,11 +97,44 @@ def test_requests_out_of_bounds_are_refused(change: dict[str, object]) -> None:
         messages.decode_from_client(msgspec.msgpack.encode(fields))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"nonce": b"short"},
+        {"layout": {}},
+        {"layout": msgspec.to_builtins(LAYOUT) | {"slots": 0}},
+        {"layout": msgspec.to_builtins(LAYOUT) | {"batch_size": 1 << 20}},
+        {"layout": msgspec.to_builtins(LAYOUT) | {"slice_samples": 0}},
+        {"layout": msgspec.to_builtins(LAYOUT) | {"image_bytes": -1}},
+    ],
+    ids=str,
+)
+def test_segments_out_of_bounds_are_refused(change: dict[str, object]) -> None:
+    """An Attach with any field out of bounds is refused."""
+    fields = {"t": "attach", "segment": SEGMENT, "nonce": b"n" * 16, "layout": msgspec.to_builtins(LAYOUT)}
+    assert messages.decode_from_client(msgspec.msgpack.encode(fields)) == messages.Attach(SEGMENT, b"n" * 16, LAYOUT)
+    with pytest.raises(MessageError):
+        messages.decode_from_client(msgspec.msgpack.encode(fields | change))
+
+
+def test_the_parts_of_a_layout_lie_side_by_side() -> None:
+    """In each area, the parts of a slot follow each other without a gap, and a slot ends where the next one begins."""
+    assert [LAYOUT.samples(part) for part in range(LAYOUT.parts)] == [4, 4, 2] * 3
+    taken = sorted(
+        (offset, offset + size * LAYOUT.samples(part))
+        for part in range(LAYOUT.parts)
+        for offset, size in zip(LAYOUT.offsets(part), (LAYOUT.image_bytes, 8, LAYOUT.draws_bytes), strict=True)
+    )
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(taken))
+    assert taken[-1][1] <= LAYOUT.slots * LAYOUT.slot_bytes
+    assert LAYOUT.offsets(3)[0] == LAYOUT.slot_bytes
+
+
 def test_segment_names_cannot_lead_elsewhere() -> None:
     """A path instead of a segment's name is refused when the message is decoded."""
     for name in ("/etc/passwd", SEGMENT + "/../x", SEGMENT + "\n", SEGMENT.upper()):
         with pytest.raises(MessageError):
-            messages.decode_from_client(msgspec.msgpack.encode({"t": "attach", "segment": name}))
+            messages.decode_from_client(messages.encode(messages.Attach(name, b"n" * 16, LAYOUT)))
 
 
 def _outcome(decode: Callable[[bytes], object], data: bytes) -> object:

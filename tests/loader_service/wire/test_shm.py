@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from loader_service.errors import SharedMemoryError
-from loader_service.wire.shm import DIRECTORY, Claim, Hold, Segment, sweep
+from loader_service.wire.shm import (
+    DIRECTORY,
+    HEADER,
+    MAGIC,
+    MAX_BYTES,
+    PAGE_BYTES,
+    Claim,
+    Hold,
+    Segment,
+    SegmentWatch,
+    sweep,
+)
 
 WRITER = """
 import sys
@@ -189,3 +201,190 @@ def test_arrays_outlive_their_segment() -> None:
     segment.unlink()
     segment.close()
     assert array.tolist() == [7] * 16
+
+
+# Files that others put into /dev/shm
+
+SOMEBODY = 12_345
+"""A user id; as root, a test gives a file to it, or becomes it."""
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture
+def foreign() -> Iterator[Path]:
+    """A path in /dev/shm with a segment's name, for a file of any kind."""
+    path = DIRECTORY / f"loader-service-{os.urandom(16).hex()}"
+    yield path
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _valid(path: Path, size: int = 2 * PAGE_BYTES) -> None:
+    """Write a segment with the nonce ``n...``, one part and one page of data, but without an owner's lock."""
+    path.write_bytes(HEADER.pack(MAGIC, b"n" * 16, 1, 0, 2 * PAGE_BYTES).ljust(size, b"\0"))
+
+
+def _sparse(path: Path) -> None:
+    _valid(path)
+    os.truncate(path, MAX_BYTES)
+
+
+def _huge(path: Path) -> None:
+    _valid(path)
+    os.truncate(path, 2**62)
+
+
+def _link(path: Path) -> None:
+    path.symlink_to("/etc/passwd")
+
+
+def _listen(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+def _short(path: Path) -> None:
+    _valid(path)
+    os.truncate(path, PAGE_BYTES)  # the header's data begin beyond it
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, _sparse, _huge, _link, _listen, _short, Path.touch])
+def test_no_file_of_another_kind_stops_the_opener(make: Callable[[Path], None], foreign: Path) -> None:
+    """A FIFO, a directory, a link, a socket, a sparse, huge, truncated or empty file is an error, without waiting."""
+    make(foreign)
+    with pytest.raises(SharedMemoryError):
+        Segment.attach(foreign.name)
+    with pytest.raises(SharedMemoryError):
+        SegmentWatch(foreign.name, b"n" * 16, PAGE_BYTES, 1)
+    sweep()  # raises nothing
+
+
+@needs_root
+def test_a_segment_of_another_user_is_not_opened_by_root_either(segment: Segment) -> None:
+    """Root, whom file permissions do not stop, compares the owners."""
+    os.chown(DIRECTORY / segment.name, SOMEBODY, SOMEBODY)
+    with pytest.raises(SharedMemoryError, match="belongs to another user"):
+        SegmentWatch(segment.name, segment.nonce, 1 << 16, 4)
+    with pytest.raises(SharedMemoryError, match="belongs to another user"):
+        Segment.attach(segment.name)
+
+
+def test_only_who_knows_the_nonce_and_the_layout_may_have_a_segment_watched(segment: Segment) -> None:
+    """A wrong nonce, another size or another number of parts is refused."""
+    SegmentWatch(segment.name, segment.nonce, 1 << 16, 4).close()
+    with pytest.raises(SharedMemoryError, match="nonce"):
+        SegmentWatch(segment.name, bytes(16), 1 << 16, 4)
+    for data_bytes, parts in ((1 << 20, 4), (1 << 15, 4), (1 << 16, 3)):
+        with pytest.raises(SharedMemoryError, match="layout"):
+            SegmentWatch(segment.name, segment.nonce, data_bytes, parts)
+
+
+def test_a_segment_without_an_owner_is_not_watched(foreign: Path) -> None:
+    """A segment whose owner's lock is free is refused."""
+    _valid(foreign, 3 * PAGE_BYTES)
+    with pytest.raises(SharedMemoryError, match="lost its owner"):
+        SegmentWatch(foreign.name, b"n" * 16, PAGE_BYTES, 1)
+
+
+@needs_root
+def test_sweep_leaves_the_files_of_other_users_alone(foreign: Path) -> None:
+    """Root keeps an empty file of another user; a third user, who may open the file but not remove it, survives it."""
+    foreign.touch()
+    foreign.chmod(0o666)
+    os.chown(foreign, SOMEBODY, SOMEBODY)
+    assert foreign.name not in sweep()
+    assert foreign.exists()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setgroups([])
+            os.setuid(SOMEBODY + 1)
+            os.close(os.open(foreign, os.O_RDWR))
+            code = 0 if sweep() == [] else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert foreign.exists()
+
+
+def test_a_segment_that_its_owner_shrinks_is_noticed(segment: Segment) -> None:
+    """A watch reports a truncated segment and one with a hole; a writer does not write into a truncated one."""
+    watch, writer = SegmentWatch(segment.name, segment.nonce, 1 << 16, 4), Segment.attach(segment.name)
+    generation = segment.arm(3) or 0
+    assert watch.flaw() == ""
+    os.truncate(DIRECTORY / segment.name, PAGE_BYTES)
+    assert segment.name in watch.flaw()
+    with pytest.raises(SharedMemoryError, match=f"{segment.name} has been truncated"), writer.writing(3, generation):
+        pytest.fail("the claim was granted")
+    os.truncate(DIRECTORY / segment.name, segment.size)  # its pages are gone all the same
+    assert segment.name in watch.flaw()
+    writer.close()
+    watch.close()
+
+
+FORKING_OWNER = """
+import os, sys
+from loader_service.wire.shm import Segment
+segment = Segment.create(1 << 16, 1)
+child = os.fork()
+if child == 0:
+    segment.unlink()
+    sys.stdin.readline()
+    sys.exit()
+print(segment.name, child, flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_forked_child_neither_removes_its_parents_segment_nor_outlives_its_lock() -> None:
+    """A child that closes and unlinks changes nothing; when the owner is killed, a living child does not keep the name."""
+    owner = _process(FORKING_OWNER)
+    name, child = _line(owner).split()
+    try:
+        sweep()
+        assert (DIRECTORY / name).exists()
+        owner.kill()
+        owner.wait()
+        assert Path(f"/proc/{child}").exists()
+        sweep()
+        assert not (DIRECTORY / name).exists()
+    finally:
+        os.kill(int(child), signal.SIGKILL)
+        _end(owner)
+
+
+@pytest.mark.parametrize("mount", ["mount -t tmpfs -o ro tmpfs /dev/shm", "mount -t tmpfs tmpfs /dev"])
+def test_a_read_only_or_missing_directory_is_a_named_error(run_with_own_shm: Callable[..., str], mount: str) -> None:
+    """The error names the directory, the cause and the remedy; a sweep finds nothing, and memory without a name works."""
+    script = """
+from loader_service.errors import SharedMemoryError
+from loader_service.wire.shm import Segment, sweep
+assert sweep() == []
+Segment.create(4096, 1, named=False)
+try:
+    Segment.create(4096, 1)
+except SharedMemoryError as error:
+    print(error)
+"""
+    said = run_with_own_shm(script, mount=mount)
+    assert said.startswith("shared memory cannot be created in /dev/shm (")
+    assert "mount a writable tmpfs there" in said
+
+
+def test_memory_without_a_name_cannot_be_truncated() -> None:
+    """Another process that opens a node's send slots through /proc cannot shrink them under its workers."""
+    segment = Segment.create(4096, 1, named=False)
+    mine = [
+        path
+        for path in Path("/proc/self/fd").iterdir()
+        if path.is_symlink() and "memfd:loader-service" in str(path.readlink())
+    ]
+    assert mine
+    for path in mine:
+        with pytest.raises(PermissionError):
+            os.truncate(path, 0)
+    segment.close()

@@ -114,6 +114,8 @@ def check_shared_memory(directory: Path = DIRECTORY) -> Check:
         free = shutil.disk_usage(directory).free
     except OSError as error:
         return Check(what, CheckState.FAILED, f"{directory} cannot be used ({error.strerror})", remedy)
+    if not os.access(directory, os.W_OK):
+        return Check(what, CheckState.FAILED, f"{directory} cannot be written", f"mount it writable, and {remedy}")
     found = f"{directory} has {free / 2**20:,.0f} MiB free, a loader with batches of {defaults.BATCH_SIZE} needs"
     found += f" {need / 2**20:,.0f}"
     if free < need:  # no failure: a loader with transport auto falls back to frames

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +113,11 @@ def test_an_address_that_is_taken(node_address: str) -> None:
     taken = health.check_address(node_address)
     assert taken.state is CheckState.FAILED
     assert f"loader-service status {node_address}" in taken.remedy
+
+
+def test_read_only_shared_memory(run_with_own_shm: Callable[..., str]) -> None:
+    """A read-only /dev/shm is found."""
+    script = "from loader_service.node.health import check_shared_memory; print(check_shared_memory())"
+    said = run_with_own_shm(script, mount="mount -t tmpfs -o ro,size=1g tmpfs /dev/shm")
+    assert "FAILED" in said
+    assert "/dev/shm cannot be written" in said

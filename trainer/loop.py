@@ -35,6 +35,7 @@ from trainer.model.presets import preset_named
 from trainer.model.rng import DropoutKey
 from trainer.model.speed import numerics
 from trainer.parallel.devices import out_of_memory_error
+from trainer.parallel.exchange import Timed
 from trainer.parallel.gradients import GradientSum
 from trainer.parallel.world import World
 from trainer.run.console import Reporter
@@ -44,6 +45,7 @@ from trainer.run.profiler import StepProfiler
 from trainer.run.progress import EpochRecord, LogInterval, Meter, Tally, sums_of
 from trainer.run.recorder import Event, Recorder
 from trainer.run.state import Resume, State
+from trainer.run.step_clock import Phase, StepClock
 from trainer.run.summary import Summary
 from trainer.stop import Stopped, StopRequest
 
@@ -170,6 +172,8 @@ class Training:
         self._subtract_mean = MeanSubtraction(state.facts.mean, state.model.preset, world.devices)
         self._divisor = state.model.preset.jittered_divisor if state.config.ablation.jitter else 1.0
         self._gradients = GradientSum(state.model, world.data)
+        self._clock = StepClock(world.devices[0])
+        state.model.exchange = Timed(state.model.exchange, self._clock)
         self._meter = self._new_meter()
         self._divergence = DivergenceMonitor(state, world)
         self._flops = training_flops(
@@ -195,7 +199,8 @@ class Training:
             TrainingDiverged: the state is damaged; its checkpoint would replace a good one.
         """
         self._read_meter()
-        self._recorder.save(is_best, self._applied_rate)
+        with self._clock.during(Phase.SAVING):
+            self._recorder.save(is_best, self._applied_rate)
 
     def try_batch(self, images: int) -> None:
         """Compute and apply the gradients of ``images`` black images, for the memory that it takes.
@@ -289,6 +294,8 @@ class Training:
         Shapes: B images in this process's batch, M in the update of all replicas, S the side of a crop in pixels.
         """
         state, world, config, progress = self._state, self._world, self._state.config, self._state.progress
+        clock = self._clock
+        clock.begin_step()
         began_s, waited_before_s = time.perf_counter(), self._waited_s
         # M: 128 in the paper, fewer at an epoch's end; the images of one batch, or with --accumulate of several.
         images_total = min(config.accumulate * config.batch_size, state.facts.count - progress.seen)
@@ -300,7 +307,9 @@ class Training:
             # Fetch the batch: for each device (B, S, S, 3) uint8. All processes leave here together if one of them was
             # stopped or lost its node, before any of them enters a collective of NCCL. An update that has begun is then
             # given up: nothing below has counted its images yet.
+            clock.switch(Phase.WAITING)
             batch = self._agree(lambda: next(self._batches))
+            clock.switch(Phase.COPY)
 
             if number == 0:
                 # Agree with the other processes on the learning rate set by hand. Rank 0 reads it, because the others
@@ -315,6 +324,7 @@ class Training:
                 images = self._subtract_mean(batch.images, batch.windows)  # for each device (B, 3, S, S) float32
                 if self._divisor != 1.0:
                     torch._foreach_div_(images, self._divisor)  # preset "original", in training alone
+                clock.switch(Phase.FORWARD)
                 dropout = batch.dropout(DropoutKey(config.seed, progress.step, world.replica, images_before))
                 logits = state.model(images, dropout)  # (B, classes) float32; a zero, (), where fc8 lives elsewhere
                 if world.has_head:
@@ -325,6 +335,7 @@ class Training:
                     start = loss * (len(batch.labels) / images_total)
                 else:
                     start = logits  # the gradient comes from tower 0's process
+                clock.switch(Phase.BACKWARD)
                 # The replicas' sum begins within the backward pass of the update's last batch.
                 with nullcontext() if number == batches - 1 else self._gradients.held():
                     torch.autograd.backward(start)
@@ -333,10 +344,13 @@ class Training:
 
         # Await the sum of the replicas' gradients, which the last backward pass began, then update:
         # v <- .9 v - .0005 lr w - lr g; w <- w + v (paper section 5).
+        clock.switch(Phase.EXCHANGE)
         self._gradients.finish()
+        clock.switch(Phase.UPDATE)
         state.optimizer.step()
         if state.ema:
             state.ema.update(progress.step + 1)
+        clock.end_step()
 
         # Count. Only now does the loader's position move: a checkpoint never counts an image without its update.
         progress.step += 1
@@ -357,7 +371,7 @@ class Training:
         progress.waited_s += self._waited_s - waited_before_s
         if log_now:
             record = self._interval.close(progress, state.optimizer.lr)
-            self._recorder.step(record, self._divergence.param_stats)
+            self._recorder.step(record, self._divergence.param_stats, clock.read(progress.step))
             if warning := start_warning(record, self._interval.first_step, len(state.facts.class_names)):
                 self._recorder.note(Event.NOT_STARTED, loss=record.loss)
                 self._reporter.say(warning)
@@ -370,11 +384,12 @@ class Training:
         state, progress = self._state, self._state.progress
         before = state.schedule
         self._read_meter()
-        result = self._agree(self._validate)
         average = None
-        if state.ema:
-            with state.ema.in_use():
-                average = self._agree(self._validate)
+        with self._clock.during(Phase.VALIDATING):
+            result = self._agree(self._validate)
+            if state.ema:
+                with state.ema.in_use():
+                    average = self._agree(self._validate)
         record = EpochRecord(
             epoch=progress.epoch,
             step=progress.step,
@@ -395,6 +410,7 @@ class Training:
         self._meter, self._interval = self._new_meter(), self._new_interval()
         self._recorder.epoch(record)
         self.save(is_best)
+        self._recorder.time(self._clock.read(progress.step))
         if state.schedule.drops > before.drops:
             self._reporter.say(
                 f"The validation error has stopped improving: the learning rate drops to {state.schedule.lr:g}."

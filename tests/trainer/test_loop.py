@@ -55,6 +55,19 @@ def test_it_tells_of_speed_and_layers(node: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["deterministic"] is True
 
 
+def test_it_tells_where_the_time_went(node: str, tmp_path: Path) -> None:
+    """Each log line and each validation has the seconds of every phase; together they are the time of the run's steps."""
+    assert run(node, tmp_path / "run").exit_code == 0
+    rows = log(tmp_path / "run", "time")
+    assert [(row["step"], row["steps"]) for row in rows] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (5, 0)]
+    assert rows[0]["seconds"].keys() >= {"waiting", "copy", "forward", "exchange", "backward", "update"}
+    assert rows[-1]["seconds"].keys() >= {"validating", "saving"}
+    for row, step in zip(rows, log(tmp_path / "run", "step"), strict=False):
+        images = 64 if row["step"] < STEPS else 300 - 4 * 64
+        within = sum(s for phase, s in row["seconds"].items() if phase != "other")
+        assert within <= 1.01 * images / step["images_per_s"]
+
+
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_every_batch_brings_its_masks(
     node: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int

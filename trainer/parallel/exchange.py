@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from trainer.parallel.world import Pair
+from trainer.run.step_clock import Phase, StepClock
 
 _PROBE_NUMBERS: Final = 1 << 20
 """Numbers in the test of a peer-to-peer copy: 4 MiB of int32, so that the copy takes several chunks."""
@@ -122,6 +123,64 @@ class BetweenDevices:
         trip = _RoundTrip(self._routes[source, target], self._routes[target, source])
         started: Tensor = _StartCopy.apply(part, trip)  # type: ignore[no-untyped-call]
         return partial(_FinishCopy.apply, started, trip)
+
+
+class Timed:
+    """An exchange whose time a clock measures, forward and backward; it computes the same.
+
+    The layers whose outputs it exchanges are computed on demand inside it, and count as ``forward``. With two devices in one
+    process the copies of gradients overlap with the backward pass, and count as a part of it.
+    """
+
+    def __init__(self, exchange: Exchange, clock: StepClock) -> None:
+        self._exchange, self._clock = exchange, clock
+        self._overlaps = isinstance(exchange, BetweenDevices)
+
+    def __call__(self, parts: Iterable[Tensor], readers: Sequence[int]) -> Iterator[Tensor]:
+        """See ``Exchange``."""
+        if not torch.is_grad_enabled():  # a validation is one phase
+            yield from self._exchange(parts, readers)
+            return
+        inputs: list[Tensor] = []
+        with self._clock.during(Phase.EXCHANGE):
+            results = self._exchange(self._computed(parts, inputs), readers)
+        whole: Tensor | None = None
+        while True:
+            before = whole
+            with self._clock.during(Phase.EXCHANGE):
+                whole = next(results, None)
+            if whole is None:
+                return
+            if whole is not before and not self._overlaps:  # on one device all readers share it
+                self._time_backward(whole, inputs)
+            yield whole
+
+    def _computed(self, parts: Iterable[Tensor], inputs: list[Tensor]) -> Iterator[Tensor]:
+        """Yield the parts, and add them to ``inputs``."""
+        waiting = iter(parts)
+        while True:
+            with self._clock.during(Phase.FORWARD):
+                part = next(waiting, None)
+            if part is None:
+                return
+            inputs.append(part)
+            yield part
+
+    def _time_backward(self, whole: Tensor, inputs: Sequence[Tensor]) -> None:
+        """Time the backward pass of each operation between ``inputs`` and ``whole``."""
+        found = {part.grad_fn for part in inputs} | {None}
+        waiting = [whole.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in found:
+                continue
+            found.add(node)
+            node.register_prehook(lambda *_: self._enter(Phase.EXCHANGE))
+            node.register_hook(lambda *_: self._enter(Phase.BACKWARD))
+            waiting += [before for before, _ in node.next_functions]
+
+    def _enter(self, phase: Phase) -> None:
+        self._clock.switch(phase)
 
 
 class _RoundTrip:

@@ -4,8 +4,8 @@
 
     RUN/
       config.json            configuration, versions, machine and commit, of the last start
-      log.jsonl              one JSON object per line: start, resume, step, layers, epoch, set-lr, not-saved, not-started,
-                             stop, end
+      log.jsonl              one JSON object per line: start, resume, step, layers, time, epoch, set-lr, not-saved,
+                             not-started, stop, end
       summary.json           results so far, rewritten after each epoch
       tensorboard/           event files for TensorBoard
       checkpoints/           see ``trainer.run.checkpoint``

@@ -26,6 +26,7 @@ from trainer.run.folder import RunFolder
 from trainer.run.param_stats import ParamStats, ParamStatsRecord
 from trainer.run.progress import EpochRecord, StepRecord
 from trainer.run.state import State
+from trainer.run.step_clock import TimeRecord
 from trainer.run.summary import Summary, as_numbers, from_numbers, merge_accounts
 from trainer.run.tensorboard import TensorBoard
 
@@ -86,10 +87,11 @@ class Recorder:
         where = {"step": progress.step, "epoch": progress.epoch, "seen": progress.seen}
         self._log({"event": event, "unix_s": time.time(), **where, **more})
 
-    def step(self, record: StepRecord, stats: Mapping[str, ParamStats]) -> None:
-        """Record the steps since the last log line, and the parameter statistics."""
+    def step(self, record: StepRecord, stats: Mapping[str, ParamStats], times: TimeRecord) -> None:
+        """Record the steps since the last log line, the parameter statistics, and the time of each phase."""
         self._log(record)
         self._log(ParamStatsRecord.of(record.step, stats))
+        self._log(times)
         if self._tensorboard:
             self._tensorboard.step(record, stats)
         self._reporter.step(record)
@@ -101,6 +103,10 @@ class Recorder:
         if self._tensorboard:
             self._tensorboard.epoch(record)
         self._reporter.epoch(record)
+
+    def time(self, times: TimeRecord) -> None:
+        """Record the time of each phase since the last record of it, after a validation."""
+        self._log(times)
 
     def save(self, is_best: bool = False, rate_by_hand: float = 0.0) -> None:
         """Start to write a checkpoint of the current state.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from trainer.model.alexnet import AlexNet
@@ -19,9 +20,11 @@ from trainer.parallel.exchange import (
     OneDevice,
     Route,
     Share,
+    Timed,
     choose_exchange,
     peer_copies_work,
 )
+from trainer.run.step_clock import Phase, StepClock
 
 CPU = torch.device("cpu")
 GPUS = (torch.device("cuda", 0), torch.device("cuda", 1))
@@ -53,6 +56,59 @@ def test_gradients_of_all_readers_add_up(meet: Exchange) -> None:
     (first.sum() + (second * torch.arange(6.0)).sum()).backward()
     assert torch.equal(left.grad, torch.tensor([[1.0, 2, 3]] * 2))
     assert torch.equal(right.grad, torch.tensor([[4.0, 5, 6]] * 2))
+
+
+class Slow(torch.autograd.Function):
+    """An operation that takes 4 seconds forward, and 8 backward, of a clock that the test sets."""
+
+    now_s = 0.0
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, part: Tensor) -> Tensor:
+        Slow.now_s += 4
+        return part.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        Slow.now_s += 8
+        return gradient
+
+
+class SlowExchange(OneDevice):
+    def __call__(self, parts: Iterable[Tensor], readers: Sequence[int]) -> Iterator[Tensor]:
+        slow: list[Tensor] = [Slow.apply(part) for part in parts]
+        return super().__call__(slow, readers)
+
+
+def test_a_timed_exchange_computes_the_same() -> None:
+    """The clock takes the exchange's time alone, forward and backward, not that of the layers that it asks for."""
+    Slow.now_s = 0.0
+    clock = StepClock(CPU, lambda: Slow.now_s)
+
+    def computed() -> Iterator[Tensor]:
+        for part in parts():
+            Slow.now_s += 1  # a layer
+            yield part
+
+    clock.switch(Phase.FORWARD)
+    wholes = list(Timed(SlowExchange(), clock)(computed(), (0, 1)))
+    plain = list(OneDevice()(parts(), (0, 1)))
+    assert all(torch.equal(timed, other) for timed, other in zip(wholes, plain, strict=True))
+    clock.switch(Phase.BACKWARD)
+    loss = wholes[0].sum() + wholes[1].sum()
+    loss.register_hook(lambda _: setattr(Slow, "now_s", Slow.now_s + 16))
+    loss.backward()
+    assert clock.read(0).seconds == {"forward": 2.0, "exchange": 24.0, "backward": 16.0}
+
+
+def test_a_validation_is_not_divided() -> None:
+    """Without gradients a timed exchange leaves the clock's phase as it is."""
+    clock = StepClock(CPU)
+    clock.switch(Phase.VALIDATING)
+    with torch.no_grad():
+        assert len(list(Timed(OneDevice(), clock)(parts(), (0, 1)))) == 2
+    assert clock.switch(Phase.OTHER) is Phase.VALIDATING
+    assert clock.read(0).seconds.keys() <= {"other", "validating"}
 
 
 def test_the_form_follows_the_devices() -> None:

@@ -1,7 +1,7 @@
 # Every target first sets up .venv; that takes minutes the first time, and no time afterwards.
 
 PYTHON ?=
-EXTRAS  = trainer,dev
+EXTRAS  = trainer,report,dev
 SRC     =
 OUT     = data
 SEED    = 0
@@ -17,15 +17,15 @@ run     = .venv/bin/python
 pytest  = $(run) -m pytest --numprocesses=$(JOBS) --dist=worksteal
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo preprocess test test-long style types cover chaos fuzz docker docker-scale docker-images bench bench-trainer cifar gpu gpu-wheels clean
+.PHONY: help setup demo preprocess test test-long style types cover chaos fuzz docker docker-scale docker-images bench bench-trainer cifar pictures gpu gpu-wheels clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## set up .venv, which every target does first; [PYTHON=python3.12] [EXTRAS=trainer,dev]
+setup: ## set up .venv, which every target does first; [PYTHON=python3.12] [EXTRAS=trainer,report,dev]
 	@python=$$(PYTHON="$(PYTHON)" sh tools/find-python.sh) && "$$python" tools/environment.py --extras "$(EXTRAS)"
 
-demo: setup ## run the whole path on sample photographs: preprocess, serve, train, evaluate; [SEED=0]
+demo: setup ## run the whole path on sample photographs: preprocess, serve, train, evaluate, report; [SEED=0]
 	@exec $(run) -m tools.demo --seed "$(SEED)"  # exec: a signal to make reaches the demo, which ends its processes
 
 preprocess: setup ## convert images on disk to data/train.lmdb and data/val.lmdb; [SRC=DIR] [OUT=data]
@@ -77,7 +77,11 @@ cifar: setup ## train CIFAR-10 at full width by the paper's recipe, on a GPU -> 
 	$(run) -m trainer evaluate "$(RUN)" --data build/cifar10 --views ten-crop --classes
 	mkdir -p "$(RESULTS)"
 	$(run) -m trainer evaluate "$(RUN)" --data build/cifar10 --views ten-crop --json > "$(RESULTS)/ten-crop.json"
-	cd "$(RUN)" && cp config.json log.jsonl summary.json *.svg *.png "$(abspath $(RESULTS))"
+	$(run) -m trainer report "$(RUN)" --data build/cifar10 --out "$(RESULTS)"
+	cd "$(RUN)" && cp config.json log.jsonl summary.json "$(abspath $(RESULTS))"
+
+pictures: setup ## the pictures of README and docs, from a training on the sample photographs -> docs/pictures; [RUN=DIR]
+	@$(run) -m tools.docs.pictures $(if $(filter command,$(origin RUN)),--run "$(RUN)")
 
 gpu: $(if $(PYTHON)$(WHEELS),,setup) ## check and measure all that needs a GPU -> docs/gpu.md; [PYTHON=python3] [WHEELS=DIR] [ARGS="--minutes 9"]
 	@exec $(if $(PYTHON)$(WHEELS),"$(or $(PYTHON),python3)",$(run)) -m tools.gpu $(if $(WHEELS),--wheels "$(WHEELS)") --cifar10 "$(CIFAR10)" $(ARGS)

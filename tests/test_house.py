@@ -19,7 +19,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("loader_service", "trainer", "tools")
-EXTRAS_OF_MAKE = ("trainer", "dev")
+EXTRAS_OF_MAKE = ("trainer", "report", "dev")
 DOCUMENTS = (
     "README.md",
     "ARCHITECTURE.md",
@@ -164,7 +164,7 @@ def test_what_is_installed_is_what_is_pinned() -> None:
     assert {name: version for name, version in found.items() if str(pins.get(name)) != version} == {}
 
 
-@pytest.mark.parametrize("extra", [None, "trainer", "ray", "dev"])
+@pytest.mark.parametrize("extra", [None, "trainer", "report", "ray", "dev"])
 def test_every_pin_is_one_that_the_project_accepts(extra: str | None) -> None:
     """Each requirement in pyproject.toml has a pin, and the pin lies in the required range."""
     pins = constraints()

@@ -39,7 +39,9 @@ MAY_IMPORT = {
     "trainer": ("trainer",),
     # The feed meets the service; a run's accounts are the loader's own.
     "trainer.data.feed": ("trainer", "loader_service"),
+    "trainer.data.samples": ("trainer", "loader_service"),
     "trainer.run": ("trainer", "loader_service.types"),
+    "trainer.report": ("trainer", "loader_service.types"),
     "tools": PACKAGES,
     "tools.environment": (),
     # These run before anything is installed.

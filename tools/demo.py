@@ -22,6 +22,7 @@ from loader_service.cli.job import CONTEXT, Job
 from loader_service.local_node import start_command
 from tools.results import Evaluation, check, decode, ledger_line, read_summary
 from tools.terminal import ROOT, SAMPLE_IMAGES, finish, heading, run, say, show, start
+from trainer.report.report import FOLDER, PAGE
 from trainer.run.summary import Summary
 
 DEMO: Final = Path("build/demo")
@@ -62,7 +63,7 @@ def new_run() -> Path:
     return DEMO / f"run-{max(numbers, default=0) + 1}"
 
 
-def report(summary: Summary, evaluation: Evaluation, took_s: float) -> None:
+def report(summary: Summary, evaluation: Evaluation, page: Path, took_s: float) -> None:
     """Print the results in a few lines, and the paths of what the run made."""
     accuracy = 1 - evaluation.top1_error
     lines = {
@@ -73,6 +74,7 @@ def report(summary: Summary, evaluation: Evaluation, took_s: float) -> None:
         "checkpoint": summary.checkpoint,
         "log": summary.log,
         "figures": ", ".join(summary.figures),
+        "report": f"{page} (open it in a browser)",
     }
     heading(f"The demo took {took_s:.0f} s.")
     for name, text in lines.items():
@@ -83,29 +85,31 @@ def demo(seed: int) -> None:
     """Run all steps, one after another."""
     started_s = time.monotonic()
     data, folder = DEMO / "data", new_run()  # preprocessing keeps the data of unchanged images
-    heading("[1/5] Photographs: labelled views, cut from images that ship inside Python packages")
+    heading("[1/6] Photographs: labelled views, cut from images that ship inside Python packages")
     run("python", "-m", "tools.sample_images", str(SAMPLE_IMAGES))
-    heading("[2/5] Preprocessing: images on disk -> LMDB")
+    heading("[2/6] Preprocessing: images on disk -> LMDB")
     run("loader-service", "preprocess", str(SAMPLE_IMAGES), str(data))
-    heading(f"[3/5] A node with {WORKERS} worker processes")
+    heading(f"[3/6] A node with {WORKERS} worker processes")
     address = free_address()
-    # Around both steps: the evaluation reads its images from the node too.
+    # Around all three steps: evaluation and report read their images from the node too.
     with start_node(data, address):
-        heading("[4/5] Training, fed by that node")
+        heading("[4/6] Training, fed by that node")
         run("trainer", "run", "--loader", address, "--run", str(folder), *TRAINING, "--seed", str(seed))
-        heading("[5/5] Evaluation: ten crops of each validation image")
+        heading("[5/6] Evaluation: ten crops of each validation image")
         command = ["trainer", "evaluate", str(folder), "--loader", address, "--views", "ten-crop", "--json"]
         printed = finish(start(command, stdout=subprocess.PIPE))  # its JSON; progress goes to stderr
+        heading("[6/6] Report: the figures of the paper, of this training")
+        run("trainer", "report", str(folder), "--loader", address)
     evaluation = decode(printed, Evaluation, "the output of `trainer evaluate --json`")
     summary = read_summary(ROOT / folder / "summary.json")
     check(summary)
-    report(summary, evaluation, time.monotonic() - started_s)
+    report(summary, evaluation, folder / FOLDER / PAGE, time.monotonic() - started_s)
 
 
 @click.command(cls=Job, context_settings=CONTEXT)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the training run.")
 def main(seed: int) -> None:
-    """Show the whole path on sample photographs: preprocess, serve, train, evaluate."""
+    """Show the whole path on sample photographs: preprocess, serve, train, evaluate, report."""
     demo(seed)
 
 

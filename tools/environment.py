@@ -280,7 +280,7 @@ def run(extras: str) -> None:
 def main() -> None:
     """Run the command line; see the Makefile."""
     parser = argparse.ArgumentParser(description="Set up .venv for the Makefile's targets.")
-    parser.add_argument("--extras", default="trainer,dev", help="extras of pyproject.toml to install")
+    parser.add_argument("--extras", default="trainer,report,dev", help="extras of pyproject.toml to install")
     try:
         run(parser.parse_args().extras)
     except subprocess.CalledProcessError as error:

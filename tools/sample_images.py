@@ -239,7 +239,7 @@ def between(limits: tuple[float, float], draw: float) -> float:
     return low * math.exp(draw * math.log(high / low))
 
 
-def licences() -> str:
+def licences(photographs: Sequence[Photograph] = PHOTOGRAPHS) -> str:
     """Return LICENSES.md: the origin and the licence of each photograph."""
     lines = [
         "# The photographs behind these views",
@@ -248,7 +248,7 @@ def licences() -> str:
         "",
         "| class | shipped by | origin | licence |",
         "|---|---|---|---|",
-        *(f"| {p.label} | {p.package.replace('==', ' ')} | {p.origin} | {p.licence} |" for p in PHOTOGRAPHS),
+        *(f"| {p.label} | {p.package.replace('==', ' ')} | {p.origin} | {p.licence} |" for p in photographs),
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,8 @@
-"""The command line: ``trainer run``, ``set-lr``, ``evaluate``, ``predict`` and ``export``."""
+"""The command line: ``trainer run``, ``set-lr``, ``evaluate``, ``predict``, ``export`` and ``report``."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ from trainer.options import (
     JSON,
     NETWORK,
     OUTPUT,
+    PLACE,
     RECIPE,
     SOURCE,
     SPEED,
@@ -36,10 +38,14 @@ from trainer.options import (
     options,
     resumed_config,
 )
+from trainer.parallel.devices import choose_device
 from trainer.parallel.world import World, join, launch_id, leave, was_restarted
+from trainer.report.confusion import figure as confusion_figure
+from trainer.report.drawing import check_installed
+from trainer.report.progress import ReportProgress
+from trainer.report.report import Settings, write_report
 from trainer.run import checkpoint
 from trainer.run.folder import RunFolder, newest_run, write_atomically
-from trainer.run.plots import confusion_svg
 from trainer.run.state import Resume
 from trainer.run.summary import Summary
 from trainer.stop import Stopped, StopRequest
@@ -126,9 +132,12 @@ def evaluate(
         click.echo(node.about, err=True)
         if figure and not figure.parent.is_dir():  # before the evaluation, which may take hours
             raise ConfigError("--figure", figure, "a file in an existing folder")
+        if figure:
+            check_installed()
         result, names = evaluate_runs(runs, node, views, batch_size, devices, best, ema)
         if figure:
-            write_atomically(figure, confusion_svg(result.confusion, names).encode())
+            matrix = confusion_figure(result.confusion, names, f"{result.images:,} validation images, {views}.")
+            write_atomically(figure, matrix.svg().encode())
             click.echo(f"Wrote {figure}.", err=True)
     if as_json:
         about = {"views": views, "classes": class_errors(result, names)}
@@ -182,6 +191,55 @@ def export(run: Path, target: Path) -> None:
     with _errors_reported():
         export_run(run, target)
     click.echo(f"Wrote {target}: weights, mean image and class names.")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Folder of the report. [default: RUN/report; of several runs, report beside them]",
+)
+@click.option(
+    "--images",
+    type=click.IntRange(1),
+    default=2000,
+    show_default=True,
+    help="Most images of each split that the network looks at.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Leave the images out after SECONDS without a node.",
+)
+@options(PLACE, (BATCH_SIZE, DEVICES))
+def report(
+    runs: tuple[Path, ...],
+    out: Path | None,
+    images: int,
+    timeout_s: float,
+    batch_size: int,
+    devices: tuple[str, ...],
+    **places: Any,
+) -> None:
+    """Make a page of a RUN's results, or of several side by side, with its figures as SVG, PNG and JSON.
+
+    The page is one file that needs no network. Images come from the source that each run used, unless --data or --loader names
+    another one. What cannot be shown is left out, and the page says so.
+    """
+    with _errors_reported():
+        named = Source(**places) if places["data"] or places["loader"] else None
+        settings = Settings(out, named, timeout_s, choose_device(devices), images, batch_size)
+        with ReportProgress(Console(stderr=True)) as progress:
+            made = write_report(runs, settings, progress)
+        for sentence in made.missing:
+            click.echo(f"Left out: {sentence}", err=True)
+        click.echo(f"Wrote {made.page}, and {len(made.files)} files beside it.")
 
 
 def _open_source_once(source: Source, world: World, stop: StopRequest, stack: ExitStack) -> Endpoint | None:
@@ -247,6 +305,7 @@ def _print_summary(console: Console, folder: RunFolder, summary: Summary) -> Non
     exactly = ", each exactly once" if summary.is_exact else ""
     _print(console, f"Samples: {delivered:,} of {expected:,} in {len(summary.ledger)} epochs{exactly}.")
     _print(console, f"Wrote: {', '.join([summary.checkpoint, summary.log, *summary.figures, str(folder.summary)])}")
+    _print(console, f"For a page with all figures: trainer report {shlex.quote(str(folder.path))}")
 
 
 def _print(console: Console, line: str) -> None:

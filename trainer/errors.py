@@ -6,6 +6,7 @@
     ├── ConfigError               2  an option with an impossible value, or one that contradicts the resumed run
     ├── RunFolderError            3  a run folder that is missing, taken or damaged
     ├── CheckpointError           3  a checkpoint that cannot be read or does not fit
+    ├── ReportError               3  a report that cannot be drawn or written
     ├── DeviceError               5  a device that is missing, or whose memory is too small
     ├── TrainingDiverged          8  the loss is NaN or infinite, or has exploded
     └── PeerLost                  9  another process of the run has died
@@ -54,6 +55,16 @@ class CheckpointError(TrainerError):
     def __init__(self, path: Path, reason: str) -> None:
         self.path, self.reason = path, reason
         super().__init__(f"the checkpoint {path} cannot be used: {reason}.")
+
+
+class ReportError(TrainerError):
+    """A report that cannot be drawn or written."""
+
+    exit_code = 3
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"the report cannot be made: {reason}.")
 
 
 class DeviceError(TrainerError):

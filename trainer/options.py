@@ -62,7 +62,7 @@ DEVICES: Final = click.option(
 BATCH_SIZE: Final = _option("--batch-size", int, "Images per batch; every crop of an image counts.")
 JSON: Final = click.option("--json", "as_json", is_flag=True, help="Write JSON to standard output.")
 
-SOURCE: Final = (
+PLACE: Final = (
     click.option("--data", metavar="DIR", help="Start a private node on this dataset folder."),
     click.option("--loader", metavar="ADDRESS", help="Use the running node at this address."),
     click.option(
@@ -74,6 +74,9 @@ SOURCE: Final = (
     click.option(
         "--client-key", envvar="LOADER_SERVICE_CLIENT_KEY", metavar="FILE", help="Secret key file of this trainer."
     ),
+)
+SOURCE: Final = (
+    *PLACE,
     click.option(
         "--timeout",
         "timeout_s",

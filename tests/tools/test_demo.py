@@ -34,7 +34,12 @@ def summary(*ledger: EpochAccount) -> Summary:
 
 def test_the_report_shows_figures_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
     """Accuracy against chance, speed, waiting, the ledger and the paths are all in the report."""
-    demo.report(summary(EpochAccount(0, 100, 100)), Evaluation(images=50, top1_error=0.4, top5_error=0.1), took_s=200.0)
+    demo.report(
+        summary(EpochAccount(0, 100, 100)),
+        Evaluation(images=50, top1_error=0.4, top5_error=0.1),
+        Path("run/report/report.html"),
+        took_s=200.0,
+    )
     shown = capsys.readouterr().out
     for part in (
         "60.0% top-1 of 50 validation images",
@@ -45,6 +50,7 @@ def test_the_report_shows_figures_and_paths(capsys: pytest.CaptureFixture[str]) 
         "run/checkpoints/best.pt",
         "run/log.jsonl",
         "run/kernels.png",
+        "run/report/report.html",
     ):
         assert part in shown
 

@@ -128,43 +128,42 @@ class BetweenDevices:
 class Timed:
     """An exchange whose time a clock measures, forward and backward; it computes the same.
 
-    The layers whose outputs it exchanges are computed on demand inside it, and count as ``forward``. With two devices in one
-    process the copies of gradients overlap with the backward pass, and count as a part of it.
+    The layers whose outputs it exchanges are computed on demand inside it, and count as ``forward``. On one device the backward
+    pass of an exchange takes no time. With two devices in one process the copies of gradients overlap with the backward
+    pass, and count as a part of it.
     """
 
     def __init__(self, exchange: Exchange, clock: StepClock) -> None:
         self._exchange, self._clock = exchange, clock
-        self._overlaps = isinstance(exchange, BetweenDevices)
+        self._waits_backward = not isinstance(exchange, OneDevice | BetweenDevices)
 
     def __call__(self, parts: Iterable[Tensor], readers: Sequence[int]) -> Iterator[Tensor]:
         """See ``Exchange``."""
-        if not torch.is_grad_enabled():  # a validation is one phase
+        # A validation is one phase, and on a GPU most steps are not measured.
+        if not (torch.is_grad_enabled() and self._clock.measures):
             yield from self._exchange(parts, readers)
             return
         inputs: list[Tensor] = []
-        with self._clock.during(Phase.EXCHANGE):
-            results = self._exchange(self._computed(parts, inputs), readers)
-        whole: Tensor | None = None
-        while True:
-            before = whole
-            with self._clock.during(Phase.EXCHANGE):
-                whole = next(results, None)
-            if whole is None:
-                return
-            if whole is not before and not self._overlaps:  # on one device all readers share it
+        results = self._exchange(self._within(Phase.FORWARD, iter(parts), inputs), readers)
+        before: Tensor | None = None
+        for whole in self._within(Phase.EXCHANGE, results, []):
+            if whole is not before and self._waits_backward:  # readers may share it
                 self._time_backward(whole, inputs)
             yield whole
+            before = whole
 
-    def _computed(self, parts: Iterable[Tensor], inputs: list[Tensor]) -> Iterator[Tensor]:
-        """Yield the parts, and add them to ``inputs``."""
-        waiting = iter(parts)
+    def _within(self, phase: Phase, source: Iterator[Tensor], seen: list[Tensor]) -> Iterator[Tensor]:
+        """Yield the tensors of ``source``, which computes each of them in ``phase``, and add them to ``seen``."""
         while True:
-            with self._clock.during(Phase.FORWARD):
-                part = next(waiting, None)
-            if part is None:
+            before = self._clock.switch(phase)
+            try:
+                item = next(source, None)
+            finally:
+                self._clock.switch(before)
+            if item is None:
                 return
-            inputs.append(part)
-            yield part
+            seen.append(item)
+            yield item
 
     def _time_backward(self, whole: Tensor, inputs: Sequence[Tensor]) -> None:
         """Time the backward pass of each operation between ``inputs`` and ``whole``."""

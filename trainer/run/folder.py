@@ -11,7 +11,7 @@
       checkpoints/           see ``trainer.run.checkpoint``
       set-lr.json            requested learning rate that no checkpoint includes yet
       kernels.png            first-layer kernels, tower by tower
-      curves.svg             loss and error by step
+      report/                page and figures, by trainer report
       trace.json             profile of a few steps, with --profile
 """
 
@@ -60,7 +60,6 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.rate = path / "set-lr.json"
         self.kernels = path / "kernels.png"
-        self.curves = path / "curves.svg"
         self.trace = path / "trace.json"
 
     @classmethod

@@ -19,7 +19,8 @@ import msgspec
 from loader_service.types import EpochAccount
 from trainer.errors import CheckpointError
 from trainer.parallel.world import World
-from trainer.run import checkpoint, plots
+from trainer.report import kernels
+from trainer.run import checkpoint
 from trainer.run.checkpoint import Checkpoint, Plain, Saver
 from trainer.run.console import Reporter
 from trainer.run.folder import RunFolder
@@ -153,9 +154,9 @@ class Recorder:
         return self._folder.newest_checkpoint()
 
     def summarise(self) -> Summary:
-        """Write the summary and the figures of the results so far."""
+        """Write the summary of the results so far, and the picture of the first layer's kernels."""
         state, progress, best = self._state, self._state.progress, self._state.schedule.best
-        kernels = self._world.merge_towers(
+        towers = self._world.merge_towers(
             {name: weights for name, weights in state.model.state_dict().items() if name.endswith("conv1.weight")}
         )
         first = self._world.is_first
@@ -173,9 +174,11 @@ class Recorder:
             ledger=self.ledger(),
             checkpoint=str(self._folder.newest_checkpoint() or ""),
             log=str(self._folder.log),
-            figures=[str(path) for path in plots.draw(self._folder, list(kernels.values()))] if first else [],
+            figures=[str(self._folder.kernels)],
         )
         if first:
+            done = f"{progress.epoch} epochs" if progress.epoch != 1 else "1 epoch"
+            kernels.save_sheet(self._folder.kernels, list(towers.values()), f"First-layer kernels after {done}")
             self._folder.write_summary(summary)
         return summary
 

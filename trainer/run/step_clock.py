@@ -78,6 +78,11 @@ class StepClock:
             list[tuple[Phase, torch.cuda.Event]]
         ] = []  # the beginnings of phases, for each sampled step
 
+    @property
+    def measures(self) -> bool:
+        """True if the current step counts: on a CPU every step, on a GPU those of the sample."""
+        return self._sampled or not self._by_events
+
     def begin_step(self) -> None:
         """Note that a step begins; the caller switches to its first phase."""
         self._sampled = self._by_events and self._steps % SAMPLED == 0

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from tools.bench.contest import Kind
-from trainer.run import svg
+from trainer.report.drawing import BLUE, drawing, places, render
 
-COLOURS: Final = {Kind.OURS: "#1a7f37", Kind.PEER: "#8c959f", Kind.LIMIT: "#d8dee4"}
+COLOURS: Final = {Kind.OURS: BLUE, Kind.PEER: "#8c959f", Kind.LIMIT: "#c9d1d9"}
 LEGEND: Final = {Kind.OURS: "this project", Kind.PEER: "others", Kind.LIMIT: "limits of the machine"}
 
 _NAMES_PX: Final = 290
@@ -43,7 +43,10 @@ class Row(msgspec.Struct, frozen=True):
     memory_mb: float
 
 
-COLUMNS: Final[tuple[tuple[str, Callable[[Row], float], str], ...]] = (
+Mark = dict[str, Any]
+Column = tuple[str, Callable[[Row], float], str]
+
+COLUMNS: Final[tuple[Column, ...]] = (
     ("images/s", lambda row: row.images_per_s, ",.0f"),
     ("CPU s per 1,000 images", lambda row: row.cpu_s, ".3f"),
     ("memory, MB", lambda row: row.memory_mb, ",.0f"),
@@ -58,36 +61,43 @@ def draw(panels: Mapping[str, Sequence[Row]], caption: str) -> str:
         panels: rows of each panel, in order, by the panel's heading.
         caption: place and date of the measurement.
     """
-    parts, top = list[str](), 30
+    headings, quiet, names, bars, figures = list[Mark](), list[Mark](), list[Mark](), list[Mark](), list[Mark]()
+    top = 30
     for heading, rows in panels.items():
-        parts += _panel(heading, rows, top)
+        headings.append({"x": 10, "y": top, "text": heading})
+        quiet += [{"x": _NAMES_PX + n * _COLUMN_PX, "y": top, "text": name} for n, (name, _, _) in enumerate(COLUMNS)]
+        for index, row in enumerate(rows):
+            y = top + 14 + index * _ROW_PX
+            names.append({"x": _NAMES_PX - 10, "y": y + _BAR_PX / 2, "text": row.title, "ours": row.kind is Kind.OURS})
+            for n, column in enumerate(COLUMNS):
+                bar, figure = _bar(row, rows, column, _NAMES_PX + n * _COLUMN_PX, y)
+                bars.append(bar)
+                figures.append(figure)
         top += (len(rows) + 3) * _ROW_PX  # the heading and two rows of space
-    width = _NAMES_PX + len(COLUMNS) * _COLUMN_PX + 10
-    parts += [*_legend(top), svg.text(width - 10, top, caption, text_anchor="end", fill=_QUIET)]
-    return svg.document(width, top + _ROW_PX, parts)
-
-
-def _panel(heading: str, rows: Sequence[Row], top: int) -> list[str]:
-    parts = [svg.text(10, top, heading, font_size=15, font_weight="bold")]
-    for number, (name, _, _) in enumerate(COLUMNS):
-        parts.append(svg.text(_NAMES_PX + number * _COLUMN_PX, top, name, fill=_QUIET))
-    for index, row in enumerate(rows):
-        y = top + 14 + index * _ROW_PX
-        weight = "bold" if row.kind is Kind.OURS else "normal"  # as the tables of docs/benchmarks.md
-        # SVG places text by its baseline: 11 px below the top of a bar of 14.
-        parts.append(svg.text(_NAMES_PX - 10, y + 11, row.title, text_anchor="end", font_weight=weight))
-        for number, (_, figure, form) in enumerate(COLUMNS):
-            # Each panel and column has its own scale. `or`: the largest figure may be 0.
-            left, most = _NAMES_PX + number * _COLUMN_PX, max(figure(each) for each in rows) or 1.0
-            length = max(1.0, (_COLUMN_PX - _FIGURE_PX) * figure(row) / most)  # a bar of 0 would not be seen
-            parts.append(svg.rect(left, y, length, _BAR_PX, fill=COLOURS[row.kind]))
-            parts.append(svg.text(left + length + 4, y + 11, f"{figure(row):{form}}"))
-    return parts
-
-
-def _legend(top: int) -> list[str]:
-    parts = list[str]()
     for number, (kind, name) in enumerate(LEGEND.items()):
-        left = 10 + number * 110
-        parts += [svg.rect(left, top - 11, 12, 12, fill=COLOURS[kind]), svg.text(left + 16, top, name)]
-    return parts
+        left = 10 + number * 150
+        bars.append({"x": left, "x2": left + 12, "y": top - 11, "y2": top + 1, "fill": COLOURS[kind]})
+        figures.append({"x": left + 16, "y": top - 5, "text": name})
+    width = _NAMES_PX + len(COLUMNS) * _COLUMN_PX + 10
+    ours, others = [row for row in names if row["ours"]], [row for row in names if not row["ours"]]
+    layers = [
+        places(headings, "text", align="left", fontSize=15, fontWeight="bold"),
+        places(quiet, "text", align="left", color=_QUIET),
+        places(others, "text", align="right", baseline="middle"),
+        places(
+            ours, "text", align="right", baseline="middle", fontWeight="bold"
+        ),  # as the tables of docs/benchmarks.md
+        places(bars, "rect"),
+        places(figures, "text", align="left", baseline="middle"),
+        places([{"x": width - 10, "y": top, "text": caption}], "text", align="right", color=_QUIET),
+    ]
+    return render(drawing(layers, width, top + _ROW_PX))
+
+
+def _bar(row: Row, rows: Sequence[Row], column: Column, left: int, top: int) -> tuple[Mark, Mark]:
+    """Return the bar of a row in a column, and its figure; each panel and column has its own scale."""
+    _, figure, form = column
+    most = max(figure(each) for each in rows) or 1.0  # the largest figure may be 0
+    length = max(1.0, (_COLUMN_PX - _FIGURE_PX) * figure(row) / most)  # a bar of 0 would not be seen
+    bar = {"x": left, "x2": left + length, "y": top, "y2": top + _BAR_PX, "fill": COLOURS[row.kind]}
+    return bar, {"x": left + length + 4, "y": top + _BAR_PX / 2, "text": f"{figure(row):{form}}"}

@@ -16,7 +16,7 @@
     │   ├── AddressError                 an address cannot be parsed, bound or resolved
     │   ├── NoNodeError                  no node answered in time
     │   ├── NodeRefused                  a node answered, but its samples would have other bytes
-    │   ├── KeyFileError                 a key file is missing, malformed or readable by others
+    │   ├── KeyFileError                 a key file, or a folder of them, is missing, malformed or open to others
     │   ├── KeyRefused                   client and node do not accept each other's keys
     │   └── MessageError                 a message breaks the protocol
     ├── SharedMemoryError             5  shared memory is too small or cannot be opened
@@ -155,11 +155,11 @@ class NodeRefused(LinkError):
 
 
 class KeyFileError(LinkError):
-    """A key file that is missing, malformed or readable by others."""
+    """A key file, or a folder of them, that is missing, malformed or open to others."""
 
-    def __init__(self, path: Path | str, reason: str) -> None:
+    def __init__(self, path: Path | str, reason: str, what: str = "key file") -> None:
         self.path, self.reason = Path(path), reason
-        super().__init__(f"the key file {path} cannot be used: {reason}.")
+        super().__init__(f"the {what} {path} cannot be used: {reason.rstrip('.')}.")
 
 
 class KeyRefused(LinkError):

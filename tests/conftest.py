@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # set before the first test imports the trainer.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The user's own keys, which nodes and clients on loopback share, are made in a folder of the tests. Child processes inherit it.
+_HOME = tempfile.TemporaryDirectory(prefix="loader-service-tests-")
+os.environ["XDG_CONFIG_HOME"] = _HOME.name
 
 # The same examples in every run, and no deadline, which a busy machine would miss.
 settings.register_profile("project", deadline=None, derandomize=True)

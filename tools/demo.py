@@ -9,6 +9,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import time
@@ -84,6 +85,8 @@ def report(summary: Summary, evaluation: Evaluation, page: Path, took_s: float) 
 def demo(seed: int) -> None:
     """Run all steps, one after another."""
     started_s = time.monotonic()
+    # Node and trainer find the user's keys by themselves; those of the demo are not put into the user's home.
+    os.environ["XDG_CONFIG_HOME"] = str(ROOT / DEMO / "config")
     data, folder = DEMO / "data", new_run()  # preprocessing keeps the data of unchanged images
     heading("[1/6] Photographs: labelled views, cut from images that ship inside Python packages")
     run("python", "-m", "tools.sample_images", str(SAMPLE_IMAGES))

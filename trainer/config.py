@@ -28,8 +28,9 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         data: dataset folder of a private node. If both are None, the trainer uses a node that answers at the default
             address, or else a private node on the default folder.
         workers: worker processes of the private node.
-        server_key, client_key: key files for a remote node, its public key and this trainer's secret key; None if the
-            node needs none.
+        server_key, client_key: key files, the node's public key and this trainer's secret key; None for a node of this
+            user on this machine.
+        insecure: connect without keys, to a node that was started so.
         timeout_s: seconds without a running node before the run fails; None waits without limit.
     """
 
@@ -39,6 +40,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     server_key: str | None = None
     client_key: str | None = None
     timeout_s: float | None = None
+    insecure: bool = False
 
     def __post_init__(self) -> None:
         if self.loader is not None and self.data is not None:

@@ -69,11 +69,15 @@ PLACE: Final = (
         "--workers", type=int, default=Source().workers, show_default=True, help="Worker processes of the private node."
     ),
     click.option(
-        "--server-key", envvar="LOADER_SERVICE_SERVER_KEY", metavar="FILE", help="Public key file of the node."
+        "--server-key",
+        envvar="LOADER_SERVICE_SERVER_KEY",
+        metavar="FILE",
+        help="Public key file of the node; on loopback, by default this user's own.",
     ),
     click.option(
         "--client-key", envvar="LOADER_SERVICE_CLIENT_KEY", metavar="FILE", help="Secret key file of this trainer."
     ),
+    click.option("--insecure", is_flag=True, help="Connect without keys, to a node started with --insecure."),
 )
 SOURCE: Final = (
     *PLACE,

@@ -26,7 +26,12 @@ from loader_service.node.health import Check, CheckState
     help="Worker processes of the planned node.",
 )
 @option("--bind", default=defaults.ADDRESS, help="Address that the planned node listens on.")
-@option("--keys", type=click.Path(path_type=Path), help="Directory of the planned node's keys.")
+@option(
+    "--keys",
+    type=click.Path(path_type=Path),
+    show_default="the user's own, on a loopback address",
+    help="Directory of the planned node's keys.",
+)
 def doctor(data: Path, workers: int, bind: str, keys: Path | None) -> None:
     """Check that a node can run on this machine.
 

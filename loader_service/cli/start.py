@@ -43,9 +43,10 @@ log = logging.getLogger("loader_service.node")
 @option(
     "--keys",
     type=click.Path(path_type=Path),
+    show_default="the user's own, on a loopback address",
     help="Directory of the node's keys (see keygen); required if other machines can reach the address.",
 )
-@option("--insecure", is_flag=True, help="Serve other machines without keys and encryption.")
+@option("--insecure", is_flag=True, help="Serve without keys and encryption everybody who can reach the address.")
 @option(
     "--io-threads",
     type=click.IntRange(1, 64),

@@ -25,8 +25,13 @@ from loader_service.wire.messages import Status
 def _node_options(function: Callable[..., None]) -> Callable[..., None]:
     """Add the options of a connection to a node: address, timeout and keys."""
     for decorate in (  # applied in this order, so --help lists them in the reverse one
-        option("--client-key", help="File with this client's secret key."),
-        option("--server-key", help="File with the node's public key, if the node has keys."),
+        option("--insecure", is_flag=True, help="Connect without keys, to a node started with --insecure."),
+        option("--client-key", show_default="likewise", help="File with this client's secret key."),
+        option(
+            "--server-key",
+            show_default="the user's own, on a loopback address",
+            help="File with the node's public key.",
+        ),
         option("--timeout", type=click.FloatRange(min=0), default=5.0, help="Seconds to wait for an answer."),
         argument("address", default=defaults.ADDRESS),
     ):
@@ -91,8 +96,8 @@ def top(interval: float, **node: Any) -> None:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _asker(address: str, timeout: float, server_key: str | None, client_key: str | None) -> Callable[[], Status]:
-    return lambda: ask_status(address, timeout, server_key=server_key, client_key=client_key)
+def _asker(address: str, timeout: float, **keys: Any) -> Callable[[], Status]:
+    return lambda: ask_status(address, timeout, **keys)
 
 
 def _screen(answer: Status, rates: Rates) -> Group:

@@ -33,7 +33,7 @@ from loader_service.data.fill import slice_numbers, slice_sources
 from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld
 from loader_service.metrics import LoaderHook, LoaderMetrics
 from loader_service.types import MAX_EXCLUDED, VIEWS, Dtype, EpochAccount, SampleLayout, SliceId, Split, View
-from loader_service.wire.auth import chosen_keys
+from loader_service.wire.access import access
 from loader_service.wire.messages import MAX_CONNECTIONS
 
 log = logging.getLogger("loader_service.client")
@@ -90,9 +90,11 @@ class Loader:
         on_bad_sample: the response to a record that no node can read. ``fail`` raises an error that names the record;
             ``substitute`` uses another record's pixels, lists the bad one in :attr:`quarantine` and continues.
         max_bad: most records that may be replaced before an error is raised all the same.
-        server_key: for nodes with keys: the file with the node's public key, or its 40 characters.
-        client_key: for nodes with keys: the file with this client's secret key.
-        connections: TCP connections with each node on another machine; each takes a core at either end.
+        server_key: the file with the nodes' public key, or its 40 characters. Without keys, loopback addresses take the
+            user's own (see docs/design/security.md), and addresses on other machines are refused.
+        client_key: the file with this client's secret key.
+        insecure: connect without keys, to nodes that were started with ``--insecure``.
+        connections: TCP connections with each node that cannot share memory; each takes a core at either end.
         hook: called with the loader's :attr:`metrics` after each batch, in the caller's thread.
 
     Fields:
@@ -103,7 +105,7 @@ class Loader:
         OptionError: an argument cannot work.
         NoNodeError: no node answered in time.
         NodeRefused: a node would give other bytes.
-        KeyRefused, KeyFileError: the node does not accept the keys, or they cannot be read.
+        KeyRefused, KeyFileError: the node does not accept the keys, or they are missing or cannot be read.
         SharedMemoryError: there is not enough memory for the slots.
     """
 
@@ -128,6 +130,7 @@ class Loader:
         max_bad: int = defaults.MAX_BAD,
         server_key: str | Path | None = None,
         client_key: str | Path | None = None,
+        insecure: bool = False,
         connections: int = defaults.CONNECTIONS,
         hook: LoaderHook | None = None,
     ) -> None:
@@ -147,7 +150,7 @@ class Loader:
         addresses = tuple(part.strip() for part in address.split(",") if part.strip())
         if not addresses:
             raise OptionError("address", address, "one or more addresses such as tcp://127.0.0.1:5555")
-        keys = chosen_keys(server_key, client_key)
+        keys = access(addresses, server_key, client_key, insecure=insecure)
         self._seed, self._transport, self._timeout_s, self._prefetch = seed, transport, timeout_s, prefetch
         replaced = max_bad if on_bad_sample == "substitute" else None  # None: the first bad record ends the run
         self._session = Session(addresses, split, replaced, keys, connections)  # its thread starts here

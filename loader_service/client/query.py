@@ -15,7 +15,7 @@ from loader_service.client.protocol import check_protocol, check_welcome
 from loader_service.errors import MessageError, NoNodeError
 from loader_service.types import Split
 from loader_service.wire import messages, sockets
-from loader_service.wire.auth import ClientKeys, chosen_keys
+from loader_service.wire.access import Access, access
 
 
 def describe(
@@ -25,15 +25,16 @@ def describe(
     *,
     server_key: str | Path | None = None,
     client_key: str | Path | None = None,
+    insecure: bool = False,
 ) -> Dataset:
-    """Return the facts of the dataset that a node serves.
+    """Return the facts of the dataset that a node serves. The keys are those of :class:`~loader_service.Loader`.
 
     Raises:
         NoNodeError: no node answered in time.
         NodeRefused: the node does not serve that split, or would give other bytes than this version must have.
         AddressError, MessageError, KeyRefused, KeyFileError: there is no such address, or another service answers there.
     """
-    keys = chosen_keys(server_key, client_key)
+    keys = access([address], server_key, client_key, insecure=insecure)
     welcome = _ask(address, messages.Hello(messages.PROTOCOL, "query"), timeout_s, keys)
     if not isinstance(welcome, messages.Welcome):
         raise MessageError(f"{address} answered a Hello with {type(welcome).__name__}")
@@ -46,24 +47,26 @@ def status(
     *,
     server_key: str | Path | None = None,
     client_key: str | Path | None = None,
+    insecure: bool = False,
 ) -> messages.Status:
-    """Return a node's status: its workers, clients, queues and counters.
+    """Return a node's status: its workers, clients, queues and counters. The keys are those of a Loader.
 
     Raises:
         NoNodeError: no node answered in time.
         NodeRefused: the node speaks another version of the protocol.
         AddressError, MessageError, KeyRefused, KeyFileError: there is no such address, or another service answers there.
     """
-    answer = _ask(address, messages.StatusQuery(), timeout_s, chosen_keys(server_key, client_key))
+    keys = access([address], server_key, client_key, insecure=insecure)
+    answer = _ask(address, messages.StatusQuery(), timeout_s, keys)
     if not isinstance(answer, messages.Status):
         raise MessageError(f"{address} answered a status query with {type(answer).__name__}")
     return answer
 
 
-def _ask(address: str, question: messages.FromClient, timeout_s: float, keys: ClientKeys | None) -> messages.FromNode:
+def _ask(address: str, question: messages.FromClient, timeout_s: float, keys: Access) -> messages.FromNode:
     """Connect, send a question and return the first answer."""
     context: zmq.Context[Any] = zmq.Context()  # not shared: term() below would wait for a loader's sockets
-    dealer, monitor = sockets.connect_client(context, address, secrets.token_bytes(16), keys)
+    dealer, monitor = sockets.connect_client(context, address, secrets.token_bytes(16), keys.keys_for(address))
     poller = zmq.Poller()
     poller.register(dealer, zmq.POLLIN)
     poller.register(monitor.socket, zmq.POLLIN)

@@ -48,7 +48,7 @@ from loader_service.client.resolver import Resolver
 from loader_service.errors import LoaderServiceError, MessageError, NodeFailed, NoNodeError
 from loader_service.types import DatasetFacts, EpochAccount, Split
 from loader_service.wire import messages, sockets
-from loader_service.wire.auth import ClientKeys
+from loader_service.wire.access import Access
 from loader_service.wire.sockets import Waker
 
 log = logging.getLogger("loader_service.client")
@@ -67,7 +67,7 @@ class Session:
         addresses: addresses of the nodes; a name stands for all addresses behind it.
         split: the split that the nodes must serve.
         max_bad: most bad records that may be replaced; None ends the run at the first.
-        keys: keys for nodes that demand them.
+        access: the keys for each address.
         connections: connections with each node that cannot write into this client's slots.
     """
 
@@ -75,13 +75,11 @@ class Session:
         self,
         addresses: tuple[str, ...],
         split: Split,
-        max_bad: int | None = None,
-        keys: ClientKeys | None = None,
+        max_bad: int | None,
+        access: Access,
         connections: int = defaults.CONNECTIONS,
     ) -> None:
-        for address in addresses:
-            sockets.check_address(address)
-        self.addresses, self._split, self._keys = addresses, split, keys
+        self.addresses, self._split, self._access = addresses, split, access
         name = f"{socket.gethostname()}:{os.getpid()}"[:255]  # the wire's limit
         self._core = ClientProtocol(name, addresses, split, max_bad=max_bad, connections=connections)
         self._ready = threading.Event()  # the core knows the dataset's facts, or an error has come first
@@ -324,7 +322,8 @@ class Session:
 
     def _connect(self, node: str) -> None:
         # The identity is unguessable, so that no other client can receive this one's slices.
-        connection = Connection(self._context, node, secrets.token_bytes(messages.CLIENT_ID_BYTES), self._keys)
+        identity = secrets.token_bytes(messages.CLIENT_ID_BYTES)
+        connection = Connection(self._context, node, identity, self._access.keys_for(node))
         self._connections[node] = connection
         self._watch(connection.lanes)
 

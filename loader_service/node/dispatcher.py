@@ -50,7 +50,8 @@ from loader_service.node.worker import NO_RECORD, Worker, prove, survey
 from loader_service.node.worker_pool import Death, Event, WorkerPool
 from loader_service.types import DatasetFacts, Installation, Split
 from loader_service.wire import messages, sockets
-from loader_service.wire.auth import Authenticator, NodeKeys, node_keys
+from loader_service.wire.access import keys_to_serve
+from loader_service.wire.auth import Authenticator, NodeKeys
 from loader_service.wire.messages import Attach, Attached, Failed, Request
 from loader_service.wire.shm import Segment, SegmentWatch, sweep
 from loader_service.wire.sockets import Waker
@@ -86,8 +87,7 @@ class Settings:
         client_silent_s: silence after which a client is forgotten.
         stall_s: time at one record after which a worker is killed.
         standstill_s: time without progress after which the log names the place.
-        keys: the node's keys, if it has any.
-        insecure: accept an address that other machines can reach without keys.
+        keys: the node's keys; None serves everybody who can connect.
         io_threads: I/O threads of libzmq.
     """
 
@@ -99,7 +99,6 @@ class Settings:
     stall_s: float = defaults.WORKER_STALL_S
     standstill_s: float = defaults.STALL_WARNING_S
     keys: NodeKeys | None = None
-    insecure: bool = False
     io_threads: int = defaults.CONNECTIONS
 
 
@@ -160,9 +159,7 @@ class Dispatcher:
 
     def _bind(self) -> tuple[zmq.Socket[bytes], str]:
         try:
-            return sockets.bind_node(
-                self._context, self._settings.bind, self._settings.keys, insecure=self._settings.insecure
-            )
+            return sockets.bind_node(self._context, self._settings.bind, self._settings.keys)
         except BaseException:
             self._context.destroy(linger=0)  # a context with an open socket would block at its garbage collection
             raise
@@ -540,15 +537,15 @@ def run_node(
         bind: address to listen at.
         version: version of the package, for the status.
         on_ready: called with the dispatcher and the facts of its splits when the first worker is ready.
-        keys: directory of the node's keys; without it, only this machine may reach ``bind``.
-        insecure: accept a ``bind`` that other machines can reach without keys.
+        keys: directory of the node's keys; without it, ``bind`` decides, see :mod:`loader_service.wire.access`.
+        insecure: serve without keys everybody who can reach ``bind``.
         io_threads: I/O threads of libzmq, which send slices to other machines.
         hook: called with the node's metrics twice a second, after the fork server exists, so that it may start threads.
 
     Raises:
         LoaderServiceError: the node cannot start or cannot continue; the sentence says why.
     """
-    own_keys = node_keys(keys) if keys else None
+    chosen = keys_to_serve(bind, keys, insecure=insecure)
     installation, facts = prove(), survey(data)  # before any process is forked: errors here need no clean-up
     # Anonymous shared memory, 2 int64 per worker, which the workers inherit through both forks.
     progress = np.frombuffer(mmap.mmap(-1, workers * 2 * 8), np.int64).reshape(workers, 2)
@@ -563,7 +560,7 @@ def run_node(
 
     fork_server = ForkServer(worker_main)  # before the dispatcher, whose context starts threads
     try:
-        settings = Settings(bind, workers, send_slots=slots, keys=own_keys, insecure=insecure, io_threads=io_threads)
+        settings = Settings(bind, workers, send_slots=slots, keys=chosen, io_threads=io_threads)
         dispatcher = Dispatcher(settings, facts, installation, fork_server, own, progress, version)
     except BaseException:
         fork_server.close()

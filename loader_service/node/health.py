@@ -13,11 +13,11 @@ from typing import Final
 import zmq
 
 from loader_service import defaults
-from loader_service.errors import LoaderServiceError
+from loader_service.errors import LoaderServiceError, OptionError
 from loader_service.node.worker import prove, survey
 from loader_service.types import SampleLayout, View
 from loader_service.wire import sockets
-from loader_service.wire.auth import node_keys
+from loader_service.wire.access import keys_to_serve, own_folder
 from loader_service.wire.shm import DIRECTORY
 
 DESCRIPTORS: Final = 128
@@ -139,29 +139,25 @@ def check_descriptors(workers: int) -> Check:
 
 
 def check_keys(directory: Path | None, bind: str) -> Check:
-    """Check that the node's keys exist and are private, or that it needs none."""
+    """Check that the node's keys exist and are private, or that it needs none. The user's own are made, as a start would."""
     try:
-        sockets.check_address(bind)
-        if directory is None:
-            if sockets.is_local(bind):
-                return Check("keys", CheckState.OK, f"none needed: only this machine can reach {bind}")
-            return Check(
-                "keys",
-                CheckState.FAILED,
-                f"other machines can reach {bind}",
-                "run `loader-service keygen DIR`, and start with --keys DIR",
-            )
-        allowed = len(node_keys(directory).allowed)
+        keys = keys_to_serve(bind, directory)
+        if keys is None:
+            return Check("keys", CheckState.OK, f"none needed: no other user can reach {bind}")
+        where = directory or own_folder()
+    except OptionError as error:
+        remedy = "run `loader-service keygen DIR`, and start with --keys DIR"
+        return Check("keys", CheckState.FAILED, str(error), remedy)
     except LoaderServiceError as error:
         return Check("keys", CheckState.FAILED, str(error))
-    return Check("keys", CheckState.OK, f"{directory} is private and allows {allowed} clients")
+    return Check("keys", CheckState.OK, f"{where} is private and allows {len(keys.allowed)} clients")
 
 
 def check_address(bind: str) -> Check:
     """Check that a node can listen at the address."""
     context = zmq.Context()
     try:
-        router, address = sockets.bind_node(context, bind, insecure=True)  # check_keys reports missing keys
+        router, address = sockets.bind_node(context, bind)  # check_keys reports missing keys
         router.close()  # before term(), which waits for open sockets
     except LoaderServiceError as error:
         remedy = f"check for a running node with `loader-service status {bind}`, or choose another --bind"

@@ -50,10 +50,17 @@ class NodeKeys:
 
 @dataclass(frozen=True)
 class ClientKeys:
-    """The keys of a client: its own secret key, and the public key of its nodes (Z85)."""
+    """The keys of a client.
+
+    Fields:
+        secret: its own secret key (Z85).
+        node: the public key of its nodes (Z85).
+        folder: the folder of the user's own keys, if these are they; None for keys that an option names.
+    """
 
     secret: bytes
     node: bytes
+    folder: Path | None = None
 
 
 def generate(directory: Path) -> list[Path]:
@@ -172,10 +179,12 @@ def _write(path: Path, text: str, mode: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # O_EXCL: never overwrite a key. The mode is set at creation, so that a secret is never readable by others.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # a crash of the machine must not leave an empty key
     except OSError as error:
         raise KeyFileError(path, f"it cannot be created ({error.strerror})") from error
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
 
 
 def _read(path: Path, *, secret: bool) -> bytes:

@@ -20,13 +20,17 @@ import numpy as np
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from loader_service.errors import AddressError, KeyRefused, OptionError
+from loader_service.errors import AddressError, KeyRefused
 from loader_service.wire.auth import ClientKeys, NodeKeys, secure_client, secure_node
 from loader_service.wire.messages import MAX_CLIENT_MESSAGE_BYTES
 
 HEARTBEAT_INTERVAL_MS: Final = 1_000
 HEARTBEAT_TIMEOUT_MS: Final = 5_000
 """Interval of ZMTP heartbeats, and the silence after which libzmq closes a connection; below NODE_SILENT_S."""
+
+HANDSHAKE_MS: Final = 2_000
+"""Time for a new connection to finish its handshake, before a node closes it: a peer without a key holds no connection for
+longer."""
 
 UNREAD_MESSAGES: Final = 1_000
 """Upper bound of the messages that a node queues for a client that does not read. A correct client has fewer requests."""
@@ -42,6 +46,9 @@ BYE_LINGER_MS: Final = 200
 """Time for a closing client's Bye to be sent."""
 
 _SCHEMES: Final = ("tcp", "ipc")
+
+MAX_IPC_PATH_BYTES: Final = 107
+"""Length of the path of a socket: sun_path of unix(7), without its final zero."""
 
 
 class ConnectionEvent(Enum):
@@ -86,6 +93,8 @@ def check_address(address: str) -> None:
     if not separator or scheme not in _SCHEMES or not rest:
         raise AddressError(address, "it must look like tcp://HOST:PORT or ipc://PATH")
     if scheme == "ipc":
+        if len(os.fsencode(rest)) > MAX_IPC_PATH_BYTES:
+            raise AddressError(address, f"its path is longer than the {MAX_IPC_PATH_BYTES} bytes that a socket may have; choose a shorter one")  # fmt: skip
         return
     try:
         # A node may bind tcp://HOST:* for any free port; urlsplit accepts numbers only.
@@ -112,24 +121,18 @@ def is_local(address: str) -> bool:
         return host == "localhost"  # other names may resolve to any address, so they count as remote
 
 
-def bind_node(
-    context: zmq.Context[Any], address: str, keys: NodeKeys | None = None, *, insecure: bool = False
-) -> tuple[zmq.Socket[bytes], str]:
+def bind_node(context: zmq.Context[Any], address: str, keys: NodeKeys | None = None) -> tuple[zmq.Socket[bytes], str]:
     """Bind a node's ROUTER; return it and its address (tcp://127.0.0.1:* becomes an address with a port).
 
     Args:
         context: the node's context; with keys, its :class:`auth.Authenticator` must exist already.
         address: the address to listen at.
-        keys: the node's keys; without them the address must be local.
-        insecure: accept an address that other machines can reach although there are no keys.
+        keys: the node's keys, as :func:`access.keys_to_serve` chooses them; None serves everybody who can connect.
 
     Raises:
-        OptionError: other machines could reach the address, and there are no keys.
         AddressError: the address is malformed, in use, or not one of this machine.
     """
     check_address(address)
-    if keys is None and not insecure and not is_local(address):
-        raise OptionError("bind", address, "keys (`loader-service keygen DIR`, then --keys DIR), since other machines could reach this address; or --insecure, on a trusted network")  # fmt: skip
     if address.startswith("ipc://"):
         _refuse_if_taken(address)  # only ipc: for tcp the bind itself fails
     router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
@@ -139,6 +142,7 @@ def bind_node(
     router.setsockopt(
         zmq.ROUTER_HANDOVER, 1
     )  # a client that reconnects takes its identity over from its dead connection
+    router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     # The node only: the messages to clients carry frames of pixels.
     router.setsockopt(zmq.MAXMSGSIZE, MAX_CLIENT_MESSAGE_BYTES)
     if keys is not None:
@@ -174,7 +178,7 @@ def connect_client(
     dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     if keys is not None:
         secure_client(dealer, keys)
-    monitor = Monitor(dealer, address, keyed=keys is not None)  # before connect, so that it misses no event
+    monitor = Monitor(dealer, address, keys)  # before connect, so that it misses no event
     try:
         dealer.connect(address)
     except zmq.ZMQError as error:
@@ -187,8 +191,8 @@ def connect_client(
 class Monitor:
     """The monitor of a client's socket: it reports connections, losses, and keys that do not match."""
 
-    def __init__(self, dealer: zmq.Socket[bytes], address: str, *, keyed: bool) -> None:
-        self._dealer, self._address, self._keyed = dealer, address, keyed
+    def __init__(self, dealer: zmq.Socket[bytes], address: str, keys: ClientKeys | None) -> None:
+        self._dealer, self._address, self._keys = dealer, address, keys
         self._unproven = 0
         self.socket = dealer.get_monitor_socket(sum(_EVENTS))  # each event is one bit, so the sum is the mask
 
@@ -213,7 +217,7 @@ class Monitor:
         A proxy that accepts connections for a node that is down breaks handshakes, too. So a broken handshake counts only
         if a ZeroMQ peer answers at the address.
         """
-        if event is ConnectionEvent.UNPROVEN and self._keyed:
+        if event is ConnectionEvent.UNPROVEN and self._keys:
             # _is_zeromq dials the node and may block this thread for about a second.
             self._unproven = self._unproven + 1 if _is_zeromq(self._address) else 0
         elif event is not ConnectionEvent.DOWN:  # libzmq reports DOWN after each broken handshake, too
@@ -222,13 +226,15 @@ class Monitor:
     def _refusal(self, event: ConnectionEvent) -> str:
         if event is ConnectionEvent.UNLISTED:
             return "this client's key is not on the node's list; put its public key into the node's allowed/ and restart the node"
-        if event is ConnectionEvent.MISMATCH and not self._keyed:
-            return "the node demands keys; give server_key and client_key (`loader-service keygen` makes them)"
+        if event is ConnectionEvent.MISMATCH and not self._keys:
+            return "the node demands keys, and this client connects without; give server_key and client_key, or leave out insecure for a node of this user at a loopback address"  # fmt: skip
         # If the node has no keys at all, libzmq reports either MISMATCH or UNPROVEN: it is a race between both sides.
-        if self._keyed and (event is ConnectionEvent.MISMATCH or self._unproven >= _UNPROVEN_IS_WRONG_KEY):
+        if self._keys and (event is ConnectionEvent.MISMATCH or self._unproven >= _UNPROVEN_IS_WRONG_KEY):
+            if self._keys.folder:
+                return f"the node there does not prove this user's key ({self._keys.folder / 'node.key'}): it belongs to another user, or was started with --keys or --insecure; give its server_key and client_key (insecure=True or --insecure for a node without keys), or start a node of your own at another port"  # fmt: skip
             return (
                 "the node there does not prove the key that server_key names: it has another key, or was started without "
-                "--keys; give its own node.key, or leave out both keys"
+                "--keys; give its own node.key, or insecure=True (--insecure) instead of the keys if it has none"
             )
         return ""
 

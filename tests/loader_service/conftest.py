@@ -20,6 +20,8 @@ import zmq
 from loader_service import LocalNode
 from loader_service.local_node import PROGRAM
 from loader_service.wire import messages
+from loader_service.wire.access import access
+from loader_service.wire.auth import secure_client
 from loader_service.wire.shm import DIRECTORY, PAGE_BYTES
 
 WAIT_S = 20.0
@@ -83,6 +85,9 @@ class Client:
     def __init__(self, address: str) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
+        keys = access([address]).keys_for(address)
+        if keys:
+            secure_client(self._dealer, keys)
         self._dealer.connect(address)
 
     def send(self, message: messages.FromClient) -> None:

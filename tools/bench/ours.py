@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import click
 import numpy as np
@@ -116,16 +116,19 @@ def main(
     # First: the lines below read the altered values. They are passed on explicitly, because the defaults of Loader's
     # parameters were bound on import.
     alter(changes)
-    threads = ("--io-threads", str(io_threads or defaults.CONNECTIONS))
     with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:
         keys = Path(folder) / "keys" if curve else None
         if keys:
             generate(keys)
-        server_key, client_key = (keys / "node.key", keys / "client.secret") if keys else (None, None)
+        plain = transport == "tcp" and not curve
+        access: dict[str, Any] = {"insecure": plain}
+        if keys:
+            access |= {"server_key": keys / "node.key", "client_key": keys / "client.secret"}
+        options = ("--io-threads", str(io_threads or defaults.CONNECTIONS), *(("--insecure",) if plain else ()))
         bind = "tcp://127.0.0.1:*" if transport == "tcp" else None  # None: an ipc socket in a private folder
         with (
             # Ends last: the loader says Bye to a node that still runs.
-            start_node(data, bind, workers, keys, changes, threads) as node,
+            start_node(data, bind, workers, keys, changes, options) as node,
             Loader(
                 node.address,
                 batch_size=BATCH,
@@ -135,14 +138,13 @@ def main(
                 drop_last=True,  # every batch has 128 images, as those of peers
                 prefetch=defaults.PREFETCH,
                 connections=defaults.CONNECTIONS,
-                server_key=server_key,
-                client_key=client_key,
+                **access,
             ) as loader,
             Records(data / "train.lmdb") as records,
         ):
             if pinned:
                 # The node's answer has the pids of its workers.
-                pin(status(node.address, server_key=server_key, client_key=client_key).workers)
+                pin(status(node.address, **access).workers)
             consumer = Consumer(loader, records)
             deliver(consumer.counts(), lambda: consumer.spent_s)
 

@@ -58,7 +58,9 @@ def train(addresses: str, transport: Transport, seed: int, folder: Path, keys: P
         "timeout_s": PATIENCE_S,
         "connections": CONNECTIONS,
     }
-    if keys:
+    if keys is None:
+        options |= {"insecure": True}
+    else:
         options |= {"server_key": keys / "node.key", "client_key": keys / "client.secret"}
     with (
         Loader(addresses, seed=seed, transport=transport, **options) as loader,

@@ -78,7 +78,8 @@ class ChaosNode:
     def start(self) -> None:
         """Start the node at its address, which never changes, and wait until it serves."""
         bind = f"tcp://{HOST}:{self._port}"
-        self._node = LocalNode(self._data, WORKERS, bind=bind, keys=self._keys, log=self._log)
+        options = () if self._keys else ("--insecure",)
+        self._node = LocalNode(self._data, WORKERS, bind=bind, keys=self._keys, options=options, log=self._log)
         self.sessions.append(self._node.pid)  # LocalNode starts its node as the leader of a session
 
     def workers(self) -> list[int]:

@@ -19,9 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loader_service import Batch, EpochAccount, Loader, LocalNode, View, defaults, describe
+from loader_service import Batch, Dataset, EpochAccount, Loader, LocalNode, View, defaults, describe
 from loader_service.data.image_file import load_picture
-from loader_service.errors import LoaderServiceError, NoNodeError
+from loader_service.errors import KeyFileError, KeyRefused, LoaderServiceError, NoNodeError
 from loader_service.torch import TensorLoader
 from loader_service.types import Split
 from trainer.config import Source
@@ -51,7 +51,7 @@ class Endpoint:
         address: ZeroMQ address of the node.
         about: sentence for the user that names the node.
         timeout_s: seconds to wait for the node; None waits without limit, for a node that someone else may restart.
-        server_key, client_key: key files, as in ``trainer.config.Source``.
+        server_key, client_key, insecure: as in ``trainer.config.Source``.
     """
 
     address: str
@@ -59,6 +59,18 @@ class Endpoint:
     timeout_s: float | None = None
     server_key: str | None = None
     client_key: str | None = None
+    insecure: bool = False
+
+    def describe(self, timeout_s: float = 5.0) -> Dataset:
+        """Return the facts of the training split that the node serves."""
+        return describe(
+            self.address,
+            "train",
+            timeout_s,
+            server_key=self.server_key,
+            client_key=self.client_key,
+            insecure=self.insecure,
+        )
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,7 @@ class Feed:
             world_size=world_size,
             server_key=node.server_key,
             client_key=node.client_key,
+            insecure=node.insecure,
         )
         if state is not None:
             self._loader.load_state_dict(state)  # refuses another dataset, view or seed
@@ -211,19 +224,25 @@ class Feed:
 @contextmanager
 def open_source(source: Source) -> Iterator[Endpoint]:
     """Find a running node, or start a private one that stops with the context."""
-    if source.loader is not None:
-        about = f"Batches come from the node at {source.loader}."
-        yield Endpoint(source.loader, about, source.timeout_s, source.server_key, source.client_key)
-    elif source.data is None and _answers(defaults.ADDRESS, source):
-        about = f"Batches come from the node that answers at {defaults.ADDRESS}."
-        yield Endpoint(defaults.ADDRESS, about, source.timeout_s, source.server_key, source.client_key)
-    else:
-        data = source.data or defaults.DATA
-        workers = f"{source.workers} worker{'s' if source.workers > 1 else ''}"
-        with LocalNode(data=data, workers=source.workers) as local:
-            yield Endpoint(
-                local.address, f"Batches come from a private node on {data} with {workers}.", _PRIVATE_TIMEOUT_S
-            )
+    address = source.loader or defaults.ADDRESS
+    about = f"Batches come from the node {'at' if source.loader else 'that answers at'} {address}."
+    running = Endpoint(address, about, source.timeout_s, source.server_key, source.client_key, insecure=source.insecure)
+    usable, why_not = source.loader is not None, ""
+    if source.loader is None and source.data is None:
+        try:
+            usable = _answers(running)
+        except (KeyRefused, KeyFileError) as error:
+            if source.server_key or source.client_key:  # the user means this node and no other
+                raise
+            why_not = f" The default address is not used: {error}"
+    if usable:
+        yield running
+        return
+    data = source.data or defaults.DATA
+    workers = f"{source.workers} worker{'s' if source.workers > 1 else ''}"
+    with LocalNode(data=data, workers=source.workers) as local:
+        about = f"Batches come from a private node on {data} with {workers}.{why_not}"
+        yield Endpoint(local.address, about, _PRIVATE_TIMEOUT_S)
 
 
 def training_view(preset: Preset, ablation: Ablation, node: Endpoint) -> View:
@@ -237,7 +256,7 @@ def training_view(preset: Preset, ablation: Ablation, node: Endpoint) -> View:
         return View(crop=0, flip=ablation.flips, jitter=0.0)
     if not preset.jitter_by_deviation:
         return View(crop=0, flip=ablation.flips)
-    facts = describe(node.address, split="train", server_key=node.server_key, client_key=node.client_key)
+    facts = node.describe()
     # The authors' code scales each axis by its standard deviation, not by its eigenvalue.
     deviations = np.sqrt(np.asarray(facts.eigenvalues, np.float64))
     basis = _GREY_LEVELS * np.asarray(facts.eigenvectors, np.float64) * deviations  # (3, 3), column k is axis k
@@ -253,11 +272,15 @@ def load_image(path: Path, facts: Facts) -> tuple[Tensor, Windows]:
     return torch.from_numpy(np.ascontiguousarray(image))[None], windows
 
 
-def _answers(address: str, source: Source) -> bool:
-    """Return True if a node answers at ``address`` within _PROBE_S."""
-    keys = {"server_key": source.server_key, "client_key": source.client_key}
+def _answers(node: Endpoint) -> bool:
+    """Return True if a node answers within _PROBE_S.
+
+    Raises:
+        KeyRefused: the node there is another user's.
+        KeyFileError: this user's keys cannot be read or made.
+    """
     try:
-        describe(address, split="train", timeout_s=_PROBE_S, **keys)
+        node.describe(_PROBE_S)
     except NoNodeError:
         return False
     return True

@@ -57,8 +57,14 @@ def training_fingerprint(node: Endpoint) -> str:
     Raises:
         LoaderServiceError: the node cannot serve it.
     """
-    keys = {"server_key": node.server_key, "client_key": node.client_key}
-    return describe(node.address, split="train", timeout_s=node.timeout_s or _ANSWER_S, **keys).fingerprint
+    return describe(
+        node.address,
+        split="train",
+        timeout_s=node.timeout_s or _ANSWER_S,
+        server_key=node.server_key,
+        client_key=node.client_key,
+        insecure=node.insecure,
+    ).fingerprint
 
 
 def whole_record(node: Endpoint, split: Split, record: int) -> Pixels:
@@ -131,6 +137,7 @@ def _open(node: Endpoint, split: Split, view: str | View, crop: int | None, seed
         timeout_s=node.timeout_s,
         server_key=node.server_key,
         client_key=node.client_key,
+        insecure=node.insecure,
     )
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from loader_service import Loader, describe, errors, status
 from loader_service.wire import auth
+from loader_service.wire.access import own_keys
 
 StartNode = Callable[..., Any]
 
@@ -48,7 +49,7 @@ def test_the_right_keys_open_it(address: str, keyring: Path, transport: Any) -> 
 @pytest.mark.parametrize(
     ("server", "client", "sentence"),
     [
-        (None, None, "the node demands keys"),
+        (None, None, "the node demands keys, and this client connects without"),
         ("theirs", "ours", "does not prove the key that server_key names: it has another"),
         ("ours", "theirs", "this client's key is not on the node's list"),
     ],
@@ -57,7 +58,8 @@ def test_clients_with_wrong_keys_get_a_clear_error(
     address: str, keyring: Path, server: str | None, client: str | None, sentence: str
 ) -> None:
     """Loader, describe and status distinguish no key, a wrong node key and an unlisted client key."""
-    given = {
+    given: dict[str, Any] = {
+        "insecure": server is None,
         "server_key": keyring / server / "node.key" if server else None,
         "client_key": keyring / client / "client.secret" if client else None,
     }
@@ -67,10 +69,14 @@ def test_clients_with_wrong_keys_get_a_clear_error(
     assert describe(address, **_right(keyring)).count == 300
 
 
-def test_keys_for_a_node_without_keys(node_address: str, start_node: StartNode, keyring: Path) -> None:
-    """A client with keys refuses a node without."""
+def test_keys_for_a_node_without_keys(start_node: StartNode, keyring: Path) -> None:
+    """A client with keys refuses a node without, and so does one with the user's own keys."""
+    address = start_node(options=("--insecure",)).address
     with pytest.raises(errors.KeyRefused, match="started without --keys"):
-        Loader(start_node().address, timeout_s=20, **_right(keyring))
+        Loader(address, timeout_s=20, **_right(keyring))
+    with pytest.raises(errors.KeyRefused, match=r"does not prove this user's key .*insecure=True"):
+        Loader(address, timeout_s=20)
+    assert len(status(address, insecure=True).workers) == 1
 
 
 def test_a_relay_without_a_node_is_no_wrong_key(start_node: StartNode, keyring: Path) -> None:
@@ -115,9 +121,11 @@ def test_a_name_with_several_addresses_is_several_nodes(
 
     monkeypatch.setattr(socket, "getaddrinfo", answer)
     monkeypatch.setattr("loader_service.client.resolver.INTERVAL_S", 0.05)
+    folder = own_keys()  # which nodes on loopback have; a name could stand for another machine, so its keys are named
+    own: Any = {"server_key": folder / "node.key", "client_key": folder / "client.secret"}
     with Loader(first.address, epochs=3, timeout_s=20) as loader:
         undisturbed = [batch.images.tobytes() for batch in loader]
-    with Loader(f"tcp://pool.test:{port}", epochs=3, timeout_s=20, prefetch=1) as loader:
+    with Loader(f"tcp://pool.test:{port}", epochs=3, timeout_s=20, prefetch=1, **own) as loader:
         got = [next(loader).images.tobytes()]
         known.append("127.0.0.2")
         eventually(lambda: bool(status(second.address).clients), "the second node is found")

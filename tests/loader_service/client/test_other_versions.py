@@ -22,7 +22,11 @@ Ask = Callable[[str], object]
 
 
 def _loader(address: str) -> object:
-    return Loader(address, timeout_s=20)
+    return Loader(address, timeout_s=20, insecure=True)
+
+
+def _describe(address: str) -> object:
+    return describe(address, insecure=True)
 
 
 @contextmanager
@@ -46,7 +50,7 @@ def node(answer: bytes) -> Iterator[str]:
         context.term()
 
 
-@pytest.mark.parametrize("ask", [_loader, describe])
+@pytest.mark.parametrize("ask", [_loader, _describe])
 @pytest.mark.parametrize(
     "answer",
     [
@@ -70,10 +74,10 @@ def test_the_status_of_another_protocol_version_is_refused() -> None:
         node(msgspec.msgpack.encode({"t": "status", "protocol": NEWER, "mood": "good"})) as address,
         pytest.raises(errors.NodeRefused, match=f"protocol version is {NEWER}"),
     ):
-        status(address)
+        status(address, insecure=True)
 
 
-@pytest.mark.parametrize("ask", [_loader, describe])
+@pytest.mark.parametrize("ask", [_loader, _describe])
 def test_a_node_that_makes_other_samples_is_refused(ask: Ask) -> None:
     """Even the first node is refused, since the client knows the right hash of the built-in pictures."""
     other = Installation("f" * 32, {"numpy": "9.9", "simplejpeg": "0.1"})

@@ -54,7 +54,7 @@ def test_another_node_makes_what_it_owes(
     monkeypatch.setattr(defaults, "NODE_STALL_S", 0.5)
     with (
         caplog.at_level(logging.WARNING, "loader_service.client"),
-        Loader(f"{mute},{node_address}", transport="tcp", batch_size=30, timeout_s=20) as loader,
+        Loader(f"{mute},{node_address}", transport="tcp", batch_size=30, timeout_s=20, insecure=True) as loader,
     ):
         ids = [number for batch in loader for number in batch.ids.tolist()]
         (account,) = loader.ledger

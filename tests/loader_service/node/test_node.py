@@ -147,9 +147,9 @@ def test_it_will_not_start_on_what_it_cannot_serve(tmp_path: Path) -> None:
         LocalNode(tmp_path)
 
 
-def test_rubbish_does_not_stop_it(start_node: StartNode) -> None:
+def test_rubbish_does_not_stop_it(start_node: StartNode, tmp_path: Path) -> None:
     """A node counts and drops the bytes of an unknown peer and continues to serve."""
-    node = start_node(workers=1)
+    node = start_node(workers=1, bind=f"ipc://{tmp_path}/node")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     dealer = context.socket(zmq.DEALER)
     try:
@@ -170,9 +170,11 @@ def test_rubbish_does_not_stop_it(start_node: StartNode) -> None:
     assert status(node.address).refused == 6
 
 
-def test_a_client_that_never_reads_costs_no_memory(start_node: StartNode, eventually: Eventually) -> None:
+def test_a_client_that_never_reads_costs_no_memory(
+    start_node: StartNode, tmp_path: Path, eventually: Eventually
+) -> None:
     """Hundreds of Hellos, each with an unread answer of 1.5 MB, do not increase the memory of a node."""
-    node = start_node(workers=1)
+    node = start_node(workers=1, bind=f"ipc://{tmp_path}/node")
     dispatcher = psutil.Process(node.process.pid)
     assert len(_epoch(node.address)) == 5
     before = dispatcher.memory_info().rss
@@ -191,9 +193,11 @@ def test_a_client_that_never_reads_costs_no_memory(start_node: StartNode, eventu
         context.term()
 
 
-def test_there_is_an_end_to_the_clients_that_a_node_takes(start_node: StartNode, eventually: Eventually) -> None:
+def test_there_is_an_end_to_the_clients_that_a_node_takes(
+    start_node: StartNode, tmp_path: Path, eventually: Eventually
+) -> None:
     """Hellos of new clients fill the node's list up to MAX_CLIENTS, and a client on the list is still served."""
-    node = start_node(workers=1)
+    node = start_node(workers=1, bind=f"ipc://{tmp_path}/node")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with Loader(node.address, epochs=2, batch_size=64, timeout_s=20) as loader:
         next(loader)

@@ -78,10 +78,11 @@ def main(
     with tempfile.TemporaryDirectory(prefix="loader-bench-") as folder:
         bind = "tcp://127.0.0.1:*" if transport == "tcp" else None
         made = Path(folder) / "keys" if keys else None
+        plain = transport == "tcp" and not keys
         if made:
             generate(made)
         with (
-            start_node(data, bind, workers, made) as node,
+            start_node(data, bind, workers, made, options=("--insecure",) if plain else ()) as node,
             Loader(
                 node.address,
                 batch_size=BATCH,
@@ -92,6 +93,7 @@ def main(
                 connections=connections,
                 server_key=made / "node.key" if made else None,
                 client_key=made / "client.secret" if made else None,
+                insecure=plain,
             ) as loader,
         ):
             _consume(loader, WARM_S)  # connections, page tables and caches are warm after that

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -16,14 +17,17 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext, suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 from loader_service import defaults
 from loader_service.errors import NodeFailed
+from loader_service.wire.sockets import MAX_IPC_PATH_BYTES
 
 START_TIMEOUT_S: Final = 60.0
 """A node starts within a second; one that takes a minute does not start at all."""
@@ -32,6 +36,7 @@ STOP_TIMEOUT_S: Final = 10.0
 """A node ends within 2 s of SIGTERM; after this time it is killed."""
 
 PROGRAM: Final = (sys.executable, "-m", "loader_service")
+_SOCKET: Final = "node"
 _ANNOUNCES: Final = "listening on "
 _LAST_LINES: Final = 10
 """Number of lines of a failed node's log that its error quotes: more than a sentence, less than a flood."""
@@ -63,7 +68,8 @@ class LocalNode:
         workers: number of worker processes.
         bind: address to listen at, such as ``tcp://127.0.0.1:*`` or ``ipc:///run/node``; by default an ipc socket in a
             fresh folder that only this user can open.
-        keys: directory of the node's keys (see ``loader-service keygen``); by default the node has none.
+        keys: directory of the node's keys (see ``loader-service keygen``); by default none for an ipc socket, and the user's
+            own for a loopback address.
         options: further options of ``loader-service start``.
         log: file that the node's log is appended to; by default its warnings go to this process's standard error.
         program: command that runs in place of ``loader-service``, for a node with altered defaults.
@@ -87,18 +93,17 @@ class LocalNode:
         log: Path | str | None = None,
         program: Sequence[str] = PROGRAM,
     ) -> None:
-        # Mode 0700: no other user can connect to the socket in it.
-        folder = Path(tempfile.mkdtemp(prefix="loader-service-")) if bind is None else None
+        folder = _socket_folder() if bind is None else None
         self._remove_folder = weakref.finalize(self, _remove, folder, os.getpid())
-        bind = f"ipc://{folder}/node" if bind is None else bind
+        bind = f"ipc://{folder}/{_SOCKET}" if bind is None else bind
         # A log in a file keeps everything; on this process's standard error only warnings are worth the noise.
         levels = ("--log-level", "warning") if log is None else ()
         command = start_command(data, workers, bind, keys=keys, options=(*levels, *options), program=program)
-        # --parent: the kernel kills the node when this process ends. An empty configuration: see the class.
+        # --parent: the kernel kills the node when this process ends (see _Starter). An empty configuration: see the class.
         command += ["--parent", str(os.getpid()), "--config", os.devnull]
         self._last_lines: list[str] = []
         self._ready = False
-        self._process = _spawn(command, log)
+        self._process = _starter(os.getpid()).spawn(command, log)
         # Also drains the pipe: a node with a full pipe would block in its log.
         self._listener = threading.Thread(target=self._pass_on_log, name="node-log", daemon=True)
         self._listener.start()
@@ -189,6 +194,72 @@ def _remove(folder: Path | None, owner: int) -> None:
     """Remove the folder of a node's socket, unless this is a forked child of the process that made it."""
     if folder is not None and os.getpid() == owner:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _socket_folder() -> Path:
+    """Make a folder of mode 0700, in which no other user can connect to a socket.
+
+    Raises:
+        NodeFailed: no temporary folder can be written to whose path is short enough.
+    """
+    # A user's temporary folder may have a long path, but the path of a socket is limited.
+    for parent in (tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp"):  # noqa: S108
+        with suppress(OSError):
+            folder = Path(tempfile.mkdtemp(prefix="loader-service-", dir=parent)) if parent else None
+            if folder and len(os.fsencode(folder / _SOCKET)) <= MAX_IPC_PATH_BYTES:
+                return folder
+            if folder:
+                folder.rmdir()
+    raise NodeFailed(
+        f"there is no folder for its socket, whose path may have {MAX_IPC_PATH_BYTES} bytes: set TMPDIR to a folder with a "
+        "short path that this user can write"
+    )
+
+
+class _Starter(threading.Thread):
+    """The thread that starts all nodes of a process, and lives as long as the process.
+
+    The kernel kills a node when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG), and the thread that makes a
+    LocalNode may end long before the process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="node-starter", daemon=True)  # daemon: it never ends by itself
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        """Start nodes, one after another, until the process ends."""
+        while True:
+            self._orders.get()()
+
+    def spawn(self, command: Sequence[str], log: Path | str | None) -> subprocess.Popen[str]:
+        """Return the process that :func:`_spawn` starts, as a child of this thread."""
+        spawned: Future[subprocess.Popen[str]] = Future()
+
+        def order() -> None:
+            try:
+                spawned.set_result(_spawn(command, log))
+            except BaseException as error:  # it belongs to the caller; this thread goes on
+                spawned.set_exception(error)
+
+        self._orders.put(order)
+        try:
+            return spawned.result()
+        except KeyboardInterrupt:  # the caller leaves without the process
+            spawned.add_done_callback(_kill)
+            raise
+
+
+def _kill(spawned: Future[subprocess.Popen[str]]) -> None:
+    if not spawned.exception():
+        spawned.result().kill()
+
+
+@cache
+def _starter(_pid: int) -> _Starter:
+    """Return the starter of the process ``pid``: a forked process has no threads of its parent, so it makes its own."""
+    return _Starter()
 
 
 def _spawn(command: Sequence[str], log: Path | str | None) -> subprocess.Popen[str]:

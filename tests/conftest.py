@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable
@@ -27,8 +29,15 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The user's own keys, which nodes and clients on loopback share, are made in a folder of the tests. Child processes inherit it.
-_HOME = tempfile.TemporaryDirectory(prefix="loader-service-tests-")
-os.environ["XDG_CONFIG_HOME"] = _HOME.name
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="loader-service-tests-")
+
+
+def _remove_home(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # not in a forked child that exits
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+atexit.register(_remove_home, os.environ["XDG_CONFIG_HOME"], os.getpid())
 
 # The same examples in every run, and no deadline, which a busy machine would miss.
 settings.register_profile("project", deadline=None, derandomize=True)

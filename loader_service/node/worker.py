@@ -114,7 +114,7 @@ def _check_golden(records: Records) -> None:
 
 def die_with_parent(parent: int) -> None:
     """Ask the kernel to kill this process when its parent ends, also by SIGKILL."""
-    # prctl(2): it counts when the thread that forked ends; here that is the parent's main thread, so the process.
+    # prctl(2): it counts when the thread that forked ends; here that is a thread that lives as long as its process.
     # CDLL(None) is the C library that is loaded already.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent ended before the prctl

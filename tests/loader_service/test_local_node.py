@@ -6,8 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -89,6 +92,85 @@ def test_a_node_dies_with_its_starter(dataset_dir: Path, eventually: Callable[[C
         assert os.getsid(pid) == pid
         starter.kill()
     eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, "it ends")
+
+
+IN_A_THREAD = """
+import sys, threading
+from loader_service import LocalNode, status
+nodes = []
+thread = threading.Thread(target=lambda: nodes.append(LocalNode(sys.argv[1], 1)))
+thread.start()
+thread.join()
+status(nodes[0].address)
+print(nodes[0].pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_node_survives_the_thread_that_made_it(dataset_dir: Path) -> None:
+    """A node that was made in a short-lived thread goes on when the thread has ended, also one made in a forked process."""
+    nodes: list[LocalNode] = []
+
+    def serve_and_end() -> None:
+        thread = threading.Thread(target=lambda: nodes.append(LocalNode(dataset_dir, 1)))
+        thread.start()
+        thread.join()
+
+    serve_and_end()
+    with nodes.pop() as node:
+        assert len(status(node.address).workers) == 1
+        assert node.exit_code is None
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            serve_and_end()
+            with nodes.pop() as node:
+                code = 0 if len(status(node.address).workers) == 1 and node.exit_code is None else 1
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_node_of_a_thread_dies_with_its_starter(
+    dataset_dir: Path, eventually: Callable[[Callable[[], bool], str], None]
+) -> None:
+    """A node whose thread has ended is still killed with the process, by SIGKILL."""
+    command = [sys.executable, "-c", IN_A_THREAD, dataset_dir]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as starter:
+        assert starter.stdout is not None
+        pid = int(starter.stdout.readline())
+        starter.kill()
+    eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, "it ends")
+
+
+def test_a_long_temporary_folder(dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the path of the temporary folder is too long for a socket, a private folder elsewhere is used, and removed."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(long / "missing"))
+    with LocalNode(dataset_dir, workers=1) as node:
+        folder = Path(node.address.removeprefix("ipc://")).parent
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert len(status(node.address).workers) == 1
+    assert not folder.exists()
+    assert list(long.iterdir()) == []
+
+
+def test_no_folder_for_a_socket(dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any folder for its socket, the error says what to set; a path that is too long is named where it is given."""
+    monkeypatch.setattr(tempfile, "mkdtemp", _no_folder)
+    with pytest.raises(errors.NodeFailed, match="set TMPDIR to a folder with a short path"):
+        LocalNode(dataset_dir, workers=1)
+    with pytest.raises(
+        errors.NodeFailed, match="longer than the 107 bytes that a socket may have; choose a shorter one"
+    ):
+        LocalNode(dataset_dir, workers=1, bind=f"ipc://{tmp_path}/{'x' * 100}/node")
+
+
+def _no_folder(**_: Any) -> Any:
+    raise PermissionError("no folder")
 
 
 def test_the_command_is_what_a_user_types() -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from loader_service import LocalNode, defaults, describe
-from loader_service.errors import LoaderServiceError, NoNodeError, PictureError
+from loader_service.errors import KeyRefused, LoaderServiceError, NoNodeError, PictureError
 from trainer.config import Source
 from trainer.data import feed
 from trainer.data.feed import Endpoint, Feed, load_image, open_source, training_view
@@ -170,6 +170,51 @@ def test_else_a_private_node_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         assert describe(used.address).count == 300
         assert used.address == started[0].address
         assert used.about == f"Batches come from a private node on {dataset_dir} with 1 worker."
+
+
+def test_another_users_node_counts_as_absent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dataset_dir: Path
+) -> None:
+    """A node with another user's keys at the default address is not used, and the sentence says so; one of this user is."""
+    monkeypatch.setattr(defaults, "DATA", str(dataset_dir))
+    with LocalNode(dataset_dir, workers=1, bind="tcp://127.0.0.1:*") as running:
+        monkeypatch.setattr(defaults, "ADDRESS", running.address)
+        with open_source(Source(workers=1)) as used:
+            assert used.address == running.address
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "other"))  # from here on this is another user
+        with open_source(Source(workers=1)) as used:
+            assert used.address.startswith("ipc://")
+            assert used.about.startswith(
+                f"Batches come from a private node on {dataset_dir} with 1 worker. The default "
+            )
+            assert "does not prove this user's key" in used.about
+            assert used.describe().count == 300
+        named = Source(loader=running.address, timeout_s=20.0)
+        with open_source(named) as used, pytest.raises(KeyRefused, match="give its server_key and client_key"):
+            Feed(used, "train", "train", 32, CPU)
+
+
+def test_an_insecure_node_is_used_only_on_request(monkeypatch: pytest.MonkeyPatch, dataset_dir: Path) -> None:
+    """A node without keys counts as absent, too, unless --insecure asks for one."""
+    monkeypatch.setattr(defaults, "DATA", str(dataset_dir))
+    with LocalNode(dataset_dir, workers=1, bind="tcp://127.0.0.1:*", options=("--insecure",)) as running:
+        monkeypatch.setattr(defaults, "ADDRESS", running.address)
+        with open_source(Source(workers=1)) as used:
+            assert used.address != running.address
+        with open_source(Source(insecure=True)) as used:
+            assert (used.address, used.describe().count) == (running.address, 300)
+
+
+def test_keys_that_cannot_be_made_need_no_default_node(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dataset_dir: Path
+) -> None:
+    """A user who can have no keys trains from a private node, which needs none."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(defaults, "DATA", str(dataset_dir))
+    with open_source(Source(workers=1)) as used:
+        assert used.describe().count == 300
+        assert "set XDG_CONFIG_HOME" in used.about
 
 
 def facts(side: int, crop: int) -> Facts:

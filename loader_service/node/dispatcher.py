@@ -51,7 +51,7 @@ from loader_service.node.worker_pool import Death, Event, WorkerPool
 from loader_service.types import DatasetFacts, Installation, Split
 from loader_service.wire import messages, sockets
 from loader_service.wire.access import keys_to_serve
-from loader_service.wire.auth import Authenticator, NodeKeys
+from loader_service.wire.auth import Authenticator, NodeKeys, RefusalLog
 from loader_service.wire.messages import Attach, Attached, Failed, Request
 from loader_service.wire.shm import Segment, SegmentWatch, sweep
 from loader_service.wire.sockets import Waker
@@ -137,6 +137,7 @@ class Dispatcher:
         self._context: zmq.Context[Any] = zmq.Context(io_threads=settings.io_threads)
         # Before the bind, since libzmq asks the authenticator about the first connection already.
         self._authenticator = Authenticator(self._context, settings.keys) if settings.keys else None
+        self._refusals = RefusalLog()
         self._router, self.address = self._bind()
         self._waker = Waker()
         self._poller = zmq.Poller()
@@ -207,6 +208,7 @@ class Dispatcher:
         return self._settings.send_slots * self._settings.slot_bytes
 
     def _close(self) -> None:
+        self._warn(self._refusals.due(time.monotonic(), closing=True))
         self._worker_pool.close()  # first, so that no worker writes into a closed segment
         self._router.close()
         if self._authenticator:
@@ -223,9 +225,9 @@ class Dispatcher:
         if item is self._router:  # poll returns a ZeroMQ socket as itself, any other descriptor as a number
             self._receive_from_clients()
         elif self._authenticator and item is self._authenticator.socket:
-            if refused := self._authenticator.answer():
+            if refusal := self._authenticator.answer():
                 self._refused += 1
-                log.warning("a client at %s was refused: its key is not allowed", refused)
+                self._warn(self._refusals.add(refusal, time.monotonic()))
         elif item == self._waker.fileno():
             self._waker.clear()  # before freed(), so that a slot freed in between wakes the loop again
             for slot, client in self._send_buffers.freed():
@@ -373,6 +375,7 @@ class Dispatcher:
             self._forget(client)
         for worker in self._scheduler.workers:  # a worker's first task is the one that it writes
             self._worker_pool.kill_if_stalled(worker.index, worker.pid, next(iter(worker.tasks), None), now)
+        self._warn(self._refusals.due(now))
         self._report_standstill(now)
 
     def _check_segments(self, now: float) -> None:
@@ -389,6 +392,10 @@ class Dispatcher:
                 self._bar(client, flaw)
         if now < self._sweep_until:
             sweep()  # removes the names; the memory follows when the workers have unmapped it
+
+    def _warn(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            log.warning("%s", line)
 
     def _report_standstill(self, now: float) -> None:
         """Log each standstill once, with its place."""

@@ -139,6 +139,63 @@ def secure_client(dealer: zmq.Socket[bytes], keys: ClientKeys) -> None:
     dealer.setsockopt(zmq.CURVE_PUBLICKEY, zmq.curve_public(keys.secret))  # libzmq needs both halves of the pair
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A client that the authenticator refused: its key (Z85; empty if it is none) and the address that it came from."""
+
+    key: str
+    address: str
+
+
+class RefusalLog:
+    """The log lines about refused clients: few, however often they try.
+
+    A key that is refused has a line at once. Its later refusals are counted, and have one line at the end of each interval.
+    Only MAX_KEYS keys have lines of their own; a peer that makes up new ones cannot make the log or this object grow.
+    """
+
+    INTERVAL_S: Final = 60.0
+    MAX_KEYS: Final = 16
+
+    def __init__(self) -> None:
+        self._counts: dict[
+            str, int
+        ] = {}  # refusals since a key's last line; the empty key stands for all beyond MAX_KEYS
+        self._addresses: dict[str, str] = {}  # the last one of each key
+        self._due = 0.0  # end of the interval
+
+    def add(self, refusal: Refusal, now: float) -> list[str]:
+        """Count a refusal; return the lines to log."""
+        lines = self.due(now)
+        if not self._counts:
+            self._due = now + self.INTERVAL_S
+        key = refusal.key if refusal.key in self._counts or len(self._counts) < self.MAX_KEYS else ""
+        if key in self._counts:
+            self._counts[key] += 1
+        else:
+            self._counts[key] = 0
+            what = f"its key {key} is not allowed" if key else "its key is not allowed; more such keys are only counted"
+            lines.append(f"a client at {refusal.address} was refused: {what}")
+        self._addresses[key] = refusal.address
+        return lines
+
+    def due(self, now: float, *, closing: bool = False) -> list[str]:
+        """Return the lines to log at the end of an interval, or now if the node closes."""
+        if not self._counts or (now < self._due and not closing):
+            return []
+        again = {key: count for key, count in self._counts.items() if count}
+        lines = [
+            f"{f'clients with the key {key}' if key else 'clients with other keys'} were refused {count} times more, the last "
+            f"at {self._addresses[key]}: the key is not allowed"
+            for key, count in again.items()
+        ]
+        # A key that goes on is only counted again, for the next interval; one that has stopped is forgotten.
+        self._counts = dict.fromkeys(again, 0)
+        self._addresses = {key: self._addresses[key] for key in again}
+        self._due = now + self.INTERVAL_S
+        return lines
+
+
 class Authenticator:
     """The ZAP handler of a node: it answers libzmq, for each connection, whether the client's key is allowed.
 
@@ -148,14 +205,13 @@ class Authenticator:
 
     def __init__(self, context: zmq.Context[Any], keys: NodeKeys) -> None:
         self._allowed = keys.allowed
-        self.refused = 0
         # libzmq's I/O threads are the clients of this socket; it serves every socket of the context.
         self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
         self.socket.linger = 0  # an unsent answer must not delay context.term()
         self.socket.bind(_ZAP_ADDRESS)
 
-    def answer(self) -> str:
-        """Answer one request, and return the address of a refused client, or an empty string."""
+    def answer(self) -> Refusal | None:
+        """Answer one request; return the refusal if the client may not connect."""
         frames = self.socket.recv_multipart()
         # libzmq itself sends these frames; the checks guard against another mechanism on the same context.
         known = len(frames) == _ZAP_FRAMES_CURVE and frames[5] == b"CURVE" and frames[2] == DOMAIN
@@ -166,8 +222,10 @@ class Authenticator:
         # Malformed requests get an answer, too: a REP socket receives nothing more before it has answered.
         # The two empty frames are the user id and the metadata of RFC 27.
         self.socket.send_multipart([b"1.0", frames[1] if len(frames) > 1 else b"", *verdict, b"", b""])
-        self.refused += not welcome
-        return "" if welcome else frames[3].decode("utf-8", "replace") if len(frames) > 3 else "an unknown address"
+        if welcome:
+            return None
+        key = z85.encode(frames[6]).decode() if known and len(frames[6]) == 32 else ""
+        return Refusal(key, frames[3].decode("utf-8", "replace") if len(frames) > 3 else "an unknown address")
 
     def close(self) -> None:
         """Stop answering; libzmq rejects every client from now on."""

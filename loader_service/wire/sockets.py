@@ -32,6 +32,10 @@ HANDSHAKE_MS: Final = 2_000
 """Time for a new connection to finish its handshake, before a node closes it: a peer without a key holds no connection for
 longer."""
 
+BACKLOG: Final = 1_024
+"""Connections that may wait until a node accepts them. Of more than libzmq's 100 the kernel drops some, and their clients try
+again after a second or more: during a flood, or when all clients return after a restart."""
+
 UNREAD_MESSAGES: Final = 1_000
 """Upper bound of the messages that a node queues for a client that does not read. A correct client has fewer requests."""
 
@@ -143,6 +147,7 @@ def bind_node(context: zmq.Context[Any], address: str, keys: NodeKeys | None = N
         zmq.ROUTER_HANDOVER, 1
     )  # a client that reconnects takes its identity over from its dead connection
     router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    router.setsockopt(zmq.BACKLOG, BACKLOG)
     # The node only: the messages to clients carry frames of pixels.
     router.setsockopt(zmq.MAXMSGSIZE, MAX_CLIENT_MESSAGE_BYTES)
     if keys is not None:

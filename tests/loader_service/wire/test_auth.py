@@ -59,3 +59,27 @@ def test_both_keys_or_none() -> None:
         auth.chosen_keys(None, "client.secret")
     with pytest.raises(OptionError, match="client_key=None"):
         auth.chosen_keys("node.key", None)
+
+
+def test_a_refused_key_is_logged_once_and_then_counted() -> None:
+    """The first refusal of a key has a line at once, all others of an interval together one, a quiet interval none."""
+    lines, second = auth.RefusalLog(), auth.RefusalLog.INTERVAL_S
+    (first,) = lines.add(auth.Refusal("K" * 40, "10.0.0.1"), 0.0)
+    assert first == f"a client at 10.0.0.1 was refused: its key {'K' * 40} is not allowed"
+    for number in range(1000):
+        assert lines.add(auth.Refusal("K" * 40, f"10.0.0.{number % 9}"), 1.0) == []
+    assert lines.due(second - 1) == []
+    (count,) = lines.due(second)
+    assert f"key {'K' * 40} were refused 1000 times more, the last at 10.0.0.0" in count
+    assert lines.due(2 * second) == []
+    assert lines.add(auth.Refusal("K" * 40, "10.0.0.1"), 3 * second) == [first]  # it had stopped, so it is news again
+
+
+def test_made_up_keys_cannot_flood_the_log() -> None:
+    """Thousands of keys have MAX_KEYS lines, one that says that more are only counted, and one count; nothing grows."""
+    lines = auth.RefusalLog()
+    said = [line for number in range(5000) for line in lines.add(auth.Refusal(f"{number:040}", "10.0.0.1"), 0.0)]
+    assert len(said) == lines.MAX_KEYS + 1
+    assert "more such keys are only counted" in said[-1]
+    (count,) = lines.due(lines.INTERVAL_S)
+    assert f"other keys were refused {5000 - lines.MAX_KEYS - 1} times more" in count

@@ -51,8 +51,8 @@ log = logging.getLogger("loader_service.node")
     "--io-threads",
     type=click.IntRange(1, 64),
     default=defaults.CONNECTIONS,
-    show_default="one per 4 CPUs, at most 4",
-    help="Threads that send slices to other machines.",
+    show_default="one per 4 CPUs, 2 to 4",
+    help="Threads that send and encrypt slices over TCP.",
 )
 @option("--metrics", metavar="HOST:PORT", help="Serve Prometheus metrics at http://HOST:PORT/metrics.")
 @option("--log-format", type=click.Choice(logs.FORMATS), default="text", help="Format of log lines.")

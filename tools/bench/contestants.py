@@ -37,7 +37,7 @@ def limits(records: Path, workers: int) -> list[Contestant]:
 
     return [
         limit("memcpy", "limit: C memcpy of the crops", "raw", workers, "raw"),
-        # One copy each: a pair of processes at the ends of one connection, as a client and a node have by default here.
+        # One copy each: a pair of processes at the ends of one connection.
         limit("zmq", "limit: ZeroMQ alone, TCP", "raw", 1, "tcp"),
         limit("zmq-curve", "limit: ZeroMQ alone, TCP, CURVE", "raw", 1, "tcp"),
         limit("decode", "limit: libjpeg-turbo decoding", "jpeg", workers, "jpeg"),
@@ -45,7 +45,8 @@ def limits(records: Path, workers: int) -> list[Contestant]:
 
 
 def ours(records: Path, workers: int) -> list[Contestant]:
-    """Return this project with each transport and codec."""
+    """Return this project with each transport and codec; over TCP also by one connection, in place of the default number."""
+    tcp, one = ("--transport", "tcp"), ("--defaults", "CONNECTIONS=1")
 
     def way(name: str, title: str, codec: str, group: str, *options: str) -> Contestant:
         data = str(records / codec)
@@ -54,10 +55,13 @@ def ours(records: Path, workers: int) -> list[Contestant]:
 
     return [
         way("raw-shm", "shared memory, raw", "raw", "raw"),
-        way("raw-tcp", "TCP, raw", "raw", "tcp", "--transport", "tcp"),
-        way("raw-curve", "TCP with CURVE, raw", "raw", "tcp", "--transport", "tcp", "--curve"),
+        way("raw-shm-curve", "shared memory, with CURVE for messages, raw", "raw", "raw", "--curve"),
+        way("raw-tcp", "TCP, raw", "raw", "tcp", *tcp),
+        way("raw-tcp-1", "TCP, one connection, raw", "raw", "tcp", *tcp, *one),
+        way("raw-curve", "TCP with CURVE, raw", "raw", "tcp", *tcp, "--curve"),
+        way("raw-curve-1", "TCP with CURVE, one connection, raw", "raw", "tcp", *tcp, "--curve", *one),
         way("jpeg-shm", "shared memory, jpeg", "jpeg", "jpeg"),
-        way("jpeg-tcp", "TCP, jpeg", "jpeg", "jpeg", "--transport", "tcp"),
+        way("jpeg-tcp", "TCP, jpeg", "jpeg", "jpeg", *tcp),
     ]
 
 

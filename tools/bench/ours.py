@@ -125,7 +125,8 @@ def main(
         if keys:
             access |= {"server_key": keys / "node.key", "client_key": keys / "client.secret"}
         options = ("--io-threads", str(io_threads or defaults.CONNECTIONS), *(("--insecure",) if plain else ()))
-        bind = "tcp://127.0.0.1:*" if transport == "tcp" else None  # None: an ipc socket in a private folder
+        # None: an ipc socket in a private folder. A node with keys listens at TCP also for clients in shared memory.
+        bind = "tcp://127.0.0.1:*" if transport == "tcp" or curve else None
         with (
             # Ends last: the loader says Bye to a node that still runs.
             start_node(data, bind, workers, keys, changes, options) as node,

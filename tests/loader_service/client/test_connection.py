@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from loader_service import Loader, status
+from loader_service import Loader, defaults, status
 from loader_service.errors import OptionError
 from loader_service.wire.auth import generate
 
@@ -70,6 +70,21 @@ def test_slices_come_by_several_connections(
         assert [client.transport for client in status(node.address, **options).clients] == ["tcp"]
     assert got == expected
     assert min(received.values()) > 10 * 224 * 224 * 3, received
+
+
+def test_a_loopback_node_has_several_by_default(
+    start_node: Callable[..., Any], eventually: Callable[[Callable[[], bool], str], None]
+) -> None:
+    """Slices that come in frames from a node with the user's own keys use several connections, shared memory one."""
+    node = start_node(workers=1)
+    for transport, connections in (("tcp", defaults.CONNECTIONS), ("shm", 1)):
+        with Loader(node.address, batch_size=8, transport=transport, timeout_s=20) as loader:
+            for _ in zip(range(3), loader, strict=False):
+                pass
+            eventually(
+                lambda count=connections: len(connections_with(node.address)) == count, f"{connections} are open"
+            )
+    assert defaults.CONNECTIONS > 1
 
 
 def test_a_connection_that_is_cut_costs_nothing(

@@ -72,7 +72,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
     "spares": _constant("Spare slots", "SPARE_SLOTS", (1, 4), ("raw-shm",)),
     "slices": _constant("Slices of the prefetched batches per worker", "SLICES_PER_WORKER", (1, 4, 8)),
     "send-slots": _constant("Send slots of a node per worker", "SEND_SLOTS_PER_WORKER", (1, 2, 6), FRAMES[:1]),
-    "connections": _constant("Connections, and I/O threads at each end", "CONNECTIONS", (2, 4), FRAMES),
+    "connections": _constant("Connections, and I/O threads at each end", "CONNECTIONS", (1, 2, 4), FRAMES),
     "io-threads": Setting(
         "I/O threads of the node, with the default number of connections",
         # As above: CONNECTIONS depends on the number of CPUs.

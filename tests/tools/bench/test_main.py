@@ -43,7 +43,7 @@ def contestant(program: str) -> Contestant:
     return Contestant("other", "other", "raw", Kind.PEER, (sys.executable, "-c", program))
 
 
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(150)
 def test_a_small_run_writes_its_results_and_document(tmp_path: Path, photographs: Path) -> None:
     """This project and every limit deliver images in every round, and document and chart have each of them."""
     command = [

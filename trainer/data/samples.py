@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from loader_service import Loader, View, describe
+from loader_service import Loader, View
 from loader_service.data.fill import slice_numbers
 from loader_service.types import SliceId, Split
 from trainer.data.feed import Endpoint
@@ -57,14 +57,7 @@ def training_fingerprint(node: Endpoint) -> str:
     Raises:
         LoaderServiceError: the node cannot serve it.
     """
-    return describe(
-        node.address,
-        split="train",
-        timeout_s=node.timeout_s or _ANSWER_S,
-        server_key=node.server_key,
-        client_key=node.client_key,
-        insecure=node.insecure,
-    ).fingerprint
+    return node.describe(node.timeout_s or _ANSWER_S).fingerprint
 
 
 def whole_record(node: Endpoint, split: Split, record: int) -> Pixels:

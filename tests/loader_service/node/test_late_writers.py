@@ -83,6 +83,7 @@ def test_a_worker_that_wakes_while_writing_a_slice_changes_no_batch(
     with Loader(f"{sleeper.address},{elsewhere}", transport="shm", **OPTIONS) as loader:
         (segment,) = my_segments()
         got = _stop_while_writing(sleeper.workers()[0], segment, locked_parts, loader)
+        eventually(lambda: status(sleeper.address).leases >= 2, "the stopped worker has a second lease")
         psutil.Process(sleeper.process.pid).suspend()
         start_node(workers=1, bind=elsewhere)
         got += [_digest(next(loader)) for _ in range(2 * SLOTS)]  # the sleeper is lost by then, and every slot reused

@@ -372,8 +372,8 @@ class Committed:
         """
         # frombuffer() raises ValueError if the length is no multiple of 16.
         labels = np.frombuffer(step.headers, _HEADER_DTYPE)["label"]  # (n,) uint32
-        counts = np.bincount(labels, minlength=len(self.class_counts))
-        if len(counts) > len(self.class_counts):
+        # Before bincount(), which allocates as many counters as the largest label says: up to 32 GiB.
+        if labels.size and labels.max() >= len(self.class_counts):
             raise ValueError(f"a label is beyond the last of {len(self.class_counts)} classes")
         self.class_counts = (np.array(self.class_counts, np.int64) + counts).tolist()
         self.count += len(labels)
@@ -382,6 +382,7 @@ class Committed:
 
 
 def _store_step(txn: Any, progress: Any, headers: bytes, rejected: Sequence[Rejected], state: bytes) -> None:
+        counts = np.bincount(labels, minlength=len(self.class_counts))
     """Add a step to the transaction that holds its records.
 
     Args:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import resource
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import lmdb
+import msgspec
 import numpy as np
 import pytest
 
 from loader_service.data.codecs import encode, header
 from loader_service.data.manifest import Manifest, Rejected, Statistics
-from loader_service.data.records import Records
-from loader_service.data.writer import Writer, adopt, partial_path, partials
+from loader_service.data.records import KEY, Records
+from loader_service.data.writer import PROGRESS, Step, Writer, adopt, partial_path, partials
 from loader_service.errors import DatasetInvalid
 
 MakeDataset = Callable[..., Manifest]
@@ -244,3 +247,27 @@ def test_a_writer_resumes_after_a_full_disk(tmp_path: Path, statistics: Statisti
     (count,) = partials(tmp_path / "d").values()
     assert 0 < count < 20
     assert write().count == 20
+
+
+def test_a_wild_label_in_the_progress_costs_no_memory(tmp_path: Path) -> None:
+    """Progress with a label beyond the classes is damage: the writer starts again, and allocates no counter per label."""
+
+    def write() -> int:
+        with Writer(tmp_path / "d", codec="raw", class_names=("a",), identity=IDENTITY) as writer:
+            kept = len(writer)
+            writer.put(0, GREY, "a.png")
+            writer.commit()
+            return kept
+
+    assert [write(), write()] == [0, 1]
+    partial = str(partial_path(tmp_path / "d", IDENTITY))
+    with lmdb.open(partial, max_dbs=4) as env, env.begin(write=True, db=env.open_db(PROGRESS)) as txn:
+        wild = Step(header(2**27, "raw", GREY), [])
+        txn.put(KEY.pack(0), msgspec.msgpack.encode(wild))
+    tracemalloc.start()
+    try:
+        assert write() == 0
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 2**25  # 2**27 counters would take 1 GiB

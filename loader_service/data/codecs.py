@@ -27,8 +27,8 @@ from loader_service.data import kernel
 from loader_service.data.kernel import Window
 from loader_service.types import RECORD_SIDE_PX
 
-HEADER: Final = struct.Struct("<IBxxxQ")  # the padding puts the checksum at a multiple of 8
-"""Label, codec number, xxh3-64 of the payload: 16 bytes."""
+HEADER: Final = struct.Struct("<IBxxxQ")
+"""Label, codec number, xxh3-64 of the payload: 16 bytes. The three bytes between are the seal (see checksums)."""
 
 SHAPE: Final = (RECORD_SIDE_PX, RECORD_SIDE_PX, 3)
 """Shape of a record of the default side."""
@@ -62,7 +62,7 @@ RAW_BYTES: Final = raw_bytes(RECORD_SIDE_PX)
 
 
 def header(label: int, codec: Codec, payload: bytes | memoryview) -> bytes:
-    """Return the 16 bytes of HEADER for a payload."""
+    """Return the 16 bytes of HEADER for a payload, without a seal: the writer, which numbers records, adds it."""
     return HEADER.pack(label, CODECS[codec], xxhash.xxh3_64_intdigest(payload))
 
 

@@ -116,7 +116,7 @@ def fill(
         stopwatch: stopwatch of the stages; its last stage is left running.
 
     Raises:
-        RecordError: a record cannot be read or decoded; the output is incomplete.
+        RecordError: a record cannot be read or decoded, or is damaged; the output is incomplete.
         ValueError: the slice is not within the epoch.
     """
     watch = stopwatch or Stopwatch()
@@ -136,6 +136,9 @@ def fill(
         if records.manifest.codec == "raw":  # no copy: the kernel crops straight from LMDB's pages into the slot
             watch.enter(Stage.READ)
             stored = values.stored(numbers, at)
+            if unchecked := values.unchecked(numbers):
+                watch.enter(Stage.DECODE)  # not READ, which turns read-ahead on when it takes long
+                values.compare_once(numbers, stored, unchecked, at)
             watch.enter(Stage.AUGMENT)
             made = augment_records(out.images, stored, draws, out.labels, numbers, at, mean, record_side=records.side)
             if made < what.count:  # the kernel stops at a record that is not raw
@@ -143,7 +146,7 @@ def fill(
         else:
             _fill_decoded(out, values, records.side, draws, numbers, at, mean, watch)
     records.ahead.learn(what.count, watch.spent(Stage.READ) - read_s)
-    # A label is not covered by the payload's checksum, and out of range it would fail far away, in the trainer's loss.
+    # Records of version 0.1 have no seal. A label out of range would fail far away, in the trainer's loss.
     if (unknown := np.flatnonzero(out.labels >= len(records.manifest.class_names))).size:
         i = unknown[0]
         raise RecordError(records.path, int(numbers[i]), f"its label {out.labels[i]} is beyond the last class")
@@ -169,9 +172,9 @@ def _fill_decoded(
         if at is not None:
             at[0] = number
         watch.enter(Stage.READ)
-        found = values.read(number)
+        found = values.find(number)
         watch.enter(Stage.DECODE)
-        values.unpack(number, found, value, windows[i])
+        values.unpack(number, values.compare(number, found), value, windows[i])
         watch.enter(Stage.AUGMENT)
         one = slice(i, i + 1)  # arrays of length one, as views of the slice's arrays
         augment_records(

@@ -5,12 +5,12 @@ Layout (format 1). An environment is a directory with LMDB's ``data.mdb`` and th
 ======== =========================== =====================================================================
 database key                         value
 ======== =========================== =====================================================================
-records  record number, 8 bytes BE   HEADER (label, codec, xxh3-64 of the payload), then the payload
+records  record number, 8 bytes BE   HEADER (label, codec, seal, xxh3-64 of the payload), then the payload
 sources  record number, 8 bytes BE   the source's name, UTF-8
 manifest ``manifest``                :class:`Manifest` as MessagePack; written last, so none means unfinished
 ======== =========================== =====================================================================
 
-See :mod:`codecs` for the payloads. Environments are opened without LMDB's lock file: a finished environment never changes,
+See :mod:`codecs` for the payloads and :mod:`checksums` for the seal. Environments are opened without LMDB's lock file: a finished environment never changes,
 so readers need no locks, and read-only mounts work.
 """
 
@@ -28,8 +28,8 @@ import lmdb
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
+from loader_service.data.checksums import Checked, matches, unsealed
 from loader_service.data.codecs import CODECS, HEADER, Codec, Pixels, centre_of, decode, decode_centred
 from loader_service.data.kernel import Window
 from loader_service.data.manifest import Manifest
@@ -40,18 +40,20 @@ KEY: Final = struct.Struct(">Q")  # big-endian: LMDB compares keys as bytes, and
 DATABASES: Final = (b"records", b"sources", b"manifest")  # callers unpack them in this order
 
 StoredRecord = tuple[int, int, int, memoryview]
-"""A stored record: label, codec number, checksum, payload."""
+"""A stored record that matches its checksums: label, codec number, checksum of the payload, payload."""
 
 
 class Records:
     """A finished environment, open for reading.
 
-    Opening checks that the file is as long as its tree needs and that the manifest is complete. Records are checked when
-    they are read. Use one instance per process: an LMDB environment must not be used after a fork.
+    Opening checks that the file is as long as its tree needs and that the manifest is complete. Records are compared with
+    their checksums when they are read. Use one instance per process: an LMDB environment must not be used after a fork.
 
     Args:
         path: directory of the environment.
         manifest: given by the writer only, which has not stored one yet; None reads the stored manifest.
+        checked: the raw records that :meth:`Values.compare_once` need not compare again, shared with other processes that
+            serve this environment; None if there are no others.
 
     Raises:
         DatasetNotFound: there is no environment at ``path``.
@@ -59,7 +61,7 @@ class Records:
         DatasetInvalid: it is damaged, or of another format.
     """
 
-    def __init__(self, path: Path | str, *, manifest: Manifest | None = None) -> None:
+    def __init__(self, path: Path | str, *, manifest: Manifest | None = None, checked: Checked | None = None) -> None:
         self.path = Path(path)
         if not (self.path / "data.mdb").is_file():
             raise DatasetNotFound(self.path)
@@ -70,6 +72,7 @@ class Records:
             with self._env.begin() as txn:
                 entries = txn.stat(self._records)["entries"]
                 database = bytes(txn.get(DATABASES[0]))  # LMDB stores a sub-database's root in the main one
+            self._checked = checked or Checked(self.manifest.count)
             if entries != self.manifest.count:
                 raise DatasetInvalid(self.path, f"it holds {entries} records, its manifest says {self.manifest.count}")
             # LMDB keeps the page size of the machine that wrote the file.
@@ -113,24 +116,26 @@ class Records:
     def values(self) -> Iterator[Values]:
         """Open a read transaction; its values are views of LMDB's pages, valid until it ends."""
         with self._env.begin(db=self._records, buffers=True) as txn:  # buffers: memoryviews of pages, no copies
-            yield Values(self.path, txn, self.manifest, self._centre)
+            yield Values(self.path, txn, self.manifest, self._centre, self._checked)
 
     def pixels(self, number: int) -> tuple[int, Pixels]:
-        """Return label and pixels of one record: int, and (side, side, 3) uint8 RGB, a copy."""
+        """Return label and pixels of one record: int, and (side, side, 3) uint8 RGB, a copy.
+
+        Raises:
+            RecordError: it is missing, damaged, or cannot be decoded.
+        """
         with self.values() as values:
             label, codec, _, payload = values.read(number)
             return label, values.decode(number, payload, codec).copy()  # views end with the transaction
 
     def check(self, number: int) -> None:
-        """Check one record's checksum and label, and that it can be decoded.
+        """Check one record's checksums and label, and that it can be decoded.
 
         Raises:
             RecordError: it is missing, damaged, or of a class that does not exist.
         """
         with self.values() as values:
-            label, codec, checksum, payload = values.read(number)
-            if xxhash.xxh3_64_intdigest(payload) != checksum:
-                raise RecordError(self.path, number, "its payload does not match its checksum")
+            label, codec, _, payload = values.read(number)
             if label >= len(self.manifest.class_names):
                 raise RecordError(self.path, number, f"its label {label} is beyond the last class")
             values.decode(number, payload, codec)
@@ -148,19 +153,22 @@ class Records:
         return bytes(name).decode("utf-8", "replace")
 
     def headers(self) -> Iterator[bytes]:
-        """Iterate over the 16-byte headers of all records, in order; the fingerprint is made from them."""
+        """Iterate over the 16-byte headers of all records, without seals, in order; the fingerprint is made from them."""
         with self._env.begin(db=self._records, buffers=True) as txn, txn.cursor() as cursor:
             for _, value in cursor:
-                yield bytes(value[: HEADER.size])  # a copy: the view ends with the transaction
+                yield unsealed(value)
 
 
 class Values:
     """The records of an environment within one read transaction."""
 
-    __slots__ = ("_centre", "_codec", "_get", "_path", "_side")
+    __slots__ = ("_centre", "_checked", "_codec", "_get", "_path", "_side")
 
-    def __init__(self, path: Path, txn: Any, manifest: Manifest, centre: npt.NDArray[np.int16] | None) -> None:
+    def __init__(
+        self, path: Path, txn: Any, manifest: Manifest, centre: npt.NDArray[np.int16] | None, checked: Checked
+    ) -> None:
         self._path, self._get, self._centre = path, txn.get, centre  # txn.get once: it is called for every record
+        self._checked = checked
         self._codec, self._side = manifest.codec, manifest.size
 
     def stored(self, numbers: npt.NDArray[np.int64], at: npt.NDArray[np.int64] | None = None) -> list[memoryview]:
@@ -178,26 +186,79 @@ class Values:
         for number in numbers.tolist():
             if at is not None:
                 at[0] = number
-            values.append(self._find(number))
+            values.append(self.find(number))
         return values
 
-    def _find(self, number: int) -> memoryview:
+    def unchecked(self, numbers: npt.NDArray[np.int64]) -> list[int]:
+        """Return the indices of the records in ``numbers``, (n,) int64, that :meth:`compare_once` has not compared yet."""
+        return self._checked.missing(numbers)
+
+    def compare_once(
+        self,
+        numbers: npt.NDArray[np.int64],
+        values: list[memoryview],
+        unchecked: list[int],
+        at: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Compare records with their checksums, and note those that match.
+
+        To compare a raw record takes as long as to make a sample of it. So a node compares each raw record once.
+
+        Args:
+            numbers: (n,) int64, the record numbers.
+            values: their values, from :meth:`stored`.
+            unchecked: indices of the records to compare.
+            at: (1,) int64, set to each number before it is compared.
+
+        Raises:
+            RecordError: a record is damaged.
+        """
+        for i in unchecked:
+            number = int(numbers[i])
+            if at is not None:
+                at[0] = number
+            self.compare(number, values[i])
+            self._checked.add(number)
+
+    def find(self, number: int) -> memoryview:
+        """Return the value of a record, header and payload, as a view of LMDB's pages; compare nothing.
+
+        Raises:
+            RecordError: there is no such record.
+        """
         value: memoryview | None = self._get(KEY.pack(number))
         if value is None:
             raise RecordError(self._path, number, "there is no such record")
         return value
 
-    def read(self, number: int) -> StoredRecord:
-        """Return label, codec number, checksum and payload of one record; the payload is a view of LMDB's pages.
+    def compare(self, number: int, value: memoryview) -> StoredRecord:
+        """Compare a record with its checksums, and return its parts.
+
+        Args:
+            number: record number.
+            value: its value, from :meth:`find`.
 
         Raises:
-            RecordError: there is no such record, or it is too short for a header.
+            RecordError: it is too short for a header, or damaged.
         """
-        value = self._find(number)
         if len(value) <= HEADER.size:  # <=: no payload is empty
             raise RecordError(self._path, number, f"it has {len(value)} bytes, fewer than its header")
-        label, codec, checksum = HEADER.unpack_from(value)
-        return label, codec, checksum, value[HEADER.size :]
+        if not matches(number, value):
+            raise RecordError(
+                self._path,
+                number,
+                "it is damaged: its checksum does not match; `loader-service verify` names all damaged records, and "
+                "preprocessing the images again replaces them",
+            )
+        return *HEADER.unpack_from(value), value[HEADER.size :]
+
+    def read(self, number: int) -> StoredRecord:
+        """Return the parts of a record that matches its checksums; the payload is a view of LMDB's pages.
+
+        Raises:
+            RecordError: there is no such record, or it is damaged.
+        """
+        return self.compare(number, self.find(number))
 
     def decode(
         self,
@@ -223,7 +284,7 @@ class Values:
 
         Args:
             number: record number.
-            found: the stored record, from :meth:`read`.
+            found: the stored record, from :meth:`read` or :meth:`compare`.
             into: output, (16 + raw_bytes(side),) uint8; see :func:`codecs.raw_value`.
             window: the part of the pixels that is needed (see :func:`codecs.decode`); None for all.
 
@@ -233,7 +294,6 @@ class Values:
         label, codec, checksum, payload = found
         if codec != CODECS[self._codec]:
             raise self.foreign(number, codec, self._codec)
-        # The checksum is that of the stored payload. Nothing compares it here; `verify` does.
         HEADER.pack_into(into.data, 0, label, CODECS["raw"], checksum)
         self.decode(number, payload, codec, into[HEADER.size :], window)
 

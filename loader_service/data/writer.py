@@ -9,7 +9,7 @@ progress number of the step, 8 bytes   :class:`Step` as MessagePack: what one co
 progress ``state``                     the caller's bytes, as of the last commit
 ======== ============================= ==========================================================================
 
-A step repeats its records' 16-byte headers, so resuming reads a few pages instead of all records. The sub-database is
+A step repeats its records' 16-byte headers, without their seals, so resuming reads a few pages instead of all records. The sub-database is
 emptied in the transaction that writes the manifest: an environment has either a manifest or progress, never both.
 """
 
@@ -31,6 +31,7 @@ import numpy.typing as npt
 import xxhash
 
 from loader_service.data import golden
+from loader_service.data.checksums import SEAL, seal, unsealed
 from loader_service.data.codecs import CODECS, DEFAULT_PARAMETERS, HEADER, Codec, header
 from loader_service.data.manifest import FORMAT, MAX_CLASSES, Manifest, Rejected, Statistics, fingerprint
 from loader_service.data.records import DATABASES, KEY, Records
@@ -151,14 +152,20 @@ class Writer:
             payload: encoded pixels, from :func:`codecs.encode` or :func:`codecs.encode_centred`.
             source: name of the file that the record was made from.
         """
-        return self.put_record(b"".join((header(label, self._codec, payload), payload)), source)
+        return self.put_record(memoryview(bytearray().join((header(label, self._codec, payload), payload))), source)
 
-    def put_record(self, record: bytes | memoryview, source: str) -> int:
-        """Append a record that starts with its :func:`codecs.header`, and return its number."""
+    def put_record(self, record: memoryview, source: str) -> int:
+        """Append a record, and return its number.
+
+        Args:
+            record: a :func:`codecs.header` and its payload, writable: the seal is added in place.
+            source: name of the file that the record was made from.
+        """
         label, codec, _ = HEADER.unpack_from(record)
         if codec != CODECS[self._codec]:
             raise ValueError(f"this environment holds {self._codec} records; this one has the codec number {codec}")
         key = KEY.pack(self._count)
+        record[SEAL] = seal(self._count, record)
         try:
             # append: keys ascend, so LMDB fills each page instead of splitting it in half.
             self._txn.put(key, record, db=self._records, append=True)
@@ -168,9 +175,9 @@ class Writer:
             raise self._failed(f"cannot write record {self._count}", error) from error
         self._class_counts[label] += 1
         self._count += 1
-        stored_header = bytes(record[: HEADER.size])  # a copy: `record` may be a view that is overwritten later
-        self._digest.update(stored_header)
-        self._new_headers.append(stored_header)
+        plain = unsealed(record)  # a copy: `record` may be a view that is overwritten later
+        self._digest.update(plain)
+        self._new_headers.append(plain)
         self.uncommitted_bytes += len(record)
         # With an identity the caller commits, because each commit needs the caller's state for the same records.
         if self._identity is None and self._count % _COMMIT_RECORDS == 0:
@@ -375,6 +382,7 @@ class Committed:
         # Before bincount(), which allocates as many counters as the largest label says: up to 32 GiB.
         if labels.size and labels.max() >= len(self.class_counts):
             raise ValueError(f"a label is beyond the last of {len(self.class_counts)} classes")
+        counts = np.bincount(labels, minlength=len(self.class_counts))
         self.class_counts = (np.array(self.class_counts, np.int64) + counts).tolist()
         self.count += len(labels)
         self.headers.update(step.headers)
@@ -382,7 +390,6 @@ class Committed:
 
 
 def _store_step(txn: Any, progress: Any, headers: bytes, rejected: Sequence[Rejected], state: bytes) -> None:
-        counts = np.bincount(labels, minlength=len(self.class_counts))
     """Add a step to the transaction that holds its records.
 
     Args:

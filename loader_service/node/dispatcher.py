@@ -46,7 +46,7 @@ from loader_service.node.scheduler import (
 )
 from loader_service.node.send_buffers import SendBuffers
 from loader_service.node.watchdog import Watchdog, culprit
-from loader_service.node.worker import NO_RECORD, Worker, prove, survey
+from loader_service.node.worker import NO_RECORD, Worker, prove, share_checked, survey
 from loader_service.node.worker_pool import Death, Event, WorkerPool
 from loader_service.types import DatasetFacts, Installation, Split
 from loader_service.wire import messages, sockets
@@ -89,6 +89,7 @@ class Settings:
         standstill_s: time without progress after which the log names the place.
         keys: the node's keys; None serves everybody who can connect.
         io_threads: I/O threads of libzmq.
+        checked_bytes: shared memory in which workers note which records they compared with their checksums.
     """
 
     bind: str
@@ -100,6 +101,7 @@ class Settings:
     standstill_s: float = defaults.STALL_WARNING_S
     keys: NodeKeys | None = None
     io_threads: int = defaults.CONNECTIONS
+    checked_bytes: int = 0
 
 
 class Dispatcher:
@@ -204,8 +206,8 @@ class Dispatcher:
 
     @property
     def memory_ceiling_bytes(self) -> int:
-        """Upper bound of the shared memory of this node, in bytes: its send slots. Clients own the rest."""
-        return self._settings.send_slots * self._settings.slot_bytes
+        """Upper bound of the shared memory of this node, in bytes: send slots and a bit per record. Clients own the rest."""
+        return self._settings.send_slots * self._settings.slot_bytes + self._settings.checked_bytes
 
     def _close(self) -> None:
         self._warn(self._refusals.due(time.monotonic(), closing=True))
@@ -562,12 +564,22 @@ def run_node(
     # Without a name, since only the processes of this node use it: it needs no room in /dev/shm and leaves nothing there.
     own = Segment.create(slots * defaults.SEND_SLOT_BYTES, slots, named=False, reserve=False)
 
+    # Made before the fork, so that a record is compared once for all workers.
+    checked = share_checked(facts)
+
     def worker_main(index: int, link: socket.socket) -> None:
-        Worker(link, data, facts, own, progress[index]).run()
+        Worker(link, data, facts, checked, own, progress[index]).run()
 
     fork_server = ForkServer(worker_main)  # before the dispatcher, whose context starts threads
     try:
-        settings = Settings(bind, workers, send_slots=slots, keys=chosen, io_threads=io_threads)
+        settings = Settings(
+            bind,
+            workers,
+            send_slots=slots,
+            keys=chosen,
+            io_threads=io_threads,
+            checked_bytes=sum(each.max_bytes for each in checked.values()),
+        )
         dispatcher = Dispatcher(settings, facts, installation, fork_server, own, progress, version)
     except BaseException:
         fork_server.close()

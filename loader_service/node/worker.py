@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loader_service.data import golden
+from loader_service.data.checksums import Checked
 from loader_service.data.fill import Stopwatch, fill
 from loader_service.data.records import Records
 from loader_service.errors import DatasetInvalid, DatasetNotFound, NodeFailed, RecordError, SharedMemoryError
@@ -93,6 +94,11 @@ def survey(data: Path) -> dict[Split, DatasetFacts]:
     return facts
 
 
+def share_checked(facts: dict[Split, DatasetFacts]) -> dict[Split, Checked]:
+    """Return memory, by split, in which all processes that are forked later note which records they compared."""
+    return {split: Checked(each.count) for split, each in facts.items()}
+
+
 def _check_golden(records: Records) -> None:
     """Raise DatasetInvalid if this machine makes other samples of a dataset than the machine that wrote it.
 
@@ -128,6 +134,7 @@ class Worker:
         link: its end of the socket pair with the dispatcher.
         data: directory of the splits.
         facts: the facts of each split that the node sends to clients; a split that was replaced since is not served.
+        checked: by split, the raw records that a worker of this node has compared with their checksums, inherited.
         own: the node's send slots, inherited.
         progress: (2,) int64 in memory shared with the dispatcher: the record that is read now (NO_RECORD: none) and the
             index of the stage (Stage.NONE: none).
@@ -138,12 +145,15 @@ class Worker:
         link: socket.socket,
         data: Path,
         facts: dict[Split, DatasetFacts],
+        checked: dict[Split, Checked],
         own: Segment,
         progress: npt.NDArray[np.int64],
     ) -> None:
         self._link, self._record = link, progress[:1]  # a view: fill and the kernel publish record numbers in it
         self._stopwatch = Stopwatch(progress[1:])
-        self._records = {split: _reopen(data / f"{split}.lmdb", fact.fingerprint) for split, fact in facts.items()}
+        self._records = {
+            split: _reopen(data / f"{split}.lmdb", fact.fingerprint, checked[split]) for split, fact in facts.items()
+        }
         self._own = own.reopen()  # locks exclude openings, and all workers inherited the same one
         self._segments: dict[str, Segment] = {}  # of clients, by name, until the dispatcher has them released
 
@@ -198,13 +208,13 @@ class Worker:
         return segment
 
 
-def _reopen(path: Path, fingerprint: str) -> Records:
+def _reopen(path: Path, fingerprint: str, checked: Checked) -> Records:
     """Open a split that was surveyed before.
 
     Raises:
         DatasetInvalid: another dataset replaced it, so that this worker would make other bytes than the earlier ones.
     """
-    records = Records(path)  # opened after the fork, in the process that uses it
+    records = Records(path, checked=checked)  # opened after the fork, in the process that uses it
     if records.manifest.fingerprint != fingerprint:
         raise DatasetInvalid(path, "it was replaced while this node serves it; restart the node")
     return records

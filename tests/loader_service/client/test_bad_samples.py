@@ -104,6 +104,34 @@ def test_what_one_node_cannot_read_another_may(start_node: StartNode, damaged_di
         assert _run(loader) == undisturbed
 
 
+@pytest.mark.parametrize("codec", ["raw", "jpeg", "centered"])
+@pytest.mark.parametrize("byte", [0, -1], ids=["label", "payload"])
+def test_one_flipped_bit_is_a_bad_record(
+    start_node: StartNode, make_dataset: Any, tmp_path: Path, codec: str, byte: int
+) -> None:
+    """A record with one flipped bit is bad in every codec: the run names it and says what to do, or replaces it by a rule."""
+    make_dataset(tmp_path / "train.lmdb", 20, codec=codec, side=64)
+    env = lmdb.open(str(tmp_path / "train.lmdb"), max_dbs=3)
+    with env.begin(write=True, db=env.open_db(b"records")) as txn:
+        value = bytearray(txn.get((7).to_bytes(8, "big")))
+        value[byte] ^= 1
+        txn.put((7).to_bytes(8, "big"), bytes(value))
+    env.close()
+    node = start_node(data=tmp_path, workers=2)
+    with (
+        pytest.raises(
+            errors.RecordError, match=r"record 7 \(bee/7.jpg\).*damaged: its checksum does not match; `loader-"
+        ),
+        _load(node.address, crop=56) as loader,
+    ):
+        list(loader)
+    with _load(node.address, crop=56, on_bad_sample="substitute", epochs=2) as loader:
+        _run(loader)
+        assert [(q.record, q.source) for q in loader.quarantine] == [(7, "bee/7.jpg")]
+        assert "its checksum does not match" in loader.quarantine[0].reason
+        assert [(a.delivered, a.substituted) for a in loader.ledger] == [(20, 1)] * 2
+
+
 def test_more_than_max_bad_is_an_error_all_the_same(start_node: StartNode, damaged_dir: Path) -> None:
     """With max_bad=1 the second bad record ends the run, and the error says what to do."""
     node = start_node(data=damaged_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,11 +14,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loader_service.data.augment import complete_view
-from loader_service.data.codecs import RAW_BYTES
+from loader_service.data.checksums import SEAL, seal
+from loader_service.data.codecs import HEADER, RAW_BYTES
 from loader_service.data.draws import draw
 from loader_service.data.fill import Stage, Stopwatch, empty_slice, fill, slice_numbers
 from loader_service.data.manifest import Manifest
@@ -217,11 +220,14 @@ def test_a_slice_beyond_the_epoch_is_refused(records: Records, view: View) -> No
 
 
 def damage(path: Path, number: int, change: Callable[[bytes], bytes], new_number: int | None = None) -> None:
-    """Change one record's value or number, but not the manifest."""
+    """Change one record's value or number, but not the manifest; its checksums are those of the new value."""
     with lmdb.open(str(path), max_dbs=3, map_size=2**30) as env, env.begin(write=True) as txn:
         database = env.open_db(b"records", txn=txn)
-        value = txn.pop(KEY.pack(number), db=database)
-        txn.put(KEY.pack(number if new_number is None else new_number), change(value), db=database)
+        value = bytearray(change(txn.pop(KEY.pack(number), db=database)))
+        if len(value) > HEADER.size:
+            struct.pack_into("<Q", value, 8, xxhash.xxh3_64_intdigest(value[HEADER.size :]))
+            value[SEAL] = seal(number, value)
+        txn.put(KEY.pack(number if new_number is None else new_number), bytes(value), db=database)
     (path / "lock.mdb").unlink()
 
 
@@ -276,7 +282,7 @@ def test_at_is_the_record_being_worked_on(records: Records) -> None:
 
 @pytest.mark.parametrize("codec", ["raw", "jpeg"])
 def test_the_stages_make_up_the_whole(make_dataset: MakeDataset, tmp_path: Path, codec: str) -> None:
-    """Read, decode and augment add up to a slice's time; raw records have no decoding, jpeg records mostly decoding."""
+    """Read, decode and augment add up to a slice's time; raw records have none once they are compared, jpeg records mostly decoding."""
     make_dataset(tmp_path / "train.lmdb", 128, codec)
     watch = Stopwatch()
     out = empty_slice(SampleLayout(VIEWS["center"], "uint8"), 128)

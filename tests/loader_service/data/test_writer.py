@@ -63,9 +63,9 @@ def test_a_record_of_another_codec_is_refused(tmp_path: Path) -> None:
     """A record whose header has another codec is refused, and nothing is written."""
     with Writer(tmp_path / "d", codec="raw", class_names=("no", "yes")) as writer:
         with pytest.raises(ValueError, match="this environment holds raw records; this one has the codec number 1"):
-            writer.put_record(header(0, "jpeg", GREY) + GREY, "a.png")
+            writer.put_record(memoryview(bytearray(header(0, "jpeg", GREY) + GREY)), "a.png")
         assert len(writer) == 0
-        assert writer.put_record(header(1, "raw", GREY) + GREY, "a.png") == 0
+        assert writer.put_record(memoryview(bytearray(header(1, "raw", GREY) + GREY)), "a.png") == 0
 
 
 def test_the_same_records_give_the_same_manifest(tmp_path: Path, make_dataset: MakeDataset) -> None:

@@ -88,6 +88,10 @@ DAMAGE = {
         (b"records", KEY.pack(8), lambda v: HEADER.pack(1, *HEADER.unpack_from(v)[1:]) + v[HEADER.size :]),
         "its manifest counts [20, 20] records by class, there are [19, 21]",
     ),
+    "label of a sealed record": (
+        (b"records", KEY.pack(8), lambda v: b"\1" + v[1:]),
+        "1 of its 40 records are bad",
+    ),
     "wild label": (
         (b"records", KEY.pack(8), lambda v: HEADER.pack(9, *HEADER.unpack_from(v)[1:]) + v[HEADER.size :]),
         "records are bad",

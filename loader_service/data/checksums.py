@@ -22,38 +22,48 @@ import xxhash
 
 from loader_service.data.codecs import HEADER
 
-SEAL: Final = slice(5, 8)
-"""The seal's bytes in a header; HEADER skips them."""
+_WORDS: Final = struct.Struct("<QQ")
+"""HEADER as two words: label, codec number and, in the three upper bytes, the seal; then the payload's checksum."""
 
-_NO_SEAL: Final = bytes(3)
-_SEALED: Final = struct.Struct("<QIBQ")
-"""Record number, label, codec number, checksum of the payload."""
+_SEALED: Final = struct.Struct("<QQQ")
+"""Record number, the first word without its seal, the payload's checksum."""
 
-
-def seal(number: int, header: bytes | memoryview) -> bytes:
-    """Return the seal of record ``number`` with this header: three bytes, never all zero."""
-    # 24 bits miss one damage in 17 million. A hash of zeros becomes 1, because zeros mean that there is no seal.
-    return (xxhash.xxh3_64_intdigest(_SEALED.pack(number, *HEADER.unpack_from(header))) % 2**24 or 1).to_bytes(
-        3, "little"
-    )
+_SEAL_BITS: Final = 24
+_PLAIN_BITS: Final = 40  # label and codec number
+_PLAIN: Final = (1 << _PLAIN_BITS) - 1
 
 
-def unsealed(header: bytes | memoryview) -> bytes:
+def _seal(number: int, plain: int, checksum: int) -> int:
+    """Return the seal of a record, 1 .. 2**24 - 1."""
+    # One damage in 17 million is missed. A hash of zeros becomes 1, because zeros mean that there is no seal.
+    return xxhash.xxh3_64_intdigest(_SEALED.pack(number, plain, checksum)) % (1 << _SEAL_BITS) or 1
+
+
+def seal(number: int, value: memoryview | bytearray) -> None:
+    """Write the seal of record ``number`` into its header."""
+    word, checksum = _WORDS.unpack_from(value)
+    plain = word & _PLAIN
+    _WORDS.pack_into(value, 0, plain | _seal(number, plain, checksum) << _PLAIN_BITS, checksum)
+
+
+def unsealed(value: bytes | memoryview) -> bytes:
     """Return a record's header without its seal, as the fingerprint covers it."""
-    return HEADER.pack(*HEADER.unpack_from(header))
+    return HEADER.pack(*HEADER.unpack_from(value))
 
 
-def matches(number: int, value: memoryview) -> bool:
+def matches(number: int, value: memoryview, payload: memoryview) -> bool:
     """Return True if a stored record matches both of its checksums.
 
     Args:
         number: record number.
         value: header and payload.
+        payload: the payload alone.
     """
-    if xxhash.xxh3_64_intdigest(value[HEADER.size :]) != HEADER.unpack_from(value)[2]:
+    word, checksum = _WORDS.unpack_from(value)
+    if xxhash.xxh3_64_intdigest(payload) != checksum:
         return False
-    stored = bytes(value[SEAL])
-    return stored in (_NO_SEAL, seal(number, value))
+    stored = word >> _PLAIN_BITS
+    return not stored or stored == _seal(number, word & _PLAIN, checksum)
 
 
 class Checked:

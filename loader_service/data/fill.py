@@ -174,7 +174,7 @@ def _fill_decoded(
         watch.enter(Stage.READ)
         found = values.find(number)
         watch.enter(Stage.DECODE)
-        values.unpack(number, values.compare(number, found), value, windows[i])
+        values.unpack(number, found, value, windows[i])
         watch.enter(Stage.AUGMENT)
         one = slice(i, i + 1)  # arrays of length one, as views of the slice's arrays
         augment_records(

@@ -31,7 +31,7 @@ import numpy.typing as npt
 import xxhash
 
 from loader_service.data import golden
-from loader_service.data.checksums import SEAL, seal, unsealed
+from loader_service.data.checksums import seal, unsealed
 from loader_service.data.codecs import CODECS, DEFAULT_PARAMETERS, HEADER, Codec, header
 from loader_service.data.manifest import FORMAT, MAX_CLASSES, Manifest, Rejected, Statistics, fingerprint
 from loader_service.data.records import DATABASES, KEY, Records
@@ -165,7 +165,7 @@ class Writer:
         if codec != CODECS[self._codec]:
             raise ValueError(f"this environment holds {self._codec} records; this one has the codec number {codec}")
         key = KEY.pack(self._count)
-        record[SEAL] = seal(self._count, record)
+        seal(self._count, record)
         try:
             # append: keys ascend, so LMDB fills each page instead of splitting it in half.
             self._txn.put(key, record, db=self._records, append=True)

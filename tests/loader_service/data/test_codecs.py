@@ -25,6 +25,7 @@ from loader_service.data.codecs import (
     decode_centred,
     encode,
     encode_centred,
+    header,
     raw_bytes,
 )
 from loader_service.data.fill import empty_slice, fill
@@ -282,6 +283,6 @@ def test_a_record_of_another_codec_is_named(tmp_path: Path, make_dataset: MakeDa
     """The error for a jpeg record in a centered dataset names the expected codec."""
     make_dataset(tmp_path / "d", 2, "centered")
     with Records(tmp_path / "d") as records, records.values() as values:
-        found = (0, 1, 0, memoryview(b"x"))
+        found = memoryview(header(0, "jpeg", b"x") + b"x")
         with pytest.raises(RecordError, match="its codec number is 1, but the manifest says centered"):
             values.unpack(0, found, np.empty(16 + RAW_BYTES, np.uint8))

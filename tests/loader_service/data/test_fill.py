@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loader_service.data.augment import complete_view
-from loader_service.data.checksums import SEAL, seal
+from loader_service.data.checksums import seal
 from loader_service.data.codecs import HEADER, RAW_BYTES
 from loader_service.data.draws import draw
 from loader_service.data.fill import Stage, Stopwatch, empty_slice, fill, slice_numbers
@@ -226,7 +226,7 @@ def damage(path: Path, number: int, change: Callable[[bytes], bytes], new_number
         value = bytearray(change(txn.pop(KEY.pack(number), db=database)))
         if len(value) > HEADER.size:
             struct.pack_into("<Q", value, 8, xxhash.xxh3_64_intdigest(value[HEADER.size :]))
-            value[SEAL] = seal(number, value)
+            seal(number, value)
         txn.put(KEY.pack(number if new_number is None else new_number), bytes(value), db=database)
     (path / "lock.mdb").unlink()
 

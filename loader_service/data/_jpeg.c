@@ -57,7 +57,7 @@ typedef struct {
 static struct {
     Component components[3];
     int16_t quantisation[4][BLOCK_ITEMS]; /* in natural order */
-    int has_quantisation[4], has_frame;
+    int has_quantisation[4], has_frame, has_profile;
     Huffman huffman[2][4];   /* DC and AC */
     int has_huffman[2][4];   /* 1 if this image defines it: a table of an earlier image must not serve */
     uint8_t table_of[3];
@@ -133,11 +133,27 @@ static int read_scan(const uint8_t *p, const uint8_t *end)
     return 1;
 }
 
-/* 1 for a segment that does not change the pixels. A JFIF segment says YCbCr, which is also the default without one. */
+/* libjpeg-turbo puts the parts of a colour profile together, and refuses the JPEG if one is missing or comes twice. Here, 1
+ * for a profile of a single part, which is what files this small have. */
+static int read_profile(const uint8_t *p, const uint8_t *end)
+{
+    enum { NUMBER = 12, COUNT = 13, HEADER = 14 };
+    if (end - p < NUMBER || memcmp(p, "ICC_PROFILE", NUMBER) != 0) /* with its zero: 12 bytes */
+        return 1; /* APP2 of another kind */
+    if (D.has_profile || end - p <= HEADER || p[NUMBER] != 1 || p[COUNT] != 1)
+        return 0;
+    D.has_profile = 1;
+    return 1;
+}
+
+/* 1 for a segment that does not change the pixels, and in which libjpeg-turbo would find nothing wrong. A JFIF segment says
+ * YCbCr, which is also the default without one. */
 static int may_skip(int marker, const uint8_t *p, const uint8_t *end)
 {
     if (marker == 0xE0)
         return end - p >= 14 && memcmp(p, "JFIF\0\1", 6) == 0;
+    if (marker == 0xE2)
+        return read_profile(p, end);
     return marker == 0xFE || (marker > 0xE0 && marker <= 0xEF && marker != 0xEE); /* not Adobe's, which may say RGB */
 }
 
@@ -146,7 +162,7 @@ static const uint8_t *read_headers(const uint8_t *p, const uint8_t *end, const W
 {
     memset(D.has_quantisation, 0, sizeof D.has_quantisation);
     memset(D.has_huffman, 0, sizeof D.has_huffman);
-    D.has_frame = 0;
+    D.has_frame = D.has_profile = 0;
     if (end - p < 2 || p[0] != 0xFF || p[1] != 0xD8)
         return NULL;
     for (p += 2; end - p >= 4 && p[0] == 0xFF;) {

@@ -209,6 +209,24 @@ def test_damage_gives_the_same_error_for_every_window(damage: Callable[[bytes], 
     assert str(part.value) == str(whole.value)
 
 
+def with_profile(payload: bytes, *parts: tuple[int, int]) -> bytes:
+    """Insert a colour profile of these parts, each with its number and the number of all parts."""
+    content = [b"ICC_PROFILE\0" + bytes(part) + b"profile" for part in parts]
+    return payload[:2] + b"".join(b"\xff\xe2\0" + bytes((len(each) + 2,)) + each for each in content) + payload[2:]
+
+
+@pytest.mark.parametrize("form", kernel.FORMS)
+def test_a_damaged_profile_is_an_error_in_all_forms(form: str, choose_form: Callable[[str], None]) -> None:
+    """A JPEG whose colour profile lacks a part, or has one twice, is bad on every machine; with a sound one it is good."""
+    choose_form(form)
+    payload = encode(textured(64), "jpeg")
+    for sound in (((1, 1),), ((1, 2), (2, 2)), ()):
+        decode(with_profile(payload, *sound), JPEG, side=64, window=(0, 0, 8, 8))
+    for damaged in (((1, 2),), ((1, 1), (1, 1)), ((0, 1),), ((2, 1),), ((1, 0),), ((1, 2), (2, 3))):
+        with pytest.raises(ValueError, match="its JPEG cannot be decoded"):
+            decode(with_profile(payload, *damaged), JPEG, side=64, window=(0, 0, 8, 8))
+
+
 def test_a_jpeg_of_another_side() -> None:
     """A JPEG of another side is refused with both sizes, for a window too."""
     with pytest.raises(ValueError, match=r"\(64, 64, 3\), not \(128, 128, 3\)"):

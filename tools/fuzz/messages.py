@@ -1,33 +1,23 @@
-"""`make fuzz`: damaged messages for the decoders, damaged JPEGs for the decoder of parts, damaged messages for a node.
+"""Damaged messages for the decoders, and for a running node.
 
-Valid inputs are damaged in their bytes or in their fields, by random numbers from a printed seed; the same seed gives the
-same inputs. The rules:
+Valid messages are damaged in their bytes or in their fields. The rules:
 
-- A decoder of messages raises MessageError and nothing else, and a message that it accepts survives encoding and decoding.
-- A part of a JPEG has the pixels that libjpeg-turbo decodes there, or the part is refused as libjpeg-turbo refuses the whole.
+- A decoder raises MessageError and nothing else, and a message that it accepts survives encoding and decoding.
 - A node keeps serving the same bytes, and its memory does not grow.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-import click
 import msgspec
-import numpy as np
-import numpy.typing as npt
 import psutil
-import simplejpeg
 import zmq
 
 from loader_service import Loader, LocalNode, status
-from loader_service.cli.job import CONTEXT, Job
-from loader_service.data import golden, kernel
-from loader_service.data.codecs import SUBSAMPLINGS
 from loader_service.datasets.progress import Progress
 from loader_service.errors import MessageError
 from loader_service.types import RECORD_SIDE_PX, VIEWS, DatasetFacts, Installation, SliceId, mean_bytes
@@ -35,7 +25,7 @@ from loader_service.wire import messages
 from loader_service.wire.messages import FromClient, FromNode, Place, Request, SlotLayout
 from loader_service.wire.shm import Segment
 from tools.errors import ToolFailed
-from tools.sample_dataset import digest, given_or_made
+from tools.sample_dataset import digest
 
 INSTANCE: Final = "0123456789abcdef" * 2
 SEGMENT: Final = f"loader-service-{INSTANCE}"
@@ -180,65 +170,6 @@ def fuzz_decoders(rng: Random, inputs: int, progress: Progress) -> int:
     return passed
 
 
-def jpegs(rng: Random, shape: tuple[int, int]) -> list[bytes]:
-    """Return valid JPEGs of noise, (height, width): in each subsampling, with small and with large coefficients."""
-    noise = np.frombuffer(rng.randbytes(3 * shape[0] * shape[1]), np.uint8).reshape(*shape, 3)
-    return [
-        bytes(simplejpeg.encode_jpeg(noise, quality=quality, colorspace="RGB", colorsubsampling=subsampling))
-        for quality in (5, 90)
-        for subsampling in SUBSAMPLINGS
-    ]
-
-
-def fuzz_jpegs(rng: Random, inputs: int, progress: Progress) -> tuple[int, int]:
-    """Decode a part of each of many damaged JPEGs; return how many were decoded in part, and how many are refused.
-
-    Raises:
-        ToolFailed: the pixels or the refusal differ from libjpeg-turbo's; the message has the input in hexadecimal.
-    """
-    side = golden.SIDE_PX
-    # Sides that are no multiples of 8 or 16 end in blocks that are cut off.
-    valid = {shape: jpegs(rng, shape) for shape in ((side, side), (side - 27, side + 5), (side + 9, 17))}
-    valid[side, side] += golden.jpegs()
-    in_part = refused = 0
-    for _ in range(inputs):
-        shape = rng.choice(list(valid))
-        # Spliced with a JPEG of the same size only.
-        payload = damage_bytes(rng, rng.choice(valid[shape]), rng.choice(valid[shape]))
-        height, width = (rng.randint(1, length) for length in shape)
-        top, left = rng.randint(0, shape[0] - height), rng.randint(0, shape[1] - width)
-        into = np.empty((*shape, rng.choice((3, 4))), np.uint8)  # 3 bytes a pixel, or 4 with 255 as the last
-        made = kernel.decode_window(payload, into.reshape(-1), shape, (top, left, height, width))
-        in_part += made
-        try:
-            # Also if the kernel declined: `refused` counts all inputs.
-            whole = _decode_whole(payload, shape)
-        except ValueError as error:
-            refused += 1
-            if made:
-                raise ToolFailed(f"this JPEG is decoded in part, though {error}: {payload.hex()}.") from error
-        else:
-            part = np.s_[top : top + height, left : left + width, :3]  # other pixels of `into` are undefined
-            if made and not np.array_equal(into[part], whole[part]):
-                raise ToolFailed(f"{height} x {width} pixels at ({top}, {left}) differ: {payload.hex()}.")
-        progress.advance()
-    return in_part, refused
-
-
-def _decode_whole(payload: bytes, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Decode a JPEG of this (height, width) with libjpeg-turbo: (height, width, 3) uint8.
-
-    Raises:
-        ValueError: it has another size, or is damaged.
-    """
-    # A buffer of the right size: a JPEG whose header claims a huge image does not fit, and allocates nothing.
-    buffer = np.empty(3 * shape[0] * shape[1], np.uint8)
-    pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(payload, colorspace="RGB", buffer=buffer)
-    if pixels.shape[:2] != shape:
-        raise ValueError(f"it decodes to {pixels.shape}")
-    return pixels
-
-
 class FuzzingClient:
     """A client that sends arbitrary frames, and may never read the answers."""
 
@@ -340,31 +271,3 @@ def fuzz_node(rng: Random, inputs: int, data: Path, progress: Progress) -> tuple
     if grown > GROWTH_BYTES:
         raise ToolFailed(f"the node grew by {grown / 2**20:.0f} MiB during {inputs:,} messages.")
     return refused, grown
-
-
-@click.command(cls=Job, context_settings=CONTEXT)
-@click.option(
-    "--inputs", type=click.IntRange(1), default=100_000, show_default=True, help="Number of inputs of each kind."
-)
-@click.option("--seed", type=int, help="Seed of the inputs.  [default: random, and printed]")
-@click.option("--data", type=click.Path(path_type=Path, exists=True), help="Directory with train.lmdb to serve.")
-def main(inputs: int, seed: int | None, data: Path | None) -> None:
-    """Fuzz the message decoders, the JPEG decoder, and then a node."""
-    seed = secrets.randbits(32) if seed is None else seed
-    rng = Random(seed)  # noqa: S311 - inputs need not be hard to guess
-    click.echo(f"seed {seed}: python -m tools.fuzz --seed {seed} --inputs {inputs}")
-    with Progress("decoders", inputs, "inputs") as progress:
-        passed = fuzz_decoders(rng, inputs, progress)
-    with Progress("jpegs", inputs, "inputs") as progress:
-        in_part, bad = fuzz_jpegs(rng, inputs, progress)
-    with given_or_made(data) as served, Progress("node", inputs, "inputs") as progress:
-        refused, grown = fuzz_node(rng, inputs, served, progress)
-    click.echo(f"decoders: {inputs:,} inputs, {passed:,} of them valid; each gave a message or a MessageError")
-    click.echo(f"jpegs: {inputs:,} inputs, {in_part:,} decoded in part, {bad:,} refused; all as libjpeg-turbo does")
-    click.echo(
-        f"node: {inputs:,} inputs, {refused:,} refused; it serves the same bytes, and grew by {grown / 1024:,.0f} KiB"
-    )
-
-
-if __name__ == "__main__":
-    main(prog_name="python -m tools.fuzz")

@@ -17,7 +17,7 @@ run     = .venv/bin/python
 pytest  = $(run) -m pytest --numprocesses=$(JOBS) --dist=worksteal
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo preprocess test test-long style types cover chaos fuzz docker docker-scale docker-images bench bench-trainer cifar pictures gpu gpu-wheels clean
+.PHONY: help setup demo preprocess test test-long style types cover chaos fuzz sanitize docker docker-scale docker-images bench bench-trainer cifar pictures gpu gpu-wheels clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,8 +53,11 @@ cover: setup ## run the tests; list lines that they do not reach
 chaos: setup ## inject every kind of failure for four minutes while two clients train; [ARGS="--seed 1"]
 	@$(run) -m tools.chaos $(ARGS)
 
-fuzz: setup ## 100,000 damaged messages for the decoders, 100,000 JPEGs, 100,000 messages for a node; [ARGS="--seed 1"]
+fuzz: setup ## 100,000 damaged messages for the decoders, JPEGs, messages for a node; as many guided by coverage; [ARGS="--seed 1"]
 	@$(run) -m tools.fuzz $(ARGS)
+
+sanitize: setup ## the data tests and 100,000 damaged JPEGs with extensions that check every access; [ARGS=--quick]
+	@$(run) -m tools.sanitize $(ARGS)
 
 docker: setup docker-images ## build the images and run the demo in containers; [ENGINE=script that starts a Docker engine]
 	@$(if $(ENGINE),$(ENGINE) run build/docker) $(run) -m tools.containers demo

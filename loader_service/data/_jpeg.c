@@ -24,7 +24,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(LOADER_SERVICE_PORTABLE) /* as VECTORS_X86 in _rows.h */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define TARGET_JPEG __attribute__((target("avx2,bmi2")))
@@ -338,7 +338,7 @@ static void make_tables(void)
     make_places_rgb();
 }
 
-#else
+#else /* no decoder for this machine: decode_window() always declines, and libjpeg-turbo decodes */
 
 typedef struct {
     int height, width;

@@ -54,7 +54,6 @@ typedef struct {
 
 typedef void Row(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mirrored, const Shift *shift);
 typedef void Halves(uint16_t *out, const uint8_t *pixels, const float *mean, ptrdiff_t n);
-typedef void Stream(uint8_t *out, const uint8_t *in, ptrdiff_t n);
 
 /* ---- one sample ---- */
 
@@ -97,6 +96,14 @@ ALWAYS_INLINE void make_sample(Row *row, Halves *halves, const Sample *s)
     }
 }
 
+/* ---- the forms, best first ---- */
+
+static void sample_c(const Sample *s) { make_sample(row_c, halves_c, s); }
+static int always(void) { return 1; }
+
+#if defined(VECTORS_X86)
+typedef void Stream(uint8_t *out, const uint8_t *in, ptrdiff_t n);
+
 /* 1 if two rows of a sample are whole cache lines: non-temporal stores need that. */
 static inline int can_stream(const Sample *s)
 {
@@ -119,12 +126,6 @@ ALWAYS_INLINE void stream_sample(Row *row, Stream *stream, const Sample *s)
     }
 }
 
-/* ---- the forms, best first ---- */
-
-static void sample_c(const Sample *s) { make_sample(row_c, halves_c, s); }
-static int always(void) { return 1; }
-
-#if defined(__x86_64__)
 TARGET_AVX2 static void sample_avx2(const Sample *s) { make_sample(row_avx2, halves_avx2, s); }
 static int has_avx2(void) { return __builtin_cpu_supports("avx2") && has_f16c(); }
 
@@ -140,7 +141,7 @@ static int has_avx512(void)
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vbmi");
 }
-#elif defined(__aarch64__)
+#elif defined(VECTORS_ARM)
 static void sample_neon(const Sample *s) { make_sample(row_neon, halves_c, s); }
 #endif
 
@@ -151,10 +152,10 @@ typedef struct {
 } Form;
 
 static const Form FORMS[] = {
-#if defined(__x86_64__)
+#if defined(VECTORS_X86)
     {"avx512", has_avx512, sample_avx512},
     {"avx2", has_avx2, sample_avx2},
-#elif defined(__aarch64__)
+#elif defined(VECTORS_ARM)
     {"neon", always, sample_neon},
 #endif
     {"c", always, sample_c},
@@ -341,7 +342,7 @@ static PyObject *augment(PyObject *module, PyObject *args)
 /* Copy with non-temporal stores if the CPU can, for the same reasons as stream_sample(). */
 static void copy_bytes(uint8_t *out, const uint8_t *in, size_t n)
 {
-#if defined(__x86_64__)
+#if defined(VECTORS_X86)
     if (has_avx512() && n >= CACHE_LINE) {
         const size_t head = -(uintptr_t)out % CACHE_LINE, body = (n - head) / CACHE_LINE * CACHE_LINE;
         memcpy(out, in, head);
@@ -416,7 +417,7 @@ static void add_c(const uint8_t *in, ptrdiff_t side, uint16_t *total, int64_t pr
     add_rows(in, side, total, products);
 }
 
-#if defined(__x86_64__)
+#if defined(VECTORS_X86)
 TARGET_AVX2 static void add_avx2(const uint8_t *in, ptrdiff_t side, uint16_t *total, int64_t products[9])
 {
     add_rows(in, side, total, products);
@@ -425,7 +426,7 @@ TARGET_AVX2 static void add_avx2(const uint8_t *in, ptrdiff_t side, uint16_t *to
 
 static Add *add_of(const char *form)
 {
-#if defined(__x86_64__)
+#if defined(VECTORS_X86)
     if ((strcmp(form, "avx512") == 0 || strcmp(form, "avx2") == 0) && has_avx2())
         return add_avx2;
 #endif

@@ -21,6 +21,14 @@
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
+/* The vector instructions that this build may use. -DLOADER_SERVICE_PORTABLE leaves them all out: tests build that form on any
+ * machine. */
+#if defined(__x86_64__) && !defined(LOADER_SERVICE_PORTABLE)
+#define VECTORS_X86 1
+#elif defined(__aarch64__) && !defined(LOADER_SERVICE_PORTABLE)
+#define VECTORS_ARM 1
+#endif
+
 /* A colour shift as two saturating steps, add `up` and subtract `down`; one of them is 0 in each channel. Repeated to fill
  * vectors of pixels. */
 typedef struct {
@@ -73,7 +81,7 @@ ALWAYS_INLINE void halves_c(uint16_t *out, const uint8_t *pixels, const float *m
         out[i] = to_half((float)pixels[i] - mean[i]);
 }
 
-#if defined(__x86_64__)
+#if defined(VECTORS_X86)
 #include <cpuid.h>
 #include <immintrin.h>
 
@@ -167,7 +175,7 @@ TARGET_AVX512 static inline void stream_avx512(uint8_t *out, const uint8_t *in, 
 
 static inline void finish_streams(void) { _mm_sfence(); }
 
-#elif defined(__aarch64__)
+#elif defined(VECTORS_ARM)
 #include <arm_neon.h>
 
 /* Sixteen pixels a step, one vector per channel. */
@@ -194,7 +202,7 @@ static inline void row_neon(uint8_t *out, const uint8_t *in, ptrdiff_t n, int mi
 }
 #endif
 
-#if !defined(__x86_64__)
+#if !defined(VECTORS_X86)
 static inline void finish_streams(void) {}
 #endif
 

@@ -142,6 +142,26 @@ def damaged(rng: Random, valid: list[bytes]) -> bytes:
     return damage_fields(rng, frame) if kind < 0.9 else frame
 
 
+def check_message(frame: bytes, decode: Callable[[bytes], Any]) -> bool:
+    """Decode a frame; return whether it is a message.
+
+    Raises:
+        ToolFailed: the decoder broke a rule; the message has the input in hexadecimal.
+    """
+    try:
+        message = decode(frame)
+        if decode(messages.encode(message)) != message:
+            raise ToolFailed(f"this message changes in encoding and decoding: {frame.hex()}.")
+    except MessageError:  # the one permitted refusal
+        return False
+    except ToolFailed:
+        raise
+    # Any other exception would end a node's dispatcher or a client's session, so the input is shown.
+    except Exception as error:
+        raise ToolFailed(f"a decoder raised {error!r} at {frame.hex()}.") from error
+    return True
+
+
 def fuzz_decoders(rng: Random, inputs: int, progress: Progress) -> int:
     """Give damaged messages to both decoders; return how many they accepted.
 
@@ -155,17 +175,7 @@ def fuzz_decoders(rng: Random, inputs: int, progress: Progress) -> int:
     ]
     for number in range(inputs):
         valid, decode = sides[number % 2]
-        frame = damaged(rng, valid)
-        try:
-            message = decode(frame)
-            passed += 1
-            if decode(messages.encode(message)) != message:
-                raise ToolFailed(f"this message changes in encoding and decoding: {frame.hex()}.")
-        except MessageError:  # the one permitted refusal
-            pass
-        # Any other exception would end a node's dispatcher or a client's session, so the input is shown.
-        except Exception as error:
-            raise ToolFailed(f"a decoder raised {error!r} at {frame.hex()}.") from error
+        passed += check_message(damaged(rng, valid), decode)
         progress.advance()
     return passed
 

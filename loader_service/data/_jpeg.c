@@ -12,7 +12,7 @@
  * - decode() checks the buffer's size and that the window lies within the image, before anything else.
  * - Segments are read within their length, which is checked against the end of the payload. The frame's size must be the
  *   size that the caller gave, at most MAX_SIDE, so that planes of a fixed size are large enough.
- * - Coded bytes are copied to D.coded, followed by SPARE_BYTES zeros; the position is checked after each unit (_entropy.h).
+ * - Coded bytes are copied to coded_bytes, followed by SPARE_BYTES zeros; the position is checked after each unit (_entropy.h).
  * - Vectors may read past a row's samples: planes have MARGIN bytes on both sides. They never write past a row of the
  *   output: the last pixels of the image's rows go through a buffer.
  *
@@ -61,10 +61,12 @@ static struct {
     Huffman huffman[2][4];   /* DC and AC */
     int has_huffman[2][4];   /* 1 if this image defines it: a table of an earlier image must not serve */
     uint8_t table_of[3];
-    int16_t blocks[6 * BLOCK_STRIDE] __attribute__((aligned(32)));
-    uint8_t coded[MAX_BYTES + SPARE_BYTES];
-    uint8_t planes[3][(MAX_SIDE + 16) * STRIDE] __attribute__((aligned(64)));
 } D;
+
+/* Apart from D, and aligned to no more than 32 bytes, so that sanitizers find an access beyond one of them. */
+static int16_t unit_blocks[6 * BLOCK_STRIDE] __attribute__((aligned(32)));
+static uint8_t coded_bytes[MAX_BYTES + SPARE_BYTES];
+static uint8_t sample_planes[3][(MAX_SIDE + 16) * STRIDE] __attribute__((aligned(32)));
 
 /* ---- headers: each function takes the content of a segment, and returns 0 at anything that is not expected ---- */
 
@@ -184,11 +186,11 @@ static const uint8_t *read_headers(const uint8_t *p, const uint8_t *end, const W
     return NULL;
 }
 
-/* Copy the coded bytes to D.coded without the zero after each 0xFF; return their number. Returns -1 if a marker other than
+/* Copy the coded bytes to coded_bytes without the zero after each 0xFF; return their number. Returns -1 if a marker other than
  * end-of-image interrupts them. */
 static ptrdiff_t unstuff(const uint8_t *p, const uint8_t *end)
 {
-    uint8_t *out = D.coded;
+    uint8_t *out = coded_bytes;
     if (end - p > MAX_BYTES)
         return -1;
     for (;;) {
@@ -203,7 +205,7 @@ static ptrdiff_t unstuff(const uint8_t *p, const uint8_t *end)
             break;
     }
     memset(out, 0, SPARE_BYTES); /* read_block() may read past the end; read_blocks() notices it afterwards */
-    return p[-1] == 0xD9 ? out - D.coded : -1;
+    return p[-1] == 0xD9 ? out - coded_bytes : -1;
 }
 
 /* ---- blocks ---- */
@@ -220,12 +222,12 @@ TARGET_JPEG static int make_unit(int row, int column)
         for (int y = 0; y < c->v; y++)
             for (int x = 0; x < c->h; x++, n++) {
                 tables[n] = c->quantisation;
-                outs[n] = D.planes[i] + (8 * (row * c->v + y)) * STRIDE + MARGIN + 8 * (column * c->h + x);
+                outs[n] = sample_planes[i] + (8 * (row * c->v + y)) * STRIDE + MARGIN + 8 * (column * c->h + x);
             }
     }
     for (int i = 0; i < n; i += 2) { /* two at a time; the last of three blocks is paired with itself */
         const int other = i + 1 < n ? i + 1 : i;
-        if (!inverse_dct(D.blocks + i * BLOCK_STRIDE, D.blocks + other * BLOCK_STRIDE, tables[i], tables[other], outs[i],
+        if (!inverse_dct(unit_blocks + i * BLOCK_STRIDE, unit_blocks + other * BLOCK_STRIDE, tables[i], tables[other], outs[i],
                          outs[other], STRIDE))
             return 0;
     }
@@ -236,27 +238,27 @@ TARGET_JPEG static int make_unit(int row, int column)
 TARGET_JPEG static int read_blocks(ptrdiff_t n, const Window *w)
 {
     const int width = 8 * D.components[0].h, height = 8 * D.components[0].v, blocks = 2 + width * height / 64;
-    Bits bits = {.next = D.coded};
-    memset(D.blocks, 0, sizeof D.blocks);
+    Bits bits = {.next = coded_bytes};
+    memset(unit_blocks, 0, sizeof unit_blocks);
     for (int row = 0; row * height < w->height; row++) {
         /* + 2 and - 2: upsampled chroma depends on samples up to two pixels away */
         const int needed = row * height < w->bottom + 2 && (row + 1) * height > w->top - 2;
         for (int column = 0; column * width < w->width; column++) {
-            int16_t *block = D.blocks;
+            int16_t *block = unit_blocks;
             for (int i = 0; i < 3; i++) {
                 Component *c = &D.components[i];
                 for (int k = c->h * c->v; k > 0; k--, block += BLOCK_STRIDE)
                     if (!read_block(&bits, c->dc, c->ac, block, &c->last_dc))
                         return 0;
             }
-            if (bits.next - D.coded - bits.left / 8 > n) /* before the spare bytes run out: once per unit is enough */
+            if (bits.next - coded_bytes - bits.left / 8 > n) /* before the spare bytes run out: once per unit is enough */
                 return 0;
             if (needed && column * width < w->right + 2 && (column + 1) * width > w->left - 2 && !make_unit(row, column))
                 return 0;
-            memset(D.blocks, 0, sizeof *D.blocks * BLOCK_STRIDE * (size_t)blocks);
+            memset(unit_blocks, 0, sizeof *unit_blocks * BLOCK_STRIDE * (size_t)blocks);
         }
     }
-    const ptrdiff_t rest = 8 * (n - (bits.next - D.coded)) + bits.left; /* bits after the last block: padding to a byte */
+    const ptrdiff_t rest = 8 * (n - (bits.next - coded_bytes)) + bits.left; /* bits after the last block: padding to a byte */
     return rest >= 0 && rest < 8;
 }
 
@@ -266,7 +268,7 @@ TARGET_JPEG static int read_blocks(ptrdiff_t n, const Window *w)
  * of 1/4, or NULL if the component has all rows. */
 static const uint8_t *sample_row(int i, int y, const Window *w, const uint8_t **far)
 {
-    const uint8_t *plane = D.planes[i] + MARGIN;
+    const uint8_t *plane = sample_planes[i] + MARGIN;
     *far = NULL;
     if (i == 0 || D.components[0].v == 1)
         return plane + y * STRIDE;
@@ -281,7 +283,7 @@ static void extend_rows(const Window *w)
     const int width = (w->width + 1) / 2, height = D.components[0].v == 2 ? (w->height + 1) / 2 : w->height;
     for (int i = 1; i < 3; i++)
         for (int y = 0; y < height; y++) {
-            uint8_t *row = D.planes[i] + y * STRIDE + MARGIN;
+            uint8_t *row = sample_planes[i] + y * STRIDE + MARGIN;
             row[-1] = row[0];
             row[width] = row[width - 1];
         }

@@ -194,7 +194,7 @@ def _decode_middle(image: Image.Image, content: bytes | memoryview, side: int) -
     # The filter reaches _SUPPORT pixels of the result beyond the square; + 1 covers the rounding of its window.
     margin = ceil(_SUPPORT * max(1, short / side)) + 1
     left, top = (max(0, (length - short) // 2 - margin) for length in (width, height))
-    window = (top, left, min(height, height - 2 * top), min(width, width - 2 * left))
+    window = (top, left, height - 2 * top, width - 2 * left)
     pixels = np.empty(4 * width * height, np.uint8)  # 4 bytes a pixel: Pillow's own layout of RGB, so no copy is made
     if not kernel.decode_window(content, pixels, (height, width), window):
         return None

@@ -1,4 +1,4 @@
-"""Measurements without turns: start-up, memory, the order of a billion records, and preprocessing."""
+"""Measurements without turns: start-up, memory, the order of a billion records, checksums, and preprocessing."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from loader_service.client.query import status
 from loader_service.data.image_file import FILTER
 from loader_service.data.order import records_at
 from loader_service.types import RECORD_SIDE_PX
+from tools.bench import checksums
 from tools.bench.contest import Contestant, Kind, Running
 from tools.bench.turns import BATCH, deliver
 from tools.errors import ToolFailed
@@ -37,6 +38,8 @@ PREPROCESSED: Final = 6000
 """Number of files to preprocess: enough to make the start of Python a small share."""
 
 PREPROCESSINGS: Final = 5
+COMPARED: Final = 1024
+"""Records of each codec whose comparison is measured: more than fit into the CPU's caches."""
 
 
 class Single(msgspec.Struct, frozen=True):
@@ -51,6 +54,7 @@ class Single(msgspec.Struct, frozen=True):
         preprocess_per_s: originals per second of `loader-service preprocess`, process start included, in each round.
         standardise_per_s: originals per second of decoding and resizing alone, by as many processes, in each round.
         originals: number of files.
+        checksums: cost of comparing records with their checksums, by row of ``checksums.ROWS``, in each round.
     """
 
     first_batch_s: float
@@ -61,6 +65,7 @@ class Single(msgspec.Struct, frozen=True):
     preprocess_per_s: list[float]
     standardise_per_s: list[float]
     originals: int
+    checksums: dict[str, list[float]]
 
 
 def first_batch_s(data: Path, workers: int) -> float:
@@ -153,7 +158,8 @@ def measure(records: Path, source: Path, workers: int, files: int = PREPROCESSED
     starts = [first_batch_s(records / "raw", workers) for _ in range(STARTS)]
     memory, torch_free = worker_memory(records / "raw", workers)
     whole, alone = preprocessing(source, workers, files)
-    return Single(statistics.median(starts), starts, order_us(), memory, torch_free, whole, alone, files)
+    costs = checksums.costs(source, COMPARED)
+    return Single(statistics.median(starts), starts, order_us(), memory, torch_free, whole, alone, files, costs)
 
 
 @click.command()

@@ -87,7 +87,11 @@ def fuzz_guided(kind: str, inputs: int, seed: int, folder: Path = FOLDER) -> tup
         command, cwd=ROOT, env=environ, capture_output=True, text=True, errors="replace", check=False
     )
     if ended.returncode:
-        raise ToolFailed(f"guided fuzzing of {kind} failed: {ended.stderr.strip()[-3000:]}")
+        # The report is above libFuzzer's last words, which name the file of the input.
+        at = max(ended.stderr.find("ERROR: AddressSanitizer"), ended.stderr.find("Uncaught Python exception"), 0)
+        raise ToolFailed(
+            f"guided fuzzing of {kind} failed; the input is in {folder}/{kind}-*: {ended.stderr[at : at + 3000].strip()}"
+        )
     reached = re.findall(r"cov: (\d+) ", ended.stderr)
     return len(list(corpus.iterdir())), int(reached[-1]) if reached else 0
 

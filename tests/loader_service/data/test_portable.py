@@ -180,16 +180,10 @@ def test_rows_on_arm64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emulator = next((name for name in ("qemu-aarch64", "qemu-aarch64-static") if shutil.which(name)), None)
     if emulator is None and platform.machine() != "aarch64":
         pytest.skip("this is no arm64, and qemu-aarch64 (package qemu-user) is not here to emulate one")
+    program = str(tmp_path / "rows")
     (tmp_path / "rows.c").write_text(ROWS)
-    command = [
-        *compiler,
-        "-O2",
-        "-static",
-        f"-I{PACKAGE / 'data'}",
-        str(tmp_path / "rows.c"),
-        "-o",
-        str(tmp_path / "rows"),
-    ]
-    subprocess.run(command, check=True, capture_output=True, timeout=100)
-    run = [emulator, str(tmp_path / "rows")] if emulator else [str(tmp_path / "rows")]
-    assert subprocess.run(run, check=True, capture_output=True, text=True, timeout=100).stdout == "equal\n", sys.version
+    (tmp_path / "string.h").write_text("#define memcpy __builtin_memcpy\n")  # all that _rows.h takes from the C library
+    # No loop may become a call of memset or memcpy, which belong to the C library.
+    flags = ["-O2", "-static", "-nostdlib", "-ffreestanding", "-fno-builtin", f"-I{PACKAGE / 'data'}", f"-I{tmp_path}"]
+    subprocess.run([*compiler, *flags, f"{program}.c", "-o", program], check=True, timeout=100)
+    assert subprocess.run([emulator, program] if emulator else [program], check=False, timeout=100).returncode == 0

@@ -8,6 +8,7 @@ from typing import Final
 
 import msgspec
 
+from tools.bench.checksums import FIRST
 from tools.bench.contest import Rounds
 from tools.bench.single import Single
 
@@ -99,6 +100,13 @@ def _single_targets(single: Single) -> list[Target]:
     rates = zip(single.preprocess_per_s, single.standardise_per_s, strict=True)
     preprocess = spread([whole / alone for whole, alone in rates])
     return [
+        *(
+            Target(
+                f"checksums, {row}: of a sample's CPU time", "below 0.02", figure := spread(costs), figure.median < 0.02
+            )
+            for row, costs in single.checksums.items()
+            if row != FIRST  # no target: it happens once per node and record
+        ),
         Target("preprocessing: of decode + resize alone", "at least 0.75", preprocess, preprocess.median >= 0.75),
         # max(), not the median: every worker must keep the bound.
         Target("MB of a worker's own", "below 60", spread(single.worker_mb), max(single.worker_mb) < 60),

@@ -28,12 +28,12 @@ def test_a_short_run_reaches_more_than_its_seeds(kind: str, tmp_path: Path) -> N
 
 
 def test_a_planted_mistake_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write beyond the tables, after two exact bytes in a comment, ends the run with the sanitizer's report."""
+    """A write beyond a buffer, at a comment that begins with a letter that no seed has, ends the run with the report."""
     if reason := guided.missing("jpegs"):
         pytest.skip(reason)
     mistake = """
-    if (marker == 0xFE && end - p > 1 && p[0] == 'b' && p[1] == 'u')
-        ((volatile uint8_t *)coded_bytes)[sizeof coded_bytes + p[1] % 2] = 0;
+    if (marker == 0xFE && end > p && p[0] == 'b')
+        ((volatile uint8_t *)coded_bytes)[sizeof coded_bytes + p[0] % 2] = 0;
     if (marker == 0xE2)"""
     folder = tmp_path / "sources"
     folder.mkdir()

@@ -132,7 +132,8 @@ def main(quick: bool, inputs: int | None, seed: int | None, folder: Path) -> Non
     click.echo("the sanitizers find planted mistakes here")
     tests = QUICK_TESTS if quick else TESTS
     # A test may take several times as long as usual; no cache, which would be that of the plain tests.
-    run("data tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "600", *tests], environ)
+    options = ["-q", "-p", "no:cacheprovider", "--timeout", "600", "--numprocesses", "2", "--dist", "worksteal"]
+    run("data tests", ["-m", "pytest", *options, *tests], environ)
     number = inputs or (QUICK_INPUTS if quick else INPUTS)
     run("damaged JPEGs", ["-m", "tools.fuzz", "--only", "jpegs", "--inputs", str(number), "--seed", str(seed)], environ)
     click.echo("no sanitizer found anything")

@@ -12,6 +12,7 @@ from tools.fuzz.guided import KINDS, fuzz_guided
 from tools.sanitize import builds
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(bool(guided.missing("messages")), reason=guided.missing("messages")),
     pytest.mark.timeout(600),
 ]

@@ -28,6 +28,7 @@ def has_sanitizers() -> bool:
 pytestmark = pytest.mark.skipif(not has_sanitizers(), reason="the compiler here has no address sanitizer")
 
 
+@pytest.mark.long
 def test_planted_mistakes_are_found(tmp_path: Path) -> None:
     """An overflow of the heap and one of a sum end their process; the sanitized build is the one that is imported."""
     installed = Path(_jpeg.__file__)

@@ -296,7 +296,7 @@ class Values:
         Raises:
             RecordError: the record is damaged, cannot be decoded, or its codec is not the dataset's.
         """
-        # Decoded first: the payload is then in the CPU's caches, where comparing it costs a fifth.
+        # Decoded first: the payload is then in the CPU's caches.
         try:
             label, codec, checksum, payload = self._parts(number, value)
             if codec != CODECS[self._codec]:

@@ -54,6 +54,7 @@ chaos: setup ## inject every kind of failure for four minutes while two clients 
 	@$(run) -m tools.chaos $(ARGS)
 
 fuzz: setup ## 100,000 damaged messages for the decoders, JPEGs, messages for a node; as many guided by coverage; [ARGS="--seed 1"]
+	@$(run) -m pip install --quiet --constraint constraints.txt "atheris; platform_machine == 'x86_64'" ziglang
 	@$(run) -m tools.fuzz $(ARGS)
 
 sanitize: setup ## the data tests and 100,000 damaged JPEGs with extensions that check every access; [ARGS=--quick]

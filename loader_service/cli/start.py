@@ -107,10 +107,12 @@ class _Metrics:
         self._exporter: Exporter | None = None
 
     def __call__(self, metrics: NodeMetrics) -> None:
-        if self._exporter is None:
-            self._exporter = Exporter(self._address, "node")
-            log.info("serving metrics at %s", self._exporter.url, extra={"url": self._exporter.url})
-        self._exporter(metrics)
+        if self._exporter is not None:
+            self._exporter(metrics)
+            return
+        self._exporter = Exporter(self._address, "node")
+        self._exporter(metrics)  # before the line: whoever reads it may ask at once
+        log.info("serving metrics at %s", self._exporter.url, extra={"url": self._exporter.url})
 
     def __enter__(self) -> _Metrics:
         return self

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 import urllib.request
+from contextlib import ExitStack, suppress
 
+import psutil
 import pytest
 
 from loader_service import LoaderMetrics
 from loader_service.errors import AddressError
-from loader_service.prometheus import Exporter
+from loader_service.prometheus import MAX_REQUEST_BYTES, Exporter
 
 METRICS = LoaderMetrics(
     batches=3,
@@ -61,3 +66,33 @@ def test_a_malformed_address_is_an_error(address: str) -> None:
     """A malformed address raises AddressError."""
     with pytest.raises(AddressError, match="cannot be used"):
         Exporter(address, "node")
+
+
+def test_idle_connections_cost_no_threads() -> None:
+    """With 300 idle connections a scrape is answered at once, by the one thread that there is."""
+    threads = psutil.Process().num_threads()
+    with Exporter("127.0.0.1:0", "loader") as exporter, ExitStack() as idle:
+        exporter(METRICS)
+        host, port = exporter.url.removeprefix("http://").removesuffix("/metrics").split(":")
+        connections = [idle.enter_context(socket.create_connection((host, int(port)))) for _ in range(300)]
+        start = time.monotonic()
+        assert len(_scrape(exporter.url)) == 10
+        assert time.monotonic() - start < 2
+        assert psutil.Process().num_threads() == threads + 1
+        connections[0].settimeout(10)
+        assert connections[0].recv(1) == b""  # the oldest ones have made room
+
+
+def test_a_connection_that_asks_for_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that sends half a request, or one without an end, is not kept."""
+    monkeypatch.setattr("loader_service.prometheus.REQUEST_TIMEOUT_S", 0.2)
+    with Exporter("127.0.0.1:0", "loader") as exporter:
+        host, port = exporter.url.removeprefix("http://").removesuffix("/metrics").split(":")
+        for said in (b"GET /metr", b"x" * 2 * MAX_REQUEST_BYTES, os.urandom(100)):
+            with socket.create_connection((host, int(port)), timeout=10) as peer:
+                peer.sendall(said)
+                with suppress(ConnectionError):  # a reset, if not all that it said was read
+                    assert peer.recv(1) == b""
+        with socket.create_connection((host, int(port)), timeout=10) as peer:
+            peer.sendall(b"POST /metrics HTTP/1.1\r\n\r\n")
+            assert peer.recv(100).startswith(b"HTTP/1.1 405 ")

@@ -16,6 +16,7 @@
     │   ├── AddressError                 an address cannot be parsed, bound or resolved
     │   ├── NoNodeError                  no node answered in time
     │   ├── NodeRefused                  a node answered, but its samples would have other bytes
+    │   ├── NodeFull                     a node answered, but it takes no more clients
     │   ├── KeyFileError                 a key file, or a folder of them, is missing, malformed or open to others
     │   ├── KeyRefused                   client and node do not accept each other's keys
     │   └── MessageError                 a message breaks the protocol
@@ -34,10 +35,29 @@ from __future__ import annotations
 from pathlib import Path
 
 
+def printable(text: str) -> str:
+    """Return a text with every character escaped that a terminal would not show as itself, as in JSON: a backslash, u, four digits.
+
+    Names and reasons come from other machines and from files. Control characters in them would move the cursor, change
+    colours or begin new lines; others reverse the direction of the text. JSON with these escapes has the same meaning.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass")  # two units for a character beyond U+FFFF, as in JSON
+    return "".join(f"\\u{units[at] << 8 | units[at + 1]:04x}" for at in range(0, len(units), 2))
+
+
 class LoaderServiceError(Exception):
-    """The base of the tree; ``str(error)`` is a complete sentence for a person."""
+    """The base of the tree; ``str(error)`` is a complete, printable sentence for a person."""
 
     exit_code = 1
+
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__(printable(sentence))
 
 
 class OptionError(LoaderServiceError):
@@ -152,6 +172,14 @@ class NodeRefused(LinkError):
         self.address, self.what, self.need, self.have, self.remedy = address, what, need, have, remedy
         reason = f"its {what} is {have}, this client needs {need}"
         super().__init__(f"the node at {address} is refused: {reason}{'; ' + remedy if remedy else ''}.")
+
+
+class NodeFull(LinkError):
+    """A node answered, but it takes no more clients."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        self.address, self.reason = address, reason
+        super().__init__(f"the node at {address} is full: {reason}; wait until a client leaves, or use another node.")
 
 
 class KeyFileError(LinkError):

@@ -20,6 +20,7 @@ from loader_service.datasets.preprocessing import run
 from loader_service.datasets.preprocessing.inputs import VALIDATION_SHARE, Inputs
 from loader_service.datasets.preprocessing.layouts import LAYOUTS
 from loader_service.datasets.preprocessing.remote import URL, Url
+from loader_service.errors import printable
 from loader_service.types import MAX_SIDE_PX, MIN_SIDE_PX, RECORD_SIDE_PX
 
 
@@ -159,7 +160,7 @@ def inspect(path: Path, pictures: Path | None, json: bool) -> None:
     """
     summary = inspecting.summarise(path)
     written = inspecting.write_pictures(path, pictures) if pictures else []
-    click.echo(msgspec.json.encode(summary) if json else "\n".join(inspecting.describe(summary)))
+    click.echo(msgspec.json.encode(summary) if json else "\n".join(map(printable, inspecting.describe(summary))))
     for picture in written:
         click.echo(picture, err=True)
 

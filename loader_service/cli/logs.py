@@ -9,6 +9,8 @@ from typing import Final
 
 import msgspec
 
+from loader_service.errors import printable
+
 FORMATS: Final = ("text", "json")
 LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -35,7 +37,18 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line, enc_hook=str).decode()  # the caller's `extra` may hold any type
+        return printable(msgspec.json.encode(line, enc_hook=str).decode())  # the caller's `extra` may hold any type
+
+
+class TextFormatter(logging.Formatter):
+    """A formatter for people: time, logger and message in one printable line; a traceback, if one was logged, follows."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        """Return the line of a record."""
+        return printable(super().formatMessage(record))
 
 
 def set_up(style: str, level: str) -> None:
@@ -46,9 +59,5 @@ def set_up(style: str, level: str) -> None:
         level: minimum level, one of LEVELS.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonFormatter()
-        if style == "json"
-        else logging.Formatter("%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    )
+    handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)  # force: replace handlers set by an import

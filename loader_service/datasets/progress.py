@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from loader_service.errors import printable
+
 LINE_EVERY_S: Final = 5.0
 """Seconds between plain lines: rare enough for a log, frequent enough to show that the process is alive."""
 
@@ -36,7 +38,7 @@ class Progress:
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
             self._bar = Bar(
-                TextColumn(self._what),
+                TextColumn(self._what, markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"),
@@ -65,8 +67,9 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
+        text = printable(text)  # file names may contain anything
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)  # file names may contain [brackets]
+            self._bar.console.print(text, markup=False, highlight=False)  # also [brackets]
         else:
             click.echo(text, err=True)
 

@@ -66,6 +66,16 @@ def test_a_line_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert line.endswith(" loader_service.test: slow")
 
 
+@pytest.mark.parametrize("style", logs.FORMATS)
+def test_a_line_stays_a_line(capsys: pytest.CaptureFixture[str], style: str) -> None:
+    """Text from another machine or a file neither begins a new line nor reaches the terminal as a command."""
+    logs.set_up(style, "info")
+    logging.getLogger("loader_service.test").warning("bad: %s", "\x1b[2J\x9b\u202e\n12:00:00 forged")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable()
+    assert "\\u001b[2J\\u009b\\u202e" in line
+
+
 def test_a_node_that_logs_json(dataset_dir: Path) -> None:
     """Every log line of a node is a JSON object, and that of a worker's death names the worker in its fields."""
     command = [sys.executable, "-m", "loader_service", "start", "--data", str(dataset_dir), "--workers", "1"]

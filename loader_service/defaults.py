@@ -38,6 +38,10 @@ MAX_SLICE_SAMPLES: Final = 128
 """Bounds of a slice, in samples. Such a slice takes a worker 0.2 to 3 ms: long against the 0.1 ms of its messages, short
 against the time lost when the worker dies."""
 
+ASKS_PER_WORKER: Final = 3
+"""Slices that a client asks a node for at a time, per worker: one in work, one waiting at the worker, one at the dispatcher. A
+node bounds its queues by it."""
+
 MAX_BAD: Final = 100
 """Bad records that a client replaces before it stops. More than these point at a broken disk or dataset."""
 

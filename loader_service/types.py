@@ -207,7 +207,7 @@ class Slice(msgspec.Struct):
     draws: npt.NDArray[np.void]
 
 
-class StageSeconds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class StageSeconds(msgspec.Struct, frozen=True):
     """Seconds spent in each stage of writing slices; the fields are the stages (``STAGES``).
 
     Fields:
@@ -238,7 +238,7 @@ BUILTIN_GOLDEN: Final = "84ac929c26f8f74d7da07693135ce249"
 GoldenHash = Annotated[str, msgspec.Meta(min_length=32, max_length=32)]
 
 
-class Installation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Installation(msgspec.Struct, frozen=True):
     """The software of a node, as far as bytes of samples depend on it.
 
     Fields:
@@ -256,7 +256,7 @@ class Installation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return ", ".join(f"{name} {version}" for name, version in self.libraries.items())
 
 
-class DatasetFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DatasetFacts(msgspec.Struct, frozen=True):
     """The facts of one split that a node serves. Together with a slice's identity they determine its bytes.
 
     Fields:

@@ -59,6 +59,7 @@ TRANSCRIPT: Final[tuple[FromClient | FromNode, ...]] = (
         0,
     ),
     messages.UnknownClient(),
+    messages.Refused(messages.PROTOCOL, "it has 256 clients already"),
     messages.Bye(),
 )
 """A client connects, receives one slice, learns of a bad record, asks for the status, is forgotten, and leaves."""

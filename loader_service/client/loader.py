@@ -38,8 +38,8 @@ from loader_service.wire.messages import MAX_CONNECTIONS
 
 log = logging.getLogger("loader_service.client")
 
-_OVERHEAD_BYTES = 64
-"""Room per sample in a send slot for alignment: more than areas that are aligned to 64 bytes ever need."""
+_OVERHEAD_BYTES = 128
+"""Room per slice in a send slot for alignment: its pixels and its labels end up to 63 bytes before a multiple of 64."""
 
 
 class Batch(NamedTuple):
@@ -104,7 +104,7 @@ class Loader:
     Raises:
         OptionError: an argument cannot work.
         NoNodeError: no node answered in time.
-        NodeRefused: a node would give other bytes.
+        NodeRefused, NodeFull, AddressError, MessageError: no address leads to a node that serves; this is the last reason.
         KeyRefused, KeyFileError: the node does not accept the keys, or they are missing or cannot be read.
         SharedMemoryError: there is not enough memory for the slots.
     """
@@ -324,7 +324,7 @@ class Loader:
 
     def _make_buffers(self, layout: SampleLayout, seed: int, batch_size: int, slots: int) -> Buffers:
         # Samples per slice that a node can send in frames.
-        fitting = self._session.slot_bytes // (layout.sample_bytes + _OVERHEAD_BYTES)
+        fitting = (self._session.slot_bytes - _OVERHEAD_BYTES) // layout.sample_bytes
         if fitting < 1:
             raise OptionError(
                 "view", layout.view.kind, f"samples that fit a send slot of {self._session.slot_bytes} bytes"

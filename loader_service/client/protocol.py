@@ -22,14 +22,24 @@ Nodes
     it sends anything that this protocol does not allow, and when it answers UnknownClient. A lost node is greeted
     again until it answers.
 
+Nodes that do not serve
+    A node that does not serve is stood down: nothing is sent to it during a pause, which doubles each time, up to
+    ``MAX_PAUSE_S``. The others go on meanwhile. There are two causes.
+
+    - It is *refused*: it would give other bytes, speaks another version, takes no more clients, refuses the key, or is no
+      node at all. After the pause it is greeted again. The client ends with the error if every address is refused.
+    - It is *sick*: ``SICK_AFTER`` slices in a row failed there, not because of a bad record, or it sent what the protocol
+      does not allow. After the pause it is asked for one slice; if that comes, it is well. The run ends if all nodes that
+      are not refused have failed the same slice ``MAX_FAILURES`` times each.
+
 Parts
     A batch lives in a slot and has one part per slice. :class:`PartState` is the progress of a part::
 
         from        event                                               to
         WANTED      Ask is sent, with a new number                      ASKED
         ASKED       Filled, with that number                            DONE
-        ASKED       Failed; the node is lost, or stands still and       WANTED
-                    there are others
+        ASKED       Failed; the node is lost, is stood down, or         WANTED
+                    stands still and there are others
         any         its batch loses its slot                            WANTED
 
 Invariants
@@ -64,8 +74,10 @@ from typing import Final, Literal
 from loader_service import defaults
 from loader_service.client.plan import Plan, Schedule
 from loader_service.errors import (
+    LinkError,
     MessageError,
     NodeFailed,
+    NodeFull,
     NodeRefused,
     RecordError,
     SharedMemoryError,
@@ -74,17 +86,22 @@ from loader_service.errors import (
 from loader_service.types import BUILTIN_GOLDEN, DatasetFacts, EpochAccount, Split
 from loader_service.wire import messages
 
-ASKS_PER_WORKER: Final = 3
-"""Slices asked of a node at a time, per worker: one in work, one waiting at the worker, one at the dispatcher."""
-
 GREET_AGAIN_S: Final = 2.0
 """Seconds without an answer after which Hello is sent again."""
 
 FIRST_COMPLAINT_S: Final = 2.0
 """Seconds without a working node after which the client says that it waits. The interval doubles each time."""
 
-MAX_RETRIES: Final = 20
-"""Failures of one part that name no bad record, before the run ends: by then the cause is permanent."""
+SICK_AFTER: Final = 3
+"""Failures in a row, of any slices, after which a node is sick. One or two may be accidents, such as a worker that died."""
+
+FIRST_PAUSE_S: Final = 1.0
+MAX_PAUSE_S: Final = 30.0
+"""Pause of a node that does not serve: the first one, and the longest. A node that is repaired is used half a minute later."""
+
+MAX_FAILURES: Final = 6
+"""Failures of one part at one node that name no bad record, before the node has failed it for good. With the pauses between
+them that takes half a minute, in which a disk or a mount may come back."""
 
 NO_SLOT: Final = -1
 
@@ -126,7 +143,7 @@ class Part:
         number: the request that is current; answers to any other are duplicates.
         asked_at: time of that request, in seconds.
         received: bytes of its pixels that have arrived, for a request that is answered in frames.
-        retries: failures that named no bad record.
+        failures: by node, how often it failed to make this part without naming a bad record, and the last reason.
         excluded: the records that the current request excludes, ascending.
         refused_by: addresses of the nodes that called a record of it bad.
     """
@@ -139,7 +156,7 @@ class Part:
     number: int = -1  # no request yet; numbers start at 1
     asked_at: float = 0.0
     received: int = 0
-    retries: int = 0
+    failures: dict[str, tuple[int, str]] = field(default_factory=dict)
     excluded: tuple[int, ...] = ()
     refused_by: set[str] = field(default_factory=set)
 
@@ -189,6 +206,11 @@ class NodeRecord:
         asks: what it owes, by the request's number, the oldest first.
         still_since: time from which on it has owed slices and sent nothing; None if it owes nothing or just sent something.
         still: True if that time exceeds ``NODE_STALL_S``.
+        refused: the error that says why it is refused; None if it is not.
+        failures: slices in a row that it failed to make.
+        pauses: how often it was stood down since it last served; 0 if it is well.
+        back_at: end of its pause, in seconds; it is past if it is not stood down.
+        resting: True until the first ``advance`` after that time.
     """
 
     address: str
@@ -205,17 +227,22 @@ class NodeRecord:
     asks: dict[int, Asked] = field(default_factory=dict)  # numbers only grow, so insertion order is age
     still_since: float | None = None
     still: bool = False
+    refused: LinkError | None = None
+    failures: int = 0
+    pauses: int = 0
+    back_at: float = -math.inf
+    resting: bool = False
 
     @property
     def load(self) -> float:
         """The share of its capacity that is in use, 0 to 1."""
         # A Welcome has at least one worker, and no node is asked before it.
-        return len(self.asks) / (self.workers * ASKS_PER_WORKER)
+        return len(self.asks) / (self.workers * defaults.ASKS_PER_WORKER)
 
     @property
     def has_room(self) -> bool:
-        """True if it may be asked for one more slice."""
-        return len(self.asks) < self.workers * ASKS_PER_WORKER
+        """True if it may be asked for one more slice. After a pause one slice shows whether it is well again."""
+        return len(self.asks) < (1 if self.pauses else self.workers * defaults.ASKS_PER_WORKER)
 
     def owe(self, number: int, asked: Asked, now: float) -> None:
         """Record a request."""
@@ -226,6 +253,19 @@ class NodeRecord:
     def stir(self) -> None:
         """Record that it has sent something, even a late answer: it does not stand still."""
         self.still_since, self.still = None, False
+
+    def stand_down(self, now: float) -> float:
+        """Begin a pause; return its length in seconds."""
+        pause_s = min(FIRST_PAUSE_S * 2.0**self.pauses, MAX_PAUSE_S)
+        self.pauses, self.failures = min(self.pauses + 1, 16), 0  # bounded, so that 2.0**pauses is
+        self.back_at, self.resting = now + pause_s, True
+        return pause_s
+
+    def recover(self) -> bool:
+        """Record that it serves; return True if it did not before."""
+        was_down, self.pauses, self.failures = self.pauses > 0, 0, 0
+        self.refused, self.back_at, self.resting = None, -math.inf, False
+        return was_down
 
     def take_asks(self) -> list[Asked]:
         """Return what it owes and forget it."""
@@ -468,11 +508,23 @@ class Ledger:
         else:
             asked[1].state = PartState.DONE
 
-    def retry(self, record: NodeRecord, number: int) -> None:
-        """Mark as wanted again a slice that its node failed to make, for a reason other than a bad record."""
+    def retry(self, record: NodeRecord, number: int, reason: str) -> None:
+        """Mark as wanted again a slice that its node failed to make, for a reason other than a bad record.
+
+        Raises:
+            NodeFailed: every node that may serve has failed it MAX_FAILURES times.
+        """
         batch, part = record.asks.pop(number)
-        part.retries += 1
+        part.failures[record.address] = part.failures.get(record.address, (0, ""))[0] + 1, reason
         self._want_again(batch, part)
+        # Also nodes that are lost: one that comes back may make it.
+        able = [node.address for node in self._nodes.values() if node.refused is None]
+        if all(part.failures.get(address, (0, ""))[0] >= MAX_FAILURES for address in able):
+            reasons = "; ".join(f"at {address}: {part.failures[address][1]}" for address in able)
+            raise NodeFailed(
+                f"no node could make positions {part.first} to {part.first + part.count - 1} of epoch {batch.plan.epoch}, "
+                f"each tried {MAX_FAILURES} times: {reasons}"
+            )
 
     def refuse(self, record: NodeRecord, number: int) -> bool:
         """Mark a slice as wanted again because its node found a bad record in it.
@@ -511,6 +563,8 @@ class Ledger:
         The order matters: batches that lost their slot get a free one before a new batch can take it, and standstills
         are found before requests are made, so that slices of a node that stands still are requested elsewhere at once.
         """
+        for node in self._nodes.values():
+            node.resting = node.resting and now < node.back_at
         if self._blocked:
             self._unblock()
         self._place()
@@ -597,18 +651,27 @@ class Ledger:
         return asks
 
     def _choose(self, part: Part) -> NodeRecord | None:
-        """Return the node with the smallest load that has room and has not refused this part, if there is one."""
+        """Return the node to ask for a part; None if no node has room for it.
+
+        Nodes that failed the part less often come first; then those whose pause is over, since only a slice shows that they are
+        well, and others may never be too busy for it; then those with the smallest load. A node that has called a record of it
+        bad is not asked.
+        """
         askable = self._askable()
         if part.refused_by and part.refused_by.issuperset(node.address for node in askable):
             # The nodes that might have read it are gone: ask those that are left again, and judge again.
             part.refused_by.clear()
         roomy = [node for node in askable if node.has_room and node.address not in part.refused_by]
         # Equal loads: by address, so that the choice is reproducible.
-        return min(roomy, key=lambda node: (node.load, node.address), default=None)
+        return min(
+            roomy,
+            key=lambda node: (part.failures.get(node.address, (0,))[0], not node.pauses, node.load, node.address),
+            default=None,
+        )
 
     def _askable(self) -> list[NodeRecord]:
-        """Return the working nodes that do not stand still, or all working nodes if every one does."""
-        working = [node for node in self._nodes.values() if node.state is NodeState.WORKING]
+        """Return the working nodes that are not stood down and do not stand still; all of the former if every one does."""
+        working = [node for node in self._nodes.values() if node.state is NodeState.WORKING and not node.resting]
         return [node for node in working if not node.still] or working
 
     # Slots
@@ -804,6 +867,8 @@ class ClientProtocol:
             return ()
         if lane:
             return [Send(node, messages.Ping(), lane)]  # the answer shows that the node knows the lane
+        if now < record.back_at:  # the first tick after the pause greets it
+            return ()
         return [self._greet(record, now)]  # after each reconnection, too: another process may listen there now
 
     def disconnected(self, node: str, now: float, lane: int = 0) -> Iterable[Action]:
@@ -832,10 +897,10 @@ class ClientProtocol:
             sizes: bytes of each payload frame that came with it; CopyPixels and CopyTail refer to the first.
 
         Raises:
-            NodeRefused: the node would give other bytes than this client must have.
+            NodeRefused, NodeFull, MessageError: no address leads to a node that serves this client; this is the last reason.
             SharedMemoryError: the node cannot share memory, and the run demands it.
             RecordError, TooManyBadRecords: no node can read a record, and it may not be replaced.
-            NodeFailed: a slice failed too often.
+            NodeFailed: a slice failed too often at every node.
         """
         record = self._nodes.get(node)
         if record is None:
@@ -851,35 +916,75 @@ class ClientProtocol:
                 case messages.Pixels():
                     return self._pixels(record, message, sizes)
                 case messages.Failed():
-                    return self._failed(record, message)
+                    return self._failed(record, message, now)
                 case messages.Welcome():
                     return self._welcome(record, message)
+                case messages.Refused(version, reason):
+                    check_protocol(node, version)  # its error says more than the node's reason
+                    return self.refuse(node, NodeFull(node, reason), now)
                 case messages.Attached():
                     return self._attached(record, message)
-                case messages.UnknownClient():
-                    return self._reset(record, "it was restarted", now)
+                case messages.UnknownClient() if (
+                    record.state is not NodeState.CONNECTING
+                ):  # else it was greeted already
+                    return self._reset(record, "it does not know this client (any more)", now)
                 case messages.Ping():
                     return [Send(node, messages.Pong())]
         except MessageError as error:
-            return self.malformed(node, error)
+            return self.malformed(node, error, now)
+        except NodeRefused as error:
+            return self.refuse(node, error, now)
         return ()  # a Pong is a sign of life and nothing more
 
-    def malformed(self, node: str, error: MessageError, version: int | None = None) -> Iterable[Action]:
-        """Lose a node that sent a message which this protocol does not allow.
+    def malformed(self, node: str, error: MessageError, now: float, version: int | None = None) -> Iterable[Action]:
+        """Lose and stand down a node that sent a message which this protocol does not allow.
 
         Args:
             node: the node's address.
             error: the flaw in the message.
+            now: seconds on a clock that never goes back.
             version: the protocol version that the message states; None if it states none.
 
         Raises:
-            NodeRefused: the node speaks another version of the protocol.
+            NodeRefused, MessageError: see :meth:`refuse`; the node has another version, or never was a node.
         """
-        check_protocol(node, version)
+        record = self._nodes.get(node)
+        if record is None or now < record.back_at:  # more of the same
+            return ()
+        try:
+            check_protocol(node, version)
+        except NodeRefused as refusal:
+            return self.refuse(node, refusal, now)
+        if not record.instance:  # it was never welcomed: something else answers there
+            return self.refuse(
+                node, MessageError(f"{node} sent what no node of this protocol sends ({error.reason})"), now
+            )
+        record.stand_down(now)
+        return [Warn(f"node {node}: {error}"), *self._lose(record, "it does not speak this protocol")]
+
+    def refuse(self, node: str, error: LinkError, now: float) -> Iterable[Action]:
+        """Stand a node down that cannot serve this client.
+
+        Raises:
+            LinkError: no other address is left; this is ``error``.
+        """
         record = self._nodes.get(node)
         if record is None:
             return ()
-        return [Warn(f"node {node}: {error}"), *self._lose(record, "it does not speak this protocol")]
+        news = str(error) != str(record.refused)
+        if now < record.back_at and not news:
+            return ()
+        record.refused = error
+        # Names that are not resolved yet have no record.
+        if len(self._nodes) >= len(self._addresses) and all(other.refused for other in self._nodes.values()):
+            raise error
+        pause_s = record.stand_down(now)
+        lost = self._lose(record, "it does not serve this client")
+        return (
+            [Warn(f"{error} It is tried again in {pause_s:.0f} s; other nodes serve meanwhile."), *lost]
+            if news
+            else lost
+        )
 
     def begin(self, run: Run) -> list[Action]:
         """Begin a run and end the one in progress; slots in the caller's hands stay there."""
@@ -914,7 +1019,7 @@ class ClientProtocol:
 
     def _greet(self, record: NodeRecord, now: float) -> Send:
         """Send Hello; it is dropped if there is no connection yet, and repeated after ``GREET_AGAIN_S``."""
-        record.greeted_at = record.heard_at = now
+        record.greeted_at = record.heard_at = now  # the answer may take NODE_SILENT_S
         return Send(record.address, messages.Hello(messages.PROTOCOL, self._name))
 
     def _welcome(self, record: NodeRecord, welcome: messages.Welcome) -> list[Action]:
@@ -929,6 +1034,8 @@ class ClientProtocol:
             raise NodeRefused(record.address, "send slot", need, have)
         self._release(record)  # a second Welcome follows a reconnection, and what was asked before it is lost
         record.state = NodeState.WELCOMED
+        if record.refused or welcome.instance != record.instance:  # a new process may be well
+            record.recover()
         record.instance, record.workers = welcome.instance, welcome.workers
         return [*actions, *self._employ(record)]
 
@@ -996,11 +1103,13 @@ class ClientProtocol:
         if self._ledger is None:
             return ()
         record.stir()
-        actions: Iterable[Action] = ()
+        actions: list[Action] = []
         # In shared memory the slice is in its slot already: its Filled is all that there is to process.
         if (asked := record.asks.get(number)) and (sizes or not record.shared):
             actions = [self._tail(record, *asked, sizes)]
         self._ledger.fill(record, number)
+        if asked and (record.failures or record.pauses) and record.recover():
+            actions.append(Inform(f"node {record.address} serves again"))
         return actions
 
     def _tail(self, record: NodeRecord, batch: PendingBatch, part: Part, sizes: Sequence[int]) -> CopyTail:
@@ -1037,17 +1146,22 @@ class ClientProtocol:
         assert self._run is not None
         return part.count * self._run.pixel_bytes, part.count * self._run.tail_bytes
 
-    def _failed(self, record: NodeRecord, failed: messages.Failed) -> Iterable[Action]:
+    def _failed(self, record: NodeRecord, failed: messages.Failed, now: float) -> Iterable[Action]:
         record.stir()
         asked = record.asks.get(failed.id)
         if self._ledger is None or asked is None:  # late, or of an earlier run
             return ()
         if failed.record >= 0:  # -1: a reason other than a record
             return self._judge(record, failed) if self._ledger.refuse(record, failed.id) else ()
-        self._ledger.retry(record, failed.id)
-        if asked[1].retries > MAX_RETRIES:
-            raise NodeFailed(f"the one at {record.address} could not make a slice {MAX_RETRIES} times: {failed.reason}")
-        return ()
+        self._ledger.retry(record, failed.id, failed.reason)
+        record.failures += 1
+        if record.failures < SICK_AFTER and not record.pauses:
+            return ()
+        pause_s = record.stand_down(now)
+        self._release(record)  # other nodes make what it still owes
+        return [
+            Warn(f"node {record.address} is not asked for {pause_s:.0f} s, since slices fail there: {failed.reason}")
+        ]
 
     def _judge(self, record: NodeRecord, failed: messages.Failed) -> Iterable[Action]:
         """Exclude a record that no node can read; raise an error if the caller's options do not allow that."""
@@ -1069,7 +1183,8 @@ class ClientProtocol:
     def _tick(self, record: NodeRecord, now: float) -> Iterable[Action]:
         """Greet, ping or lose one node."""
         if record.state is NodeState.CONNECTING:
-            return [self._greet(record, now)] if now - record.greeted_at > GREET_AGAIN_S else ()
+            due = now - record.greeted_at > GREET_AGAIN_S and now >= record.back_at
+            return [self._greet(record, now)] if due else ()
         silent_s = now - record.heard_at
         if silent_s > defaults.NODE_SILENT_S:
             return self._lose(record, f"it has been silent for {defaults.NODE_SILENT_S:.0f} s")
@@ -1138,11 +1253,11 @@ def check_protocol(address: str, version: int | None) -> None:
     Raises:
         NodeRefused: it is another.
     """
-    if version not in (None, messages.PROTOCOL):
+    if version is not None and version != messages.PROTOCOL:
         raise NodeRefused(
             address,
             "protocol version",
             messages.PROTOCOL,
             version,
-            "install the same release of loader-service at both ends",
+            messages.advice(version, messages.PROTOCOL),
         )

@@ -12,7 +12,7 @@ import zmq
 from loader_service import defaults
 from loader_service.client.dataset import Dataset
 from loader_service.client.protocol import check_protocol, check_welcome
-from loader_service.errors import MessageError, NoNodeError
+from loader_service.errors import MessageError, NodeFull, NoNodeError
 from loader_service.types import Split
 from loader_service.wire import messages, sockets
 from loader_service.wire.access import Access, access
@@ -32,6 +32,7 @@ def describe(
     Raises:
         NoNodeError: no node answered in time.
         NodeRefused: the node does not serve that split, or would give other bytes than this version must have.
+        NodeFull: the node takes no more clients.
         AddressError, MessageError, KeyRefused, KeyFileError: there is no such address, or another service answers there.
     """
     keys = access([address], server_key, client_key, insecure=insecure)
@@ -60,6 +61,7 @@ def status(
     answer = _ask(address, messages.StatusQuery(), timeout_s, keys)
     if not isinstance(answer, messages.Status):
         raise MessageError(f"{address} answered a status query with {type(answer).__name__}")
+    check_protocol(address, answer.protocol)
     return answer
 
 
@@ -75,16 +77,24 @@ def _ask(address: str, question: messages.FromClient, timeout_s: float, keys: Ac
         while (left_s := deadline - time.monotonic()) > 0:
             poller.poll(int(left_s * 1000) + 1)  # rounded up, so that the last millisecond does not spin
             if any(monitor.events()):  # connected, or connected again: the first question may be lost
-                dealer.send(messages.encode(question))
+                # Without waiting: if the connection is cut again already, its next event sends the question.
+                sockets.try_send(dealer, [messages.encode(question)])
             if dealer.poll(0):
                 frame = dealer.recv()
                 sockets.try_send(dealer, [messages.encode(messages.Bye())])  # the node forgets this client at once
-                return _decode(address, frame)
+                return _accepted(address, _decode(address, frame))
         raise NoNodeError((address,), timeout_s)
     finally:
         monitor.close()
         dealer.close(linger=sockets.BYE_LINGER_MS)
         context.term()  # waits for the Bye, at most BYE_LINGER_MS
+
+
+def _accepted(address: str, answer: messages.FromNode) -> messages.FromNode:
+    if isinstance(answer, messages.Refused):
+        check_protocol(address, answer.protocol)
+        raise NodeFull(address, answer.reason)
+    return answer
 
 
 def _decode(address: str, frame: bytes) -> messages.FromNode:

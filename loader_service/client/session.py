@@ -45,7 +45,7 @@ from loader_service.client.protocol import (
     Warn,
 )
 from loader_service.client.resolver import Resolver
-from loader_service.errors import LoaderServiceError, MessageError, NodeFailed, NoNodeError
+from loader_service.errors import LinkError, LoaderServiceError, MessageError, NodeFailed, NoNodeError, printable
 from loader_service.types import DatasetFacts, EpochAccount, Split
 from loader_service.wire import messages, sockets
 from loader_service.wire.access import Access
@@ -245,9 +245,13 @@ class Session:
                     self._hear_node(connection, lane)
 
     def _hear_monitor(self, connection: Connection, lane: Lane) -> None:
-        for connected in lane.monitor.events():
-            event = self._core.connected if connected else self._core.disconnected
-            self._carry_out(event(connection.address, time.monotonic(), lane.number))
+        node = connection.address
+        try:
+            for connected in lane.monitor.events():
+                event = self._core.connected if connected else self._core.disconnected
+                self._carry_out(event(node, time.monotonic(), lane.number))
+        except LinkError as error:  # what listens there is no node, or one that refuses this client's key
+            self._carry_out(self._core.refuse(node, error, time.monotonic()))
 
     def _hear_node(self, connection: Connection, lane: Lane) -> None:
         node = connection.address
@@ -256,7 +260,7 @@ class Session:
             try:
                 message = messages.decode_from_node(head.buffer)
             except MessageError as error:
-                self._carry_out(self._core.malformed(node, error, messages.protocol_of(head.buffer)))
+                self._carry_out(self._core.malformed(node, error, time.monotonic(), messages.protocol_of(head.buffer)))
                 return
             sizes = [len(frame) for frame in payload]
             self._carry_out(self._core.receive(node, message, time.monotonic(), lane.number, sizes), payload)
@@ -292,11 +296,11 @@ class Session:
                 case Ready():
                     self._ready.set()
                 case Inform(text):
-                    log.info("%s", text)
+                    log.info("%s", printable(text))
                 case Warn(text):
-                    log.warning("%s", text)
+                    log.warning("%s", printable(text))
                 case Standstill():
-                    log.warning("%s", action)
+                    log.warning("%s", printable(str(action)))
 
     @property
     def _slots(self) -> Buffers:

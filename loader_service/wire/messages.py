@@ -2,7 +2,8 @@
 
 The client's socket is a ZeroMQ DEALER, the node's a ROUTER. A message is one frame of MessagePack, a map with the tag of
 its type under ``t``; two types are followed by a frame of bytes, in the same ZeroMQ message. Fields are bounded and
-checked on arrival; nothing that arrives is executed or unpickled.
+checked on arrival; nothing that arrives is executed or unpickled. A node refuses fields that it does not know; a client ignores
+them, so that a node may say more than a client of the same protocol can read.
 
 ========== =============== ============ ===========================================================================
 sender     message         tag          meaning
@@ -16,6 +17,7 @@ node       Pixels          pixels       carries a frame of the slice's pixels
 node       Filled          filled       answers Request: the slice is complete
 node       Failed          failed       answers Request: the slice cannot be made, and which record is the reason
 node       UnknownClient   stranger     the node does not know the sender; it must say Hello again
+node       Refused         refused      answers Hello: the node does not take this client, and why
 both       Ping            ping         asks for a Pong; the node answers at once
 both       Pong            pong         shows that the sender is alive
 client     Bye             bye          the client leaves; the node discards its requests
@@ -26,6 +28,7 @@ node       Status          status       answers StatusQuery: state and counters 
 A conversation::
 
     Hello    -> Welcome
+    Hello    -> Refused                                 another version, or the node has as many clients as it takes
     Attach   -> Attached                                shared memory only: the nonce proves that the segment is the client's
     Request  -> Filled                                  with a place: the slice lies in the client's segment
     Request  -> Pixels + frame, ..., Filled + frame     without a place: the slice travels in frames
@@ -78,12 +81,16 @@ SegmentName = Annotated[str, Meta(pattern=r"^loader-service-[0-9a-f]{32}\Z")]
 Nonce = Annotated[bytes, Meta(min_length=16, max_length=16)]
 
 
-# forbid_unknown_fields: a field that this version does not know is an error, not ignored; PROTOCOL tells versions apart.
-class _Message(msgspec.Struct, frozen=True, tag_field="t", forbid_unknown_fields=True):
-    """The base of all messages: a map with the type's tag under ``t``."""
+class _Message(msgspec.Struct, frozen=True, tag_field="t"):
+    """The base of all messages: a map with the type's tag under ``t``. Unknown fields of a node's message are ignored."""
 
 
-class Hello(_Message, frozen=True, tag="hello"):
+# A field that a node does not know would change what the client asks for, so it is an error there.
+class _Strict(_Message, frozen=True, forbid_unknown_fields=True):
+    """The base of the messages that a client sends."""
+
+
+class Hello(_Strict, frozen=True, tag="hello"):
     """The introduction of a client. ``client`` is a name for people: host and process."""
 
     protocol: int
@@ -170,7 +177,7 @@ class SlotLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return part % self.parts_per_slot * self.slice_samples
 
 
-class Attach(_Message, frozen=True, tag="attach"):
+class Attach(_Strict, frozen=True, tag="attach"):
     """A client's request to open its segment of shared memory.
 
     Fields:
@@ -210,7 +217,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     generation: Counter
 
 
-class Request(_Message, frozen=True, tag="request"):
+class Request(_Strict, frozen=True, tag="request"):
     """A request for one slice. It is also a credit: the client has a free slot for the slice.
 
     Fields:
@@ -265,22 +272,36 @@ class Failed(_Message, frozen=True, tag="failed"):
 
 # The tag is older than the class's name; another tag would be another PROTOCOL.
 class UnknownClient(_Message, frozen=True, tag="stranger"):
-    """The node does not know this client: it was restarted, or the client was silent for too long."""
+    """The node does not know this client: it was restarted, or the client was silent for too long. It is sent once."""
 
 
-class Ping(_Message, frozen=True, tag="ping"):
+# Clients before protocol 6 do not know this type. They read its version by _Version and report that, as they do for every
+# message of another version. So its first two fields, ``t`` and ``protocol``, must stay in every version.
+class Refused(_Message, frozen=True, tag="refused"):
+    """The node does not take this client: it speaks another version of the protocol, or the node is full.
+
+    Fields:
+        protocol: the node's version.
+        reason: sentence for people.
+    """
+
+    protocol: int
+    reason: Text
+
+
+class Ping(_Strict, frozen=True, tag="ping"):
     """A sign of life that asks for a Pong."""
 
 
-class Pong(_Message, frozen=True, tag="pong"):
+class Pong(_Strict, frozen=True, tag="pong"):
     """A sign of life."""
 
 
-class Bye(_Message, frozen=True, tag="bye"):
+class Bye(_Strict, frozen=True, tag="bye"):
     """The end of a client; the node discards its requests."""
 
 
-class StatusQuery(_Message, frozen=True, tag="status?"):
+class StatusQuery(_Strict, frozen=True, tag="status?"):
     """A request for the node's status; it needs no Hello."""
 
 
@@ -345,6 +366,7 @@ class Status(_Message, frozen=True, tag="status"):
         bad_samples: failures that named a record.
         send_slots, send_slots_used: slots for slices in frames, and those in use.
         send_s: seconds from handing a slice to libzmq to the release of its slot, summed over slices.
+        max_clients: most clients that the node takes; 0 if it does not say.
     """
 
     protocol: int
@@ -367,18 +389,19 @@ class Status(_Message, frozen=True, tag="status"):
     send_slots: int = 0
     send_slots_used: int = 0
     send_s: float = 0.0
+    max_clients: int = 0
 
 
 # Without forbid_unknown_fields, so that it decodes messages of other versions, too.
 class _Version(msgspec.Struct):
-    """The fields that a Welcome and a Status have in every version of the protocol."""
+    """The fields that a Hello, a Welcome, a Refused and a Status have in every version of the protocol."""
 
     t: str
     protocol: int
 
 
 FromClient = Hello | Attach | Request | Ping | Pong | Bye | StatusQuery
-FromNode = Welcome | Attached | Pixels | Filled | Failed | UnknownClient | Ping | Pong | Status
+FromNode = Welcome | Attached | Pixels | Filled | Failed | UnknownClient | Refused | Ping | Pong | Status
 
 # Decoders are made once: each compiles its union of types.
 _encoder = msgspec.msgpack.Encoder()
@@ -424,8 +447,15 @@ def decode_from_node(frame: bytes | memoryview) -> FromNode:
     return message
 
 
+def advice(node: int, client: int) -> str:
+    """Return what to do about a node and a client of different versions of the protocol, as part of a sentence."""
+    if node < client:
+        return "the node is older: upgrade it first, to the client's release of loader-service (nodes before clients)"
+    return "the client is older: upgrade it to the node's release of loader-service (nodes before clients)"
+
+
 def protocol_of(frame: bytes | memoryview) -> int | None:
-    """Return the protocol version in a node's message, even if this version cannot decode the rest; None without one."""
+    """Return the protocol version in a message, even if this version cannot decode the rest; None without one."""
     try:
         return _version.decode(frame).protocol
     # An error here would hide the first one, which the caller reports.

@@ -1,8 +1,8 @@
 """ZeroMQ sockets, their monitor, and the waker of a poll loop.
 
 Every socket of this project is made here, so that all of them have the same options: no linger, heartbeats from libzmq's
-I/O thread, which work while Python is busy, and no high-water marks. Credits bound the messages in flight instead; only a
-node bounds the messages that wait for a client that does not read.
+I/O thread, which work while Python is busy, and no high-water marks at a client, where credits bound the messages in flight. A
+node does not trust its clients to keep to them, and bounds what waits in either direction.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ipaddress
 import os
 import socket as socketlib
 import threading
+import time
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, Final
@@ -20,7 +21,7 @@ import numpy as np
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from loader_service.errors import AddressError, KeyRefused
+from loader_service.errors import AddressError, KeyRefused, printable
 from loader_service.wire.auth import ClientKeys, NodeKeys, secure_client, secure_node
 from loader_service.wire.messages import MAX_CLIENT_MESSAGE_BYTES
 
@@ -36,8 +37,9 @@ BACKLOG: Final = 1_024
 """Connections that may wait until a node accepts them. Of more than libzmq's 100 the kernel drops some, and their clients try
 again after a second or more: during a flood, or when all clients return after a restart."""
 
-UNREAD_MESSAGES: Final = 1_000
-"""Upper bound of the messages that a node queues for a client that does not read. A correct client has fewer requests."""
+UNREAD_REQUESTS: Final = 4
+"""Messages of a connection, of up to MAX_CLIENT_MESSAGE_BYTES, that libzmq keeps for a busy dispatcher; the others wait in the
+client. So a client with MAX_CONNECTIONS connections takes 1 MiB at most."""
 
 RECONNECT_MS: Final = 50
 RECONNECT_MAX_MS: Final = 2_000
@@ -82,9 +84,21 @@ _UNPROVEN_IS_WRONG_KEY: Final = 3
 is just being stopped breaks one, too."""
 
 _SIGNATURE_BYTES: Final = 10
-_SIGNATURE_S: Final = 0.5
-"""Length of the signature that a ZeroMQ peer sends to each new connection (ZMTP 3.1: ``ff``, eight bytes, ``7f``), and
-the seconds to wait for it."""
+_PROBE_S: Final = 0.5
+_PROBE_BYTES: Final = 256
+"""Length of the signature that a ZeroMQ peer sends to each new connection (ZMTP 3.1: ``ff``, eight bytes, ``7f``); the
+seconds to wait for each of a peer's answers, and how many bytes of them tell what it is."""
+
+_PROBE_EVERY_S: Final = 30.0
+"""Seconds between two questions what listens at an address where handshakes break."""
+
+# The greeting of ZMTP 3.0 (RFC 23) without keys, in two parts: signature and version, upon which the peer sends all of its own
+# greeting; then mechanism, as-server and filler. A peer with keys would cut the connection at the second part.
+_NULL: Final = b"NULL".ljust(20, b"\0")
+_CURVE: Final = b"CURVE".ljust(20, b"\0")
+_MECHANISM: Final = slice(12, 32)
+_GREETING: Final = (b"\xff" + bytes(8) + b"\x7f\x03\x00", _NULL + bytes(32))
+_GREETING_BYTES: Final = 64
 
 
 def check_address(address: str) -> None:
@@ -125,13 +139,16 @@ def is_local(address: str) -> bool:
         return host == "localhost"  # other names may resolve to any address, so they count as remote
 
 
-def bind_node(context: zmq.Context[Any], address: str, keys: NodeKeys | None = None) -> tuple[zmq.Socket[bytes], str]:
+def bind_node(
+    context: zmq.Context[Any], address: str, keys: NodeKeys | None = None, *, unread_messages: int = 1_000
+) -> tuple[zmq.Socket[bytes], str]:
     """Bind a node's ROUTER; return it and its address (tcp://127.0.0.1:* becomes an address with a port).
 
     Args:
         context: the node's context; with keys, its :class:`auth.Authenticator` must exist already.
         address: the address to listen at.
         keys: the node's keys, as :func:`access.keys_to_serve` chooses them; None serves everybody who can connect.
+        unread_messages: upper bound of the messages that wait for one connection of a client that does not read.
 
     Raises:
         AddressError: the address is malformed, in use, or not one of this machine.
@@ -141,7 +158,9 @@ def bind_node(context: zmq.Context[Any], address: str, keys: NodeKeys | None = N
         _refuse_if_taken(address)  # only ipc: for tcp the bind itself fails
     router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     _prepare(router, address)
-    router.setsockopt(zmq.SNDHWM, UNREAD_MESSAGES)  # replaces the 0 of _prepare: a client may never read
+    # These replace the 0 of _prepare: a client may never read, and may send more than a dispatcher can process.
+    router.setsockopt(zmq.SNDHWM, unread_messages)
+    router.setsockopt(zmq.RCVHWM, UNREAD_REQUESTS)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a lost client is an error; the default drops it silently
     router.setsockopt(
         zmq.ROUTER_HANDOVER, 1
@@ -199,6 +218,7 @@ class Monitor:
     def __init__(self, dealer: zmq.Socket[bytes], address: str, keys: ClientKeys | None) -> None:
         self._dealer, self._address, self._keys = dealer, address, keys
         self._unproven = 0
+        self._up, self._probed_at = False, -_PROBE_EVERY_S
         self.socket = dealer.get_monitor_socket(sum(_EVENTS))  # each event is one bit, so the sum is the mask
 
     def events(self) -> list[bool]:
@@ -206,6 +226,7 @@ class Monitor:
 
         Raises:
             KeyRefused: client and node do not accept each other's keys, so that another attempt is useless.
+            AddressError: something else than a node listens there.
         """
         happened = []
         while self.socket.poll(0):  # libzmq's I/O thread writes events at any time: take all there are
@@ -213,8 +234,27 @@ class Monitor:
             self._count(event)
             if reason := self._refusal(event):
                 raise KeyRefused(self._address, reason)
+            self._check_listener(event)
             happened.append(event is ConnectionEvent.UP)
         return happened
+
+    def _check_listener(self, event: ConnectionEvent) -> None:
+        """Ask the peer what it is if a connection broke before its handshake.
+
+        Raises:
+            AddressError: it is no node.
+            KeyRefused: one side uses keys and the other does not.
+        """
+        broken = event is ConnectionEvent.DOWN and not self._up
+        self._up = event is ConnectionEvent.UP or (self._up and event is not ConnectionEvent.DOWN)
+        if broken and time.monotonic() - self._probed_at >= _PROBE_EVERY_S:
+            self._probed_at = time.monotonic()
+            said = _first_bytes(self._address)
+            if other := _other_service(said):
+                raise AddressError(self._address, f"{other} listens there, not a node")
+            # If one side uses keys, each breaks the handshake, and the side that is slower does not learn why.
+            if _has_signature(said) and said[_MECHANISM] == (_NULL if self._keys else _CURVE):
+                raise KeyRefused(self._address, self._refusal(ConnectionEvent.MISMATCH))
 
     def _count(self, event: ConnectionEvent) -> None:
         """Count broken handshakes in a row.
@@ -316,20 +356,44 @@ def try_send(socket: zmq.Socket[bytes], frames: list[Any], on_gone: Callable[[],
 
 def _is_zeromq(address: str) -> bool:
     """Return whether a ZeroMQ peer listens at the address now; a proxy closes the connection or says nothing."""
+    # libzmq sends its signature before it reads anything.
+    return _has_signature(_first_bytes(address))
+
+
+def _has_signature(said: bytes) -> bool:
+    return len(said) >= _SIGNATURE_BYTES and said[0] == 0xFF and said[_SIGNATURE_BYTES - 1] == 0x7F
+
+
+def _other_service(said: bytes) -> str:
+    """Return a name for what sent these first bytes, for people; empty if it may be a node, or a relay of one."""
+    if said and said[0] != 0xFF:
+        return f"a service that answers {printable(repr(said[:40]))}"
+    _, found, value = said.partition(b"\x0bSocket-Type")  # a name and a value, each after its length
+    kind = value[4 : 4 + int.from_bytes(value[:4], "big")].decode("ascii", "replace")
+    return f"a ZeroMQ socket of type {printable(kind)}" if found and kind != "ROUTER" else ""
+
+
+def _first_bytes(address: str) -> bytes:
+    """Greet what listens at an address, and return what it answers."""
+    said = b""
     try:
         with _dial(address) as probe:
-            probe.settimeout(_SIGNATURE_S)
-            # libzmq sends its signature before it reads anything, so no greeting is needed here.
-            signature = probe.recv(_SIGNATURE_BYTES, socketlib.MSG_WAITALL)
-    except OSError:
-        return False
-    return len(signature) == _SIGNATURE_BYTES and signature[0] == 0xFF and signature[-1] == 0x7F
+            probe.settimeout(_PROBE_S)
+            probe.sendall(_GREETING[0])
+            while len(said) < _GREETING_BYTES and (more := probe.recv(_GREETING_BYTES - len(said))):
+                said += more
+            if said[_MECHANISM] == _NULL:
+                probe.sendall(_GREETING[1])
+                said += probe.recv(_PROBE_BYTES)  # one message of some 30 bytes: the type of the socket
+    except OSError:  # also a timeout: a peer that has said all waits for us
+        return said
+    return said
 
 
 def _dial(address: str) -> socketlib.socket:
     if address.startswith("tcp://"):
         parts = urlsplit(address)
-        return socketlib.create_connection((parts.hostname, parts.port), _SIGNATURE_S)
+        return socketlib.create_connection((parts.hostname, parts.port), _PROBE_S)
     probe = socketlib.socket(socketlib.AF_UNIX)
     try:
         probe.connect(address.removeprefix("ipc://"))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
+import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -317,19 +320,29 @@ def test_two_nodes_share_the_work(dataset_dir: Path, start_node: Callable[..., A
 
 
 def test_a_node_with_another_dataset_is_refused(
-    start_node: Callable[..., Any], make_dataset: Any, tmp_path: Path
+    start_node: Callable[..., Any],
+    make_dataset: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    eventually: Callable[[Callable[[], bool], str], None],
 ) -> None:
-    """A node with other data than the first is refused, and the error names the difference."""
+    """A node with other data than the first is named with the difference and not used; the run goes on with the first."""
     make_dataset(tmp_path / "train.lmdb", 20)
-    first, other = start_node(), start_node(data=tmp_path)
-
-    def run() -> None:
-        with _load(f"{first.address},{other.address}", epochs=100_000) as loader:  # more than there is time for
-            for _ in loader:
-                pass
-
-    with pytest.raises(errors.NodeRefused, match=r"fingerprint is .*, this client needs"):
-        run()
+    first = start_node()
+    port = first.address.rpartition(":")[2]
+    other = start_node(data=tmp_path, bind=f"tcp://127.0.0.2:{port}")
+    expected = _run(first.address)
+    known, real = ["127.0.0.1"], socket.getaddrinfo
+    monkeypatch.setattr("loader_service.client.resolver.INTERVAL_S", 0.05)
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda _, *rest, **named: [e for ip in known for e in real(ip, *rest, **named)]
+    )
+    with caplog.at_level(logging.WARNING), _load(f"tcp://pool.test:{port}") as loader:
+        known.append("127.0.0.2")  # after the first one was welcomed, which decides
+        eventually(lambda: "fingerprint is" in caplog.text, "the other node is refused")
+        assert [_content(batch) for batch in loader] == expected
+    assert f"the node at {other.address} is refused: its dataset's fingerprint is " in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -355,3 +368,23 @@ def test_a_split_that_is_not_served_is_refused(
     make_dataset(tmp_path / "train.lmdb", 20)
     with pytest.raises(errors.NodeRefused, match=r"list of splits is train"):
         _load(start_node(data=tmp_path).address, split="val")
+
+
+# A sample of 9 x 9 pixels takes 263 bytes, and 332 with its label and draws aligned to 64 bytes.
+SMALL_SLOTS = "import sys; from loader_service import defaults; defaults.SEND_SLOT_BYTES = int(sys.argv.pop(1)); from loader_service.cli import main; main(prog_name='loader-service')"  # fmt: skip
+
+
+@pytest.mark.parametrize(("slot_bytes", "serves"), [(330, False), (391, True)])
+def test_a_slice_of_one_sample_fits_its_send_slot_or_is_refused(
+    dataset_dir: Path, slot_bytes: int, serves: bool
+) -> None:
+    """A send slot that is too small for one aligned sample is an error at the start; each other one serves."""
+    view = View(crop=9, flip=False, jitter=0.0)
+    program = (sys.executable, "-c", SMALL_SLOTS, str(slot_bytes))
+    with LocalNode(dataset_dir, workers=1, program=program) as node:
+        if serves:
+            with _load(node.address, view=view, transport="tcp") as loader:
+                assert sum(len(batch.labels) for batch in loader) == RECORDS
+        else:
+            with pytest.raises(errors.OptionError, match=f"samples that fit a send slot of {slot_bytes} bytes"):
+                _load(node.address, view=view, transport="tcp")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable
 from itertools import count
 from typing import Any
@@ -13,10 +14,12 @@ import pytest
 from loader_service import defaults
 from loader_service.client.plan import Schedule
 from loader_service.client.protocol import (
-    ASKS_PER_WORKER,
+    FIRST_PAUSE_S,
     GREET_AGAIN_S,
-    MAX_RETRIES,
+    MAX_FAILURES,
+    MAX_PAUSE_S,
     NO_SLOT,
+    SICK_AFTER,
     Action,
     Ask,
     ClientProtocol,
@@ -37,8 +40,10 @@ from loader_service.client.protocol import (
     Warn,
 )
 from loader_service.errors import (
+    AddressError,
     MessageError,
     NodeFailed,
+    NodeFull,
     NodeRefused,
     RecordError,
     SharedMemoryError,
@@ -56,12 +61,14 @@ from loader_service.wire.messages import (
     Ping,
     Pixels,
     Pong,
+    Refused,
     SlotLayout,
     UnknownClient,
     Welcome,
 )
 
 PATIENCE_S = defaults.NODE_STALL_S
+ASKS_PER_WORKER = defaults.ASKS_PER_WORKER
 SEGMENT = "loader-service-" + "0" * 32
 ATTACH = Attach(SEGMENT, b"n" * 16, SlotLayout(4, 10, 3, 100, 12))
 ACCEPTED, FAR_AWAY = Attached(SEGMENT, accepted=True), Attached(SEGMENT, accepted=False, reason="it is far away")
@@ -349,17 +356,108 @@ def test_a_bad_record_too_many_ends_the_run() -> None:
     assert [q.record for q in world.core.quarantine] == [1]
 
 
-def test_a_part_that_fails_again_and_again_ends_the_run() -> None:
-    """A failure that names no record has the part tried again, but not without limit."""
+def test_a_slice_that_every_node_fails_again_and_again_ends_the_run() -> None:
+    """A failure that names no record has the slice tried again after a pause that doubles, but not without limit."""
     world = World(3)
     world.node_up("a", 1)
-    for _ in range(MAX_RETRIES):
+    world.node_up("b", 1)
+    ended = ""
+    for _ in range(2 * MAX_FAILURES):
+        world.now += MAX_PAUSE_S
         world.advance()
-        assert world.failed(world.asked.pop()) == []
+        (ask,) = world.asked
+        world.asked.clear()
+        try:
+            world.failed(ask)
+        except NodeFailed as error:
+            ended = str(error)
+    assert (
+        f"no node could make positions 0 to 2 of epoch 0, each tried {MAX_FAILURES} times: at a: it is broken; "
+        in ended
+    )
+    assert "at b: it is broken" in ended
+    assert world.account.reassigned == 2 * MAX_FAILURES
+
+
+def test_a_sick_node_is_stood_down_and_the_others_serve() -> None:
+    """A node that refuses at once gets SICK_AFTER requests and then none until its pause ends; the run never notices."""
+    world = World(3000, slice_samples=1, slots=4)
+    world.node_up("sick", 1)
+    world.node_up("well", 1)
+    failed = 0
+    while len(world.delivered) < 1000:
+        world.advance()
+        ask = next((ask for ask in world.asked if ask.node == "sick"), world.asked[0])  # it is the faster one
+        world.asked.remove(ask)
+        if ask.node == "sick":
+            failed += 1
+            world.failed(ask)
+            world.asked = [other for other in world.asked if other.node == "well" or world.core._nodes["sick"].asks]
+        else:
+            assert world.filled(ask.node, ask.number)
+        world.let_go()
+    assert failed == SICK_AFTER
+    assert (
+        Warn(f"node sick is not asked for {FIRST_PAUSE_S:.0f} s, since slices fail there: it is broken") in world.others
+    )
+
+
+def test_a_sick_node_is_asked_for_one_slice_after_each_pause() -> None:
+    """The pause doubles up to MAX_PAUSE_S; a slice that comes makes the node well, and it is asked for as many as before."""
+    world = World(3000, slice_samples=1, slots=9)
+    world.node_up("sick", 2)
+    world.node_up("well", 1)
     world.advance()
-    with pytest.raises(NodeFailed, match=f"at a could not make a slice {MAX_RETRIES} times: it is broken"):
+    for ask in [ask for ask in world.asked if ask.node == "sick"][:SICK_AFTER]:
+        world.failed(ask)
+    world.asked = [ask for ask in world.asked if ask.node == "well"]
+    pause_s = FIRST_PAUSE_S
+    for _ in range(MAX_FAILURES):
+        world.now += 0.9 * pause_s
+        world.advance()
+        assert {ask.node for ask in world.asked} == {"well"}
+        world.now += 0.2 * pause_s
+        world.advance()
+        probe = world.asked.pop()
+        assert probe.node == "sick"
+        world.failed(probe)
+        pause_s = min(2 * pause_s, MAX_PAUSE_S)
+    world.now += pause_s
+    world.advance()
+    probe = world.asked.pop()
+    assert probe.node == "sick"
+    assert world.filled("sick", probe.number)
+    assert world.others[-1] == Inform("node sick serves again")
+    world.advance()
+    assert sum(ask.node == "sick" for ask in world.asked) == 2 * ASKS_PER_WORKER
+
+
+def test_a_node_whose_pause_is_over_is_asked_although_the_others_are_idle() -> None:
+    """The next slice that it has not failed goes to it, whatever the order of addresses."""
+    world = World(3000, slice_samples=1, slots=1, batch=1)
+    world.node_up("a", 9)
+    world.node_up("sick", 1)
+    world.core._nodes["sick"].stand_down(0.0)
+    world.now = FIRST_PAUSE_S
+    world.advance()
+    assert [ask.node for ask in world.asked] == ["sick"]
+
+
+def test_a_node_that_may_come_back_keeps_a_failing_run_alive() -> None:
+    """A lost node has not failed the slice, so the run waits for it; a refused one does not count."""
+    world = World(3)
+    world.node_up("a", 1)
+    world.node_up("b", 1)
+    world.node_down("b")
+    for _ in range(3 * MAX_FAILURES):
+        world.now += MAX_PAUSE_S
+        world.advance()
         world.failed(world.asked.pop())
-    assert world.account.reassigned == MAX_RETRIES + 1
+    world.receive("b", Refused(PROTOCOL, "it is full"))
+    world.now += MAX_PAUSE_S
+    world.advance()
+    with pytest.raises(NodeFailed, match="no node could make"):
+        world.failed(world.asked.pop())
 
 
 def test_a_blocked_slot_is_left_and_taken_back_later() -> None:
@@ -542,7 +640,11 @@ def test_a_node_is_greeted_until_it_answers_and_then_attached() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"protocol": PROTOCOL + 1}, "protocol version is 7, this client needs 6"),
+        (
+            {"protocol": PROTOCOL + 1},
+            f"protocol version is {PROTOCOL + 1}, this client needs {PROTOCOL}; the client is older",
+        ),
+        ({"protocol": PROTOCOL - 1}, "; the node is older: upgrade it first"),
         (
             {"installation": Installation("0" * 32, {"numpy": "9.9"})},
             f"this client needs {BUILTIN_GOLDEN}; .*numpy 9.9",
@@ -555,24 +657,78 @@ def test_a_node_is_greeted_until_it_answers_and_then_attached() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_node_that_would_give_other_bytes_is_refused(change: dict[str, Any], sentence: str) -> None:
-    """A second node must agree with the first in everything that decides or bounds the bytes of a slice."""
+    """A second node must agree with the first in everything that decides or bounds the bytes; the first goes on alone."""
     world = World()
     world.node_up("a", 1)
     world.resolve("a", "b")
-    with pytest.raises(NodeRefused, match=f"the node at b is refused: .*{sentence}"):
-        world.receive("b", msgspec.structs.replace(WELCOME, **change))
+    (warning,) = world.receive("b", msgspec.structs.replace(WELCOME, **change))
+    assert isinstance(warning, Warn)
+    assert re.search(f"the node at b is refused: .*{sentence}", warning.text)
+    world.advance()
+    assert {ask.node for ask in world.asked} == {"a"}
+
+
+def test_the_last_refusal_is_the_error() -> None:
+    """A client ends when each of its addresses is refused, and not before."""
+    world = World()
+    world.resolve("a", "b")
+    other = msgspec.structs.replace(WELCOME, installation=Installation("0" * 32, {}))
+    assert isinstance(world.receive("a", other)[0], Warn)
+    with pytest.raises(NodeFull, match=r"the node at b is full: it has 256 clients; wait until"):
+        world.receive("b", Refused(PROTOCOL, "it has 256 clients"))
+
+
+def test_a_refused_node_is_greeted_again_after_a_pause() -> None:
+    """Its reason is logged once; when it takes the client, it serves."""
+    world = World()
+    world.node_up("a", 1)
+    world.resolve("a", "b")
+    full = Refused(PROTOCOL, "it has 256 clients")
+    hello = Send("b", Hello(PROTOCOL, "client"))
+    assert len(world.receive("b", full)) == 1
+    assert world.carry_out(world.core.connected("b", 0.1)) == []
+    assert hello not in world.tick(0.9 * FIRST_PAUSE_S)
+    world.receive("a", Pong())
+    assert hello in world.tick(GREET_AGAIN_S + 0.1)
+    assert world.receive("b", full) == []
+    assert hello not in world.tick(GREET_AGAIN_S + 1.9)
+    world.node_up("b", 1)
+    world.advance()
+    assert {ask.node for ask in world.asked} == {"a", "b"}
+
+
+@pytest.mark.parametrize("error", [AddressError("b", "a web server listens there"), MessageError("odd")])
+def test_what_is_no_node_is_stood_down(error: Any) -> None:
+    """Rubbish at one address, however it is noticed, leaves the other in use; at the only address it is the error."""
+    world, alone = World(), ClientProtocol("client", ("b",), "train")
+    world.node_up("a", 1)
+    world.resolve("a", "b")
+    alone.resolved(frozenset("b"))
+    for core in (world.core, alone):
+        report = core.malformed if isinstance(error, MessageError) else core.refuse
+        if core is alone:
+            with pytest.raises(type(error)):
+                report("b", error, 1.0)
+        else:
+            (warning,) = report("b", error, 1.0)
+            assert "b" in str(warning)
+            assert list(report("b", error, 1.5)) == []
+    world.advance()
+    assert {ask.node for ask in world.asked} == {"a"}
 
 
 def test_a_message_of_another_protocol_version_is_refused() -> None:
     """A message that cannot be read loses its node; if it states another version, that is the error."""
     world = World()
+    world.core = ClientProtocol("client", ("a",), "train")
+    world.carry_out(world.core.begin(world.run))
     world.node_up("a", 1)
     error = MessageError("it is odd")
-    with pytest.raises(NodeRefused, match="install the same release"):
-        world.core.malformed("a", error, PROTOCOL + 1)
-    world.carry_out(world.core.malformed("a", error, PROTOCOL))
+    world.carry_out(world.core.malformed("a", error, 0.0, PROTOCOL))
     assert world.others[-2:] == [Warn(f"node a: {error}"), Warn("node a is lost: it does not speak this protocol")]
     assert world.state("a") is NodeState.CONNECTING
+    with pytest.raises(NodeRefused, match="the client is older"):
+        world.core.malformed("a", error, MAX_PAUSE_S, PROTOCOL + 1)
 
 
 def test_a_node_that_cannot_attach_sends_frames() -> None:
@@ -653,12 +809,12 @@ def test_a_node_that_does_not_know_this_client_is_greeted_at_once() -> None:
     world.node_up("a", 1)
     world.advance()
     assert world.receive("a", UnknownClient()) == [
-        Warn("node a is lost: it was restarted"),
+        Warn("node a is lost: it does not know this client (any more)"),
         Send("a", Hello(PROTOCOL, "client")),
     ]
     assert world.state("a") is NodeState.CONNECTING
     assert world.account.reassigned == ASKS_PER_WORKER
-    assert world.receive("a", UnknownClient()) == [Send("a", Hello(PROTOCOL, "client"))]  # nothing more to lose
+    assert world.receive("a", UnknownClient()) == []  # it was greeted already
 
 
 def test_signs_of_life() -> None:
@@ -670,7 +826,8 @@ def test_signs_of_life() -> None:
     assert world.receive("elsewhere", Ping()) == []
     assert list(world.core.connected("elsewhere", 0.0)) == []
     assert list(world.core.disconnected("elsewhere", 0.0)) == []
-    assert list(world.core.malformed("elsewhere", MessageError("odd"))) == []
+    assert list(world.core.malformed("elsewhere", MessageError("odd"), 0.0)) == []
+    assert list(world.core.refuse("elsewhere", MessageError("odd"), 0.0)) == []
 
 
 def test_a_quiet_node_is_pinged_and_a_silent_one_is_lost() -> None:
@@ -719,7 +876,10 @@ def test_a_node_whose_address_disappears_is_disconnected_once_it_is_lost() -> No
     assert world.resolve() == [Disconnect("b")]
     world.advance()
     assert {ask.node for ask in world.asked} == {"a"}
-    assert world.receive("a", UnknownClient()) == [Warn("node a is lost: it was restarted"), Disconnect("a")]
+    assert world.receive("a", UnknownClient()) == [
+        Warn("node a is lost: it does not know this client (any more)"),
+        Disconnect("a"),
+    ]
     assert world.receive("a", WELCOME) == []
     assert world.resolve("a") == [Connect("a")]
 

@@ -135,4 +135,8 @@ def keygen(directory: Path) -> None:
 def _announcement(dispatcher: Dispatcher, facts: dict[Split, DatasetFacts], workers: int) -> str:
     serves = ", ".join(f"{split} ({f.count:,} records, {len(f.class_names):,} classes)" for split, f in facts.items())
     ceiling = dispatcher.memory_ceiling_bytes / 2**20
-    return f"listening on {dispatcher.address}: {serves}; {workers} workers; at most {ceiling:.0f} MiB of shared memory"
+    queue = dispatcher.client_bytes / 2**20
+    return (
+        f"listening on {dispatcher.address}: {serves}; {workers} workers; at most {ceiling:.0f} MiB of shared memory, and "
+        f"{queue:.0f} MiB for each client's requests"
+    )

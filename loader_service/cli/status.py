@@ -17,7 +17,7 @@ from rich.text import Text
 from loader_service import defaults
 from loader_service.cli.options import Command, argument, option
 from loader_service.client.query import status as ask_status
-from loader_service.errors import NoNodeError
+from loader_service.errors import NoNodeError, printable
 from loader_service.metrics import Rates
 from loader_service.wire.messages import Status
 
@@ -61,7 +61,7 @@ def status(json: bool, interval: float, **node: Any) -> None:
     rates = Rates.between(before, answer)
     if json:
         both = {**msgspec.to_builtins(answer), "rates": msgspec.to_builtins(rates)}
-        click.echo(msgspec.json.format(msgspec.json.encode(both)).decode())
+        click.echo("\n".join(map(printable, msgspec.json.format(msgspec.json.encode(both)).decode().split("\n"))))
     else:
         click.echo("\n".join(_lines(answer, rates)))
         Console().print(_tables(answer, rates))
@@ -106,7 +106,8 @@ def _screen(answer: Status, rates: Rates) -> Group:
 
 
 def _lines(answer: Status, rates: Rates) -> list[str]:
-    return [
+    full = len(answer.clients) >= answer.max_clients > 0
+    lines = [
         f"node {answer.instance[:8]} at {answer.address}, version {answer.version}, up {answer.uptime_s:.0f} s",
         *(f"  {split}: {fingerprint}" for split, fingerprint in answer.splits.items()),
         f"{answer.leases} active leases, {answer.queued} queued requests, "
@@ -114,16 +115,25 @@ def _lines(answer: Status, rates: Rates) -> list[str]:
         f"{answer.restarts} workers restarted, {answer.bad_samples} bad samples, {answer.refused} messages refused",
         f"{rates.samples:,.0f} samples/s, {rates.delivered_bytes / 1e6:,.1f} MB/s; workers busy {rates.busy:.0%}: "
         + ", ".join(f"{stage} {share:.0%}" for stage, share in rates.stages.items()),
+        *([f"full: it has {len(answer.clients)} clients, and refuses others"] if full else []),
         f"bottleneck: {rates.bottleneck.what} ({rates.bottleneck.why})",
     ]
+    return list(map(printable, lines))
 
 
 def _tables(answer: Status, rates: Rates) -> Group:
     workers = Table("worker", "pid", "state", "slices", "samples", "samples/s", "busy s")
     for index, (w, rate) in enumerate(zip(answer.workers, rates.workers, strict=True)):
         counts = f"{w.slices:,}", f"{w.samples:,}", f"{rate:,.0f}", f"{w.busy_s:.1f}"
-        workers.add_row(str(index), str(w.pid), f"{w.state} {w.stage}".strip(), *counts)
+        workers.add_row(str(index), str(w.pid), _cell(f"{w.state} {w.stage}".strip()), *counts)
     clients = Table("client", "transport", "queued", "slices", "samples", "samples/s")
     for c, rate in zip(answer.clients, rates.clients, strict=True):
-        clients.add_row(c.name, c.transport, str(c.queued), f"{c.slices:,}", f"{c.samples:,}", f"{rate:,.0f}")
+        clients.add_row(
+            _cell(c.name), _cell(c.transport), str(c.queued), f"{c.slices:,}", f"{c.samples:,}", f"{rate:,.0f}"
+        )
     return Group(workers, clients)
+
+
+def _cell(text: str) -> Text:
+    """Return a node's text as a cell: rich would read a str as markup."""
+    return Text(printable(text))

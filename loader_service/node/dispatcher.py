@@ -44,7 +44,7 @@ from loader_service.node.scheduler import (
     Task,
     WorkerRecord,
 )
-from loader_service.node.send_buffers import SendBuffers
+from loader_service.node.send_buffers import SendBuffers, messages_per_slice
 from loader_service.node.watchdog import Watchdog, culprit
 from loader_service.node.worker import NO_RECORD, Worker, prove, share_checked, survey
 from loader_service.node.worker_pool import Death, Event, WorkerPool
@@ -52,6 +52,7 @@ from loader_service.types import DatasetFacts, Installation, Split
 from loader_service.wire import messages, sockets
 from loader_service.wire.access import keys_to_serve
 from loader_service.wire.auth import Authenticator, NodeKeys, RefusalLog
+from loader_service.wire.descriptors import ConnectionGate, raise_limit
 from loader_service.wire.messages import Attach, Attached, Failed, Request
 from loader_service.wire.shm import Segment, SegmentWatch, sweep
 from loader_service.wire.sockets import Waker
@@ -71,6 +72,15 @@ CANNOT_ATTACH: Final = "the node cannot open it: it runs on another machine, in 
 SWEEP_FOR_S: Final = 5.0
 """Seconds during which every tick looks for orphans after a client was lost. A killed process's connection can end before its
 other files are closed, and with them the lock that shows that its segment has an owner."""
+
+MAX_NOTICES: Final = 4 * MAX_CLIENTS
+"""Upper bound of the peers that the node remembers to have told that it does not know them."""
+
+EXHAUSTED_EVERY_S: Final = 60.0
+"""Seconds between two log lines about connections that are closed for lack of descriptors."""
+
+SPARE_MESSAGES: Final = 64
+"""Messages besides slices and answers that may wait for a client: a Pong for each second of a slow transfer."""
 
 MESSAGES_PER_TURN: Final = 64
 """Messages read from clients before the loop polls again, so that many clients cannot starve the workers."""
@@ -141,8 +151,10 @@ class Dispatcher:
         self._authenticator = Authenticator(self._context, settings.keys) if settings.keys else None
         self._refusals = RefusalLog()
         self._router, self.address = self._bind()
+        self._gate = ConnectionGate(self._router, self.address, settings.workers)
         self._waker = Waker()
         self._poller = zmq.Poller()
+        self._poller.register(self._gate.socket, zmq.POLLIN)
         self._poller.register(self._router, zmq.POLLIN)
         self._poller.register(self._waker.fileno(), zmq.POLLIN)
         if self._authenticator:
@@ -150,6 +162,8 @@ class Dispatcher:
         self._last_heard: dict[bytes, float] = {}  # time of the last message, by client
         # By client and name; the scheduler's Detach removes them.
         self._segments: dict[tuple[bytes, str], SegmentWatch] = {}
+        self._noticed: dict[bytes, None] = {}  # unknown peers that were told so, the oldest first
+        self._excess, self._excess_logged = 0, -EXHAUSTED_EVERY_S  # connections closed since the last line, its time
         self._watchdog = Watchdog(settings.standstill_s)
         self._send_buffers = SendBuffers(own, settings.slot_bytes, self._waker.wake)
         self._worker_pool = WorkerPool(fork_server, progress, self._poller, settings.stall_s)
@@ -162,7 +176,12 @@ class Dispatcher:
 
     def _bind(self) -> tuple[zmq.Socket[bytes], str]:
         try:
-            return sockets.bind_node(self._context, self._settings.bind, self._settings.keys)
+            settings = self._settings
+            # A client has at most these: all slots with slices for it, and one answer to each of its requests. The rest is
+            # for heartbeats. A client for which more wait does not read.
+            slices = settings.send_slots * messages_per_slice(settings.slot_bytes)
+            unread = slices + settings.workers * defaults.ASKS_PER_WORKER + SPARE_MESSAGES
+            return sockets.bind_node(self._context, settings.bind, settings.keys, unread_messages=unread)
         except BaseException:
             self._context.destroy(linger=0)  # a context with an open socket would block at its garbage collection
             raise
@@ -205,6 +224,12 @@ class Dispatcher:
         self._waker.wake()  # the signal may come between the loop's check and its poll, which would then sleep
 
     @property
+    def client_bytes(self) -> int:
+        """Upper bound of the memory of one client's requests, in bytes: in its queue, and in libzmq by all its lanes."""
+        unread = sockets.UNREAD_REQUESTS * messages.MAX_CLIENT_MESSAGE_BYTES * messages.MAX_CONNECTIONS
+        return self._scheduler.queue_bytes + unread
+
+    @property
     def memory_ceiling_bytes(self) -> int:
         """Upper bound of the shared memory of this node, in bytes: send slots and a bit per record. Clients own the rest."""
         return self._settings.send_slots * self._settings.slot_bytes + self._settings.checked_bytes
@@ -212,6 +237,7 @@ class Dispatcher:
     def _close(self) -> None:
         self._warn(self._refusals.due(time.monotonic(), closing=True))
         self._worker_pool.close()  # first, so that no worker writes into a closed segment
+        self._gate.close()
         self._router.close()
         if self._authenticator:
             self._authenticator.close()
@@ -226,6 +252,9 @@ class Dispatcher:
     def _handle(self, item: Any) -> None:
         if item is self._router:  # poll returns a ZeroMQ socket as itself, any other descriptor as a number
             self._receive_from_clients()
+        elif item is self._gate.socket:
+            self._excess += self._gate.close_excess()
+            self._report_excess(time.monotonic())
         elif self._authenticator and item is self._authenticator.socket:
             if refusal := self._authenticator.answer():
                 self._refused += 1
@@ -253,7 +282,12 @@ class Dispatcher:
                 if lane and not isinstance(message, messages.Ping):
                     raise MessageError(f"{type(message).__name__} came over a lane, which is for slices only")
             except MessageError as error:
-                self._refuse(client, str(error))
+                # A Hello of another version may have fields that this version does not know.
+                version = messages.protocol_of(frames[1]) if len(frames) == 2 and not lane else None
+                if version is None or version == messages.PROTOCOL:
+                    self._refuse(client, str(error))
+                else:
+                    self._turn_away(client, version)
                 continue
             if lane:  # also for an unknown client, which learns that over lane 0
                 self._send(frames[0], messages.Pong())
@@ -269,13 +303,25 @@ class Dispatcher:
             # %r escapes what the client may have put into the text.
             log.warning("client %s: %r (%d refused so far)", client.hex()[:8], flaw, self._refused)
 
+    def _turn_away(self, client: bytes, version: int) -> None:
+        """Answer the Hello of a client that the node does not take; ``version`` is the client's."""
+        reason = f"it has {MAX_CLIENTS} clients already, which is the most that it takes"
+        if version != messages.PROTOCOL:
+            advice = messages.advice(messages.PROTOCOL, version)
+            reason = f"it speaks protocol {messages.PROTOCOL}, the client protocol {version}; {advice}"
+        self._refuse(client, f"its Hello is refused: {reason}")
+        self._send(client, messages.Refused(messages.PROTOCOL, reason))
+
     def _answer(self, client: bytes, message: messages.FromClient) -> None:
         known = client in self._scheduler.clients
         # The order matters: the cases above `not known` are open to unknown clients, those below are not.
         match message:
-            case messages.Hello() if not known and len(self._scheduler.clients) >= MAX_CLIENTS:
-                self._refuse(client, f"the node has {MAX_CLIENTS} clients already")
+            case messages.Hello(version) if version != messages.PROTOCOL or (
+                not known and len(self._scheduler.clients) >= MAX_CLIENTS
+            ):
+                self._turn_away(client, version)
             case messages.Hello():
+                self._noticed.pop(client, None)
                 self._do(self._scheduler.client_joined(client, message.client))
                 self._post(client, [self._welcome])
             case messages.StatusQuery():
@@ -283,13 +329,21 @@ class Dispatcher:
             case messages.Bye():
                 self._remove(client)
             case _ if not known:
-                self._send(client, messages.UnknownClient())
+                self._notice(client)
             case messages.Ping():
                 self._send(client, messages.Pong())
             case messages.Attach():
                 self._attach(client, message)
             case messages.Request():
                 self._request(client, message)
+
+    def _notice(self, client: bytes) -> None:
+        """Tell a peer once that it must say Hello: its requests that follow are lost, too, and would cause one notice each."""
+        if client not in self._noticed:
+            while len(self._noticed) >= MAX_NOTICES:
+                del self._noticed[next(iter(self._noticed))]  # the oldest; if it sends again, it is told again
+            self._noticed[client] = None
+            self._send(client, messages.UnknownClient())
 
     def _attach(self, client: bytes, message: Attach) -> None:
         """Open a client's segment, to check it and to watch it. The workers map it when a lease names it."""
@@ -298,6 +352,9 @@ class Dispatcher:
             if self._scheduler.clients[client].barred:
                 raise SharedMemoryError("the client is barred")
             segment = SegmentWatch(name, message.nonce, layout.slots * layout.slot_bytes, layout.parts)
+            if self._gate.in_reserve(segment.fileno()):
+                segment.close()
+                raise SharedMemoryError("too few descriptors are left")
         except SharedMemoryError as error:
             # Not a refused message: every client on another machine tries.
             log.debug("client %s does not share memory with this node: %s", client.hex()[:8], error)
@@ -311,7 +368,7 @@ class Dispatcher:
 
     def _request(self, client: bytes, request: Request) -> None:
         if request.instance != self.instance:  # it was queued for another run of this node
-            self._send(client, messages.UnknownClient())
+            self._notice(client)
             return
         if flaw := self._flaw(request):
             self._refused += 1
@@ -379,6 +436,19 @@ class Dispatcher:
             self._worker_pool.kill_if_stalled(worker.index, worker.pid, next(iter(worker.tasks), None), now)
         self._warn(self._refusals.due(now))
         self._report_standstill(now)
+        self._report_excess(now)
+
+    def _report_excess(self, now: float) -> None:
+        """Log that connections are closed for lack of descriptors: the first at once, then once per EXHAUSTED_EVERY_S."""
+        if self._excess and now - self._excess_logged >= EXHAUSTED_EVERY_S:
+            log.warning(
+                "%d connections were closed, since this process may open only %d files; raise the limit (`ulimit -n`, or "
+                "LimitNOFILE= of a systemd unit, or --ulimit nofile= of a container) and restart the node, or end idle "
+                "connections",
+                self._excess,
+                self._gate.limit,
+            )
+            self._excess, self._excess_logged = 0, now
 
     def _check_segments(self, now: float) -> None:
         """Forget the clients that were killed, and bar those whose segments have shrunk."""
@@ -446,7 +516,7 @@ class Dispatcher:
             if own is None:  # a worker that had this slot is dead, and its locks with it
                 raise NodeFailed(f"send slot {task.slot} is locked, although no worker uses it")
             name, to = self._send_buffers.segment_name, own
-        self._worker_pool.give(worker, Lease(lease, request.split, request.what, request.dtype, name, to))
+        self._worker_pool.give(worker, Lease(lease, request.split, task.what, request.dtype, name, to))
 
     def _deliver(self, task: Task) -> None:
         if task.slot is None:
@@ -507,6 +577,7 @@ class Dispatcher:
             send_slots=self._settings.send_slots,
             send_slots_used=scheduler.send_slots_used,
             send_s=self._send_buffers.send_s,
+            max_clients=MAX_CLIENTS,
         )
 
     def _worker_status(self, worker: WorkerRecord) -> messages.WorkerStatus:
@@ -554,6 +625,7 @@ def run_node(
     Raises:
         LoaderServiceError: the node cannot start or cannot continue; the sentence says why.
     """
+    raise_limit()  # before processes are forked, which inherit it
     chosen = keys_to_serve(bind, keys, insecure=insecure)
     installation, facts = prove(), survey(data)  # before any process is forked: errors here need no clean-up
     # Anonymous shared memory, 2 int64 per worker, which the workers inherit through both forks.

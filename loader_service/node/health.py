@@ -131,7 +131,7 @@ def check_shared_memory(directory: Path = DIRECTORY) -> Check:
 def check_descriptors(workers: int) -> Check:
     """Check that the dispatcher may open as many files and sockets as it needs."""
     need = DESCRIPTORS + DESCRIPTORS_PER_WORKER * workers
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # a node raises the soft limit to the hard one
     found = f"the limit is {limit}, {need} are needed"
     if limit != resource.RLIM_INFINITY and limit < need:  # RLIM_INFINITY is -1, below every need
         return Check("open files", CheckState.FAILED, found, f"raise the limit: ulimit -n {need}")

@@ -41,13 +41,17 @@ ones get half of the workers each.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
+
+from loader_service import defaults
 from loader_service.node.packets import Destination
-from loader_service.types import SampleLayout, StageSeconds
+from loader_service.types import MAX_EXCLUDED, SampleLayout, SliceId, StageSeconds
 from loader_service.wire.messages import Failed, Place, Request, SlotLayout, WorkerState
 
 DEPTH: Final = 2
@@ -56,8 +60,14 @@ DEPTH: Final = 2
 CRASHES: Final = 3
 """Crashed workers after which a lease's record counts as bad. One crash may be an accident; three are the record's fault."""
 
-MAX_QUEUE: Final = 4096
-"""Upper bound of a client's waiting requests. Only a broken client reaches it: no client has so many slots."""
+REQUEST_BYTES: Final = 2048
+"""Memory of a waiting request, without its exclusions: less than 2 KiB, mostly for small Python objects."""
+
+QUEUE_BYTES: Final = 2**20
+"""Upper bound of the memory of a client's waiting requests, for a node of up to 34 workers. Only a broken client reaches it."""
+
+QUEUE_BYTES_PER_WORKER: Final = defaults.ASKS_PER_WORKER * (REQUEST_BYTES + 8 * MAX_EXCLUDED)
+"""The same per worker, for larger nodes: the largest requests that a client asks for at a time."""
 
 NO_SECONDS: Final = StageSeconds()
 
@@ -95,6 +105,7 @@ class ClientRecord:
     segment: ClientSegment | None = None  # None: it receives slices in frames
     barred: str = ""  # the reason why its shared memory is not written any more; empty: it may be
     queue: deque[Task] = field(default_factory=deque)
+    queued_bytes: int = 0  # memory of the queue
     charged_s: float = 0.0  # worker time, see Fairness; only differences between clients matter
     sending: int = 0  # send slots that it occupies
     slices: int = 0
@@ -104,14 +115,38 @@ class ClientRecord:
 
 @dataclass(eq=False)
 class Task:
-    """A request that is queued or leased."""
+    """A request that is queued or leased.
+
+    ``request`` is without its exclusions, which are kept as 8 bytes each: as Python's integers they would take 40.
+    """
 
     client: ClientRecord
     request: Request
     segment: ClientSegment | None = None  # the one attached at the time of the request
+    excluded: array[int] | None = None
     crashes: int = 0  # workers that crashed on it
     estimate_s: float = 0.0  # the charge of its lease, corrected when the lease is done
     slot: int | None = None  # its send slot, for a request without a place
+
+    @classmethod
+    def of(cls, client: ClientRecord, request: Request) -> Task:
+        """Return the task of a request."""
+        if not request.what.excluded:
+            return cls(client, request, client.segment)
+        what = msgspec.structs.replace(request.what, excluded=())
+        stripped = msgspec.structs.replace(request, what=what)
+        return cls(client, stripped, client.segment, array("Q", request.what.excluded))
+
+    @property
+    def what(self) -> SliceId:
+        """The identity of its slice, with the exclusions."""
+        what = self.request.what
+        return what if self.excluded is None else msgspec.structs.replace(what, excluded=tuple(self.excluded))
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory that it takes while it waits."""
+        return REQUEST_BYTES + 8 * len(self.excluded or ())
 
 
 @dataclass(eq=False)
@@ -188,6 +223,7 @@ class Scheduler:
         self.bad_samples = 0  # failures that named a record
         self.samples = 0  # delivered, also to clients that have left since
         self.delivered_bytes = 0
+        self.queue_bytes = max(QUEUE_BYTES, QUEUE_BYTES_PER_WORKER * workers)  # upper bound, for each client
         self._free_slots = list(range(send_slots))
         self._send_slots = send_slots
         self._next_lease = 0
@@ -224,6 +260,7 @@ class Scheduler:
         known.barred = reason
         refused = [task for task in known.queue if task.request.place is not None]
         known.queue = deque(task for task in known.queue if task.request.place is None)
+        known.queued_bytes = sum(task.memory_bytes for task in known.queue)
         for task in refused:
             actions += self._refuse(task, -1, reason)
         return actions + self._dispatch()
@@ -246,12 +283,17 @@ class Scheduler:
             return []
         if flaw := _flaw(asking, request):
             return [Refuse(client, Failed(request.id, -1, flaw))]
-        if len(asking.queue) >= MAX_QUEUE:
-            return [Refuse(client, Failed(request.id, -1, "too many requests are waiting"))]
+        task = Task.of(asking, request)
+        if asking.queued_bytes + task.memory_bytes > self.queue_bytes:
+            reason = (
+                f"this client's waiting requests take {asking.queued_bytes} bytes, and {self.queue_bytes} is the limit"
+            )
+            return [Refuse(client, Failed(request.id, -1, reason))]
         if not asking.queue:  # an idle client saves no credit: its charge rises to that of the busy clients
             floor = min((c.charged_s for c in self.clients.values() if c.queue), default=asking.charged_s)
             asking.charged_s = max(asking.charged_s, floor)
-        asking.queue.append(Task(asking, request, asking.segment))
+        asking.queue.append(task)
+        asking.queued_bytes += task.memory_bytes
         return self._dispatch()
 
     def slot_freed(self, slot: int, client: ClientRecord) -> list[Action]:
@@ -338,6 +380,7 @@ class Scheduler:
                 self.reassigned += 1
                 task.client.charged_s -= task.estimate_s
                 task.client.queue.appendleft(task)  # with its send slot, if any; the lock is free
+                task.client.queued_bytes += task.memory_bytes
             else:
                 self._release_slot(task)
         return actions + self._dispatch()
@@ -397,7 +440,9 @@ class Scheduler:
                     continue
                 task.slot = self._free_slots.pop()
                 client.sending += 1
-            return client.queue.popleft()
+            client.queue.popleft()
+            client.queued_bytes -= task.memory_bytes
+            return task
         return None
 
     def _detach(self, client: ClientRecord) -> list[Action]:

@@ -24,6 +24,11 @@ PIECE_BYTES: Final = 2 * 2**20
 and libzmq receives it into memory that was used before; neither holds for one frame of 19 MB."""
 
 
+def messages_per_slice(slot_bytes: int) -> int:
+    """Return the most messages that a slice is sent in: pieces of its pixels, and the end."""
+    return -(-slot_bytes // PIECE_BYTES) + 1
+
+
 class SendBuffers:
     """The send slots of one node.
 

@@ -7,6 +7,7 @@ server reports a death, :meth:`WorkerPool._reap` logs it and schedules a new pro
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -125,7 +126,13 @@ class WorkerPool:
         due = [index for at, index in self._due_spawns if at <= now]
         self._due_spawns = [spawn for spawn in self._due_spawns if spawn[0] > now]
         for index in due:
-            self._spawn(index)
+            try:
+                self._spawn(index)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                # A burst of connections can take all descriptors until the dispatcher has closed those beyond its limit.
+                self._due_spawns.append((now + RESPAWN_PAUSE_S, index))
 
     def kill_if_stalled(self, index: int, pid: int, lease: int | None, now: float) -> None:
         """Kill a worker that has been at one record for too long: it is stopped, or hangs in a read.

@@ -316,6 +316,10 @@ class SegmentWatch:
             raise
         self._size, self.data_offset = header.size, header.data_offset
 
+    def fileno(self) -> int:
+        """Return the descriptor of the opening."""
+        return self._descriptor
+
     def orphaned(self) -> bool:
         """Return whether the owner of the segment is gone."""
         return _free(self._descriptor, _OWNER_LOCK_AT)

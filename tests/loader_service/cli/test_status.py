@@ -12,13 +12,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 from click.testing import CliRunner
 
 from loader_service import Loader
 from loader_service.cli import main
+from loader_service.wire import messages
 
 
 def test_rates_and_the_bottleneck_as_json(node_address: str) -> None:
@@ -98,3 +101,32 @@ def test_ctrl_c_while_it_waits() -> None:
             said, _ = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "Traceback" not in said
+
+
+NASTY = "[red]x[/red]\x1b]0;owned\x07\x9b2J\u202egnp.exe\nnode 00000000"
+"""Markup, escape sequences of 7 and 8 bits, a reversal of direction, and a forged line."""
+HARMLESS = r"[red]x[/red]\u001b]0;owned\u0007\u009b2J\u202egnp.exe\u000anode 00000000"
+
+
+@pytest.mark.parametrize("options", [["--interval", "0"], ["--json", "--interval", "0"]], ids=["text", "json"])
+def test_names_of_clients_cannot_change_the_terminal(
+    start_node: Callable[..., Any], tmp_path: Path, options: list[str]
+) -> None:
+    """A client's name is shown with its markup as it is and its control characters escaped; JSON still means the same."""
+    node = start_node(bind=f"ipc://{tmp_path}/node")
+    context: zmq.Context[Any] = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.linger = 0
+    try:
+        dealer.connect(node.address)
+        dealer.send(messages.encode(messages.Hello(messages.PROTOCOL, NASTY)))
+        assert dealer.poll(20_000)
+        said = CliRunner().invoke(main, ["status", node.address, *options], env={"COLUMNS": "200"}).output
+    finally:
+        dealer.close()
+        context.term()
+    assert all(line.isprintable() for line in said.splitlines())
+    if "--json" in options:
+        assert json.loads(said)["clients"][0]["name"] == NASTY
+    else:
+        assert HARMLESS in said

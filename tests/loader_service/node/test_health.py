@@ -84,8 +84,8 @@ def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The soft limit must allow four files per worker and some for clients."""
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 4096))
+    """The hard limit, to which a node raises its own, must allow four files per worker and some for clients."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 256))
     assert health.check_descriptors(32).state is CheckState.OK
     few = health.check_descriptors(33)
     assert (few.state, few.remedy) == (CheckState.FAILED, "raise the limit: ulimit -n 260")

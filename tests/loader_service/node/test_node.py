@@ -35,7 +35,7 @@ def test_it_says_where_it_listens_what_it_serves_and_what_it_takes(start_node: S
     node = start_node(workers=2)
     assert node.announcement == (
         f"listening on {node.address}: train (300 records, 3 classes), val (60 records, 3 classes); "
-        "2 workers; at most 140 MiB of shared memory"
+        "2 workers; at most 140 MiB of shared memory, and 2 MiB for each client's requests"
     )
     answer = status(node.address)
     assert answer.memory_ceiling_bytes == 140 * 2**20 + 2 * mmap.PAGESIZE  # a bit per record of two splits

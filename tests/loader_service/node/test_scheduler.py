@@ -7,6 +7,7 @@ import random
 import msgspec
 import pytest
 
+from loader_service.defaults import ASKS_PER_WORKER
 from loader_service.node.packets import Destination
 from loader_service.node.scheduler import (
     CRASHES,
@@ -19,7 +20,7 @@ from loader_service.node.scheduler import (
     Refuse,
     Scheduler,
 )
-from loader_service.types import SliceId, View
+from loader_service.types import MAX_EXCLUDED, SliceId, View
 from loader_service.wire.messages import Place, Request, SlotLayout
 
 PLACE = Place(0, 1)
@@ -324,3 +325,36 @@ def test_a_barred_client_gets_its_reason_and_frames() -> None:
     assert {(failure.record, failure.reason) for failure in failures} == {(-1, "it has shrunk")}
     assert scheduler.bad_samples == 0
     assert [g.task.request.id for g in _grants(scheduler.worker_ready(0))] == [9]
+
+
+def test_a_clients_queue_is_bounded_in_bytes_and_drains() -> None:
+    """Requests beyond the bound are refused with the reason; requests that leave the queue make room for others."""
+    scheduler = _ready(1)
+    _join(scheduler, b"a")
+    excluded = tuple(range(MAX_EXCLUDED))
+    large = msgspec.structs.replace(_request(0), what=msgspec.structs.replace(_request(0).what, excluded=excluded))
+    grants, refusals, number = [], [], 0
+    while not refusals:
+        actions = scheduler.requested(b"a", msgspec.structs.replace(large, id=number))
+        grants += _grants(actions)
+        refusals += [action for action in actions if isinstance(action, Refuse)]
+        number += 1
+    assert f"{scheduler.queue_bytes} is the limit" in refusals[0].message.reason
+    assert scheduler.queued < number <= scheduler.queue_bytes // (8 * MAX_EXCLUDED)
+    assert all(grant.task.what.excluded == excluded for grant in grants)
+    done = 0
+    while grants:
+        grants += _grants(scheduler.worker_done(0, grants.pop(0).lease, 0.001))
+        done += 1
+    assert done == number - 1
+    assert scheduler.clients[b"a"].queued_bytes == 0
+
+
+@pytest.mark.parametrize("workers", [1, 16, 64, 1024])
+def test_what_a_client_asks_for_at_a_time_fits_its_queue(workers: int) -> None:
+    """The most requests that a client has at one node, each with the most exclusions, are all accepted."""
+    scheduler = Scheduler(workers, 1)  # no worker is ready, so all requests wait
+    _join(scheduler, b"a")
+    what = msgspec.structs.replace(_request(0).what, excluded=tuple(range(MAX_EXCLUDED)))
+    for number in range(ASKS_PER_WORKER * workers):
+        assert scheduler.requested(b"a", msgspec.structs.replace(_request(number), what=what)) == []

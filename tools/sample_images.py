@@ -101,7 +101,7 @@ def main(out: Path, views: int, seed: int, build: Path) -> None:
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
         count = cut_all(partial, archives, views, seed)
-        (partial / "LICENSES.md").write_text(licences(), encoding="utf-8")
+        (partial / "LICENSES.md").write_text(licences(PHOTOGRAPHS), encoding="utf-8")
         (partial / MARKER).write_bytes(msgspec.json.encode(asked))  # last: see MARKER
         if out.exists():
             shutil.rmtree(out)  # made by this command, with other options

@@ -24,6 +24,12 @@
     ├── SlotsHeld                     5  the caller's arrays hold every slot
     ├── PinnedMemoryError             5  CUDA cannot pin the slots
     ├── StateError                    6  a saved state does not fit this loader
+    ├── LoopError                     1  base class, never raised itself: a loop uses a loader in a way that cannot work
+    │   ├── NoEpochLeft                  all epochs of the loader have begun
+    │   ├── IteratorReplaced             a newer iterator, or another place, has replaced this one
+    │   ├── LoaderClosed                 the loader is closed
+    │   ├── LoaderForked                 the loader was opened in another process
+    │   └── LoaderBusy                   another thread takes a batch at this moment
     └── NodeFailed                    7  a node cannot start or cannot continue
 
 An error keeps its facts as fields and builds one sentence from them: what is wrong, where, and what to do about it.
@@ -255,6 +261,64 @@ class StateError(LoaderServiceError):
     def __init__(self, what: str, saved: object, here: object) -> None:
         self.what, self.saved, self.here = what, saved, here
         super().__init__(f"the saved state does not fit this loader: its {what} is {saved}, here it is {here}.")
+
+
+class LoopError(LoaderServiceError):
+    """The base of errors of a loop that uses a loader in a way that cannot work."""
+
+
+class NoEpochLeft(LoopError):
+    """A loop over an epoch beyond the last one."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        super().__init__(
+            f"this loader has epochs={epochs}, and all of them have begun: each `for` is one epoch. Raise epochs, or leave it "
+            "out for a loader without an end; set_epoch() or load_state_dict() goes back."
+        )
+
+
+class IteratorReplaced(LoopError):
+    """An iterator that is no longer its loader's newest."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this iterator of the loader is no longer valid, because a newer one, set_epoch() or load_state_dict() has "
+            "replaced it: a loader has one place, so two loops would each get a part of the batches. Open a second Loader for a "
+            "second loop."
+        )
+
+
+class LoaderClosed(LoopError):
+    """A loader, or a wrapper around one, that is closed."""
+
+    def __init__(self, what: str = "Loader") -> None:
+        self.what = what
+        super().__init__(
+            f"this {what} is closed: open another one, and load the state of this one to continue its run."
+        )
+
+
+class LoaderForked(LoopError):
+    """A loader in a process that did not open it."""
+
+    def __init__(self, opened_by: int, process: int) -> None:
+        self.opened_by, self.process = opened_by, process
+        super().__init__(
+            f"this Loader was opened by process {opened_by} and does not work in process {process}, a copy of it: open a Loader "
+            "in each process that reads batches. In a DataLoader, use num_workers=0, or loop over the Loader itself, whose "
+            "workers are the node's."
+        )
+
+
+class LoaderBusy(LoopError):
+    """A loader in whose iterator another thread is at work."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another thread takes a batch from this loader at this moment: open a Loader for each thread, or take the batches "
+            "in one thread and pass them on through a queue."
+        )
 
 
 class NodeFailed(LoaderServiceError):

@@ -292,7 +292,8 @@ class DatasetFacts(msgspec.Struct, frozen=True):
 class EpochAccount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The account of one epoch, in positions; one rank's, or the sum over the ranks of a run.
 
-    An epoch is complete when ``delivered == expected``: each sample exactly once.
+    An epoch is complete when ``delivered == expected``: each sample exactly once. The next epoch begins when
+    ``delivered + left_out == expected``.
 
     Fields:
         epoch: number of the epoch, from 0.
@@ -301,6 +302,7 @@ class EpochAccount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         duplicates_refused: answers for a slice that the client had given up or received before.
         reassigned: slices requested again, because their node was lost or could not make them.
         substituted: positions with a bad record, filled with the pixels of another record.
+        left_out: positions that the caller left out, because he ended a loop before the epoch's end and began another one.
     """
 
     epoch: int
@@ -309,6 +311,7 @@ class EpochAccount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     duplicates_refused: int = 0
     reassigned: int = 0
     substituted: int = 0
+    left_out: int = 0
 
     def continued(self, rest: EpochAccount) -> EpochAccount:
         """Return the account of an epoch that one loader started and another finished.
@@ -322,4 +325,5 @@ class EpochAccount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             duplicates_refused=self.duplicates_refused + rest.duplicates_refused,
             reassigned=self.reassigned + rest.reassigned,
             substituted=self.substituted + rest.substituted,
+            left_out=self.left_out + rest.left_out,
         )

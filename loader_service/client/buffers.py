@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from loader_service.client.delivery import Hold
 from loader_service.client.protocol import Ask, Part, PendingBatch
 from loader_service.types import DRAWS, SampleLayout, SliceId
 from loader_service.wire.messages import Attach, Place, SlotLayout
-from loader_service.wire.shm import Hold, Segment, sweep
+from loader_service.wire.shm import Segment, sweep
 
 _LABEL_BYTES = 8  # int64
 Bytes = npt.NDArray[np.uint8]
@@ -113,17 +113,17 @@ class Buffers:
         np.copyto(labels, frame[: labels.size])
         np.copyto(draws, frame[labels.size :])
 
-    def arrays(
-        self, slot: int, count: int, release: Callable[[int], None]
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.void]]:
-        """Return views of a finished batch; ``release(slot)`` is called when the last of them is gone.
+    def hold(self, slot: int) -> Hold:
+        """Return a hold on a slot, for :meth:`arrays`."""
+        return Hold(self.segment.array(self._base(slot), (self._slot_bytes,), np.uint8))
+
+    def arrays(self, hold: Hold, count: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[np.void]]:
+        """Return views of a finished batch, which keep its hold.
 
         Returns:
             Pixels (count, *view.shape) uint8, float16 or float32; labels (count,) int64; draws (count, *view.draws_shape) DRAWS.
         """
         layout = self.layout
-        # Every array below is a view of the hold's, so the slot stays out until the last of them is collected.
-        hold = Hold(self.segment.array(self._base(slot), (self._slot_bytes,), np.uint8), partial(release, slot))
         whole = np.asarray(hold)  # (slot_bytes,) uint8, whose base is the hold
         return (
             # Slots and areas begin on page boundaries, so each array is aligned for its dtype.

@@ -1,17 +1,17 @@
-"""The public class of the client: :class:`Loader`, an iterator over batches of images.
+"""The public class of the client: :class:`Loader`, a source of batches of images, epoch by epoch.
 
 The caller's thread runs everything in this file. A session's thread talks to the nodes meanwhile and passes finished
-batches through a queue; see :mod:`loader_service.client.session`.
+batches on; see :mod:`loader_service.client.session`, and :mod:`loader_service.client.epochs` for the loops.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-import queue
+import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, get_args
@@ -23,14 +23,17 @@ import numpy.typing as npt
 from loader_service import defaults
 from loader_service.client.buffers import Buffers
 from loader_service.client.dataset import Dataset
-from loader_service.client.plan import Schedule
-from loader_service.client.protocol import Deliver, Finish, PendingBatch, Quarantined, Run, Transport
-from loader_service.client.session import Delivery, Session
+from loader_service.client.delivery import Claim, Deliveries
+from loader_service.client.epochs import Books, Epochs, Step
+from loader_service.client.plan import Place, Schedule
+from loader_service.client.protocol import PendingBatch, Quarantined, Run, Transport
+from loader_service.client.session import Session
 from loader_service.client.state import State
+from loader_service.client.world import AUTO, this_world
 from loader_service.data import kernel
 from loader_service.data.augment import complete_view
 from loader_service.data.fill import slice_numbers, slice_sources
-from loader_service.errors import NoNodeError, OptionError, SharedMemoryError, SlotsHeld
+from loader_service.errors import LoaderForked, NoNodeError, OptionError, SharedMemoryError, SlotsHeld
 from loader_service.metrics import LoaderHook, LoaderMetrics
 from loader_service.types import MAX_EXCLUDED, VIEWS, Dtype, EpochAccount, SampleLayout, SliceId, Split, View
 from loader_service.wire.access import access
@@ -64,12 +67,29 @@ class Batch(NamedTuple):
     epoch: int
     start: int
 
+    def __repr__(self) -> str:
+        """Return the shapes and dtypes, not the pixels."""
+        arrays = (f"{name}={a.dtype if name != 'draws' else 'struct'} {a.shape}" for name, a in zip(self._fields, self[:5], strict=False))  # fmt: skip
+        return f"Batch({', '.join(arrays)}, epoch={self.epoch}, start={self.start})"
 
-class Loader:
-    """An iterator over batches of augmented images, made by one node or many, in an order that only the seed decides.
 
-    One ``for`` loop runs all remaining epochs. After a ``break``, the next loop continues with the next batch. Close the
-    loader, or use it as a context manager.
+class _Made(NamedTuple):
+    """A batch that is on offer: from which delivery, and the claim to its slot."""
+
+    delivery: PendingBatch
+    claim: Claim
+
+
+class Loader(Epochs[Batch, _Made, Deliveries]):
+    """A source of batches of augmented images, made by one node or many, in an order that only the seed decides.
+
+    One ``for`` loop is one epoch, and the next loop is the next epoch; batches are prefetched across the boundary.
+    After a ``break``, or after an exception such as KeyboardInterrupt in the loop, the next loop is the next epoch, too, and
+    the ledger counts what was left out. To continue an epoch instead, keep its iterator (``it = iter(loader)``) and loop over
+    that again, or use :meth:`all_epochs`: no exception, wherever it is raised, costs them a batch. Close the loader, or use
+    it as a context manager.
+
+    A loader is for one thread at a time and for the process that opened it. Any number of loaders may be open in a process.
 
     Args:
         address: a node's address, or several with commas between.
@@ -77,14 +97,16 @@ class Loader:
         view: a name (``train``, ``center``, ``ten-crop``, ``whole``) or a :class:`View`.
         crop: side of the crops, in pixels. None takes that of a given View, and with a name 7/8 of the records' side
             (224 of 256).
-        batch_size: samples per batch and rank.
+        batch_size: samples per batch and rank: with 4 ranks, an optimiser's step sees 4 times as many.
         seed: decides the order and all augmentation; 0 .. 2**63 - 1.
-        epochs: number of epochs.
+        epochs: number of epochs, after which a loop is an error; None for no end.
         dtype: ``uint8`` pixels, or ``float16`` or ``float32`` minus the mean image. The latter take two or four times the
             bytes, and cost the nodes work that the trainer's device does almost for free.
-        rank, world_size: this replica's part of each global batch.
+        rank, world_size: this replica's part of each global batch. ``rank="auto"`` takes both from torch.distributed if that is
+            initialised, else from the environment variables RANK and WORLD_SIZE, else 0 of 1. Left out, they are 0 of 1, with a
+            warning if there is evidence of more ranks, which would all get the same data.
         transport: ``shm`` or ``tcp`` to force one; ``auto`` shares memory with every node that can.
-        drop_last: leave out an epoch's last batch if it is not full.
+        drop_last: leave out an epoch's last global batch if it is not full.
         prefetch: batches made ahead.
         timeout_s: seconds to wait for a node or a batch before an error is raised; None waits without limit and logs it.
         on_bad_sample: the response to a record that no node can read. ``fail`` raises an error that names the record;
@@ -99,10 +121,12 @@ class Loader:
 
     Fields:
         dataset: the facts of the dataset.
+        dtype: as given.
+        rank, world_size: as given, or as found.
         waited_s: seconds that ``next()`` has waited for batches.
 
     Raises:
-        OptionError: an argument cannot work.
+        OptionError: an argument cannot work, or the loader would repeat its data in each worker of a DataLoader.
         NoNodeError: no node answered in time.
         NodeRefused, NodeFull, AddressError, MessageError: no address leads to a node that serves; this is the last reason.
         KeyRefused, KeyFileError: the node does not accept the keys, or they are missing or cannot be read.
@@ -118,10 +142,10 @@ class Loader:
         crop: int | None = None,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int = 0,
-        epochs: int = 1,
+        epochs: int | None = None,
         dtype: Dtype = "uint8",
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | Literal["auto"] | None = None,
+        world_size: int | None = None,
         transport: Transport = "auto",
         drop_last: bool = False,
         prefetch: int = defaults.PREFETCH,
@@ -142,16 +166,25 @@ class Loader:
         _check_range("max_bad", max_bad, 0, MAX_EXCLUDED - 1)
         _check_range("batch_size", batch_size, 1, 2**16)
         _check_range("seed", seed, 0, 2**63 - 1)  # the bounds of SliceId.seed
-        _check_range("epochs", epochs, 0, 2**31)
+        if epochs is not None:
+            _check_range("epochs", epochs, 0, 2**31)
         _check_range("prefetch", prefetch, 1, 1024)
         _check_range("connections", connections, 1, MAX_CONNECTIONS)
-        _check_range("world_size", world_size, 1, 2**16)
-        _check_range("rank", rank, 0, world_size - 1)
+        if rank not in (None, AUTO):
+            _check_range("rank", rank, 0, 2**16)
+        if world_size is not None:
+            _check_range("world_size", world_size, 1, 2**16)
+        self.rank, self.world_size = this_world(rank, world_size)
+        _check_range("rank", self.rank, 0, self.world_size - 1)
         addresses = tuple(part.strip() for part in address.split(",") if part.strip())
         if not addresses:
             raise OptionError("address", address, "one or more addresses such as tcp://127.0.0.1:5555")
         keys = access(addresses, server_key, client_key, insecure=insecure)
         self._seed, self._transport, self._timeout_s, self._prefetch = seed, transport, timeout_s, prefetch
+        self._hook = hook
+        self.dtype: Dtype = dtype
+        self._used_s, self._returned_at = 0.0, 0.0
+        self.waited_s = 0.0
         replaced = max_bad if on_bad_sample == "substitute" else None  # None: the first bad record ends the run
         self._session = Session(addresses, split, replaced, keys, connections)  # its thread starts here
         # A finaliser closes a loader that is dropped without close(). It must not refer to the loader itself.
@@ -160,7 +193,9 @@ class Loader:
             self._facts = self._session.wait_for_facts(timeout_s)  # blocks until the first node has answered
             self.dataset = Dataset.of(self._facts)
             self._view = complete_view(_view_of(view, crop, self.dataset.side), self.dataset.statistics)
-            self._schedule = Schedule(self._facts.count, batch_size, rank, world_size, epochs, drop_last)
+            count = self._facts.count
+            schedule = _schedule(count, batch_size, self.rank, self.world_size, epochs, drop_last)
+            super().__init__(schedule, Books(Place(0, 0), Place(0, 0)))
             self._buffers = self._make_buffers(
                 SampleLayout(self._view, dtype), seed, batch_size, prefetch + defaults.SPARE_SLOTS
             )
@@ -169,71 +204,27 @@ class Loader:
             raise
         self._close.detach()
         self._close = weakref.finalize(self, _close, self._session, self._buffers)  # now there are slots to close, too
-        self._next = (0, 0)  # epoch and global position of the first batch not yet returned
-        self._deliveries: queue.SimpleQueue[Delivery] | None = None
-        self._held: set[int] = set()  # slots whose arrays the caller still has
-        self._delivered: dict[int, int] = {}
-        self._substituted: dict[int, int] = {}
-        self._excluded: tuple[int, ...] = ()
-        self._hook = hook
-        self._batches = self._samples = 0
-        self._used_s, self._returned_at = 0.0, 0.0
-        self.waited_s = 0.0
-
-    # Iteration
-
-    def __len__(self) -> int:
-        """Return the number of batches in one epoch."""
-        return self._schedule.batches_left(0)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._deliveries is None:
-            self._deliveries = self._begin()
-        start = time.perf_counter()
-        self._used_s += start - (self._returned_at or start)  # 0 until a batch was returned
-        try:
-            delivery = self._wait(self._deliveries)
-        finally:  # also if a signal's handler interrupts the wait
-            self._returned_at = time.perf_counter()
-            self.waited_s += self._returned_at - start
-        match delivery:
-            case Deliver(batch):
-                plan = batch.plan
-                # A global position, so another number of ranks can resume.
-                self._next = (plan.epoch, plan.next) if plan.next < self.dataset.count else (plan.epoch + 1, 0)
-                self._delivered[plan.epoch] = self._delivered.get(plan.epoch, 0) + plan.count
-                self._batches, self._samples = self._batches + 1, self._samples + plan.count
-                assembled = self._assemble(batch)
-                if self._hook:
-                    self._hook(self.metrics)
-                return assembled
-            case Finish():
-                self._deliveries.put(delivery)  # so that the next next() ends, too
-                raise StopIteration
-            case error:
-                self._deliveries.put(error)  # so that the next next() raises it, too
-                raise error
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loader's place, the first position that ``next()`` has not returned, as plain values."""
-        return self._state().plain()
+        """Return the loader's place, the first position that has not been returned, as plain values."""
+        return self._state(self._books).plain()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at a saved place. Batch size, world size, transport and nodes may differ from the saved run's.
+        """Continue at a saved place: the next loop is the rest of its epoch, or the next epoch if nothing is left of it.
+
+        Batch size, world size, transport and nodes may differ from the saved run's. The ledger starts anew. A loop in progress
+        gets IteratorReplaced.
 
         Raises:
             StateError: the state was saved for another dataset, view or seed, or by another version.
         """
-        resumed = self._state().resumed(state, self.dataset.count)
-        self._excluded = resumed.exclusions
-        self._next = (resumed.epoch, resumed.position)
-        self._delivered, self._substituted = {}, {}
-        self._deliveries = None  # the next call of next() begins a run at the saved place
+        books = self._books
+        resumed = self._state(books).resumed(state, self.dataset.count)
+        place = Place(resumed.epoch, resumed.position)
+        self._turn = None
+        self._set(Books(place, place, resumed.exclusions, batches=books.batches, samples=books.samples))
 
     @property
     def view(self) -> View:
@@ -242,15 +233,8 @@ class Loader:
 
     @property
     def ledger(self) -> list[EpochAccount]:
-        """The account of each epoch begun so far; see :class:`EpochAccount`."""
-        return [
-            msgspec.structs.replace(
-                account,
-                delivered=self._delivered.get(account.epoch, 0),
-                substituted=self._substituted.get(account.epoch, 0),
-            )
-            for account in self._session.accounts
-        ]
+        """The account of each epoch of which a batch was returned; see :class:`EpochAccount`."""
+        return self._ledger(self._books)
 
     @property
     def quarantine(self) -> list[Quarantined]:
@@ -260,30 +244,16 @@ class Loader:
     @property
     def metrics(self) -> LoaderMetrics:
         """The uses of this loader's time and slots up to this moment."""
-        # The session's thread goes on meanwhile, so the numbers may differ by a batch; hence the max below.
-        accounts, filling = self.ledger, self._session.pending
-        held, ready = len(self._held), self.ready
-        return LoaderMetrics(
-            batches=self._batches,
-            samples=self._samples,
-            delivered_bytes=self._samples * self._buffers.layout.sample_bytes,
-            waited_s=self.waited_s,
-            used_s=self._used_s,
-            slots={
-                "held": held,
-                "ready": ready,
-                "filling": filling,
-                "free": max(0, self._buffers.slots - held - ready - filling),
-            },
-            duplicates_refused=sum(account.duplicates_refused for account in accounts),
-            reassigned=sum(account.reassigned for account in accounts),
-            substituted=sum(self._substituted.values()),
-        )
+        return self._metrics(self._books)
 
     @property
     def ready(self) -> int:
-        """Batches that ``next()`` would return without waiting; the end and an error count as one."""
-        return self._deliveries.qsize() if self._deliveries else 0
+        """Batches that the next calls return without waiting."""
+        step = self._step
+        if step.lane is None:
+            return 0
+        taken = step.source and step.key not in self._offers and step.lane.is_first(step.source.delivery)
+        return len(step.lane) - (1 if taken else 0)
 
     @property
     def memory_bytes(self) -> int:
@@ -307,19 +277,124 @@ class Loader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    # Inside
+    # Inside: the parts of Epochs
 
-    def _state(self) -> State:
-        epoch, position = self._next
-        excluded = self._session.excluded if self._deliveries else None  # without deliveries, the run is an earlier one
+    def _check(self) -> None:
+        process = os.getpid()
+        if self._session.pid != process:
+            raise LoaderForked(self._session.pid, process)
+        self._session.check_open()
+
+    def _begin(self, books: Books) -> Deliveries:
+        run = Run(
+            schedule=self._schedule,
+            epoch=books.place.epoch,
+            position=books.place.position,
+            slots=self._buffers.slots,
+            slice_samples=self._buffers.slice_samples,
+            pixel_bytes=self._buffers.pixel_bytes,
+            tail_bytes=self._buffers.tail_bytes,
+            arm=self._buffers.arm,
+            transport=self._transport,
+            attach=self._buffers.attach,
+            excluded=books.excluded,
+            continues=bool(books.epochs),
+        )
+        return self._session.begin(self._buffers, run)
+
+    def _fetch(self, lane: Deliveries) -> tuple[_Made, Batch, Books]:
+        start = time.perf_counter()
+        self._used_s += start - (self._returned_at or start)  # 0 until a batch was returned
+        try:
+            self._session.take_back_slots()
+            delivery = self._wait(lane)
+        finally:  # also if a signal's handler interrupts the wait
+            self._returned_at = time.perf_counter()
+            self.waited_s += self._returned_at - start
+        hold = self._buffers.hold(delivery.slot)
+        claim = self._session.holds.claim(hold, delivery.slot)  # kept once the batch is on offer
+        images, labels, draws = self._buffers.arrays(hold, delivery.plan.count)  # views of the slot, shapes as in Batch
+        ids, sources = self._numbers(delivery)
+        batch = Batch(images, labels, ids, sources, draws, delivery.plan.epoch, delivery.plan.first)
+        substituted = int(np.count_nonzero(ids != sources))
+        return (
+            _Made(delivery, claim),
+            batch,
+            self._step.after.returned(delivery.plan, self._schedule.after(delivery.plan), substituted),
+        )
+
+    def _drop(self, lane: Deliveries, source: _Made) -> None:
+        lane.drop(source.delivery)
+
+    def _hand_over(self, step: Step[_Made, Deliveries]) -> None:
+        assert step.source is not None
+        self._session.holds.keep(step.source.claim)
+        if self._hook:
+            self._hook(self._metrics(step.after))
+
+    def _adopt(self, books: Books) -> None:
+        """Take over the books of a wrapper, and keep what is prefetched if they are at this loader's place."""
+        step = self._step
+        if step.lane is None or books.place != self._books.place:
+            self._set(books)
+        else:
+            if step.source is not None and step.key not in self._offers:
+                self._drop(step.lane, step.source)
+            self._step = Step(books, books, lane=step.lane)
+        self._offers.clear()
+
+    def _excluded_now(self) -> tuple[int, ...]:
+        step = self._step
+        found = self._session.excluded if step.lane is not None else None  # without a lane, the run is an earlier one
+        return step.after.excluded if found is None else found
+
+    # Inside: more
+
+    def _state(self, books: Books) -> State:
         return State(
-            epoch=epoch,
-            position=position,
+            epoch=books.place.epoch,
+            position=books.place.position,
             seed=self._seed,
             view=self._view,
             fingerprint=self._facts.fingerprint,
             golden=self._facts.golden,
-            exclusions=self._excluded if excluded is None else excluded,
+            exclusions=self._excluded_now(),
+        )
+
+    def _ledger(self, books: Books) -> list[EpochAccount]:
+        accounts = {account.epoch: account for account in self._session.accounts}
+        return [
+            msgspec.structs.replace(
+                accounts.get(epoch, EpochAccount(epoch, 0)),
+                delivered=counts.delivered,
+                substituted=counts.substituted,
+                left_out=counts.left_out,
+            )
+            for epoch, counts in sorted(books.epochs.items())
+        ]
+
+    def _metrics(self, books: Books) -> LoaderMetrics:
+        # The session's thread goes on meanwhile, so the numbers may differ by a batch; hence the max below.
+        accounts, filling, step = self._session.accounts, self._session.pending, self._step
+        held, ready = len(self._session.holds), 0
+        if step.lane is not None:
+            # The batch on offer, or taken last, is still in its lane, but its slot is held.
+            ready = len(step.lane) - (1 if step.source and step.lane.is_first(step.source.delivery) else 0)
+        return LoaderMetrics(
+            batches=books.batches,
+            samples=books.samples,
+            delivered_bytes=books.samples * self._buffers.layout.sample_bytes,
+            waited_s=self.waited_s,
+            used_s=self._used_s,
+            slots={
+                "held": held,
+                "ready": ready,
+                "filling": filling,
+                "free": max(0, self._buffers.slots - held - ready - filling),
+            },
+            duplicates_refused=sum(account.duplicates_refused for account in accounts),
+            reassigned=sum(account.reassigned for account in accounts),
+            substituted=sum(counts.substituted for counts in books.epochs.values()),
         )
 
     def _make_buffers(self, layout: SampleLayout, seed: int, batch_size: int, slots: int) -> Buffers:
@@ -349,49 +424,26 @@ class Loader:
             log.warning("%s Slices will come in frames instead.", error)
             return buffers(named=False)
 
-    def _begin(self) -> queue.SimpleQueue[Delivery]:
-        epoch, position = self._next
-        run = Run(
-            schedule=self._schedule,
-            epoch=epoch,
-            position=position,
-            slots=self._buffers.slots,
-            slice_samples=self._buffers.slice_samples,
-            pixel_bytes=self._buffers.pixel_bytes,
-            tail_bytes=self._buffers.tail_bytes,
-            arm=self._buffers.arm,
-            transport=self._transport,
-            attach=self._buffers.attach,
-            excluded=self._excluded,
-        )
-        return self._session.begin(self._buffers, run)
-
-    def _wait(self, deliveries: queue.SimpleQueue[Delivery]) -> Delivery:
-        try:
-            return deliveries.get_nowait()  # the usual case: batches are made ahead
-        except queue.Empty:
-            pass
-        if len(self._held) == self._buffers.slots:  # no batch can come, so waiting would never end
+    def _wait(self, deliveries: Deliveries) -> PendingBatch:
+        delivery = deliveries.first()
+        if delivery is not None:  # the usual case: batches are made ahead
+            return delivery
+        holds, slots = self._session.holds, self._buffers.slots
+        if len(holds) == slots:  # no batch can come, so waiting would never end
             gc.collect()  # frees arrays that are held only by reference cycles
-            if len(self._held) == self._buffers.slots:
-                raise SlotsHeld(self._buffers.slots)
-        try:
-            return deliveries.get(timeout=self._timeout_s)
-        except queue.Empty:
-            raise NoNodeError(self._session.addresses, self._timeout_s or 0.0, "no batch came") from None
+            if len(holds) == slots:
+                raise SlotsHeld(slots)
+            self._session.take_back_slots()
+        deadline = None if self._timeout_s is None else time.monotonic() + self._timeout_s
+        while (delivery := deliveries.first()) is None:
+            left_s = -1 if deadline is None else max(0.0, deadline - time.monotonic())
+            if not deliveries.wait(left_s):
+                raise NoNodeError(self._session.addresses, self._timeout_s or 0.0, "no batch came")
+        return delivery
 
-    def _assemble(self, finished: PendingBatch) -> Batch:
-        """Return a finished batch's arrays, with the ids and sources that its plan stands for."""
-        plan, slot = finished.plan, finished.slot
-        self._held.add(slot)  # before the arrays exist, since their release may come at once
-        held, session = self._held, self._session  # not self: arrays may outlive the loader and must not keep it alive
-
-        # Runs in any thread between any two instructions, see Hold: discard is atomic, slot_returned appends and wakes.
-        def release(slot: int) -> None:
-            held.discard(slot)
-            session.slot_returned(slot)
-
-        images, labels, draws = self._buffers.arrays(slot, plan.count, release)  # views of the slot, shapes as in Batch
+    def _numbers(self, finished: PendingBatch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the ids and sources that a batch's plan stands for, (B,) int64 each."""
+        plan = finished.plan
         # Copied, so that the caller may write them: the order's table is cached and read-only.
         ids = slice_numbers(
             self.dataset.count, SliceId(self._view, self._seed, plan.epoch, plan.first, plan.count)
@@ -401,10 +453,19 @@ class Loader:
             if part.excluded:
                 what, where = self._buffers.slice_id(plan.epoch, part), slice(part.offset, part.offset + part.count)
                 sources[where] = slice_sources(self.dataset.count, what)
-                # Excluded records need not be in this slice, so count the samples that really were replaced.
-                replaced = int(np.count_nonzero(sources[where] != ids[where]))
-                self._substituted[plan.epoch] = self._substituted.get(plan.epoch, 0) + replaced
-        return Batch(images, labels, ids, sources, draws, plan.epoch, plan.first)
+        return ids, sources
+
+
+def _schedule(count: int, batch_size: int, rank: int, world_size: int, epochs: int | None, drop_last: bool) -> Schedule:
+    """Return the batches of a run; raise OptionError if an epoch would have none."""
+    schedule = Schedule(count, batch_size, rank, world_size, epochs, drop_last)
+    if not schedule.batches_left(0):
+        raise OptionError(
+            "drop_last",
+            drop_last,
+            f"False with {count} records, of which no full batch of {batch_size} for each of {world_size} ranks can be made",
+        )
+    return schedule
 
 
 def _close(session: Session, buffers: Buffers) -> None:

@@ -7,8 +7,17 @@ exactly the order that one rank would have.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """A place in a run: an epoch, from 0, and a global position in its order."""
+
+    epoch: int
+    position: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Schedule:
         records: positions in an epoch.
         batch_size: positions per rank and batch.
         rank, world_size: this rank, and the number of ranks.
-        epochs: number of epochs.
+        epochs: number of epochs; None for no end.
         drop_last: leave out an epoch's last batch if it is not full.
     """
 
@@ -49,12 +58,12 @@ class Schedule:
     batch_size: int
     rank: int
     world_size: int
-    epochs: int
+    epochs: int | None
     drop_last: bool
 
     def batches(self, epoch: int, position: int) -> Iterator[Plan]:
         """Yield all batches from a global position of an epoch to the end of the last epoch."""
-        for each in range(epoch, self.epochs):
+        for each in itertools.count(epoch) if self.epochs is None else range(epoch, self.epochs):
             yield from self._epoch(each, position if each == epoch else 0)  # epochs after the first are whole
 
     def batches_left(self, position: int) -> int:
@@ -66,6 +75,18 @@ class Schedule:
     def expected(self, epoch_start: int = 0) -> int:
         """Return the number of positions that this rank takes, from a position of an epoch to its end."""
         return sum(plan.count for plan in self._ends(epoch_start))
+
+    def settled(self, place: Place) -> Place:
+        """Return the place of the next batch: the place itself, or the start of the next epoch if this one has no batch left."""
+        return place if self.batches_left(place.position) else Place(place.epoch + 1, 0)
+
+    def after(self, plan: Plan) -> Place:
+        """Return the place after a batch; it is global, so another number of ranks can resume there."""
+        return Place(plan.epoch, plan.next) if plan.next < self.records else Place(plan.epoch + 1, 0)
+
+    def is_over(self, place: Place) -> bool:
+        """Return True if a settled place is beyond the last epoch."""
+        return self.epochs is not None and place.epoch >= self.epochs
 
     def _epoch(self, epoch: int, position: int) -> Iterator[Plan]:
         full = self.batch_size * self.world_size

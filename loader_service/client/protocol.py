@@ -71,6 +71,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final, Literal
 
+from msgspec.structs import replace
+
 from loader_service import defaults
 from loader_service.client.plan import Plan, Schedule
 from loader_service.errors import (
@@ -292,6 +294,7 @@ class Run:
         transport: ``shm`` or ``tcp`` to force one; ``auto`` shares memory with each node that can.
         attach: the message that asks a node to write into the slots; None if nodes cannot open them.
         excluded: records that are known to be bad, ascending.
+        continues: True to keep the accounts of the run before.
     """
 
     schedule: Schedule
@@ -305,6 +308,7 @@ class Run:
     transport: Transport = "auto"
     attach: messages.Attach | None = None
     excluded: tuple[int, ...] = ()
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -485,9 +489,17 @@ class Ledger:
         nodes: all nodes by address; only those that are WORKING are asked.
         numbers: gives each request its number; the same for all ledgers of a client, so that no number is used twice.
         out: slots in the caller's hands; outlives the ledger.
+        earlier: accounts to continue.
     """
 
-    def __init__(self, run: Run, nodes: Mapping[str, NodeRecord], numbers: Iterator[int], out: set[int]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        nodes: Mapping[str, NodeRecord],
+        numbers: Iterator[int],
+        out: set[int],
+        earlier: Iterable[EpochAccount] = (),
+    ) -> None:
         self.run, self.excluded = run, run.excluded
         self._nodes, self._numbers, self._out = nodes, numbers, out
         self._plans = run.schedule.batches(run.epoch, run.position)  # lazy: the plans of a run are never all in memory
@@ -496,7 +508,8 @@ class Ledger:
         self._free = deque(slot for slot in range(run.slots) if slot not in out)
         self._blocked: list[tuple[int, int]] = []  # slot, and how many parts of it were in use
         self._batches: deque[PendingBatch] = deque()  # in the order of delivery
-        self._accounts: dict[int, EpochAccount] = {}
+        self._accounts = {account.epoch: account for account in earlier}
+        self._newest = -1  # the last epoch whose account this run has opened
 
     # Events
 
@@ -755,9 +768,13 @@ class Ledger:
     # Accounts
 
     def _open_account(self, epoch: int) -> None:
-        if epoch not in self._accounts:
+        if epoch > self._newest:
+            self._newest = epoch
             start = self.run.position if epoch == self.run.epoch else 0
-            self._accounts[epoch] = EpochAccount(epoch, self.run.schedule.expected(start))
+            account = self._accounts.get(
+                epoch, EpochAccount(epoch, 0)
+            )  # of a run that was cut short, or of an earlier pass
+            self._accounts[epoch] = replace(account, expected=self.run.schedule.expected(start))
 
     def _count_duplicate(self) -> None:
         if self._accounts:
@@ -767,9 +784,8 @@ class Ledger:
     def _count(self, epoch: int, duplicates_refused: int = 0, reassigned: int = 0) -> None:
         old = self._accounts[epoch]
         # Replaced, never changed: the caller's thread may read it at any moment.
-        self._accounts[epoch] = EpochAccount(
-            epoch,
-            old.expected,
+        self._accounts[epoch] = replace(
+            old,
             duplicates_refused=old.duplicates_refused + duplicates_refused,
             reassigned=old.reassigned + reassigned,
         )
@@ -991,8 +1007,9 @@ class ClientProtocol:
         for record in self._nodes.values():
             record.take_asks()  # answers to the last run's requests are duplicates in this one
             record.stir()  # what the last run was owed does not count
+        earlier = self.accounts if run.continues else ()
         self._run = run
-        self._ledger = Ledger(run, self._nodes, self._numbers, self._out)
+        self._ledger = Ledger(run, self._nodes, self._numbers, self._out, earlier)
         return [action for record in self._nodes.values() for action in self._employ(record)]
 
     def end(self) -> None:

@@ -2,14 +2,14 @@
 
 :class:`~loader_service.client.protocol.ClientProtocol` decides; this file carries its actions out. The thread sleeps in
 poll and wakes for messages, for commands of the caller's thread and for the clock. It touches pixels only to copy frames
-into their slot. The caller's thread sends commands through a deque and takes finished batches from a queue.
+into their slot. The caller's thread sends commands through a deque; :mod:`loader_service.client.delivery` has the ways of
+finished batches to it and of slots back.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import queue
 import secrets
 import socket
 import threading
@@ -25,6 +25,7 @@ import zmq
 from loader_service import defaults
 from loader_service.client.buffers import Buffers
 from loader_service.client.connection import Connection, Lane
+from loader_service.client.delivery import Deliveries, Holds
 from loader_service.client.protocol import (
     Action,
     Ask,
@@ -45,7 +46,15 @@ from loader_service.client.protocol import (
     Warn,
 )
 from loader_service.client.resolver import Resolver
-from loader_service.errors import LinkError, LoaderServiceError, MessageError, NodeFailed, NoNodeError, printable
+from loader_service.errors import (
+    LinkError,
+    LoaderClosed,
+    LoaderServiceError,
+    MessageError,
+    NodeFailed,
+    NoNodeError,
+    printable,
+)
 from loader_service.types import DatasetFacts, EpochAccount, Split
 from loader_service.wire import messages, sockets
 from loader_service.wire.access import Access
@@ -55,9 +64,6 @@ log = logging.getLogger("loader_service.client")
 
 TICK_MS: Final = 250
 """Interval of the protocol's clock: short against PING_AFTER_S, long against the cost of a wake-up."""
-
-Delivery = Deliver | Finish | LoaderServiceError
-"""An item of the queue to the caller's thread: a batch, the end of the run, or the error that ended it."""
 
 
 class Session:
@@ -69,6 +75,11 @@ class Session:
         max_bad: most bad records that may be replaced; None ends the run at the first.
         access: the keys for each address.
         connections: connections with each node that cannot write into this client's slots.
+
+    Fields:
+        addresses: as given.
+        pid: the process that opened it.
+        holds: the slots whose arrays the caller has.
     """
 
     def __init__(
@@ -85,17 +96,18 @@ class Session:
         self._ready = threading.Event()  # the core knows the dataset's facts, or an error has come first
         self._error: LoaderServiceError | None = None
         self._buffers: Buffers | None = None
-        self._deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._deliveries = self._newest = Deliveries()  # of the run in progress; of the run that was begun last
+        self.holds = Holds()
         self._commands: deque[Callable[[], None]] = deque()  # appending to it and popping from it are atomic
         self._owed = 0  # slices that were owed when the thread last went to sleep
-        self._stopping = False
+        self._stopping = self._over = False
         self._next_tick = time.monotonic()
         # One connection keeps one I/O thread busy.
         self._context: zmq.Context[Any] = zmq.Context(io_threads=connections)
         self._connections: dict[str, Connection] = {}
         self._poller = zmq.Poller()
         self._waker = Waker()
-        self._pid = os.getpid()
+        self.pid = os.getpid()
         # May call back at once, from this thread: _command needs only the deque and the waker.
         self._resolver = Resolver(
             addresses, lambda found: self._command(lambda: self._carry_out(self._core.resolved(found)))
@@ -121,9 +133,9 @@ class Session:
         assert self._core.facts is not None
         return self._core.facts
 
-    def begin(self, buffers: Buffers, run: Run) -> queue.SimpleQueue[Delivery]:
+    def begin(self, buffers: Buffers, run: Run) -> Deliveries:
         """Begin a run in ``buffers``, in place of the one in progress; return the queue that its batches come from."""
-        deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        deliveries = self._newest = Deliveries()
 
         # Runs in the session's thread, like every command: the core has no lock.
         def command() -> None:
@@ -132,27 +144,31 @@ class Session:
             self._carry_out(self._core.begin(run))
 
         self._command(command)
-        if self._error:  # the thread has ended, so nothing would ever come
-            deliveries.put(self._error)
+        if self._over:  # the thread has ended, so nothing would ever come
+            deliveries.end(self._error or LoaderClosed())
         return deliveries
 
-    def slot_returned(self, slot: int) -> None:
-        """Take back a slot whose arrays are gone. Safe to call from any thread at any time, also from a finaliser."""
-        # No command is missed: this appends, then reads _owed; the thread writes _owed, then looks for commands.
-        self._commands.append(lambda: self._core.slot_returned(slot))
+    def take_back_slots(self) -> None:
+        """Have slots taken back whose arrays are gone."""
+        # None is missed: this looks for slots, then reads _owed; the thread writes _owed, then looks for slots.
         # While slices are owed, the next answer wakes the thread within a slice's time: save the system call.
-        if not self._owed:
+        if self.holds.changed and not self._owed:
             self._waker.wake()
 
     def close(self) -> None:
         """Leave the nodes and end the thread."""
-        if self._pid != os.getpid():  # a forked copy has no thread, and its sockets are the parent's
+        if self.pid != os.getpid():  # a forked copy has no thread, and its sockets are the parent's
             return
         self._stopping = True
         self._resolver.close()
         self._waker.wake()
         self._thread.join()  # so that no frame is copied into a segment that is being closed
         self._waker.close()
+
+    def check_open(self) -> None:
+        """Raise LoaderClosed from the call of :meth:`close` on."""
+        if self._stopping:
+            raise LoaderClosed
 
     @property
     def slot_bytes(self) -> int:
@@ -194,8 +210,11 @@ class Session:
         self._poller.register(self._waker.fileno(), zmq.POLLIN)
         try:
             while not self._stopping:
-                # slot_returned may add a command without waking.
-                self._hear(dict(self._poller.poll(0 if self._commands else TICK_MS)))
+                # Slots come back without waking.
+                idle = not self._commands and not self.holds.changed
+                self._hear(dict(self._poller.poll(TICK_MS if idle else 0)))
+                for slot in self.holds.take_back():
+                    self._core.slot_returned(slot)
                 while self._commands:
                     self._commands.popleft()()
                 now = time.monotonic()
@@ -210,25 +229,29 @@ class Session:
             log.exception("the client's loop broke")
             self._fail(NodeFailed(f"the client's loop broke: {error!r}"))
         finally:
+            self._end()
             for connection in self._connections.values():
                 connection.close()
             self._context.term()  # waits for the Byes, at most BYE_LINGER_MS
 
     def _fail(self, error: LoaderServiceError) -> None:
         """Pass an error to the caller's thread, wherever it waits."""
-        self._error = error  # before the loop: a begin after it finds the error by itself
-        while self._commands:  # among them may be a begin, whose queue must receive the error
-            self._commands.popleft()()
+        self._error = error
         self._core.end()
-        self._deliveries.put(error)
         self._ready.set()  # last: wait_for_facts reads _error after the event
+
+    def _end(self) -> None:
+        """End the deliveries, wherever the caller waits for them."""
+        self._over = True  # first: a begin after this ends its queue by itself
+        self._newest.end(self._error or LoaderClosed())
 
     def _take_back_undelivered(self) -> None:
         """Return the slots of batches that the caller has not taken from the last run's queue."""
-        while not self._deliveries.empty():  # no race: the caller took its last batch before it called begin
-            delivery = self._deliveries.get_nowait()
-            if isinstance(delivery, Deliver):
-                self._core.slot_returned(delivery.batch.slot)
+        # No race: the caller keeps no claim to a batch of the last run after it has called begin. The first batch may be one
+        # that it took; then its slot is the caller's, or has come back already and coming back again changes nothing.
+        for batch in self._deliveries:
+            if batch.slot not in self.holds:
+                self._core.slot_returned(batch.slot)
 
     # Events
 
@@ -278,8 +301,10 @@ class Session:
             match action:
                 case Ask():
                     self._ask(action)
-                case Deliver() | Finish():
-                    self._deliveries.put(action)
+                case Deliver(batch):
+                    self._deliveries.put(batch)
+                case Finish():
+                    pass  # the caller's thread counts the epochs itself
                 case CopyPixels(batch, part, start):
                     self._slots.write_pixels(batch, part, start, _bytes_of(payload[0]))
                 case CopyTail(batch, part):

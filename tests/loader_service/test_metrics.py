@@ -22,12 +22,12 @@ def test_a_hook_sees_every_batch(node_address: str, transport: str) -> None:
     """A hook gets one record per batch; its counters grow by the batch, and its slots add up to all slots."""
     seen: list[LoaderMetrics] = []
     with Loader(
-        node_address, batch_size=100, timeout_s=20, transport=transport, prefetch=2, hook=seen.append
+        node_address, batch_size=100, epochs=1, timeout_s=20, transport=transport, prefetch=2, hook=seen.append
     ) as loader:  # type: ignore[arg-type]
-        kept = next(loader)
+        kept = next(loader.all_epochs())
         assert seen[-1].slots["held"] == 1
         del kept
-        for _ in loader:
+        for _ in loader.all_epochs():
             pass
         last = loader.metrics
     assert [(m.batches, m.samples) for m in seen] == [(1, 100), (2, 200), (3, 300)]
@@ -48,7 +48,7 @@ def test_waiting_share() -> None:
 def test_a_node_counts_what_it_delivers(node_address: str) -> None:
     """One epoch adds 300 samples and their bytes, and the seconds of the stages are at most the busy seconds."""
     before = NodeMetrics.of(status(node_address))
-    with Loader(node_address, batch_size=64, timeout_s=20) as loader:
+    with Loader(node_address, batch_size=64, epochs=1, timeout_s=20) as loader:
         for _ in loader:
             pass
     after = NodeMetrics.of(status(node_address))

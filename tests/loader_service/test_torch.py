@@ -47,14 +47,14 @@ def test_tensors_have_the_arrays_values(node_address: str, device: str, view: st
 def test_a_state_counts_what_was_handed_out(node_address: str, device: str) -> None:
     """An iterator that is restored between two batches continues with the second, however many were prefetched."""
     with Loader(node_address, batch_size=50, epochs=2, timeout_s=20) as loader:
-        starts = [(b.epoch, b.start) for b in loader]
+        starts = [(b.epoch, b.start) for b in loader.all_epochs()]
     for stop in (0, 1, 6, 11):
         with Loader(node_address, batch_size=50, epochs=2, timeout_s=20) as loader, TensorLoader(loader, device) as batches:  # fmt: skip
-            head = [(b.epoch, b.start) for b in (next(batches) for _ in range(stop))]
+            head = [(b.epoch, b.start) for b in (next(batches.all_epochs()) for _ in range(stop))]
             state = batches.state_dict()
         with Loader(node_address, batch_size=50, epochs=2, timeout_s=20) as loader, TensorLoader(loader, device) as batches:  # fmt: skip
             batches.load_state_dict(state)
-            assert head + [(b.epoch, b.start) for b in batches] == starts
+            assert head + [(b.epoch, b.start) for b in batches.all_epochs()] == starts
 
 
 def test_a_missing_device_is_named(node_address: str) -> None:
@@ -68,7 +68,7 @@ def test_a_missing_device_is_named(node_address: str) -> None:
 def test_several_devices_get_every_batch(node_address: str) -> None:
     """The first device's batch has the others' as copies; a device that occurs twice gets one copy."""
     with Loader(node_address, batch_size=16, timeout_s=20) as loader, TensorLoader(loader, ("cpu", "cpu")) as batches:
-        batch = next(batches)
+        batch = next(batches.all_epochs())
         (copy,) = batch.copies
         assert copy.images.data_ptr() == batch.images.data_ptr()
         assert copy.copies == ()
@@ -98,14 +98,14 @@ def test_a_second_tensor_loader_is_refused(node_address: str, device: str) -> No
             TensorLoader(loader, device)
         first.close()
         first.close()  # does nothing
-        with pytest.raises(ValueError, match="closed"):
-            next(first)
+        with pytest.raises(errors.LoaderClosed, match="this TensorLoader is closed"):
+            next(first.all_epochs())
         second = TensorLoader(loader, device)
-        next(second)
+        next(second.all_epochs())
         del second
         gc.collect()
         with TensorLoader(loader, device) as third:
-            next(third)
+            next(third.all_epochs())
 
 
 class PretendedStream:
@@ -237,9 +237,9 @@ def arrays(address: str, **options: Any) -> list[tuple[Any, ...]]:
 def test_a_batch_travels_to_each_gpu_in_two_pinned_copies(node_address: str, cuda: PretendedCuda) -> None:
     """Pixels go straight from their slot, and everything else in one packet; the host never waits for a step."""
     expected = arrays(node_address, batch_size=32)
-    with Loader(node_address, batch_size=32, timeout_s=20) as loader, TensorLoader(loader, GPUS, extra=lambda b: {"e": b.ids}) as batches:  # fmt: skip
+    with Loader(node_address, batch_size=32, epochs=1, timeout_s=20) as loader, TensorLoader(loader, GPUS, extra=lambda b: {"e": b.ids}) as batches:  # fmt: skip
         for images, labels, ids, draws in expected:
-            batch = next(batches)
+            batch = next(batches.all_epochs())
             cuda.finish()
             for each in (batch, *batch.copies):
                 np.testing.assert_array_equal(each.images.numpy(), images)
@@ -249,7 +249,7 @@ def test_a_batch_travels_to_each_gpu_in_two_pinned_copies(node_address: str, cud
                     np.testing.assert_array_equal(getattr(each, name).numpy(), draws[name])
             assert len(batch.copies) == 1
         with pytest.raises(StopIteration):
-            next(batches)
+            next(batches.all_epochs())
     assert all(pinned for _, pinned in cuda.copies)
     assert len(cuda.copies) == 2 * len(GPUS) * len(expected)
 
@@ -259,10 +259,10 @@ def test_a_slot_is_kept_until_its_copies_are_done(node_address: str, cuda: Prete
     """A slow GPU holds slots, not wrong pixels; once its copies are done the slots return."""
     expected = arrays(node_address, batch_size=16)
     with Loader(node_address, batch_size=16, prefetch=6, timeout_s=20) as loader, TensorLoader(loader, "cuda") as batches:  # fmt: skip
-        handed_out = [next(batches) for _ in range(5)]
+        handed_out = [next(batches.all_epochs()) for _ in range(5)]
         assert loader.metrics.slots["held"] == 6  # with the one that is copied ahead
         cuda.finish()
-        next(batches)
+        next(batches.all_epochs())
         assert loader.metrics.slots["held"] == 2
         for batch, (images, *_) in zip(handed_out, expected, strict=False):
             np.testing.assert_array_equal(batch.images.numpy(), images)
@@ -272,7 +272,7 @@ def test_a_slot_is_kept_until_its_copies_are_done(node_address: str, cuda: Prete
 def test_held_slots_are_no_standstill(node_address: str) -> None:
     """If the loader can deliver nothing before copies are done, next() waits for them instead of failing."""
     expected = arrays(node_address, batch_size=16)
-    with Loader(node_address, batch_size=16, prefetch=1, timeout_s=20) as loader, TensorLoader(loader, "cuda") as batches:  # fmt: skip
+    with Loader(node_address, batch_size=16, prefetch=1, epochs=1, timeout_s=20) as loader, TensorLoader(loader, "cuda") as batches:  # fmt: skip
         assert len(list(batches)) == len(expected)
 
 
@@ -281,7 +281,7 @@ def test_a_batch_does_not_wait_for_the_next_one(node_address: str, monkeypatch: 
     """If the next batch is not ready, this one is returned alone."""
     monkeypatch.setattr(Loader, "ready", property(lambda loader: 0))
     with Loader(node_address, batch_size=16, timeout_s=20) as loader, TensorLoader(loader, "cuda") as batches:
-        next(batches)
+        next(batches.all_epochs())
         assert batches.state_dict() == loader.state_dict()
 
 
@@ -290,14 +290,37 @@ def test_state_and_ledger_count_what_was_returned(node_address: str, cuda: Prete
     """A batch that is copied ahead is neither passed in the state nor delivered in the ledger."""
     with Loader(node_address, batch_size=16, epochs=2, timeout_s=20) as loader, TensorLoader(loader, "cuda") as batches:
         start = batches.state_dict()
-        batch = next(batches)
+        batch = next(batches.all_epochs())
         assert batches.state_dict() != loader.state_dict()
         assert batches.ledger[0].delivered == 16
         assert loader.ledger[0].delivered == 32
         batches.load_state_dict(start)
-        again = next(batches)
+        again = next(batches.all_epochs())
         cuda.finish()
         assert again.ids.tolist() == batch.ids.tolist() != [0] * 16
+
+
+@pytest.mark.usefixtures("always_ready")
+def test_look_ahead_crosses_epochs(node_address: str, cuda: PretendedCuda) -> None:
+    """A TensorLoader that is a batch ahead at a break drops it, and its loops, states and accounts are as without."""
+    whole = [0, 64, 128, 192, 256]
+
+    def places(batches: TensorLoader[Any]) -> Iterator[tuple[int, int]]:
+        for batch in batches:
+            cuda.finish()
+            yield batch.epoch, batch.start
+
+    with Loader(node_address, batch_size=64, crop=8, timeout_s=20) as loader, TensorLoader(loader, "cuda") as batches:
+        for batch in batches:
+            if batch.start == 192:  # the epoch's last batch is being copied
+                break
+        assert batches.state_dict()["position"] == 256
+        assert (loader.state_dict()["epoch"], loader.state_dict()["position"]) == (1, 0)
+        assert list(places(batches)) == [(1, start) for start in whole]
+        assert (loader.state_dict()["epoch"], loader.state_dict()["position"]) == (2, 64)
+        assert list(places(batches)) == [(2, start) for start in whole]
+        accounts = [(account.expected, account.delivered, account.left_out) for account in batches.ledger]
+        assert accounts == [(300, 256, 44), (300, 300, 0), (300, 300, 0)]
 
 
 def test_memory_that_cuda_refuses_is_named(node_address: str, cuda: PretendedCuda) -> None:
@@ -309,7 +332,7 @@ def test_memory_that_cuda_refuses_is_named(node_address: str, cuda: PretendedCud
         cuda.code = 0
         with TensorLoader(loader, "cuda") as batches:
             assert list(cuda.registered.values()) == [loader.memory.nbytes]
-            next(batches)
+            next(batches.all_epochs())
     assert cuda.registered == {}
 
 
@@ -317,7 +340,7 @@ def test_memory_is_unregistered_without_close(node_address: str, cuda: Pretended
     """A TensorLoader that is dropped waits for its copies and unregisters the slots."""
     with Loader(node_address, batch_size=16, timeout_s=20) as loader:
         batches = TensorLoader(loader, "cuda")
-        batch = next(batches)
+        batch = next(batches.all_epochs())
         del batches
         gc.collect()
         assert cuda.registered == {}

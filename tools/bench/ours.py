@@ -72,7 +72,7 @@ class Consumer:
         Raises:
             ToolFailed: a batch differs from what the pure function makes of its positions.
         """
-        for number, batch in enumerate(self._loader):
+        for number, batch in enumerate(self._loader.all_epochs()):
             # This thread's CPU time: the session's thread works for the loader meanwhile, which counts.
             start_s = time.thread_time()
             images = touch(batch.images)
@@ -134,7 +134,6 @@ def main(
                 node.address,
                 batch_size=BATCH,
                 seed=SEED,
-                epochs=2**31,  # practically endless: the benchmark ends this process
                 transport=transport,
                 drop_last=True,  # every batch has 128 images, as those of peers
                 prefetch=defaults.PREFETCH,

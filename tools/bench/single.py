@@ -72,7 +72,7 @@ def first_batch_s(data: Path, workers: int) -> float:
     """Return the seconds from the start of a node's process to the first batch at a client."""
     start = time.perf_counter()
     with LocalNode(data, workers) as node, Loader(node.address, batch_size=BATCH) as loader:
-        next(loader)
+        next(iter(loader))
         # Inside the block: the shutdown does not count.
         return time.perf_counter() - start
 

@@ -55,7 +55,7 @@ def undisturbed(data: Path, seed: int, epochs: int) -> tuple[int, dict[int, list
         # The same batch size as the clients', because entries are compared batch by batch.
         Loader(node.address, batch_size=BATCH_SIZE, seed=seed, epochs=epochs, timeout_s=60) as loader,
     ):
-        for batch in loader:
+        for batch in loader.all_epochs():
             # A digest, so a whole run needs no room for pixels.
             entries.setdefault(batch.epoch, []).append(JournalEntry.of(batch))
         return loader.dataset.count, entries

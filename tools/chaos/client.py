@@ -27,9 +27,6 @@ STEP_S: Final = 0.02
 PATIENCE_S: Final = 120.0
 """Every fault is far shorter: a loop without a batch for that long hangs."""
 
-NO_END: Final = 2**31
-"""Number of epochs; the loop ends on SIGTERM."""
-
 
 def _merged(before: list[EpochAccount], loader: Loader) -> list[EpochAccount]:
     """Add this process's accounts to those of the client's earlier processes."""
@@ -54,7 +51,6 @@ def train(addresses: str, transport: Transport, seed: int, folder: Path, keys: P
     cut_journal(folder, lines)  # entries of batches that the saved state does not know come again
     options: dict[str, Any] = {
         "batch_size": BATCH_SIZE,
-        "epochs": NO_END,
         "timeout_s": PATIENCE_S,
         "connections": CONNECTIONS,
     }
@@ -68,7 +64,7 @@ def train(addresses: str, transport: Transport, seed: int, folder: Path, keys: P
     ):
         if saved:
             loader.load_state_dict(saved.state)
-        for batch in loader:
+        for batch in loader.all_epochs():
             entry = JournalEntry.of(batch)  # the digest at delivery
             stopping.wait(STEP_S)
             # A late writer would change the batch while the training step uses it.

@@ -153,6 +153,7 @@ class Feed:
         self._sent = self._returned = 0  # batches
         try:
             self._tensors = TensorLoader(self._loader, devices, extra=self._masks)
+            self._stream = self._tensors.all_epochs()  # the trainer counts the epochs itself
         except BaseException:
             self._loader.close()
             raise
@@ -174,7 +175,7 @@ class Feed:
         return self
 
     def __next__(self) -> DeviceBatch:
-        batch = next(self._tensors)
+        batch = next(self._stream)
         each = (batch, *batch.copies)
         number, self._returned = self._returned, self._returned + 1
         masks = None

@@ -36,7 +36,7 @@ def test_rates_and_the_bottleneck_as_json(node_address: str) -> None:
 def test_a_slow_trainer_is_named(node_address: str) -> None:
     """If a client has all the batches it wants and asks for no more, the bottleneck is the trainer."""
     with Loader(node_address, batch_size=32, epochs=100, timeout_s=20) as loader:
-        next(loader)
+        next(loader.all_epochs())
         done = CliRunner().invoke(main, ["status", node_address, "--interval", "0.3"])
     assert re.search(r"^bottleneck: trainer \(.+\)$", done.output, re.MULTILINE), done.output
     assert re.search(r"│ \S+:\d+ +│ shm +│", done.output), done.output

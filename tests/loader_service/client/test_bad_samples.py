@@ -43,18 +43,18 @@ def damaged_dir(sound_dir: Path, tmp_path: Path) -> Path:
 
 
 def _load(address: str, **options: Any) -> Loader:
-    return Loader(address, **{"timeout_s": 20, "batch_size": 16, "seed": 4} | options)
+    return Loader(address, **{"timeout_s": 20, "batch_size": 16, "seed": 4, "epochs": 1} | options)
 
 
 def _run(loader: Loader) -> list[tuple[bytes, list[int], list[int], list[int]]]:
-    return [(b.images.tobytes(), b.labels.tolist(), b.ids.tolist(), b.sources.tolist()) for b in loader]
+    return [(b.images.tobytes(), b.labels.tolist(), b.ids.tolist(), b.sources.tolist()) for b in loader.all_epochs()]
 
 
 def test_a_bad_record_stops_the_run_by_name(start_node: StartNode, damaged_dir: Path) -> None:
     """By default the error names the record, its source file, the node and the reason."""
     node = start_node(data=damaged_dir)
     with pytest.raises(errors.RecordError) as caught, _load(node.address) as loader:
-        list(loader)
+        list(loader.all_epochs())
     assert caught.value.record in BAD
     assert caught.value.source == f"{('ant', 'bee', 'cat')[caught.value.record % 3]}/{caught.value.record}.jpg"
     assert caught.value.source in str(caught.value)
@@ -86,7 +86,7 @@ def test_the_same_exclusions_give_the_same_bytes_after_a_resume(start_node: Star
         everything = _run(loader)
     with _load(node.address, on_bad_sample="substitute", epochs=3) as loader:
         for _ in range(6):
-            next(loader)
+            next(loader.all_epochs())
         state = loader.state_dict()
     assert state["exclusions"] == list(BAD)
     with _load(node.address, on_bad_sample="substitute", epochs=3, transport="tcp") as loader:
@@ -136,7 +136,7 @@ def test_more_than_max_bad_is_an_error_all_the_same(start_node: StartNode, damag
     """With max_bad=1 the second bad record ends the run, and the error says what to do."""
     node = start_node(data=damaged_dir)
     with pytest.raises(errors.TooManyBadRecords, match=r"2 records are bad, and max_bad allows 1.*loader-service verify"), _load(node.address, on_bad_sample="substitute", max_bad=1) as loader:  # fmt: skip
-        list(loader)
+        list(loader.all_epochs())
 
 
 def test_a_dataset_truncated_in_use_ends_its_node_and_loses_nothing(

@@ -33,7 +33,7 @@ def cut(descriptor: int) -> None:
 
 
 def pixels(loader: Loader) -> list[bytes]:
-    return [batch.images.tobytes() for batch in loader]
+    return [batch.images.tobytes() for batch in loader.all_epochs()]
 
 
 @pytest.fixture(name="expected")
@@ -61,7 +61,7 @@ def test_slices_come_by_several_connections(
     with Loader(
         node.address, batch_size=8, seed=3, epochs=EPOCHS, transport="tcp", connections=CONNECTIONS, **options
     ) as loader:
-        got = [next(loader).images.tobytes()]
+        got = [next(loader.all_epochs()).images.tobytes()]
         eventually(lambda: len(connections_with(node.address)) == CONNECTIONS, "all connections are open")
         received = dict.fromkeys(connections_with(node.address), 0)
         got += pixels(loader)
@@ -96,7 +96,7 @@ def test_a_connection_that_is_cut_costs_nothing(
     node = start_node(workers=2)
     with Loader(node.address, batch_size=8, seed=3, epochs=EPOCHS, transport="tcp", connections=CONNECTIONS) as loader:
         got = []
-        for batch in loader:
+        for batch in loader.all_epochs():
             got.append(batch.images.tobytes())
             if len(got) in (3, 6, 9):
                 eventually(lambda: len(connections_with(node.address)) == CONNECTIONS, "all connections are open")

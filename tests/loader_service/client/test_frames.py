@@ -72,8 +72,10 @@ def node(answers: Callable[[int], Messages]) -> Iterator[str]:
 def load(address: str, timeout_s: float) -> tuple[bytes, list[int]]:
     """Return the pixels and labels of the only batch."""
     view = View(crop=SIDE, flip=False, jitter=0.0, basis=(0.0,) * 9)
-    with Loader(address, view=view, batch_size=COUNT, transport="tcp", timeout_s=timeout_s, insecure=True) as loader:
-        batch = next(loader)
+    with Loader(
+        address, view=view, batch_size=COUNT, epochs=1, transport="tcp", timeout_s=timeout_s, insecure=True
+    ) as loader:
+        batch = next(loader.all_epochs())
         return batch.images.tobytes(), batch.labels.tolist()
 
 

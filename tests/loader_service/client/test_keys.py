@@ -124,13 +124,13 @@ def test_a_name_with_several_addresses_is_several_nodes(
     folder = own_keys()  # which nodes on loopback have; a name could stand for another machine, so its keys are named
     own: Any = {"server_key": folder / "node.key", "client_key": folder / "client.secret"}
     with Loader(first.address, epochs=3, timeout_s=20) as loader:
-        undisturbed = [batch.images.tobytes() for batch in loader]
+        undisturbed = [batch.images.tobytes() for batch in loader.all_epochs()]
     with Loader(f"tcp://pool.test:{port}", epochs=3, timeout_s=20, prefetch=1, **own) as loader:
-        got = [next(loader).images.tobytes()]
+        got = [next(loader.all_epochs()).images.tobytes()]
         known.append("127.0.0.2")
         eventually(lambda: bool(status(second.address).clients), "the second node is found")
         known.remove("127.0.0.1")
         first.process.kill()
-        got += [batch.images.tobytes() for batch in loader]
+        got += [batch.images.tobytes() for batch in loader.all_epochs()]
     assert got == undisturbed
     assert status(second.address).workers[0].slices > 0

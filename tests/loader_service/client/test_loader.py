@@ -27,7 +27,7 @@ RECORDS = 300
 
 
 def _load(address: str, **options: Any) -> Loader:
-    return Loader(address, **{"timeout_s": 20, "batch_size": 64} | options)
+    return Loader(address, **{"timeout_s": 20, "batch_size": 64, "epochs": 1} | options)
 
 
 def _content(batch: Batch) -> bytes:
@@ -39,7 +39,7 @@ def _content(batch: Batch) -> bytes:
 
 def _run(address: str, **options: Any) -> list[bytes]:
     with _load(address, **options) as loader:
-        return [_content(batch) for batch in loader]
+        return [_content(batch) for batch in loader.all_epochs()]
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])
@@ -56,7 +56,7 @@ def test_shared_memory_and_frames_give_the_pure_functions_bytes(
         with _load(
             node_address, split="val", view=view, dtype=dtype, seed=5, transport=transport, batch_size=25
         ) as loader:
-            batches = [(b.images.copy(), b.labels.copy(), b.draws.copy()) for b in loader]
+            batches = [(b.images.copy(), b.labels.copy(), b.draws.copy()) for b in loader.all_epochs()]
         images, labels, draws = (np.concatenate(parts) for parts in zip(*batches, strict=True))
         np.testing.assert_array_equal(images, direct.images)
         np.testing.assert_array_equal(labels, direct.labels)
@@ -72,12 +72,12 @@ def test_records_of_another_side(tmp_path: Path, make_dataset: Callable[..., Any
             for options, side in (({}, 56), ({"crop": 40}, 40), ({"view": View(crop=33, flip=False)}, 33)):
                 with _load(node.address, transport=transport, **options) as loader:
                     assert (loader.dataset.side, loader.dataset.mean.shape) == (64, (64, 64, 3))
-                    assert next(loader).images.shape == (20, side, side, 3)
+                    assert next(loader.all_epochs()).images.shape == (20, side, side, 3)
             with _load(node.address, transport=transport, view="whole") as loader:
-                batch = next(loader)
+                batch = next(loader.all_epochs())
                 assert np.array_equal(batch.images, [picture(number, 64) for number in batch.ids.tolist()])
             with _load(node.address, transport=transport, view="ten-crop", crop=64) as loader:
-                assert next(loader).images.shape == (20, 10, 64, 64, 3)
+                assert next(loader.all_epochs()).images.shape == (20, 10, 64, 64, 3)
         for options, sentence in (
             ({"crop": 65}, "1 to 64 pixels, the side of this dataset's records"),
             ({"crop": 0}, "1 to 64 pixels"),
@@ -96,7 +96,7 @@ def test_any_number_of_workers_gives_the_same_epoch(dataset_dir: Path) -> None:
             for transport in ("shm", "tcp"):
                 runs.append(_run(node.address, epochs=2, transport=transport))
                 with _load(node.address, epochs=2, transport=transport) as loader:
-                    ids = np.concatenate([batch.ids for batch in loader]).reshape(2, RECORDS)
+                    ids = np.concatenate([batch.ids for batch in loader.all_epochs()]).reshape(2, RECORDS)
                 assert [sorted(epoch.tolist()) for epoch in ids] == [list(range(RECORDS))] * 2
                 assert ids[0].tolist() != ids[1].tolist()
     assert all(run == runs[0] for run in runs)
@@ -109,7 +109,7 @@ def test_a_batch_has_the_documented_shapes(node_address: str) -> None:
         assert len(loader) == 3
         batches = [
             (b.images.shape, b.images.dtype, b.labels.dtype, b.ids.dtype, b.draws.shape, b.epoch, b.start)
-            for b in loader
+            for b in loader.all_epochs()
         ]
     assert [shape for shape, *_ in batches] == [(128, 224, 224, 3), (128, 224, 224, 3), (44, 224, 224, 3)]
     assert all(rest[:3] == [np.uint8, np.int64, np.int64] for _, *rest in batches)
@@ -119,7 +119,7 @@ def test_a_batch_has_the_documented_shapes(node_address: str) -> None:
 def test_labels_belong_to_the_ids(node_address: str) -> None:
     """A sample's label is its record's, and its source is its id."""
     with _load(node_address) as loader:
-        for batch in loader:
+        for batch in loader.all_epochs():
             assert batch.labels.tolist() == (batch.ids % 3).tolist()
             assert batch.sources.tolist() == batch.ids.tolist()
 
@@ -138,9 +138,9 @@ def test_the_dataset_is_described(node_address: str, statistics: Statistics) -> 
 def test_ranks_together_have_one_ranks_order(node_address: str) -> None:
     """The concatenated parts of three ranks are the batches of one rank with three times the size."""
     with _load(node_address, batch_size=96, epochs=2) as loader:
-        whole = [(b.ids.copy(), _content(b)) for b in loader]
+        whole = [(b.ids.copy(), _content(b)) for b in loader.all_epochs()]
     loaders = [_load(node_address, batch_size=32, epochs=2, rank=r, world_size=3) for r in range(3)]
-    steps = [[(b.ids.copy(), b.images.copy()) for b in loader] for loader in loaders]
+    steps = [[(b.ids.copy(), b.images.copy()) for b in loader.all_epochs()] for loader in loaders]
     for loader in loaders:
         loader.close()
     assert [len(s) for s in steps] == [len(whole)] * 3
@@ -153,7 +153,7 @@ def test_more_ranks_than_samples_still_step_equally_often(node_address: str) -> 
     sizes = []
     for rank in range(4):
         with _load(node_address, split="val", view="center", batch_size=19, rank=rank, world_size=3 + 1) as loader:
-            sizes.append([len(batch.labels) for batch in loader])
+            sizes.append([len(batch.labels) for batch in loader.all_epochs()])
     assert {len(s) for s in sizes} == {1}
     assert sum(sum(s) for s in sizes) == 60
     with _load(node_address, split="val", view="center", batch_size=59) as one:
@@ -165,7 +165,7 @@ def test_more_ranks_than_samples_still_step_equally_often(node_address: str) -> 
 def test_drop_last(node_address: str) -> None:
     """The remainder is left out, and the ledger does not expect it."""
     with _load(node_address, drop_last=True, epochs=2) as loader:
-        assert [len(b.labels) for b in loader] == [64] * 8
+        assert [len(b.labels) for b in loader.all_epochs()] == [64] * 8
         assert len(loader) == 4
         assert [(a.expected, a.delivered) for a in loader.ledger] == [(256, 256)] * 2
 
@@ -175,27 +175,27 @@ def test_a_state_resumes_at_the_next_batch(node_address: str, stop: int) -> None
     """A new loader that loads a state, saved as JSON after any number of batches, delivers the rest of the run."""
     undisturbed = _run(node_address, epochs=2)
     with _load(node_address, epochs=2) as loader:
-        head = [_content(next(loader)) for _ in range(stop)]
+        head = [_content(next(loader.all_epochs())) for _ in range(stop)]
         state = json.loads(json.dumps(loader.state_dict()))
     with _load(node_address, epochs=2) as loader:
         loader.load_state_dict(state)
-        tail = [_content(batch) for batch in loader]
+        tail = [_content(batch) for batch in loader.all_epochs()]
     assert head + tail == undisturbed
 
 
 def test_a_state_resumes_with_another_world(node_address: str) -> None:
     """A run of one rank that is resumed with two ranks and another batch size loses and repeats no sample."""
     with _load(node_address) as loader:
-        head = [next(loader).ids.copy() for _ in range(2)]
+        head = [next(loader.all_epochs()).ids.copy() for _ in range(2)]
         state = loader.state_dict()
     ranks = []
     for rank in range(2):
         with _load(node_address, batch_size=10, rank=rank, world_size=2) as loader:
             loader.load_state_dict(state)
-            ranks.append([b.ids.copy() for b in loader])
+            ranks.append([b.ids.copy() for b in loader.all_epochs()])
     tail = [ids for step in zip(*ranks, strict=True) for ids in step]
     with _load(node_address) as loader:
-        order = np.concatenate([b.ids for b in loader])
+        order = np.concatenate([b.ids for b in loader.all_epochs()])
     assert np.concatenate(head + tail).tolist() == order.tolist()
 
 
@@ -204,12 +204,12 @@ def test_a_loader_can_be_set_back_while_it_runs(node_address: str) -> None:
     undisturbed = _run(node_address, epochs=2)
     with _load(node_address, epochs=2) as loader:
         start = loader.state_dict()
-        kept = [next(loader) for _ in range(3)]
+        kept = [next(loader.all_epochs()) for _ in range(3)]
         for _ in range(3):
             loader.load_state_dict(start)
-            assert _content(next(loader)) == undisturbed[0]
+            assert _content(next(loader.all_epochs())) == undisturbed[0]
         loader.load_state_dict(start)
-        assert [_content(batch) for batch in loader] == undisturbed
+        assert [_content(batch) for batch in loader.all_epochs()] == undisturbed
         assert [_content(batch) for batch in kept] == undisturbed[:3]
 
 
@@ -240,44 +240,44 @@ def test_a_loop_after_a_break_continues(node_address: str) -> None:
     undisturbed = _run(node_address, epochs=2)
     with _load(node_address, epochs=2) as loader:
         got = []
-        for batch in loader:
+        for batch in loader.all_epochs():
             got.append(_content(batch))
             if len(got) == 3:
                 break
-        got += [_content(batch) for batch in loader]
-        assert list(loader) == []
+        got += [_content(batch) for batch in loader.all_epochs()]
+        assert list(loader.all_epochs()) == []
     assert got == undisturbed
 
 
 def test_holding_every_slot_is_an_error_that_says_so(node_address: str) -> None:
     """Holding arrays from all slots raises SlotsHeld; releasing one of them lets the loader continue."""
     with _load(node_address, batch_size=10, prefetch=2) as loader:
-        held = [next(loader) for _ in range(4)]
+        held = [next(loader.all_epochs()) for _ in range(4)]
         with pytest.raises(errors.SlotsHeld, match=r"all 4 slots.*copy\(\)"):
-            next(loader)
+            next(loader.all_epochs())
         held.pop()
         gc.collect()
-        assert next(loader).start == 40
+        assert next(loader.all_epochs()).start == 40
 
 
 def test_held_batches_do_not_change(node_address: str) -> None:
     """No later batch is written to a slot whose arrays are alive."""
     undisturbed = _run(node_address, epochs=2)
     with _load(node_address, epochs=2, prefetch=3) as loader:
-        first, third = next(loader), [next(loader), next(loader)][1]
-        rest = [_content(batch) for batch in loader]
+        first, third = next(loader.all_epochs()), [next(loader.all_epochs()), next(loader.all_epochs())][1]
+        rest = [_content(batch) for batch in loader.all_epochs()]
         assert [_content(first), undisturbed[1], _content(third), *rest] == undisturbed
 
 
 def test_closing_leaves_nothing_in_shared_memory(node_address: str, my_segments: Callable[[], set[Path]]) -> None:
     """The segment's name is removed by close, even while a batch is held, and when a loader is garbage-collected."""
     with _load(node_address) as loader:
-        held = next(loader)
+        held = next(loader.all_epochs())
         assert len(my_segments()) == 1
     assert my_segments() == set()
     assert held.images.any()
     loader = _load(node_address)
-    next(loader)
+    next(loader.all_epochs())
     assert len(my_segments()) == 1
     del loader, held
     gc.collect()
@@ -298,11 +298,11 @@ def test_a_client_outlives_its_node(dataset_dir: Path, start_node: Callable[...,
     node = start_node(workers=2, bind=bind)
     undisturbed = _run(bind, epochs=3)
     with _load(bind, epochs=3, batch_size=64) as loader:
-        got = [_content(next(loader)) for _ in range(2)]
+        got = [_content(next(loader.all_epochs())) for _ in range(2)]
         node.process.kill()
         node.process.wait()
         start_node(workers=1, bind=bind)
-        got += [_content(batch) for batch in loader]
+        got += [_content(batch) for batch in loader.all_epochs()]
         accounts = loader.ledger
     assert got == undisturbed
     assert [(a.delivered, a.expected) for a in accounts] == [(RECORDS, RECORDS)] * 3
@@ -313,9 +313,9 @@ def test_two_nodes_share_the_work(dataset_dir: Path, start_node: Callable[..., A
     first, second = start_node(workers=1), start_node(workers=1)
     undisturbed = _run(first.address, epochs=3)
     with _load(f"{first.address}, {second.address}", epochs=3) as loader:
-        got = [_content(next(loader)) for _ in range(4)]
+        got = [_content(next(loader.all_epochs())) for _ in range(4)]
         second.process.kill()
-        got += [_content(batch) for batch in loader]
+        got += [_content(batch) for batch in loader.all_epochs()]
     assert got == undisturbed
 
 

@@ -37,7 +37,7 @@ def _digest(batch: Batch) -> bytes:
 
 def _digests(address: str) -> list[bytes]:
     with Loader(address, **OPTIONS) as loader:
-        return [_digest(batch) for batch in loader]
+        return [_digest(batch) for batch in loader.all_epochs()]
 
 
 def _stop_while_writing(
@@ -45,7 +45,7 @@ def _stop_while_writing(
 ) -> list[bytes]:
     """Stop the only worker while it holds a part; return the digests of the batches taken until then."""
     taken = []
-    for batch in loader:  # each batch frees a slot, and the loader requests its slices again
+    for batch in loader.all_epochs():  # each batch frees a slot, and the loader requests its slices again
         taken.append(_digest(batch))
         del batch
         for _ in range(LOOKS):
@@ -86,8 +86,10 @@ def test_a_worker_that_wakes_while_writing_a_slice_changes_no_batch(
         eventually(lambda: status(sleeper.address).leases >= 2, "the stopped worker has a second lease")
         psutil.Process(sleeper.process.pid).suspend()
         start_node(workers=1, bind=elsewhere)
-        got += [_digest(next(loader)) for _ in range(2 * SLOTS)]  # the sleeper is lost by then, and every slot reused
-        held = [next(loader) for _ in range(SLOTS - 2)]
+        got += [
+            _digest(next(loader.all_epochs())) for _ in range(2 * SLOTS)
+        ]  # the sleeper is lost by then, and every slot reused
+        held = [next(loader.all_epochs()) for _ in range(SLOTS - 2)]
         before = [_digest(batch) for batch in held]
         assert locked_parts(segment)  # the stopped worker still holds its part
         sleeper.workers()[0].resume()
@@ -95,7 +97,7 @@ def test_a_worker_that_wakes_while_writing_a_slice_changes_no_batch(
         eventually(lambda: status(sleeper.address).leases == 0, "the sleeper has finished its leases")
         assert [_digest(batch) for batch in held] == before
         del held
-        got += before + [_digest(batch) for batch in loader]
+        got += before + [_digest(batch) for batch in loader.all_epochs()]
         reassigned = sum(account.reassigned for account in loader.ledger)
     assert got == undisturbed
     assert reassigned >= 2
@@ -118,7 +120,7 @@ def test_a_killed_nodes_stopped_worker_never_wakes(
         dying.process.kill()
         eventually(lambda: not orphan.is_running() and not locked_parts(segment), "the orphan and its lock are gone")
         start_node(workers=1, bind=elsewhere)
-        got += [_digest(batch) for batch in loader]
+        got += [_digest(batch) for batch in loader.all_epochs()]
     assert got == undisturbed
 
 

@@ -26,8 +26,8 @@ Eventually = Callable[[Callable[[], bool], str], None]
 
 
 def _epoch(address: str, **options: Any) -> list[bytes]:
-    with Loader(address, batch_size=64, timeout_s=20, **options) as loader:
-        return [batch.images.tobytes() + batch.labels.tobytes() for batch in loader]
+    with Loader(address, **{"batch_size": 64, "timeout_s": 20, "epochs": 1} | options) as loader:
+        return [batch.images.tobytes() + batch.labels.tobytes() for batch in loader.all_epochs()]
 
 
 def test_it_says_where_it_listens_what_it_serves_and_what_it_takes(start_node: StartNode) -> None:
@@ -49,7 +49,7 @@ def test_it_ends_cleanly_in_the_middle_of_work(start_node: StartNode, number: si
     node = start_node(workers=2)
     family = node.family
     with Loader(node.address, epochs=1000, timeout_s=20, transport=transport) as loader:
-        next(loader)
+        next(loader.all_epochs())
         assert "/dev/shm/loader-service" not in Path(f"/proc/{node.pid}/maps").read_text()
         start = time.monotonic()
         code, said = node.stop(number)
@@ -75,7 +75,7 @@ def test_workers_die_with_a_killed_dispatcher(start_node: StartNode, eventually:
     eventually(lambda: len(node.family) == 5, "dispatcher, fork server and three workers run")
     family = node.family
     with Loader(node.address, timeout_s=20, transport="tcp") as loader:
-        next(loader)
+        next(loader.all_epochs())
     assert node.segments() == set()
     node.stop(signal.SIGKILL)
     _, alive = psutil.wait_procs(family, timeout=10)
@@ -91,7 +91,7 @@ def test_a_killed_worker_is_replaced_and_its_slices_are_made_again(
     old = {process.pid for process in node.workers()}
     with Loader(node.address, batch_size=64, epochs=4, timeout_s=20) as loader:
         got = []
-        for batch in loader:
+        for batch in loader.all_epochs():
             got.append(batch.images.tobytes() + batch.labels.tobytes())
             if len(got) in (3, 9):
                 for process in node.workers():
@@ -132,10 +132,10 @@ def test_it_survives_a_stopped_worker(start_node: StartNode) -> None:
     node = start_node(workers=2, program=(sys.executable, "-c", IMPATIENT))
     undisturbed = _epoch(node.address, epochs=2)
     with Loader(node.address, batch_size=64, epochs=2, timeout_s=40) as loader:
-        got = [b.images.tobytes() + b.labels.tobytes() for b in [next(loader)]]
+        got = [b.images.tobytes() + b.labels.tobytes() for b in [next(loader.all_epochs())]]
         stopped = node.workers()[0]
         stopped.suspend()
-        got += [b.images.tobytes() + b.labels.tobytes() for b in loader]
+        got += [b.images.tobytes() + b.labels.tobytes() for b in loader.all_epochs()]
     assert got == undisturbed
     _, said = node.stop()
     assert re.search(rf"no progress for 1 s although \d+ slices are requested: worker \d \(pid {stopped.pid}\)", said)
@@ -201,7 +201,7 @@ def test_there_is_an_end_to_the_clients_that_a_node_takes(
     node = start_node(workers=1, bind=f"ipc://{tmp_path}/node")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with Loader(node.address, epochs=2, batch_size=64, timeout_s=20) as loader:
-        next(loader)
+        next(loader.all_epochs())
         dealers = [context.socket(zmq.DEALER) for _ in range(MAX_CLIENTS + 20)]
         try:
             for dealer in dealers:
@@ -209,7 +209,7 @@ def test_there_is_an_end_to_the_clients_that_a_node_takes(
                 dealer.send(messages.encode(messages.Hello(messages.PROTOCOL, "another")))
             eventually(lambda: status(node.address).refused == 21, "all have said hello")
             assert len(status(node.address).clients) == MAX_CLIENTS
-            assert sum(len(batch.labels) for batch in loader) == 2 * 300 - 64
+            assert sum(len(batch.labels) for batch in loader.all_epochs()) == 2 * 300 - 64
         finally:
             for dealer in dealers:
                 dealer.close(linger=0)

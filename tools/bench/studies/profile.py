@@ -87,7 +87,6 @@ def main(
                 node.address,
                 batch_size=BATCH,
                 seed=SEED,
-                epochs=2**31,  # practically endless
                 transport=transport,
                 drop_last=True,
                 connections=connections,
@@ -117,9 +116,10 @@ def _faults() -> int:
 
 def _consume(loader: Loader, seconds: float) -> tuple[int, float, float]:
     """Consume for ``seconds``; return batches, CPU seconds of touching them, and wall seconds."""
+    stream = loader.all_epochs()
     batches, touching_s, start_s = 0, 0.0, time.perf_counter()
     while (took_s := time.perf_counter() - start_s) < seconds:
-        batch = next(loader)
+        batch = next(stream)
         # CPU time of this thread, as in spent_s(), which it is subtracted from.
         before_s = time.thread_time()
         touch(batch.images)

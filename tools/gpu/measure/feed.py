@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from loader_service import Loader, LocalNode
-from loader_service.torch import TensorLoader
+from loader_service.torch import TensorBatch, TensorLoader
 from tools.bench.contest import Contestant
 from tools.gpu.measure import data
 from tools.gpu.measure.forms import FORMS
@@ -38,7 +38,6 @@ STAGES: Final = (NEXT, COPY, LAUNCH, DEVICE)
 STEPS_BETWEEN_READINGS: Final = {"cpu": 1, "cuda": 20}
 """Steps between two synchronisations: a GPU must be idle when the time is read, but seldom, to stay busy."""
 
-EPOCHS: Final = 2**31
 CLASSES: Final = 1000
 GREY: Final = 120
 """Mean that is subtracted here: a grey level, so that only the path of the pixels differs between the forms."""
@@ -134,18 +133,16 @@ class Clock:
         return {name: spent_s / total_s for name, spent_s in self._spent_s.items()} if total_s else {}
 
 
-class _Timed:
-    """A loader whose waits are counted."""
+class _Timed(Loader):
+    """A loader that counts the time for each batch, also when a TensorLoader asks for it."""
 
-    def __init__(self, loader: Loader, clock: Clock) -> None:
-        self._loader, self._clock = loader, clock
+    def __init__(self, clock: Clock, *args: Any, **options: Any) -> None:
+        self._clock = clock
+        super().__init__(*args, **options)
 
-    def __next__(self) -> Any:
+    def _fetch(self, lane: Any) -> Any:
         with self._clock.stage(NEXT):
-            return next(self._loader)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
+            return super()._fetch(lane)
 
 
 @contextmanager
@@ -155,10 +152,9 @@ def _source(path: str, address: str, batch: int, device: torch.device, clock: Cl
         if path == SYNTHETIC:
             yield _noise(batch, device)
             return
-        loader = stack.enter_context(Loader(address, batch_size=batch, epochs=EPOCHS, drop_last=True, timeout_s=60))
+        loader = stack.enter_context(_Timed(clock, address, batch_size=batch, drop_last=True, timeout_s=60))
         if path == PINNED:
-            timed = cast("Loader", _Timed(loader, clock))
-            yield _pinned(stack.enter_context(TensorLoader(timed, device)), clock)
+            yield _pinned(stack.enter_context(TensorLoader(loader, device)), clock)
         else:
             yield _pageable(loader, device, clock)
 
@@ -170,17 +166,16 @@ def _noise(batch: int, device: torch.device) -> Batches:
         yield images, labels
 
 
-def _pinned(batches: TensorLoader, clock: Clock) -> Batches:
+def _pinned(batches: TensorLoader[TensorBatch], clock: Clock) -> Batches:
+    stream = batches.all_epochs()
     while True:
         with clock.stage(COPY):
-            batch = next(batches)
+            batch = next(stream)
         yield batch.images, batch.labels
 
 
 def _pageable(loader: Loader, device: torch.device, clock: Clock) -> Batches:
-    while True:
-        with clock.stage(NEXT):
-            batch = next(loader)
+    for batch in loader.all_epochs():
         with clock.stage(COPY):
             images, labels = torch.from_numpy(batch.images).to(device), torch.from_numpy(batch.labels).to(device)
         yield images, labels

@@ -300,12 +300,13 @@ class LoaderClosed(LoopError):
 
 
 class LoaderForked(LoopError):
-    """A loader in a process that did not open it."""
+    """A loader in a process that did not open it, or on its way there (``process`` is None)."""
 
-    def __init__(self, opened_by: int, process: int) -> None:
+    def __init__(self, opened_by: int, process: int | None = None) -> None:
         self.opened_by, self.process = opened_by, process
+        where = "another process" if process is None else f"process {process}, a copy of it"
         super().__init__(
-            f"this Loader was opened by process {opened_by} and does not work in process {process}, a copy of it: open a Loader "
+            f"this Loader was opened by process {opened_by} and does not work in {where}: open a Loader "
             "in each process that reads batches. In a DataLoader, use num_workers=0, or loop over the Loader itself, whose "
             "workers are the node's."
         )

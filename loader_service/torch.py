@@ -90,6 +90,7 @@ class _Copy:
     """A batch whose copies to the devices are issued, with the host arrays that must live until they are done."""
 
     tensors: dict[torch.device, TensorBatch]
+    number: int  # of the loader's offer
     source: Batch
     after: Books  # the loader's, just after this batch
     copied: dict[torch.device, torch.cuda.Event]  # empty on the CPU, where nothing is copied
@@ -239,7 +240,9 @@ class TensorLoader(Epochs[Item, _Copy, deque[_Copy]]):
 
     def _fetch(self, lane: deque[_Copy]) -> tuple[_Copy, Item, Books]:
         self._return_slots()
-        if not lane:
+        if lane:  # an interrupt may have come between the two steps that take the loader's offer, see _issue
+            self._loader._offers.pop(lane[-1].number, None)
+        else:
             if not self._loader.ready:
                 self._wait_for_copies()  # the loader may be waiting for just these slots
             self._issue(lane)
@@ -258,7 +261,7 @@ class TensorLoader(Epochs[Item, _Copy, deque[_Copy]]):
         if lane and lane[0] is source:
             if source.copied:
                 # Without the tensors, which the caller owns.
-                self._copying.append(_Copy({}, source.source, source.after, source.copied))
+                self._copying.append(_Copy({}, source.number, source.source, source.after, source.copied))
             lane.popleft()
 
     def _hand_over(self, step: Step[_Copy, deque[_Copy]]) -> None:
@@ -272,14 +275,12 @@ class TensorLoader(Epochs[Item, _Copy, deque[_Copy]]):
     def _issue(self, lane: deque[_Copy]) -> None:
         """Start copying the loader's next batch to the devices; for the CPU, take views of it."""
         number = self._loader._offer(self._loaders_turn)
-        batch = self._loader._offers[number]
-        # If an interrupt came between the next two steps, the batch is in the lane already.
-        if not (lane and lane[-1].source is batch):
-            lane.append(self._copy(batch, self._loader._step.after))
+        lane.append(self._copy(number))
         self._loader._offers.pop(number)
 
-    def _copy(self, batch: Batch, after: Books) -> _Copy:
-        copy = _Copy({}, batch, after, {})
+    def _copy(self, number: int) -> _Copy:
+        batch = self._loader._offers[number]
+        copy = _Copy({}, number, batch, self._loader._step.after, {})
         extra = self._extra(batch) if self._extra else {}
         # A struct's fields have strides that no tensor can have, so they are copied: a few bytes per sample.
         y, x, flip, shift = (np.ascontiguousarray(batch.draws[name]) for name in ("y", "x", "flip", "shift"))

@@ -21,6 +21,26 @@ from loader_service.client.protocol import PendingBatch
 from loader_service.errors import LoaderServiceError
 
 
+class Bell:
+    """A signal from one thread to another that is kept until it is heard. Any thread may ring, a finaliser, too.
+
+    It is a lock, locked while there is nothing new: the one primitive whose wait and whose wake-up are a single call each.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        """Let the next or the present wait end."""
+        with suppress(RuntimeError):  # it has been rung already
+            self._lock.release()
+
+    def wait(self, timeout_s: float = -1) -> bool:
+        """Wait until it is rung; return False after ``timeout_s``. -1 waits without limit."""
+        return self._lock.acquire(timeout=timeout_s)
+
+
 class Deliveries:
     """The finished batches of one run, in order, from the session's thread to the caller's.
 
@@ -30,9 +50,7 @@ class Deliveries:
     def __init__(self) -> None:
         self._batches: deque[PendingBatch] = deque()
         self._error: LoaderServiceError | None = None
-        # Locked while there is nothing new. A lock is the one primitive whose wait and whose wake-up are each one call.
-        self._bell = threading.Lock()
-        self._bell.acquire()
+        self._bell = Bell()
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -43,12 +61,12 @@ class Deliveries:
     def put(self, batch: PendingBatch) -> None:
         """Add a batch."""
         self._batches.append(batch)
-        self._ring()
+        self._bell.ring()
 
     def end(self, error: LoaderServiceError) -> None:
         """Add the error that ends the run; the first one counts."""
         self._error = self._error or error
-        self._ring()
+        self._bell.ring()
 
     def first(self) -> PendingBatch | None:
         """Return the first batch, which stays here; None if there is none yet.
@@ -56,16 +74,16 @@ class Deliveries:
         Raises:
             LoaderServiceError: the one that ended the run, after its last batch.
         """
-        with suppress(IndexError):
+        if self._batches:  # only the caller's thread removes some
             return self._batches[0]
         if self._error:
-            self._ring()  # for other threads that wait
+            self._bell.ring()  # for other threads that wait
             raise self._error
         return None
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until something may have come; return False after ``timeout_s``. -1 waits without limit."""
-        return self._bell.acquire(timeout=timeout_s)
+        return self._bell.wait(timeout_s)
 
     def drop(self, batch: PendingBatch) -> None:
         """Remove a batch if it is the first."""
@@ -75,10 +93,6 @@ class Deliveries:
     def is_first(self, batch: PendingBatch | None) -> bool:
         """Return True if this batch is here, and the first."""
         return bool(self._batches) and self._batches[0] is batch
-
-    def _ring(self) -> None:
-        with suppress(RuntimeError):  # it has been rung already
-            self._bell.release()
 
 
 class Hold:

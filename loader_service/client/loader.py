@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import msgspec
 import numpy as np
@@ -186,10 +186,11 @@ class Loader(Epochs[Batch, _Made, Deliveries]):
         self._used_s, self._returned_at = 0.0, 0.0
         self.waited_s = 0.0
         replaced = max_bad if on_bad_sample == "substitute" else None  # None: the first bad record ends the run
-        self._session = Session(addresses, split, replaced, keys, connections)  # its thread starts here
+        self._session = Session(addresses, split, replaced, keys, connections)
         # A finaliser closes a loader that is dropped without close(). It must not refer to the loader itself.
-        self._close: weakref.finalize[..., Loader] = weakref.finalize(self, self._session.close)
+        self._finalizer = weakref.finalize(self, self._session.close)
         try:
+            self._session.start()
             self._facts = self._session.wait_for_facts(timeout_s)  # blocks until the first node has answered
             self.dataset = Dataset.of(self._facts)
             self._view = complete_view(_view_of(view, crop, self.dataset.side), self.dataset.statistics)
@@ -202,8 +203,6 @@ class Loader(Epochs[Batch, _Made, Deliveries]):
         except BaseException:  # Ctrl-C, too: the session's thread must not stay
             self.close()
             raise
-        self._close.detach()
-        self._close = weakref.finalize(self, _close, self._session, self._buffers)  # now there are slots to close, too
 
     # State
 
@@ -268,8 +267,15 @@ class Loader(Epochs[Batch, _Made, Deliveries]):
     # Closing
 
     def close(self) -> None:
-        """Leave the nodes and free the shared memory; batches in the caller's hands stay valid."""
-        self._close()
+        """Leave the nodes and free the shared memory; batches in the caller's hands stay valid.
+
+        Any thread may call it: a thread that waits for a batch then gets LoaderClosed.
+        """
+        self._session.close()
+        self._finalizer.detach()  # last: a close() that is interrupted is made up for
+
+    def __reduce__(self) -> NoReturn:
+        raise LoaderForked(self._session.pid)  # its connections and slots cannot be copied
 
     def __enter__(self) -> Loader:
         return self
@@ -300,7 +306,7 @@ class Loader(Epochs[Batch, _Made, Deliveries]):
             excluded=books.excluded,
             continues=bool(books.epochs),
         )
-        return self._session.begin(self._buffers, run)
+        return self._session.begin(run)
 
     def _fetch(self, lane: Deliveries) -> tuple[_Made, Batch, Books]:
         start = time.perf_counter()
@@ -311,7 +317,11 @@ class Loader(Epochs[Batch, _Made, Deliveries]):
         finally:  # also if a signal's handler interrupts the wait
             self._returned_at = time.perf_counter()
             self.waited_s += self._returned_at - start
-        hold = self._buffers.hold(delivery.slot)
+        try:
+            hold = self._buffers.hold(delivery.slot)
+        except AttributeError:
+            self._check()  # another thread has closed the loader, and so the segment, since the check in _make_step
+            raise
         claim = self._session.holds.claim(hold, delivery.slot)  # kept once the batch is on offer
         images, labels, draws = self._buffers.arrays(hold, delivery.plan.count)  # views of the slot, shapes as in Batch
         ids, sources = self._numbers(delivery)
@@ -335,10 +345,11 @@ class Loader(Epochs[Batch, _Made, Deliveries]):
     def _adopt(self, books: Books) -> None:
         """Take over the books of a wrapper, and keep what is prefetched if they are at this loader's place."""
         step = self._step
-        if step.lane is None or books.place != self._books.place:
+        # An offer that was not taken goes with its slot, so that its batch must be made again.
+        if step.lane is None or step.key in self._offers or books.place != step.after.place:
             self._set(books)
         else:
-            if step.source is not None and step.key not in self._offers:
+            if step.source is not None:
                 self._drop(step.lane, step.source)
             self._step = Step(books, books, lane=step.lane)
         self._offers.clear()
@@ -410,8 +421,10 @@ class Loader(Epochs[Batch, _Made, Deliveries]):
         slice_samples = min(max(fair, defaults.MIN_SLICE_SAMPLES), defaults.MAX_SLICE_SAMPLES, fitting, batch_size)
 
         def buffers(named: bool) -> Buffers:
-            return Buffers(
-                layout, seed, batch_size, slots=slots, slice_samples=slice_samples, named=named, copy=kernel.copy
+            return self._session.allocate(
+                lambda: Buffers(
+                    layout, seed, batch_size, slots=slots, slice_samples=slice_samples, named=named, copy=kernel.copy
+                )
             )
 
         if self._transport == "tcp":
@@ -466,11 +479,6 @@ def _schedule(count: int, batch_size: int, rank: int, world_size: int, epochs: i
             f"False with {count} records, of which no full batch of {batch_size} for each of {world_size} ranks can be made",
         )
     return schedule
-
-
-def _close(session: Session, buffers: Buffers) -> None:
-    session.close()  # first: its thread writes into the segment
-    buffers.close()
 
 
 def _check_view(view: str | View) -> None:

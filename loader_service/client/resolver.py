@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Final
 from urllib.parse import urlsplit
 
+from loader_service.client.delivery import Bell
+
 log = logging.getLogger("loader_service.client")
 
 INTERVAL_S: Final = 5.0
@@ -21,11 +23,11 @@ INTERVAL_S: Final = 5.0
 
 
 class Resolver:
-    """A thread that looks names up at the start and then every few seconds. Without names there is no thread.
+    """A thread that looks names up at the start and then every few seconds. Without names :meth:`start` starts none.
 
     Args:
         addresses: the addresses that the user gave, tcp:// or ipc://.
-        on_change: called with all addresses when they change, from the resolver's thread.
+        on_change: called with all addresses when they change, from the resolver's thread; without names, by :meth:`start`.
         interval_s: seconds between look-ups; None for the default.
     """
 
@@ -36,29 +38,33 @@ class Resolver:
         self._fixed = frozenset(addresses) - frozenset(self._names)
         self._on_change, self._interval_s = on_change, INTERVAL_S if interval_s is None else interval_s
         self._known: dict[str, frozenset[str]] = {}
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._stopped = False
+        # Not an Event: close() may come from a finaliser that runs inside the thread's own wait, where an Event holds a lock.
+        self._closing = Bell()
+
+    def start(self) -> None:
+        """Begin to look up."""
         if self._names:
             # Daemon: getaddrinfo cannot be interrupted at exit.
-            self._thread = threading.Thread(target=self._run, name="loader-service-resolver", daemon=True)
-            self._thread.start()
+            threading.Thread(target=self._run, name="loader-service-resolver", daemon=True).start()
         else:
-            on_change(self._fixed)  # in the caller's thread; the addresses never change
+            self._on_change(self._fixed)  # in the caller's thread; the addresses never change
 
     def close(self) -> None:
-        """Stop looking up. A look-up that is in progress ends by itself and changes nothing."""
-        self._stop.set()  # without joining: the thread may be inside getaddrinfo for seconds
+        """Stop looking up. A look-up that is in progress ends by itself and changes nothing. Safe to call from anywhere."""
+        self._stopped = True
+        self._closing.ring()  # without joining: the thread may be inside getaddrinfo for seconds
 
     def _run(self) -> None:
         last: frozenset[str] | None = None
-        while not self._stop.is_set():
+        while not self._stopped:
             for name in self._names:
                 self._look_up(name)
             now = self._fixed.union(*self._known.values())
-            if now != last and not self._stop.is_set():  # a look-up may take seconds, and close() may come meanwhile
+            if now != last and not self._stopped:  # a look-up may take seconds, and close() may come meanwhile
                 last = now
                 self._on_change(now)
-            self._stop.wait(self._interval_s)
+            self._closing.wait(self._interval_s)
 
     def _look_up(self, address: str) -> None:
         """Look one name up; keep its last addresses if that fails, since the nodes may still be there."""

@@ -25,7 +25,7 @@ import zmq
 from loader_service import defaults
 from loader_service.client.buffers import Buffers
 from loader_service.client.connection import Connection, Lane
-from loader_service.client.delivery import Deliveries, Holds
+from loader_service.client.delivery import Bell, Deliveries, Holds
 from loader_service.client.protocol import (
     Action,
     Ask,
@@ -67,7 +67,11 @@ TICK_MS: Final = 250
 
 
 class Session:
-    """One client's thread and connections.
+    """One client's thread, connections and slots.
+
+    The thread makes whatever must be freed again, and frees it at its end. No signal's handler runs there, so an exception in
+    the caller's thread leaves nothing behind, wherever it is raised: the caller only has to close the session, once more if
+    that was interrupted.
 
     Args:
         addresses: addresses of the nodes; a name stands for all addresses behind it.
@@ -94,6 +98,7 @@ class Session:
         name = f"{socket.gethostname()}:{os.getpid()}"[:255]  # the wire's limit
         self._core = ClientProtocol(name, addresses, split, max_bad=max_bad, connections=connections)
         self._ready = threading.Event()  # the core knows the dataset's facts, or an error has come first
+        self._allocated = threading.Event()  # the slots are made, or cannot be
         self._error: LoaderServiceError | None = None
         self._buffers: Buffers | None = None
         self._deliveries = self._newest = Deliveries()  # of the run in progress; of the run that was begun last
@@ -102,21 +107,26 @@ class Session:
         self._owed = 0  # slices that were owed when the thread last went to sleep
         self._stopping = self._over = False
         self._next_tick = time.monotonic()
-        # One connection keeps one I/O thread busy.
-        self._context: zmq.Context[Any] = zmq.Context(io_threads=connections)
+        self._io_threads = connections  # one connection keeps one busy
         self._connections: dict[str, Connection] = {}
         self._poller = zmq.Poller()
-        self._waker = Waker()
+        self._waker: Waker | None = None  # until the thread listens
         self.pid = os.getpid()
-        # May call back at once, from this thread: _command needs only the deque and the waker.
         self._resolver = Resolver(
             addresses, lambda found: self._command(lambda: self._carry_out(self._core.resolved(found)))
         )
         # Daemon: a loader that is never closed must not block the exit.
         self._thread = threading.Thread(target=self._work, name="loader-service", daemon=True)
-        self._thread.start()
+        # False if a close() came before the thread ran. The first entry stands.
+        self._runner: dict[str, bool] = {}
+        self._closing = Bell()
 
     # Called by the caller's thread
+
+    def start(self) -> None:
+        """Start the threads. Only a session that the caller can close by then is started."""
+        self._thread.start()
+        self._resolver.start()
 
     def wait_for_facts(self, timeout_s: float | None) -> DatasetFacts:
         """Wait until a node has been welcomed, and return the facts of the split that it serves.
@@ -133,14 +143,37 @@ class Session:
         assert self._core.facts is not None
         return self._core.facts
 
-    def begin(self, buffers: Buffers, run: Run) -> Deliveries:
-        """Begin a run in ``buffers``, in place of the one in progress; return the queue that its batches come from."""
+    def allocate(self, make: Callable[[], Buffers]) -> Buffers:
+        """Have the thread make the slots, and return them.
+
+        Raises:
+            Exception: whatever ``make`` raises.
+        """
+        refusals: list[Exception] = []
+        done = self._allocated = threading.Event()
+
+        def command() -> None:
+            try:
+                self._buffers = make()
+            except Exception as error:
+                refusals.append(error)
+            done.set()
+
+        self._command(command)
+        if not self._over:  # else the thread has ended
+            done.wait()
+        if self._buffers is None:
+            raise refusals[0] if refusals else self._error or LoaderClosed()
+        return self._buffers
+
+    def begin(self, run: Run) -> Deliveries:
+        """Begin a run, in place of the one in progress; return the queue that its batches come from."""
         deliveries = self._newest = Deliveries()
 
         # Runs in the session's thread, like every command: the core has no lock.
         def command() -> None:
             self._take_back_undelivered()
-            self._deliveries, self._buffers = deliveries, buffers
+            self._deliveries = deliveries
             self._carry_out(self._core.begin(run))
 
         self._command(command)
@@ -153,17 +186,22 @@ class Session:
         # None is missed: this looks for slots, then reads _owed; the thread writes _owed, then looks for slots.
         # While slices are owed, the next answer wakes the thread within a slice's time: save the system call.
         if self.holds.changed and not self._owed:
-            self._waker.wake()
+            self._wake()
 
     def close(self) -> None:
-        """Leave the nodes and end the thread."""
-        if self.pid != os.getpid():  # a forked copy has no thread, and its sockets are the parent's
+        """Leave the nodes, end the thread and free the slots; again, if an earlier call was interrupted."""
+        if self.pid != os.getpid():  # a forked copy has no thread, and its sockets and slots are the parent's
             return
         self._stopping = True
         self._resolver.close()
-        self._waker.wake()
-        self._thread.join()  # so that no frame is copied into a segment that is being closed
-        self._waker.close()
+        self._closing.ring()
+        self._wake()
+        if self._thread.ident == threading.get_ident():
+            return  # a finaliser, since the last reference to the loader was dropped here: the thread ends soon
+        if self._runner.setdefault("is the thread", False):
+            self._thread.join()
+        else:  # it has not begun, and finds the entry if it ever does
+            self._end()
 
     def check_open(self) -> None:
         """Raise LoaderClosed from the call of :meth:`close` on."""
@@ -202,17 +240,29 @@ class Session:
 
     def _command(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
-        self._waker.wake()
+        self._wake()
+
+    def _wake(self) -> None:
+        waker = self._waker
+        if waker is not None:  # else the thread looks for commands before it first sleeps, or has ended
+            waker.wake()
 
     # The thread
 
     def _work(self) -> None:
-        self._poller.register(self._waker.fileno(), zmq.POLLIN)
+        if not self._runner.setdefault("is the thread", True):
+            return
+        waker = self._waker = Waker()
+        self._context: zmq.Context[Any] = zmq.Context(io_threads=self._io_threads)
+        self._poller.register(waker.fileno(), zmq.POLLIN)
         try:
             while not self._stopping:
                 # Slots come back without waking.
                 idle = not self._commands and not self.holds.changed
-                self._hear(dict(self._poller.poll(TICK_MS if idle else 0)))
+                ready = dict(self._poller.poll(TICK_MS if idle else 0))
+                if waker.fileno() in ready:
+                    waker.clear()
+                self._hear(ready)
                 for slot in self.holds.take_back():
                     self._core.slot_returned(slot)
                 while self._commands:
@@ -233,6 +283,10 @@ class Session:
             for connection in self._connections.values():
                 connection.close()
             self._context.term()  # waits for the Byes, at most BYE_LINGER_MS
+            self._closing.wait()  # after an error the caller still has batches to take
+            if self._buffers is not None:
+                self._buffers.close()
+            self._waker = None
 
     def _fail(self, error: LoaderServiceError) -> None:
         """Pass an error to the caller's thread, wherever it waits."""
@@ -242,8 +296,9 @@ class Session:
 
     def _end(self) -> None:
         """End the deliveries, wherever the caller waits for them."""
-        self._over = True  # first: a begin after this ends its queue by itself
+        self._over = True  # first: a begin or an allocation after this ends by itself
         self._newest.end(self._error or LoaderClosed())
+        self._allocated.set()
 
     def _take_back_undelivered(self) -> None:
         """Return the slots of batches that the caller has not taken from the last run's queue."""
@@ -257,8 +312,6 @@ class Session:
 
     def _hear(self, ready: dict[Any, int]) -> None:
         """Pass on everything that has arrived on the sockets that poll reported."""
-        if self._waker.fileno() in ready:
-            self._waker.clear()
         for connection in list(self._connections.values()):  # copies: actions open and close connections and lanes
             for lane in list(connection.lanes):
                 # An action may close the connection at any point, and its sockets must not be read after that.

@@ -245,7 +245,6 @@ class Dispatcher:
         for segment in self._segments.values():
             segment.close()
         self._send_buffers.close()
-        self._waker.close()
 
     # Events
 

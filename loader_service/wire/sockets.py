@@ -10,8 +10,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket as socketlib
-import threading
 import time
+import weakref
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, Final
@@ -292,14 +292,13 @@ class Monitor:
 class Waker:
     """An eventfd that wakes a poll loop from any thread, signal handler or finaliser.
 
-    Poll :meth:`fileno`; :meth:`wake` makes it readable until :meth:`clear`.
+    Poll :meth:`fileno`; :meth:`wake` makes it readable until :meth:`clear`. It is closed when it is collected, and so never
+    while a thread is inside of :meth:`wake`: another file could have the same number by then.
     """
 
     def __init__(self) -> None:
-        # The lock keeps close() from running between the check of the descriptor and the write: another file could have
-        # the same number by then. It is reentrant because a finaliser or signal handler may run inside these methods.
-        self._lock = threading.RLock()
         self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor).atexit = False  # threads go on until the process ends
         self._pid = os.getpid()
 
     def fileno(self) -> int:
@@ -307,13 +306,9 @@ class Waker:
         return self._descriptor
 
     def wake(self) -> None:
-        """Wake the loop, or do nothing after close. Safe to call from anywhere."""
-        # A forked child has no loop, its descriptor is the parent's, and another thread of the parent may have held the lock.
-        if self._pid != os.getpid():
-            return
-        with self._lock:
-            if self._descriptor >= 0:
-                os.eventfd_write(self._descriptor, 1)  # adds to a counter: many wakes before a clear are one
+        """Wake the loop, if it still polls. Safe to call from anywhere."""
+        if self._pid == os.getpid():  # a forked child has no loop, and its descriptor is the parent's
+            os.eventfd_write(self._descriptor, 1)  # adds to a counter: many wakes before a clear are one
 
     def clear(self) -> None:
         """Make the descriptor unreadable again. Call it before looking for the work, so that no wake-up is missed."""
@@ -321,13 +316,6 @@ class Waker:
             os.eventfd_read(self._descriptor)
         except BlockingIOError:  # the counter is 0: nobody has called wake since the last clear
             return
-
-    def close(self) -> None:
-        """Close the descriptor."""
-        with self._lock:
-            descriptor, self._descriptor = self._descriptor, -1  # from now on wake does nothing
-            if descriptor >= 0:
-                os.close(descriptor)
 
 
 def try_send(socket: zmq.Socket[bytes], frames: list[Any], on_gone: Callable[[], None] | None = None) -> bool:

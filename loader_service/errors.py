@@ -302,7 +302,7 @@ class LoaderClosed(LoopError):
 class LoaderForked(LoopError):
     """A loader in a process that did not open it, or on its way there (``process`` is None)."""
 
-    def __init__(self, opened_by: int, process: int | None = None) -> None:
+    def __init__(self, opened_by: int, process: int | None) -> None:
         self.opened_by, self.process = opened_by, process
         where = "another process" if process is None else f"process {process}, a copy of it"
         super().__init__(

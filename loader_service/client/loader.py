@@ -275,7 +275,7 @@ class Loader(Epochs[Batch, _Made, Deliveries]):
         self._finalizer.detach()  # last: a close() that is interrupted is made up for
 
     def __reduce__(self) -> NoReturn:
-        raise LoaderForked(self._session.pid)  # its connections and slots cannot be copied
+        raise LoaderForked(self._session.pid, None)  # its connections and slots cannot be copied
 
     def __enter__(self) -> Loader:
         return self

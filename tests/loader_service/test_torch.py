@@ -89,6 +89,106 @@ def test_extra_arrays_travel_with_their_batch(node_address: str, device: str) ->
             assert torch.equal(batch.extra["flips"], batch.flip)
 
 
+VIEWS: dict[str, Any] = {"train": {}, "ten-crop": {"view": "ten-crop"}, "whole": {"view": "whole"}}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_mean_image_is_subtracted_as_the_node_does(node_address: str, device: str, view: str) -> None:
+    """With mean="image", images equal those of a Loader of float32 or float16, bit for bit, in every layout."""
+    options: dict[str, Any] = {"batch_size": 6, "seed": 2, "timeout_s": 20, **VIEWS[view]}
+    for dtype in ("float32", "float16"):
+        with Loader(node_address, dtype=dtype, **options) as loader:
+            batch = next(iter(loader))
+            expected = torch.from_numpy(batch.images.copy())
+            assert batch.draws["flip"].any() or view == "whole"
+        for layout in ("nhwc", "nchw", "channels_last"):
+            with (
+                Loader(node_address, **options) as loader,
+                TensorLoader(loader, device, layout=layout, dtype=dtype, mean="image") as batches,  # type: ignore[arg-type]
+            ):
+                images = next(iter(batches)).images.cpu()
+            if layout != "nhwc":
+                assert images.shape[-3:] == (3, *expected.shape[-3:-1])
+                images = images.movedim(-3, -1)
+            assert images.dtype == expected.dtype
+            assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_layouts_and_dtypes(node_address: str, device: str) -> None:
+    """nchw is contiguous, channels_last is not copied, and pixels stay uint8 unless a dtype or a normalisation is given."""
+    with Loader(node_address, batch_size=16, timeout_s=20) as loader:
+        raw = torch.from_numpy(next(iter(loader)).images.copy())
+
+        def first(**options: Any) -> Tensor:
+            loader.set_epoch(0)
+            with TensorLoader(loader, device, **options) as batches:
+                images: Tensor = next(iter(batches)).images.cpu()
+                return images
+
+        assert torch.equal(first(), raw)
+        nchw, last = first(layout="nchw"), first(layout="channels_last")
+        assert torch.equal(nchw, last)
+        assert torch.equal(nchw, raw.movedim(-1, 1))
+        assert nchw.is_contiguous()
+        assert last.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(first(dtype=torch.bfloat16), raw.to(torch.bfloat16))
+        mean, std = [123.0, 117.0, 104.0], [58.0, 57.0, 57.5]
+        scaled = (raw.float() - torch.tensor(mean)) / torch.tensor(std)
+        assert torch.equal(first(mean=mean, std=std), scaled)
+        assert torch.equal(first(mean=np.array(mean), std=torch.tensor(std), dtype="float16"), scaled.half())
+        channels = torch.tensor(loader.dataset.channel_means, dtype=torch.float32)
+        assert torch.equal(first(mean="channels"), raw.float() - channels)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fields_unpack(node_address: str, device: str) -> None:
+    """With fields=("images", "labels") each batch is that pair, as loops of PyTorch have it."""
+    with (
+        Loader(node_address, batch_size=100, timeout_s=20) as loader,
+        TensorLoader(loader, device, layout="nchw", mean="image", fields=("images", "labels")) as batches,
+    ):
+        for epoch in range(2):
+            for x, y in batches:
+                assert (x.shape, x.dtype, y.shape, y.dtype) == ((100, 3, 224, 224), torch.float32, (100,), torch.int64)
+                assert batches.epoch == epoch
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"layout": "chw"}, "layout='chw' cannot work: expected nhwc or nchw or channels_last"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"dtype": "uint8", "mean": "image"}, "dtype='uint8'"),
+        ({"mean": "picture"}, "mean='picture'"),
+        ({"mean": [1, 2]}, "three numbers"),
+        ({"std": [1, 0, 1]}, "three numbers other than 0"),
+        ({"fields": "images"}, "fields='images'"),
+        ({"fields": ["image"]}, "a sequence of names out of images, labels"),
+        ({"fields": ["images"], "device": ("cpu", "cpu")}, "None with several devices"),
+    ],
+    ids=str,
+)
+def test_forms_that_cannot_be_are_named(node_address: str, options: dict[str, Any], sentence: str) -> None:
+    """The error names the argument, and another TensorLoader may be opened after it."""
+    with Loader(node_address, batch_size=16, timeout_s=20) as loader:
+        with pytest.raises(errors.OptionError, match=sentence):
+            TensorLoader(loader, **options)
+        TensorLoader(loader).close()
+
+
+def test_a_mean_is_not_subtracted_twice(node_address: str) -> None:
+    """A Loader of float32 has subtracted it, so another mean is refused."""
+    with Loader(node_address, batch_size=16, dtype="float32", timeout_s=20) as loader:
+        with pytest.raises(
+            errors.OptionError, match="mean='image' cannot work: expected None with a Loader of float32"
+        ):
+            TensorLoader(loader, mean="image")
+        with TensorLoader(loader, layout="nchw") as batches:
+            assert next(iter(batches)).images.dtype == torch.float32
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_second_tensor_loader_is_refused(node_address: str, device: str) -> None:
     """Two on one Loader would each get a part of the batches; after close() or collection of the first one, another may."""

@@ -350,15 +350,12 @@ class _Pixels:
             _checked_dtype(dtype, loader.dtype, normalised=mean is not None or std is not None),
         )
         self._mean_image, self._mean = None, None
-        match mean:
-            case None:
-                pass
-            case "image":
-                self._mean_image = torch.from_numpy(np.array(loader.dataset.mean, np.float32))  # (side, side, 3)
-            case "channels":
-                self._mean = _three("mean", loader.dataset.channel_means)
-            case _:
-                self._mean = _three("mean", mean)
+        if isinstance(mean, str) and mean == "image":
+            self._mean_image = torch.from_numpy(np.array(loader.dataset.mean, np.float32))  # (side, side, 3)
+        elif isinstance(mean, str) and mean == "channels":
+            self._mean = _three("mean", loader.dataset.channel_means)
+        elif mean is not None:
+            self._mean = _three("mean", mean)
         self._std = None if std is None else _three("std", std)
         self._on: dict[torch.device, list[Tensor | None]] = {}
 

@@ -198,7 +198,7 @@ def test_another_user_cannot_make_a_node_write(users: tuple[User, User], address
 
     def hold(say: Callable[[Any], None]) -> None:
         with Loader(address, batch_size=50, transport="shm", timeout_s=20) as loader:
-            held = [next(loader) for _ in range(3)]
+            held = [next(loader.all_epochs()) for _ in range(3)]
             before = [hashlib.sha256(batch.images).hexdigest() for batch in held]
             say(loader._buffers.segment.name)
             signal.sigwait({signal.SIGUSR1})

@@ -137,4 +137,4 @@ def _open(node: Endpoint, split: Split, view: str | View, crop: int | None, seed
 def _at(loader: Loader, epoch: int, position: int) -> Any:
     """Return the batch of one sample at a position of an epoch."""
     loader.load_state_dict(loader.state_dict() | {"epoch": epoch, "position": position})
-    return next(loader)
+    return next(loader.all_epochs())

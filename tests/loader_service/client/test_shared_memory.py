@@ -39,7 +39,7 @@ import os, sys
 from loader_service import Loader, status
 from loader_service.wire.shm import DIRECTORY
 loader = Loader(sys.argv[1], transport="shm", batch_size=32, epochs=2, timeout_s=20)
-batch = next(loader)
+batch = next(loader.all_epochs())
 child = os.fork()
 if child == 0:
     if sys.argv[2] == "close":
@@ -48,7 +48,7 @@ if child == 0:
     sys.exit(7)  # runs finalisers and exit handlers
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 assert len(list(DIRECTORY.glob(loader._buffers.segment.name))) == 1
-print("samples", 32 + sum(len(batch.labels) for batch in loader))
+print("samples", 32 + sum(len(batch.labels) for batch in loader.all_epochs()))
 print([c.transport for c in status(sys.argv[1]).clients if c.name.endswith(f":{os.getpid()}")])
 """
 

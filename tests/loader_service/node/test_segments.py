@@ -55,18 +55,18 @@ LEAVING = (
     TOOLS
     + """
 with LocalNode(sys.argv[1], workers=3) as node, Loader(node.address, batch_size=8, epochs=1000) as neighbour:
-    next(neighbour)
+    next(neighbour.all_epochs())
     before = used()
     for _ in range(8):  # two of them fit at a time
         with Loader(node.address, transport="shm", epochs=10, timeout_s=20) as loader:
             for _ in range(4):
-                next(loader)
+                next(loader.all_epochs())
             assert used() > before
-            next(neighbour)
+            next(neighbour.all_epochs())
         eventually(lambda: used() == before, "the memory of a loader that left is free")
     with Loader(node.address, transport="shm", epochs=1000, timeout_s=20) as loader:
         for _ in range(20):
-            next(loader)
+            next(loader.all_epochs())
         fork_server = psutil.Process(node.pid).children()[0]
         stopped = fork_server.children()[0]
         stopped.suspend()
@@ -83,7 +83,7 @@ TRAINER = """
 import sys
 from loader_service import Loader
 loader = Loader(sys.argv[1], transport="shm", batch_size=64, epochs=1000, timeout_s=20)
-batch = next(loader)
+batch = next(loader.all_epochs())
 print("ready", flush=True)
 sys.stdin.readline()
 """
@@ -251,7 +251,7 @@ def test_a_segment_that_shrinks_under_a_worker_costs_its_client_only(
     node = start_node(workers=1, bind=f"ipc://{tmp_path}/node")
     (worker,) = node.workers()
     with Loader(node.address, batch_size=16, epochs=3, timeout_s=20) as loader:
-        got = [next(loader).ids.tolist()]
+        got = [next(loader.all_epochs()).ids.tolist()]
         answer, attempts = None, 0
         while not isinstance(answer, Failed):  # else the worker wrote the slice before it could be stopped
             attempts += 1
@@ -263,12 +263,12 @@ def test_a_segment_that_shrinks_under_a_worker_costs_its_client_only(
         refused = shrunk.client.ask(shrunk.request(2, Place(1, 1)))
         assert (refused.record, refused.reason) == (-1, answer.reason)
         assert shrunk.client.ask(shrunk.attach) == Attached(shrunk.segment.name, accepted=False, reason=CANNOT_ATTACH)
-        got += [batch.ids.tolist() for batch in loader]
+        got += [batch.ids.tolist() for batch in loader.all_epochs()]
         assert [(a.delivered, a.expected) for a in loader.ledger] == [(300, 300)] * 3
     now = status(node.address)
     assert (now.restarts, now.bad_samples) == (1, 0)
     with Loader(node.address, batch_size=16, epochs=3, timeout_s=20) as loader:
-        assert got == [batch.ids.tolist() for batch in loader]
+        assert got == [batch.ids.tolist() for batch in loader.all_epochs()]
     _, said = node.stop()
     assert "ended by signal SIGBUS" in said
     assert f"shared memory {shrunk.segment.name} has been truncated or has lost pages; this node writes no more" in said

@@ -28,7 +28,7 @@ def test_samples_are_the_bytes_that_a_run_gets(node: str) -> None:
     found = fed_samples(Endpoint(node, "", 20.0), View(crop=0), 64, seed=5, record=42, epochs=2)
     assert [sample.epoch for sample in found] == [0, 1]
     with Loader(node, view="train", crop=64, batch_size=50, seed=5, epochs=2, timeout_s=20) as loader:
-        for batch in loader:
+        for batch in loader.all_epochs():
             for at in np.flatnonzero(batch.ids == 42):
                 sample, draw = found[batch.epoch], batch.draws[at]
                 assert np.array_equal(sample.pixels, batch.images[at])

@@ -2,7 +2,7 @@
 
 >>> from loader_service import Loader
 >>> with Loader("tcp://127.0.0.1:5555", batch_size=128) as loader:  # doctest: +SKIP
-...     for batch in loader:
+...     for batch in loader:  # one epoch
 ...         train(batch.images, batch.labels)
 """
 

@@ -28,6 +28,8 @@ from loader_service.data.order import records_at
 from loader_service.types import RECORD_SIDE_PX
 from tools.bench import checksums
 from tools.bench.contest import Contestant, Kind, Running
+from tools.bench.studies import boundary
+from tools.bench.studies.boundary import Boundary
 from tools.bench.turns import BATCH, deliver
 from tools.errors import ToolFailed
 from tools.terminal import ROOT
@@ -55,6 +57,7 @@ class Single(msgspec.Struct, frozen=True):
         standardise_per_s: originals per second of decoding and resizing alone, by as many processes, in each round.
         originals: number of files.
         checksums: cost of comparing records with their checksums, by row of ``checksums.ROWS``, in each round.
+        boundary: the time between two epochs; None in results of before it was measured.
     """
 
     first_batch_s: float
@@ -66,6 +69,7 @@ class Single(msgspec.Struct, frozen=True):
     standardise_per_s: list[float]
     originals: int
     checksums: dict[str, list[float]]
+    boundary: Boundary | None = None
 
 
 def first_batch_s(data: Path, workers: int) -> float:
@@ -159,7 +163,9 @@ def measure(records: Path, source: Path, workers: int, files: int = PREPROCESSED
     memory, torch_free = worker_memory(records / "raw", workers)
     whole, alone = preprocessing(source, workers, files)
     costs = checksums.costs(source, COMPARED)
-    return Single(statistics.median(starts), starts, order_us(), memory, torch_free, whole, alone, files, costs)
+    between = boundary.measure(records / "raw", workers)
+    start_s = statistics.median(starts)
+    return Single(start_s, starts, order_us(), memory, torch_free, whole, alone, files, costs, between)
 
 
 @click.command()

@@ -15,6 +15,7 @@ from tools.bench.records import Facts
 from tools.bench.report.chart import Row, draw
 from tools.bench.report.targets import Spread, Target, ratio, spread, targets
 from tools.bench.single import Single
+from tools.bench.studies.boundary import STEP_S
 from tools.bench.turns import BATCH
 
 CHART: Final = "benchmarks.svg"
@@ -184,7 +185,9 @@ def _single(single: Single) -> str:
 - Comparing records with their checksums, as a share of a sample's CPU time in a worker: {compared}.
 - Private memory of a worker after an epoch, without LMDB's pages and the client's slots: {shown(memory, ".1f")} MB.
 - Preprocessing of {single.originals:,} originals, process start and manifest included: {shown(whole, ",.0f")}/s. As many processes
-  that only decode and resize, with libjpeg-turbo and Pillow-SIMD: {shown(alone, ",.0f")}/s."""
+  that only decode and resize, with libjpeg-turbo and Pillow-SIMD: {shown(alone, ",.0f")}/s.""" + (
+        f"\n- With steps of {1e3 * STEP_S:.0f} ms: {single.boundary}." if single.boundary else ""
+    )
 
 
 def _ranking(results: Results, codec: str) -> list[Contestant]:

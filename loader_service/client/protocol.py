@@ -410,11 +410,6 @@ class Deliver:
 
 
 @dataclass(frozen=True)
-class Finish:
-    """Tell the caller that everything is delivered."""
-
-
-@dataclass(frozen=True)
 class Inform:
     """Log a line that needs no attention."""
 
@@ -462,19 +457,7 @@ class Standstill:
 
 
 Action = (
-    Connect
-    | Disconnect
-    | OpenLanes
-    | Send
-    | Ask
-    | CopyPixels
-    | CopyTail
-    | Ready
-    | Deliver
-    | Finish
-    | Inform
-    | Warn
-    | Standstill
+    Connect | Disconnect | OpenLanes | Send | Ask | CopyPixels | CopyTail | Ready | Deliver | Inform | Warn | Standstill
 )
 
 
@@ -503,7 +486,7 @@ class Ledger:
         self.run, self.excluded = run, run.excluded
         self._nodes, self._numbers, self._out = nodes, numbers, out
         self._plans = run.schedule.batches(run.epoch, run.position)  # lazy: the plans of a run are never all in memory
-        self._exhausted = self._finished = False
+        self._exhausted = False
         # The caller's slots of an earlier run come back by slot_returned.
         self._free = deque(slot for slot in range(run.slots) if slot not in out)
         self._blocked: list[tuple[int, int]] = []  # slot, and how many parts of it were in use
@@ -583,12 +566,7 @@ class Ledger:
         self._place()
         self._open()
         # The generators run here, from left to right: a standstill releases slices that the requests then take.
-        actions: list[Action] = [*self._standstills(now), *self._asks(now), *self._deliveries()]
-        # Delivered batches may still be in the caller's hands.
-        if self._exhausted and not self._batches and not self._finished:
-            self._finished = True
-            actions.append(Finish())
-        return actions
+        return [*self._standstills(now), *self._asks(now), *self._deliveries()]
 
     @property
     def accounts(self) -> list[EpochAccount]:

@@ -35,7 +35,6 @@ from loader_service.client.protocol import (
     CopyTail,
     Deliver,
     Disconnect,
-    Finish,
     Inform,
     OpenLanes,
     Quarantined,
@@ -356,8 +355,6 @@ class Session:
                     self._ask(action)
                 case Deliver(batch):
                     self._deliveries.put(batch)
-                case Finish():
-                    pass  # the caller's thread counts the epochs itself
                 case CopyPixels(batch, part, start):
                     self._slots.write_pixels(batch, part, start, _bytes_of(payload[0]))
                 case CopyTail(batch, part):

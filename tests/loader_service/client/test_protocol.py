@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -28,7 +29,6 @@ from loader_service.client.protocol import (
     CopyTail,
     Deliver,
     Disconnect,
-    Finish,
     Inform,
     NodeState,
     OpenLanes,
@@ -112,7 +112,6 @@ class World:
         self.asked: list[Ask] = []
         self.held: list[int] = []
         self.delivered: list[tuple[int, int]] = []
-        self.finished = False
         self.standstills: list[Standstill] = []
         self.others: list[Action] = []  # all other actions
         self.carry_out(self.core.begin(self.run))
@@ -122,6 +121,13 @@ class World:
             return None
         self.generations[slot, part] = self.generations.get((slot, part), 0) + 1
         return self.generations[slot, part]
+
+    @property
+    def finished(self) -> bool:
+        """True if every position of every epoch was delivered."""
+        schedule = self.run.schedule
+        assert schedule.epochs is not None
+        return len(self.delivered) == schedule.expected() * schedule.epochs
 
     # Events
 
@@ -137,9 +143,6 @@ class World:
                     self.held.append(batch.slot)
                     plan = batch.plan
                     self.delivered += [(plan.epoch, i) for i in range(plan.first, plan.first + plan.count)]
-                case Finish():
-                    assert not self.finished
-                    self.finished = True
                 case Standstill():
                     self.standstills.append(action)
                 case _:
@@ -1066,3 +1069,21 @@ def test_exactly_once_under_random_faults(seed: int) -> None:
         if rng.random() < 0.5:
             world.let_go()
     assert world.delivered == [(e, i) for e in range(2) for i in range(records)]
+
+
+def test_a_run_that_continues_keeps_the_accounts() -> None:
+    """After a break, the accounts of earlier epochs stay; that of an epoch begun anew expects it whole and adds its events."""
+    world = World(30, epochs=3)
+    world.node_up("a", 1)
+    world.advance()
+    world.node_down("a")
+    before = world.account
+    assert before.reassigned > 0
+    world.core.begin(replace(world.run, epoch=0, position=20, continues=True))
+    world.core.advance(0.0)
+    assert (world.account.expected, world.account.reassigned) == (10, before.reassigned)
+    world.core.begin(replace(world.run, epoch=1, continues=True))
+    world.core.advance(0.0)
+    assert [(account.epoch, account.expected) for account in world.core.accounts][:2] == [(0, 10), (1, 30)]
+    world.core.begin(world.run)
+    assert world.core.accounts == []

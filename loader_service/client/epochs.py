@@ -33,6 +33,9 @@ class Counts:
     left_out: int = 0
 
 
+_NOTHING = Counts()
+
+
 @dataclass(frozen=True)
 class Books:
     """The place of a loader, and what it has returned.
@@ -60,15 +63,10 @@ class Books:
     def returned(self, plan: Plan, place: Place, substituted: int) -> Books:
         """Return the books after a batch, which leads to ``place``."""
         # An epoch that is looped over again is counted anew.
-        old = self.epochs.get(plan.epoch, Counts()) if self.has_begun and plan.epoch == self.place.epoch else Counts()
-        now = replace(old, delivered=old.delivered + plan.count, substituted=old.substituted + substituted)
-        return replace(
-            self,
-            place=place,
-            epochs={**self.epochs, plan.epoch: now},
-            batches=self.batches + 1,
-            samples=self.samples + plan.count,
-        )
+        old = self.epochs.get(plan.epoch, _NOTHING) if self.has_begun and plan.epoch == self.place.epoch else _NOTHING
+        now = Counts(old.delivered + plan.count, old.substituted + substituted, old.left_out)
+        epochs = {**self.epochs, plan.epoch: now}
+        return Books(place, self.origin, self.excluded, epochs, self.batches + 1, self.samples + plan.count)
 
     def moved(self, place: Place, excluded: tuple[int, ...], left_out: int) -> Books:
         """Return the books at another place; ``left_out`` is the number of positions that the epoch begun still had."""

@@ -40,13 +40,13 @@ def test_a_sick_node_costs_nothing_and_comes_back(
         with Loader(node_address, seed=5, timeout_s=20) as loader:
             expected = [batch.images.tobytes() for batch in loader]
         with Loader(f"{sick.address},{node_address}", seed=5, timeout_s=20, epochs=100_000) as loader:
-            got = [next(loader).images.tobytes() for _ in expected]
+            got = [next(loader.all_epochs()).images.tobytes() for _ in expected]
             assert got == expected
             assert loader.ledger[0].delivered == loader.ledger[0].expected == 300
             made = {worker.slices for worker in status(sick.address).workers}
             assert made == {0}
             flag.unlink()
-            for _ in loader:
+            for _ in loader.all_epochs():
                 if f"node {sick.address} serves again" in caplog.text:
                     break
             assert status(sick.address).workers[0].slices > 0
@@ -66,6 +66,6 @@ def test_sick_nodes_alone_end_the_run_with_their_reasons(
         Loader(f"{one.address},{two.address}", timeout_s=60) as loader,
         pytest.raises(errors.NodeFailed) as caught,
     ):
-        next(loader)
+        next(loader.all_epochs())
     for address in (one.address, two.address):
         assert f"at {address}: the disk is gone" in str(caught.value)

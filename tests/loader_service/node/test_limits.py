@@ -201,7 +201,7 @@ def test_a_lack_of_descriptors_is_survived(
     ):
         dispatcher = psutil.Process(node.pid)
         assert resource.prlimit(node.pid, resource.RLIMIT_NOFILE) == (OPEN_FILES, OPEN_FILES)
-        next(loader)
+        next(loader.all_epochs())
         port = urlsplit(node.address).port
         for _ in range(80):
             if peers == "raw":
@@ -217,13 +217,13 @@ def test_a_lack_of_descriptors_is_survived(
             if not worker.children():
                 worker.kill()
         for _ in range(10):
-            next(loader)
+            next(loader.all_epochs())
         used = sum(dispatcher.cpu_times()[:2])
         threading.Event().wait(0.5)
         assert sum(dispatcher.cpu_times()[:2]) - used < 0.25
         idle.close()
         assert status(node.address, timeout_s=20, insecure=True).restarts >= 1
-        assert sum(len(batch.labels) for batch in loader) == 4 * 300 - 11 * 50
+        assert sum(len(batch.labels) for batch in loader.all_epochs()) == 4 * 300 - 11 * 50
         assert dispatcher.is_running()
     context.term()
     assert log.read_text().count("ulimit -n") == 1

@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-MAX_DESCRIPTORS: Final = 65_536
-"""Limit that a node asks for: MAX_CLIENTS clients with all their lanes, ten times over."""
+MAX_DESCRIPTORS: Final = 3_072
+"""Descriptors that a node uses at most: enough for MAX_CLIENTS clients with twelve connections each. A connection before its
+handshake takes about 18 KB, so as many of them stay below the 64 MiB that peers without a key may cost."""
 
 RESERVED: Final = 8
 RESERVED_PER_WORKER: Final = 2
@@ -27,7 +28,7 @@ EVENTS_PER_TURN: Final = 64
 
 
 def raise_limit() -> int:
-    """Raise this process's soft limit of open files to the hard limit, MAX_DESCRIPTORS at most; return the soft limit."""
+    """Raise this process's soft limit of open files to the hard limit, MAX_DESCRIPTORS at most; return how many it may use."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return MAX_DESCRIPTORS
@@ -35,7 +36,7 @@ def raise_limit() -> int:
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))  # never fails up to the hard limit
         soft = wanted
-    return soft
+    return min(soft, MAX_DESCRIPTORS)
 
 
 class ConnectionGate:

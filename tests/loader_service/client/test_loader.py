@@ -338,7 +338,7 @@ def test_a_node_with_another_dataset_is_refused(
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda _, *rest, **named: [e for ip in known for e in real(ip, *rest, **named)]
     )
-    with caplog.at_level(logging.WARNING), _load(f"tcp://pool.test:{port}") as loader:
+    with caplog.at_level(logging.WARNING), _load(f"tcp://localhost:{port}") as loader:
         known.append("127.0.0.2")  # after the first one was welcomed, which decides
         eventually(lambda: "fingerprint is" in caplog.text, "the other node is refused")
         assert [_content(batch) for batch in loader] == expected

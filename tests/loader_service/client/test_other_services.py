@@ -136,11 +136,12 @@ def test_the_run_goes_on_with_the_good_one(node_address: str, caplog: pytest.Log
         caplog.at_level(logging.WARNING),
         Loader(f"{other},{node_address}", timeout_s=TIMEOUT_S, epochs=10_000, insecure=True) as loader,
     ):
-        for batch in loader.all_epochs():
+        batches = loader.all_epochs()
+        for batch in batches:
             assert len(batch.labels)
             if re.search(sentence, caplog.text):
                 break
-        assert sum(len(next(loader.all_epochs()).labels) for _ in range(3)) > 0
+        assert sum(len(next(batches).labels) for _ in range(3)) > 0
     assert re.search(f"{other}.*({sentence})", caplog.text)
 
 

@@ -201,7 +201,8 @@ def test_a_lack_of_descriptors_is_survived(
     ):
         dispatcher = psutil.Process(node.pid)
         assert resource.prlimit(node.pid, resource.RLIMIT_NOFILE) == (OPEN_FILES, OPEN_FILES)
-        next(loader.all_epochs())
+        batches = loader.all_epochs()
+        next(batches)
         port = urlsplit(node.address).port
         for _ in range(80):
             if peers == "raw":
@@ -217,13 +218,13 @@ def test_a_lack_of_descriptors_is_survived(
             if not worker.children():
                 worker.kill()
         for _ in range(10):
-            next(loader.all_epochs())
+            next(batches)
         used = sum(dispatcher.cpu_times()[:2])
         threading.Event().wait(0.5)
         assert sum(dispatcher.cpu_times()[:2]) - used < 0.25
         idle.close()
         assert status(node.address, timeout_s=20, insecure=True).restarts >= 1
-        assert sum(len(batch.labels) for batch in loader.all_epochs()) == 4 * 300 - 11 * 50
+        assert sum(len(batch.labels) for batch in batches) == 4 * 300 - 11 * 50
         assert dispatcher.is_running()
     context.term()
     assert log.read_text().count("ulimit -n") == 1
@@ -232,9 +233,9 @@ def test_a_lack_of_descriptors_is_survived(
 
 def test_a_node_raises_its_limit_of_open_files(dataset_dir: Path) -> None:
     """A soft limit below the hard one, as shells set it, does not bind a node."""
-    limited = ("prlimit", "--nofile=64:4096", *PROGRAM)
+    limited = ("prlimit", "--nofile=64:2048", *PROGRAM)
     with LocalNode(dataset_dir, workers=1, program=limited) as node:
-        assert resource.prlimit(node.pid, resource.RLIMIT_NOFILE) == (4096, 4096)
+        assert resource.prlimit(node.pid, resource.RLIMIT_NOFILE) == (2048, 2048)
 
 
 def test_the_bounds_are_those_that_the_node_prints(node_address: str) -> None:

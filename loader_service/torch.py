@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from loader_service.client.epochs import Books, Epochs, Item, Step, Turn
 from loader_service.client.loader import Batch, Loader
@@ -322,6 +323,49 @@ class TensorLoader(Epochs[Item, _Copy, deque[_Copy]]):
         for stream in self._streams.values():
             stream.synchronize()
         self._copying.clear()
+
+
+class LookAhead(IterableDataset[Item]):
+    """A TensorLoader for a framework that takes one batch more than its loop has, as Lightning and Accelerate do.
+
+    Its state is the place after the batch that the loop was given, so that a checkpoint in the middle of an epoch leaves out
+    nothing. One ``iter()`` is one epoch; after an ``iter()`` of which the loop was given nothing, the next has the same epoch.
+    It is an IterableDataset, for ``DataLoader(LookAhead(batches), batch_size=None)``. It has no length and no set_epoch, on
+    purpose: a framework would count steps with the one, and set back with the other, a run that goes on with other ranks.
+
+    Args:
+        batches: the TensorLoader to take batches from.
+    """
+
+    def __init__(self, batches: TensorLoader[Item]) -> None:
+        self._batches = batches
+        self._given = self._taken = batches.state_dict()  # after the loop's batch, and after the framework's
+        self._at_first = False
+
+    def __iter__(self) -> Iterator[Item]:
+        if self._at_first:
+            self._batches.load_state_dict(self._given)
+        batches = iter(self._batches)  # goes to the next epoch, if the one before was left early
+        self._given = self._taken = self._batches.state_dict()
+        self._at_first = False
+        return self._epoch(batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the first position of which the loop was given no batch; see :meth:`Loader.state_dict`."""
+        return self._given
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at a saved place; see :meth:`Loader.load_state_dict`."""
+        self._batches.load_state_dict(state)
+        self._given = self._taken = self._batches.state_dict()
+        self._at_first = False
+
+    def _epoch(self, batches: Iterator[Item]) -> Iterator[Item]:
+        for number, batch in enumerate(batches):
+            self._at_first = number == 0
+            self._given, self._taken = self._taken, self._batches.state_dict()
+            yield batch  # the loop has the batch before this one
+        self._given, self._at_first = self._taken, False
 
 
 class _Pixels:

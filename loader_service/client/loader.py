@@ -12,6 +12,7 @@ import os
 import time
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
@@ -29,7 +30,7 @@ from loader_service.client.plan import Place, Schedule
 from loader_service.client.protocol import PendingBatch, Quarantined, Run, Transport
 from loader_service.client.session import Session
 from loader_service.client.state import State
-from loader_service.client.world import AUTO, this_world
+from loader_service.client.world import AUTO, check_world, this_world
 from loader_service.data import kernel
 from loader_service.data.augment import complete_view
 from loader_service.data.fill import slice_numbers, slice_sources
@@ -102,8 +103,8 @@ class Loader(Epochs[Batch, _Made, Deliveries]):
         epochs: number of epochs, after which a loop is an error; None for no end.
         dtype: ``uint8`` pixels, or ``float16`` or ``float32`` minus the mean image. The latter take two or four times the
             bytes, and cost the nodes work that the trainer's device does almost for free.
-        rank, world_size: this replica's part of each global batch. ``rank="auto"`` takes both from torch.distributed if that is
-            initialised, else from the environment variables RANK and WORLD_SIZE, else 0 of 1. Left out, they are 0 of 1, with a
+        rank, world_size: this replica's part of each global batch. ``rank="auto"`` takes both from torch.distributed or
+            jax.distributed if that is initialised, else from the environment variables RANK and WORLD_SIZE, else 0 of 1. Left out, they are 0 of 1, with a
             warning if there is evidence of more ranks, which would all get the same data.
         transport: ``shm`` or ``tcp`` to force one; ``auto`` shares memory with every node that can.
         drop_last: leave out an epoch's last global batch if it is not full.
@@ -126,7 +127,8 @@ class Loader(Epochs[Batch, _Made, Deliveries]):
         waited_s: seconds that ``next()`` has waited for batches.
 
     Raises:
-        OptionError: an argument cannot work, or the loader would repeat its data in each worker of a DataLoader.
+        OptionError: an argument cannot work, or the loader would repeat its data in each worker of a DataLoader; in a loop's
+            first step: ``rank="auto"`` was given before the ranks were known.
         NoNodeError: no node answered in time.
         NodeRefused, NodeFull, AddressError, MessageError: no address leads to a node that serves; this is the last reason.
         KeyRefused, KeyFileError: the node does not accept the keys, or they are missing or cannot be read.
@@ -175,6 +177,7 @@ class Loader(Epochs[Batch, _Made, Deliveries]):
         if world_size is not None:
             _check_range("world_size", world_size, 1, 2**16)
         self.rank, self.world_size = this_world(rank, world_size)
+        self._check_world = partial(check_world, rank, world_size, (self.rank, self.world_size))
         _check_range("rank", self.rank, 0, self.world_size - 1)
         addresses = tuple(part.strip() for part in address.split(",") if part.strip())
         if not addresses:
@@ -292,6 +295,7 @@ class Loader(Epochs[Batch, _Made, Deliveries]):
         self._session.check_open()
 
     def _begin(self, books: Books) -> Deliveries:
+        self._check_world()
         run = Run(
             schedule=self._schedule,
             epoch=books.place.epoch,

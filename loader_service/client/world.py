@@ -40,6 +40,31 @@ def this_world(rank: int | Literal["auto"] | None, world_size: int | None) -> tu
     return rank or 0, world_size
 
 
+def check_world(rank: int | Literal["auto"] | None, world_size: int | None, opened_as: tuple[int, int]) -> None:
+    """Compare a loader's world, when it begins to deliver, with what a framework has said since it was opened.
+
+    Lightning, for one, starts its processes within ``fit()``, and a Loader that is opened before is each one's rank 0 of 1.
+
+    Args:
+        rank: as given to the loader.
+        world_size: as given to the loader.
+        opened_as: the rank and world size that were found then.
+
+    Raises:
+        OptionError: ``rank="auto"`` would find others now.
+    """
+    if rank == AUTO and (found := _found() or opened_as) != opened_as:
+        raise OptionError(
+            "rank",
+            rank,
+            f"a Loader that is opened when the ranks are known: it was opened as rank {opened_as[0]} of {opened_as[1]}, and "
+            f"this process is now rank {found[0]} of {found[1]}; open it after the process group is initialised, in Lightning "
+            "for instance in train_dataloader()",
+        )
+    if rank is None and world_size is None:
+        _warn_of_other_ranks()
+
+
 def _warn_of_other_ranks() -> None:
     with suppress(OptionError):  # variables of another program are no evidence
         found = _found()
@@ -52,12 +77,14 @@ def _warn_of_other_ranks() -> None:
 
 
 def _found() -> tuple[int, int] | None:
-    """Return the rank and world size that torch.distributed or the environment states; None if neither does."""
-    torch_distributed: Any = sys.modules.get(
-        "torch.distributed"
-    )  # never imported for this: a program without it has no ranks
+    """Return the rank and world size that torch.distributed, JAX or the environment states; None if none of them does."""
+    # Neither is imported for this: a program without it has no ranks.
+    torch_distributed: Any = sys.modules.get("torch.distributed")
     if torch_distributed and torch_distributed.is_available() and torch_distributed.is_initialized():
         return torch_distributed.get_rank(), torch_distributed.get_world_size()
+    jax: Any = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        return jax.process_index(), jax.process_count()
     rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if rank is None or size is None:
         return None

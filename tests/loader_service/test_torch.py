@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loader_service import Batch, Loader, errors
-from loader_service.torch import TensorLoader
+from loader_service.torch import LookAhead, TensorLoader
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
@@ -445,3 +445,50 @@ def test_memory_is_unregistered_without_close(node_address: str, cuda: Pretended
         gc.collect()
         assert cuda.registered == {}
         assert batch.images.any()
+
+
+def one_ahead(batches: Any, stop: int) -> tuple[list[int], dict[str, Any]]:
+    """Loop as Lightning and Accelerate do, until the loop was given ``stop`` batches; return their starts and the state."""
+    given = []
+    iterator = iter(batches)
+    current = next(iterator, None)
+    while current is not None:
+        following = next(iterator, None)
+        given.append(current.start)
+        if len(given) == stop:
+            break
+        current = following
+    return given, batches.state_dict()
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_look_ahead_states_what_the_loop_was_given(node_address: str, stop: int) -> None:
+    """A checkpoint of a framework that holds the next batch already continues with that batch, or with the next epoch."""
+    whole = [0, 64, 128, 192, 256]
+    with Loader(node_address, batch_size=64, crop=8, timeout_s=20) as loader, TensorLoader(loader) as batches:
+        given, state = one_ahead(LookAhead(batches), stop)
+    assert given == whole[:stop]
+    assert (state["epoch"], state["position"]) == ((0, 64 * stop) if stop < 5 else (1, 0))
+    with Loader(node_address, batch_size=32, crop=8, timeout_s=20) as loader, TensorLoader(loader) as batches:
+        ahead = LookAhead(batches)
+        ahead.load_state_dict(state)
+        assert ahead.state_dict() == state
+        assert [batch.start for batch in ahead] == list(range(state["position"], 300, 32))
+
+
+def test_look_ahead_begins_no_epoch_for_a_batch_that_only_the_framework_took(node_address: str) -> None:
+    """An iterator that is replaced before the loop was given a batch costs nothing; after a break comes the next epoch."""
+    with Loader(node_address, batch_size=64, crop=8, timeout_s=20) as loader, TensorLoader(loader) as batches:
+        ahead = LookAhead(batches)
+        assert next(iter(ahead)).start == 0
+        assert [(batch.epoch, batch.start) for batch in ahead] == [(0, start) for start in (0, 64, 128, 192, 256)]
+        one_ahead(ahead, 2)
+        assert [batch.epoch for batch in ahead] == [2] * 5
+
+
+def test_a_dataloader_passes_a_look_aheads_batches_on(node_address: str) -> None:
+    """DataLoader(LookAhead(batches), batch_size=None) gives them as they are."""
+    with Loader(node_address, batch_size=64, crop=8, timeout_s=20) as loader:
+        with TensorLoader(loader, fields=("images", "ids")) as batches:
+            starts = [len(ids) for _, ids in torch.utils.data.DataLoader(LookAhead(batches), batch_size=None)]
+        assert starts == [64, 64, 64, 64, 44]

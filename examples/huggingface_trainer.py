@@ -1,0 +1,65 @@
+"""Hugging Face's Trainer, with its own checkpoints. See README.md in this folder."""
+
+import argparse
+
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
+
+from loader_service import Loader
+from loader_service.torch import TensorLoader
+
+options = argparse.ArgumentParser()
+options.add_argument("--address", default="tcp://127.0.0.1:5555")
+options.add_argument("--epochs", type=int, default=3)
+options.add_argument("--checkpoint", default="huggingface-run")
+given = options.parse_args()
+args = TrainingArguments(given.checkpoint, num_train_epochs=given.epochs, learning_rate=0.01, save_steps=5)
+args.eval_strategy = "epoch"
+args.ignore_data_skip = True  # the loader finds its place by itself
+
+
+class Batches:  # as the Trainer passes them on: keywords of forward()
+    def __init__(self, split: str, view: str) -> None:
+        loader = Loader(given.address, split=split, view=view, batch_size=16, rank="auto")
+        self.kinds = len(loader.dataset.class_names)
+        fields = ("images", "labels", "ids")
+        self.batches = TensorLoader(loader, args.device, layout="nchw", mean="image", std=(60, 60, 60), fields=fields)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return ({"images": images, "labels": labels, "ids": ids} for images, labels, ids in self.batches)
+
+
+class Place(TrainerCallback, ExportableState):  # the Trainer saves state() in trainer_state.json
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"train": train.batches.state_dict()}}
+
+    def on_train_begin(self, args, state, control, **more) -> None:
+        if state.global_step:  # a resumed run
+            train.batches.load_state_dict(state.stateful_callbacks["Place"]["attributes"]["train"])
+
+
+class Net(nn.Sequential):
+    def forward(self, images, labels, ids) -> dict:
+        if self.training:
+            print(f"epoch {train.batches.epoch} ids {ids.tolist()}", flush=True)
+        logits = super().forward(images)
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+def metrics(predicted: EvalPrediction) -> dict:
+    right = predicted.predictions.argmax(1) == predicted.label_ids
+    print(f"accuracy {right.sum()}/{len(right)}", flush=True)
+    return {"accuracy": right.mean()}
+
+
+train, val = Batches("train", "train"), Batches("val", "center")
+net = Net(nn.Conv2d(3, 32, 7, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, train.kinds))
+trainer = Trainer(net, args, compute_metrics=metrics, callbacks=[Place()])
+trainer.get_train_dataloader, trainer.get_eval_dataloader = lambda: train, lambda *_: val
+trainer.train(resume_from_checkpoint=get_last_checkpoint(given.checkpoint))

@@ -32,7 +32,7 @@ with (
 ):
     kinds = len(loader.dataset.class_names)
     net = nn.Sequential(nn.Conv2d(3, 32, 7, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, kinds))
-    model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9))
+    model, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters(), lr=0.003))
     ahead = LookAhead(batches)  # Accelerate takes a batch ahead, to know an epoch's last step; the state does not
     # Not prepare(): it would share the batches out among the ranks once more.
     train = DataLoaderShard(ahead, device=accelerator.device, batch_size=None)

@@ -34,7 +34,7 @@ with (  # rank="auto": each rank gets its part of every global batch, and all ra
     kinds = len(loader.dataset.class_names)
     net = nn.Sequential(nn.Conv2d(3, 32, 7, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, kinds))
     model = DistributedDataParallel(net.to(device))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
     parts = {"model": net, "optimizer": optimizer, "train": train}
     if os.path.exists(args.checkpoint):  # one file for all: the loader's state is a position of the whole epoch
         for name, state in torch.load(args.checkpoint, weights_only=True).items():

@@ -33,7 +33,7 @@ with (
     kinds = len(loader.dataset.class_names)
     net = nn.Sequential(nn.Conv2d(3, 32, 7, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, kinds))
     # The loaders need no setup_dataloaders(): they know their rank, and their tensors are on the device.
-    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9))
+    model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), lr=0.003))
     state = {"model": model, "optimizer": optimizer, "train": train}  # Fabric finds train's state_dict()
     if os.path.exists(args.checkpoint):
         fabric.load(args.checkpoint, state)

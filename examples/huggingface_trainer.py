@@ -60,6 +60,6 @@ def metrics(predicted: EvalPrediction) -> dict:
 
 train, val = Batches("train", "train"), Batches("val", "center")
 net = Net(nn.Conv2d(3, 32, 7, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, train.kinds))
-trainer = Trainer(net, args, compute_metrics=metrics, callbacks=[Place()])
+trainer = Trainer(net, args, train_dataset=train, eval_dataset=val, compute_metrics=metrics, callbacks=[Place()])
 trainer.get_train_dataloader, trainer.get_eval_dataloader = lambda: train, lambda *_: val
 trainer.train(resume_from_checkpoint=get_last_checkpoint(given.checkpoint))

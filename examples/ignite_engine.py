@@ -32,7 +32,7 @@ with (
     kinds = len(loader.dataset.class_names)
     net = nn.Sequential(nn.Conv2d(3, 32, 7, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, kinds))
     model = net.to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
 
     def step(engine: Engine, batch: tuple) -> float:
         images, labels, ids = batch

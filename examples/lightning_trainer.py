@@ -32,7 +32,7 @@ class Net(lightning.LightningModule):
         return self.loader("val", "center")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return torch.optim.AdamW(self.parameters(), lr=0.003)
 
     def training_step(self, batch: list[torch.Tensor], number: int) -> torch.Tensor:
         images, labels, ids = batch

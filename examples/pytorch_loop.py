@@ -36,7 +36,7 @@ with (
         nn.Conv2d(3, 32, 7, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, kinds)
     )
     model.to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
     parts = {"model": model, "optimizer": optimizer, "train": train}  # all have state_dict() and load_state_dict()
     if os.path.exists(args.checkpoint):
         for name, state in torch.load(args.checkpoint, weights_only=True).items():

@@ -16,6 +16,7 @@ from loader_service import Loader, LocalNode
 from tools.examples import ROOT, VENV, is_ready
 
 EPOCHS = 3
+NOTEBOOK_EPOCHS = 4
 
 
 @pytest.fixture(scope="session")
@@ -45,4 +46,4 @@ def photographs(frameworks: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def order(photographs: str) -> list[list[int]]:
     """Provide the ids of each epoch, in order."""
     with Loader(photographs, batch_size=64, timeout_s=20) as loader:
-        return [[record for batch in loader for record in batch.ids.tolist()] for _ in range(EPOCHS)]
+        return [[record for batch in loader for record in batch.ids.tolist()] for _ in range(NOTEBOOK_EPOCHS)]

@@ -37,9 +37,10 @@ class Run(NamedTuple):
 
 def parse(text: str) -> Run:
     ids: dict[int, list[list[int]]] = {}
-    for epoch, numbers in re.findall(r"epoch (\d+)[^\n]* ids \[([\d, ]*)\]", text):
+    # Ranks write to one pipe, and a line may follow another's without its end of line.
+    for epoch, numbers in re.findall(r"epoch (\d+)[^\[\n]* ids \[([\d, ]*)\]", text):
         ids.setdefault(int(epoch), []).append([int(number) for number in numbers.split(",") if number.strip()])
-    return Run(ids, [int(count) for count in re.findall(r"accuracy .*\b(\d+)(?: batches)?$", text, re.MULTILINE)], text)
+    return Run(ids, [int(count) for count in re.findall(r"accuracy (?:\d+/|[\d.]+/1 after )(\d+)", text)], text)
 
 
 def kill_all(pid: int) -> None:

@@ -17,7 +17,7 @@ run     = .venv/bin/python
 pytest  = $(run) -m pytest --numprocesses=$(JOBS) --dist=worksteal
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo preprocess test test-long style types cover chaos fuzz sanitize docker docker-scale docker-images bench bench-trainer cifar pictures gpu gpu-wheels clean
+.PHONY: help setup demo preprocess test test-long examples style types cover chaos fuzz sanitize docker docker-scale docker-images bench bench-trainer cifar pictures gpu gpu-wheels clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: setup ## run the tests, JOBS at a time; [ARGS="-k ledger"] [JOBS=2]
 
 test-long: setup ## run the tests that take long, as CI does; [ARGS="-k gpu"] [JOBS=2]
 	@$(pytest) -m long $(ARGS)
+
+examples: setup ## install other frameworks into build/examples-venv, and run every example in examples/; [ARGS="-k lightning"]
+	@$(run) -m tools.examples $(ARGS)
 
 style: setup ## check lint and formatting
 	@$(run) -m ruff check .

@@ -17,16 +17,14 @@ options.add_argument("--epochs", type=int, default=3)
 options.add_argument("--checkpoint", default="huggingface-run")
 given = options.parse_args()
 args = TrainingArguments(given.checkpoint, num_train_epochs=given.epochs, learning_rate=0.01, save_steps=5)
-args.eval_strategy = "epoch"
-args.ignore_data_skip = True  # the loader finds its place by itself
+args.eval_strategy, args.ignore_data_skip = "epoch", True  # the loader finds its place by itself
 
 
 class Batches:  # as the Trainer passes them on: keywords of forward()
     def __init__(self, split: str, view: str) -> None:
-        loader = Loader(given.address, split=split, view=view, batch_size=16, rank="auto")
-        self.kinds = len(loader.dataset.class_names)
-        fields = ("images", "labels", "ids")
-        self.batches = TensorLoader(loader, args.device, layout="nchw", mean="image", std=(60, 60, 60), fields=fields)
+        self.loader = Loader(given.address, split=split, view=view, batch_size=16, rank="auto")
+        pixels = {"device": args.device, "layout": "nchw", "mean": "image", "std": (60, 60, 60)}
+        self.batches = TensorLoader(self.loader, fields=("images", "labels", "ids"), **pixels)
 
     def __len__(self):
         return len(self.batches)
@@ -48,18 +46,15 @@ class Net(nn.Sequential):
     def forward(self, images, labels, ids) -> dict:
         if self.training:
             print(f"epoch {train.batches.epoch} ids {ids.tolist()}", flush=True)
-        logits = super().forward(images)
-        return {"loss": cross_entropy(logits, labels), "logits": logits}
+        return {"loss": cross_entropy(logits := super().forward(images), labels), "logits": logits}
 
 
-def metrics(predicted: EvalPrediction) -> dict:
-    right = predicted.predictions.argmax(1) == predicted.label_ids
-    print(f"accuracy {right.sum()}/{len(right)}", flush=True)
-    return {"accuracy": right.mean()}
+def right(seen: EvalPrediction) -> dict:
+    return {"right": int((seen.predictions.argmax(1) == seen.label_ids).sum()), "of": len(seen.label_ids)}
 
 
 train, val = Batches("train", "train"), Batches("val", "center")
-net = Net(nn.Conv2d(3, 32, 7, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, train.kinds))
-trainer = Trainer(net, args, train_dataset=train, eval_dataset=val, compute_metrics=metrics, callbacks=[Place()])
+net = Net(nn.Conv2d(3, 32, 7, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, 1000))
+trainer = Trainer(net, args, train_dataset=train, eval_dataset=val, compute_metrics=right, callbacks=[Place()])
 trainer.get_train_dataloader, trainer.get_eval_dataloader = lambda: train, lambda *_: val
 trainer.train(resume_from_checkpoint=get_last_checkpoint(given.checkpoint))

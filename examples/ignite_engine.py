@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from ignite.engine import Engine, Events, create_supervised_evaluator
-from ignite.handlers import Checkpoint
+from ignite.handlers import Checkpoint, DiskSaver
 from ignite.metrics import Accuracy
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -51,7 +51,8 @@ with (
         print(f"epoch {trainer.state.epoch - 1} accuracy {accuracy:.2f}/1 after {evaluator.state.iteration} batches")
 
     parts = {"trainer": trainer, "model": model, "optimizer": optimizer, "train": train}
-    saver = Checkpoint(parts, args.checkpoint, global_step_transform=lambda *_: trainer.state.iteration)
+    disk = DiskSaver(args.checkpoint, require_empty=False)  # a resumed run adds to what it finds
+    saver = Checkpoint(parts, disk, global_step_transform=lambda *_: trainer.state.iteration)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(every=5), saver)
     if saved := sorted(Path(args.checkpoint).glob("*.pt"), key=lambda path: path.stat().st_mtime):
         Checkpoint.load_objects(parts, torch.load(saved[-1], weights_only=True))

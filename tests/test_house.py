@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import json
 import platform
 import re
 import subprocess
@@ -24,6 +25,7 @@ DOCUMENTS = (
     "README.md",
     "ARCHITECTURE.md",
     "CHANGELOG.md",
+    "examples/README.md",
     *(f"docs/{p.relative_to(ROOT / 'docs')}" for p in sorted((ROOT / "docs").rglob("*.md"))),
 )
 
@@ -201,3 +203,18 @@ def test_docstrings_say_what_a_thing_does() -> None:
         and question.match(docstring := ast.get_docstring(node) or "")
     ]
     assert wrong == []
+
+
+def test_every_example_is_short_and_linked() -> None:
+    """An example has at most 60 lines, the notebook's code, too; README and the folder's page link it."""
+    files = [path for path in sorted((ROOT / "examples").iterdir()) if path.suffix in (".py", ".ipynb")]
+    assert len(files) >= 9
+    for path in files:
+        text = read(f"examples/{path.name}")
+        if path.suffix == ".ipynb":
+            text = "".join(
+                "".join(cell["source"]) + "\n" for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"
+            )
+        assert len(text.splitlines()) <= 60, path.name
+        assert f"({path.name})" in read("examples/README.md")
+        assert f"(examples/{path.name})" in read("README.md")

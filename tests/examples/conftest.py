@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from loader_service import Loader, LocalNode
-from tools.examples import ROOT, VENV, is_ready
+from tools.examples.environment import ROOT, VENV, is_ready
 
 EPOCHS = 3
 NOTEBOOK_EPOCHS = 4

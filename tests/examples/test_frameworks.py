@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.examples.conftest import EPOCHS
-from tools.examples import ROOT
+from tools.examples.environment import ROOT
 
 TIMEOUT_S = 100
 KILL_AT_STEP = 12
@@ -40,7 +40,7 @@ def parse(text: str) -> Run:
     # Ranks write to one pipe, and a line may follow another's without its end of line.
     for epoch, numbers in re.findall(r"epoch (\d+)[^\[\n]* ids \[([\d, ]*)\]", text):
         ids.setdefault(int(epoch), []).append([int(number) for number in numbers.split(",") if number.strip()])
-    return Run(ids, [int(count) for count in re.findall(r"accuracy (?:\d+/|[\d.]+/1 after )(\d+)", text)], text)
+    return Run(ids, [int(count) for count in re.findall(r"(?:accuracy \d+/|/1 after |eval_of': '?)(\d+)", text)], text)
 
 
 def kill_all(pid: int) -> None:

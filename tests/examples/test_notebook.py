@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.examples import ROOT
+from tools.examples.environment import ROOT
 
 
 def epochs_of(text: str) -> dict[int, list[int]]:

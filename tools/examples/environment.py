@@ -1,4 +1,4 @@
-"""`make examples`: the environment with the frameworks of examples/, made once, and the tests that run the examples in it.
+"""The environment with the frameworks of examples/, made once.
 
 Rules of this file:
 
@@ -20,12 +20,9 @@ import venv
 from pathlib import Path
 from typing import Final
 
-import click
-
-from loader_service.cli.job import CONTEXT, Job
 from tools.errors import ToolFailed
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+ROOT: Final = Path(__file__).resolve().parent.parent.parent
 VENV: Final = Path(os.environ.get("LOADER_SERVICE_EXAMPLES_VENV") or ROOT / "build" / "examples-venv").absolute()
 CONSTRAINTS: Final = ROOT / "examples" / "constraints.txt"
 
@@ -83,18 +80,3 @@ def _output(*command: str) -> str:
     if done.returncode:
         raise ToolFailed(f"`{' '.join(command)}` failed: {done.stderr.strip()[-2000:]}")
     return done.stdout
-
-
-@click.command(cls=Job, context_settings=CONTEXT | {"ignore_unknown_options": True})
-@click.argument("pytest_arguments", nargs=-1, type=click.UNPROCESSED)
-def main(pytest_arguments: tuple[str, ...]) -> None:
-    """Set up the environment of examples/, if that is not done, and run every example in it."""
-    if not is_ready():
-        click.echo(f"examples: installing {', '.join(FRAMEWORKS)} into {VENV} (a minute or two)")
-        make_environment()
-    command = [sys.executable, "-m", "pytest", "tests/examples", *pytest_arguments]
-    sys.exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
-
-
-if __name__ == "__main__":
-    main()

@@ -22,7 +22,7 @@ KILL_AT_STEP = 12
 
 
 class Run(NamedTuple):
-    """What an example printed.
+    """Output of an example.
 
     Fields:
         ids: the records of each batch, by epoch, in order of printing.

@@ -1,8 +1,7 @@
 """Hugging Face Accelerate: ``accelerate launch examples/accelerate_loop.py``. See README.md in this folder."""
 
 import argparse
-import os
-import shutil
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +15,7 @@ from loader_service.torch import LookAhead, TensorLoader
 options = argparse.ArgumentParser()
 options.add_argument("--address", default="tcp://127.0.0.1:5555")
 options.add_argument("--epochs", type=int, default=3)
-options.add_argument("--checkpoint", default="accelerate-checkpoint")
+options.add_argument("--checkpoint", type=Path, default="accelerate-checkpoints")
 args = options.parse_args()
 
 BATCH = 8  # per rank
@@ -37,8 +36,8 @@ with (
     # Not prepare(): it would share the batches out among the ranks once more.
     train = DataLoaderShard(ahead, device=accelerator.device, batch_size=None)
     accelerator.register_for_checkpointing(ahead)
-    if os.path.isdir(args.checkpoint):
-        accelerator.load_state(args.checkpoint)
+    if saved := sorted(args.checkpoint.glob("[0-9]*")):
+        accelerator.load_state(saved[-1])
 
     while (epoch := batches.epoch) < args.epochs:
         for step, (images, labels, ids) in enumerate(train):
@@ -48,11 +47,13 @@ with (
             optimizer.zero_grad()
             print(f"epoch {epoch} rank {loader.rank} loss {loss.item():.2f} ids {ids.tolist()}", flush=True)
             if step % 6 == 5:
-                accelerator.save_state(args.checkpoint + ".new")
+                accelerator.save_state(args.checkpoint / "new")
                 accelerator.wait_for_everyone()
-                if accelerator.is_main_process:
-                    shutil.rmtree(args.checkpoint, ignore_errors=True)
-                    os.rename(args.checkpoint + ".new", args.checkpoint)
+                if (
+                    accelerator.is_main_process
+                ):  # a crash while saving leaves the one before; delete old ones as you like
+                    place = "{epoch:04}-{position:09}".format(**ahead.state_dict())
+                    (args.checkpoint / "new").rename(args.checkpoint / place)
         with torch.no_grad():
             right = torch.cat([net(images).argmax(1) == labels for images, labels in val])
         counts = accelerator.reduce(torch.stack([right.sum(), torch.ones_like(right).sum()]))

@@ -186,11 +186,14 @@ class Running:
             raise ToolFailed(f"{self.contestant.name} did not answer within {limit_s:.0f} s.")
         if line := process.stdout.readline().strip():
             return line
-        # An empty line is the end of file, which may precede the exit by a moment; returncode is None until then.
-        process.wait(GONE_S)
+        # An empty line is the end of file, which may precede the exit by a moment, or come from a process that lives on.
+        try:
+            how = f"ended with exit code {process.wait(GONE_S)}"
+        except subprocess.TimeoutExpired:
+            how = "closed its output and did not end"
         self._log.seek(0)
         said = " ".join(self._log.read().strip().splitlines()[-3:])
-        raise ToolFailed(f"{self.contestant.name} ended with exit code {process.returncode}: {said}")
+        raise ToolFailed(f"{self.contestant.name} {how}: {said}")
 
     def _tree(self) -> list[psutil.Process]:
         found = []

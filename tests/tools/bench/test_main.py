@@ -13,6 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from tools.bench import contest
 from tools.bench.contest import Contestant, Kind, Running, Turn
 from tools.bench.report.document import Results
 from tools.bench.report.targets import ratio, targets
@@ -123,6 +124,17 @@ def test_a_contestant_that_fails_is_named_with_the_end_of_its_log() -> None:
     sentence = r"other ended with exit code 1: no such format"
     with Running(contestant("raise SystemExit('no such format')")) as broken, pytest.raises(ToolFailed, match=sentence):
         broken.wait()
+
+
+def test_a_contestant_that_closes_its_output_and_lives_on_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end of file is reported like an early end, and leaving the block ends it."""
+    monkeypatch.setattr(contest, "GONE_S", 0.2)
+    program = "import os, time; os.write(2, b'no more'); os.close(1); time.sleep(60)"
+    with (
+        Running(contestant(program)) as running,
+        pytest.raises(ToolFailed, match="closed its output and did not end: no more"),
+    ):
+        running.wait()
 
 
 def test_leaving_ends_all_processes_of_a_contestant() -> None:

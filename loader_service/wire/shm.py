@@ -260,6 +260,7 @@ class Segment:
         del self._generations, self._bytes  # they export the map's buffer, and an exporting map cannot be closed
         with suppress(BufferError):  # arrays over the data exist, and keep the mapping alive
             self._map.close()
+        del self._map  # else it would outlive the arrays for as long as anything refers to the segment
 
     def disown(self) -> None:
         """Close this process's copy of the owner's lock, if it has one. The lock ends with the last copy."""

@@ -388,3 +388,19 @@ def test_memory_without_a_name_cannot_be_truncated() -> None:
         with pytest.raises(PermissionError):
             os.truncate(path, 0)
     segment.close()
+
+
+def test_the_memory_of_a_closed_segment_goes_with_its_last_array() -> None:
+    """Arrays keep the mapping of a closed segment; without them it is gone, although the segment is still referred to."""
+
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count(f" {inode} ")
+
+    segment = Segment.create(1 << 20, 1, named=False)
+    array = segment.array(segment.data_offset, (16,), np.uint8)
+    inode = os.fstat(segment._descriptor).st_ino
+    segment.close()
+    array[:] = 7
+    assert mappings() == 1
+    del array
+    assert mappings() == 0

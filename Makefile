@@ -17,7 +17,7 @@ run     = .venv/bin/python
 pytest  = $(run) -m pytest --numprocesses=$(JOBS) --dist=worksteal
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo preprocess test test-long examples style types cover chaos fuzz sanitize docker docker-scale docker-images bench bench-trainer cifar pictures gpu gpu-wheels clean
+.PHONY: help setup demo preprocess test test-long examples style types cover chaos soak fuzz sanitize docker docker-scale docker-images bench bench-trainer cifar pictures gpu gpu-wheels clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,8 +53,11 @@ types: setup ## check types, strictly
 cover: setup ## run the tests; list lines that they do not reach
 	@$(run) -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-chaos: setup ## inject every kind of failure for four minutes while two clients train; [ARGS="--seed 1"]
+chaos: setup ## inject every kind of failure for three minutes while three clients train; check every batch; [ARGS="--seed 1 --count 1000"]
 	@$(run) -m tools.chaos $(ARGS)
+
+soak: setup ## read 200,000 batches, by shared memory and by TCP; fail if memory grows; [ARGS="--batches 20000"]
+	@$(run) -m tools.chaos.soak $(ARGS)
 
 fuzz: setup ## 100,000 damaged messages for the decoders, JPEGs, messages for a node; as many guided by coverage; [ARGS="--seed 1"]
 	@$(run) -m pip install --quiet --constraint constraints.txt "atheris; platform_machine == 'x86_64'" ziglang

@@ -53,7 +53,9 @@ def undisturbed(data: Path, seed: int, epochs: int) -> tuple[int, dict[int, list
     with (
         LocalNode(data, CHECKING_WORKERS) as node,
         # The same batch size as the clients', because entries are compared batch by batch.
-        Loader(node.address, batch_size=BATCH_SIZE, seed=seed, epochs=epochs, timeout_s=60) as loader,
+        Loader(
+            node.address, batch_size=BATCH_SIZE, seed=seed, epochs=epochs, timeout_s=60, on_bad_sample="substitute"
+        ) as loader,
     ):
         for batch in loader.all_epochs():
             # A digest, so a whole run needs no room for pixels.

@@ -33,11 +33,21 @@ class JournalEntry(msgspec.Struct, frozen=True):
 
 
 class Saved(msgspec.Struct, frozen=True):
-    """The state that survives a client: the loader's, the number of journal entries that belong to it, the accounts."""
+    """The state that survives a client.
+
+    Fields:
+        state: the loader's.
+        lines: number of journal entries that belong to it.
+        accounts: the account of each epoch so far.
+        pid: process that saved it.
+        interrupts: interrupts of ``next()`` that this process has caught.
+    """
 
     state: dict[str, Any]
     lines: int
     accounts: list[EpochAccount]
+    pid: int
+    interrupts: int
 
 
 def read_journal(folder: Path) -> list[JournalEntry]:

@@ -1,4 +1,4 @@
-"""TCP links that can be cut, held, delayed and left half open, on any machine and without privileges.
+"""TCP links that can be cut, whole or in part, held, delayed and left half open, on any machine and without privileges.
 
 All links run in one asyncio loop in a thread of its own; the methods of :class:`Links` are for other threads. A link
 delivers bytes in order or ends the connection: like TCP, it loses nothing silently.
@@ -31,11 +31,13 @@ class Link:
 
     Fields:
         delay_s: delay of every byte, in both directions.
+        held_bytes, delayed_bytes: bytes so far that a hold or a delay has stopped.
     """
 
     def __init__(self, target: int, host: str, port: int) -> None:
         self.target, self.host, self.port = target, host, port
         self.delay_s = 0.0
+        self.held_bytes = self.delayed_bytes = 0
         self._half_open = False
         self._flowing = asyncio.Event()  # bound to a loop at its first wait (Python 3.10), so any thread may make it
         self._flowing.set()
@@ -47,12 +49,18 @@ class Link:
         """Accept connections."""
         self._server = await asyncio.start_server(self._relay, self.host, self.port)
 
-    async def cut(self) -> None:
-        """Reset every connection and refuse new ones until ``listen``."""
+    async def cut(self) -> int:
+        """Reset every connection and refuse new ones until ``listen``; return the number of connections."""
         if self._server:
             self._server.close()  # stops listening; connections are separate
             self._server = None
-        _abort(self._client_ends | self._node_ends)
+        _abort(self._node_ends)
+        return _abort(self._client_ends)
+
+    async def cut_one(self, which: int) -> bool:
+        """Reset one of several connections; return whether there were several."""
+        ends = sorted(self._client_ends, key=id)
+        return len(ends) > 1 and bool(_abort({ends[which % len(ends)]}))
 
     async def hold(self) -> None:
         """Relay nothing and end nothing; bytes sent meanwhile arrive after ``release``."""
@@ -62,10 +70,13 @@ class Link:
         """Relay again, held bytes first."""
         self._flowing.set()
 
-    async def leave_half_open(self) -> None:
-        """End the connections to the node; the clients' connections stay open and are read, but lead nowhere."""
+    async def leave_half_open(self) -> int:
+        """End the connections to the node and return their number.
+
+        The clients' connections stay open and are read, but lead nowhere.
+        """
         self._half_open = True
-        _abort(self._node_ends)
+        return _abort(self._node_ends)
 
     async def end_half_open(self) -> None:
         """End the clients' connections too; new ones work again."""
@@ -83,6 +94,8 @@ class Link:
                 with suppress(ConnectionError):
                     while await reader.read(CHUNK_BYTES):
                         pass
+        except asyncio.CancelledError:  # by _end(); Python 3.11 logs a cancelled handler as an error
+            return
         finally:
             _abort({writer})
             self._client_ends.discard(writer)
@@ -113,6 +126,8 @@ class Link:
             while True:
                 due, data = await chunks.get()
                 await _until(due)
+                if not self._flowing.is_set():
+                    self.held_bytes += len(data)
                 await self._flowing.wait()
                 # After both waits: the end of a connection is delayed and held as its bytes are.
                 if not data:
@@ -131,6 +146,8 @@ class Link:
                 data = await reader.read(CHUNK_BYTES)
             except ConnectionError:
                 data = b""  # a reset: relayed as the end, after the bytes before it
+            if self.delay_s:
+                self.delayed_bytes += len(data)
             # Each chunk has its time, and the queue keeps its order also when the delay becomes shorter.
             await chunks.put((asyncio.get_running_loop().time() + self.delay_s, data))
 
@@ -178,11 +195,12 @@ class Links:
         await asyncio.gather(*relaying, return_exceptions=True)
 
 
-def _abort(writers: set[asyncio.StreamWriter]) -> None:
-    """End connections at once; bytes that they still had to send are lost."""
+def _abort(writers: set[asyncio.StreamWriter]) -> int:
+    """End connections at once and return their number; bytes that they still had to send are lost."""
     # abort() only schedules the end, so the set does not change while it is iterated.
     for writer in writers:
         writer.transport.abort()
+    return len(writers)
 
 
 async def _until(due: float) -> None:

@@ -56,12 +56,23 @@ class NameServer:
         self.failing = False
         self._publish()
 
+    @property
+    def asked(self) -> int:
+        """Time of the last look-up by any client, in nanoseconds of the file system's clock; 0 before the first."""
+        asked = _asked(self._path)
+        return asked.stat().st_mtime_ns if asked.exists() else 0
+
     def _publish(self) -> None:
         # Renamed into place: a client never reads half a file.
         fresh = self._path.with_suffix(".new")
         # An empty file: every look-up fails.
         fresh.write_text("" if self.failing else "\n".join(sorted(self._known - self.hidden)))
         fresh.rename(self._path)
+
+
+def _asked(path: Path) -> Path:
+    """Return the empty file that each look-up touches."""
+    return path.with_suffix(".asked")
 
 
 def answer_from(path: Path) -> None:
@@ -71,6 +82,7 @@ def answer_from(path: Path) -> None:
     def look_up(host: Any, *rest: Any, **options: Any) -> Any:
         if host != NAME:
             return system(host, *rest, **options)
+        _asked(path).touch()
         hosts = path.read_text().split()
         if not hosts:
             # EAI_AGAIN is the temporary failure of a server that cannot be reached, unlike a name that does not exist.

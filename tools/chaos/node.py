@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import socket
+import sys
+import time
 from contextlib import ExitStack
+from enum import Enum, auto
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +16,7 @@ from loader_service import LocalNode
 from tools.chaos import processes
 from tools.chaos.link import HOST, Link, Links
 
+PROGRAM: Final = (sys.executable, "-m", "tools.chaos.haste")
 WORKERS: Final = 2
 
 
@@ -33,6 +38,13 @@ def common_port(nodes: int) -> int:
     return port
 
 
+class Part(Enum):
+    """A part of a node that one fault at a time may hold."""
+
+    PROCESSES = auto()
+    LINK = auto()
+
+
 class ChaosNode:
     """One address, with a node behind it that starts and ends several times.
 
@@ -41,28 +53,48 @@ class ChaosNode:
         data: directory of the dataset.
         links: owner of its link; clients know the link's address alone.
         port: port of the link.
-        folder: folder of its log.
+        folder: folder of its log and of its own copy of the dataset.
         keys: directory of the node's keys, None for a node without.
 
     Fields:
-        troubled: whether a fault holds its processes.
-        link_troubled: whether a fault holds its link.
+        unsound: whether its data are damaged.
+        calm_since: monotonic time since which no fault holds any part of it.
         sessions: session ids of all its starts.
+        keys: see above.
+        copy: folder for its own copy of the dataset.
     """
 
     def __init__(self, number: int, data: Path, links: Links, port: int, folder: Path, keys: Path | None) -> None:
         self.name = f"node {number}"
-        self._data, self._log, self._keys = data, folder / f"node-{number}.log", keys
+        self._data, self._log, self.keys = data, folder / f"node-{number}.log", keys
+        self.copy = folder / f"node-{number}"
         # A port for the whole run: clients must find a restarted node at its old address. It is free between two
         # starts.
         with socket.socket() as probe:
             probe.bind((HOST, 0))
-            self._port: int = probe.getsockname()[1]
-        self.link: Link = links.new(self._port, link_host(number), port)
+            self.port: int = probe.getsockname()[1]
+        self.link: Link = links.new(self.port, link_host(number), port)
         self.address = f"tcp://{self.link.host}:{self.link.port}"
-        self.troubled = self.link_troubled = False
+        self.direct = f"tcp://{HOST}:{self.port}"
+        self.unsound = False
+        self.calm_since = math.inf
         self.sessions: list[int] = []
+        self._held: set[Part] = set()
         self._node: LocalNode | None = None
+
+    def hold(self, part: Part) -> None:
+        """Mark a part as held by a fault."""
+        self._held.add(part)
+        self.calm_since = math.inf
+
+    def let_go(self, part: Part) -> None:
+        """Mark a part as free."""
+        self._held.discard(part)
+        self.calm_since = math.inf if self._held else time.monotonic()
+
+    def is_held(self, part: Part) -> bool:
+        """Return whether a fault holds a part."""
+        return part in self._held
 
     @property
     def runs(self) -> bool:
@@ -75,11 +107,25 @@ class ChaosNode:
         assert self._node is not None
         return self._node.pid
 
-    def start(self) -> None:
-        """Start the node at its address, which never changes, and wait until it serves."""
-        bind = f"tcp://{HOST}:{self._port}"
-        options = () if self._keys else ("--insecure",)
-        self._node = LocalNode(self._data, WORKERS, bind=bind, keys=self._keys, options=options, log=self._log)
+    def start(self, data: Path | None = None, descriptors: int | None = None) -> None:
+        """Start the node at its address, which never changes, and wait until it serves.
+
+        Args:
+            data: directory of the dataset, in place of the usual one.
+            descriptors: limit of its open files and sockets.
+        """
+        program: tuple[str, ...] = PROGRAM
+        if descriptors:  # the hard limit, too, so that the node cannot raise it
+            program = ("sh", "-c", f'ulimit -n {descriptors}; exec "$0" "$@"', *PROGRAM)
+        self._node = LocalNode(
+            data or self._data,
+            WORKERS,
+            bind=self.direct,
+            keys=self.keys,
+            options=() if self.keys else ("--insecure",),
+            log=self._log,
+            program=program,
+        )
         self.sessions.append(self._node.pid)  # LocalNode starts its node as the leader of a session
 
     def workers(self) -> list[int]:

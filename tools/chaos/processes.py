@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from loader_service.wire.shm import DIRECTORY
+from loader_service.wire.shm import DIRECTORY, PAGE_BYTES
+
+_CLONE_NEWNS: Final = 0x0002_0000  # from <sched.h>
+_MS_REC: Final = 0x4000  # from <sys/mount.h>
+_MS_PRIVATE: Final = 0x4_0000
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,21 @@ def in_session(session: int) -> list[Process]:
             if process.session == session and process.state not in "ZX":  # zombie, or dead: it runs no more code
                 found.append(process)
     return found
+
+
+def state(pid: int) -> str:
+    """Return the state of a process as one letter, or nothing if it has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        found = _parse(Path(f"/proc/{pid}/stat").read_text()).state
+        return "" if found in "ZX" else found
+    return ""
+
+
+def rss_bytes(pid: int) -> int:
+    """Return the resident memory of a process, 0 if it has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES  # proc(5): size resident shared ...
+    return 0
 
 
 def send(pids: Iterable[int], number: signal.Signals) -> bool:
@@ -60,6 +81,22 @@ def segments_of(pid: int) -> set[Path]:
             if path.stat().st_ino in opened:
                 found.add(path)
     return found
+
+
+def own_shared_memory() -> bool:
+    """Give this process and its children a /dev/shm of their own, which shows what they do there and nobody else.
+
+    Call it in the main thread, before there are others.
+
+    Returns:
+        False if the kernel does not permit it: it needs root.
+    """
+    libc = ctypes.CDLL(None)
+    return bool(
+        libc.unshare(_CLONE_NEWNS) == 0
+        and libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) == 0  # else the next mount is everybody's
+        and libc.mount(b"tmpfs", os.fsencode(DIRECTORY), b"tmpfs", 0, b"mode=1777") == 0
+    )
 
 
 def _parse(stat: str) -> Process:

@@ -24,7 +24,7 @@ class Lane:
     ) -> None:
         self.number = number
         name = messages.lane_id(identity, number)
-        self.socket, self.monitor = sockets.connect_client(context, address, name, keys)
+        self.socket, self.monitor = sockets.connect_client(context, address, name, keys, judges=number == 0)
 
     def send(self, message: messages.FromClient) -> bool:
         """Send without waiting; False if there is no connection."""

@@ -180,7 +180,7 @@ def bind_node(
 
 
 def connect_client(
-    context: zmq.Context[Any], address: str, identity: bytes, keys: ClientKeys | None = None
+    context: zmq.Context[Any], address: str, identity: bytes, keys: ClientKeys | None = None, *, judges: bool = True
 ) -> tuple[zmq.Socket[bytes], Monitor]:
     """Connect a client's DEALER; return it and its monitor. libzmq tries to connect until the socket is closed.
 
@@ -189,6 +189,7 @@ def connect_client(
         address: the node's address.
         identity: the client's 16 random bytes, kept over reconnections; nobody can guess them.
         keys: the client's keys, for a node that has keys.
+        judges: see :class:`Monitor`.
 
     Raises:
         AddressError: the address is malformed or its name cannot be resolved.
@@ -202,7 +203,7 @@ def connect_client(
     dealer.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
     if keys is not None:
         secure_client(dealer, keys)
-    monitor = Monitor(dealer, address, keys)  # before connect, so that it misses no event
+    monitor = Monitor(dealer, address, keys, judges=judges)  # before connect, so that it misses no event
     try:
         dealer.connect(address)
     except zmq.ZMQError as error:
@@ -213,11 +214,19 @@ def connect_client(
 
 
 class Monitor:
-    """The monitor of a client's socket: it reports connections, losses, and keys that do not match."""
+    """The monitor of a client's socket: it reports connections, losses, and keys that do not match.
 
-    def __init__(self, dealer: zmq.Socket[bytes], address: str, keys: ClientKeys | None) -> None:
-        self._dealer, self._address, self._keys = dealer, address, keys
-        self._unproven = 0
+    Args:
+        dealer: the socket.
+        address: the node's address.
+        keys: the client's keys.
+        judges: whether broken handshakes say what listens there. Those of a lane do not: it exists because the node is known,
+            which may have no descriptor left for it. A judge dials the node, and so may block the thread for a moment.
+    """
+
+    def __init__(self, dealer: zmq.Socket[bytes], address: str, keys: ClientKeys | None, *, judges: bool) -> None:
+        self._dealer, self._address, self._keys, self._judges = dealer, address, keys, judges
+        self._unproven, self._proven = 0, False
         self._up, self._probed_at = False, -_PROBE_EVERY_S
         self.socket = dealer.get_monitor_socket(sum(_EVENTS))  # each event is one bit, so the sum is the mask
 
@@ -231,12 +240,16 @@ class Monitor:
         happened = []
         while self.socket.poll(0):  # libzmq's I/O thread writes events at any time: take all there are
             event = _EVENTS[recv_monitor_message(self.socket)["event"]]
-            self._count(event)
-            if reason := self._refusal(event):
-                raise KeyRefused(self._address, reason)
-            self._check_listener(event)
+            if self._judges:
+                self._judge(event)
             happened.append(event is ConnectionEvent.UP)
         return happened
+
+    def _judge(self, event: ConnectionEvent) -> None:
+        self._count(event)
+        if reason := self._refusal(event):
+            raise KeyRefused(self._address, reason)
+        self._check_listener(event)
 
     def _check_listener(self, event: ConnectionEvent) -> None:
         """Ask the peer what it is if a connection broke before its handshake.
@@ -260,9 +273,11 @@ class Monitor:
         """Count broken handshakes in a row.
 
         A proxy that accepts connections for a node that is down breaks handshakes, too. So a broken handshake counts only
-        if a ZeroMQ peer answers at the address.
+        if a ZeroMQ peer answers at the address. Nor does it count once the node has proved its key: a slow link, a busy node
+        and one without descriptors break handshakes that were good before.
         """
-        if event is ConnectionEvent.UNPROVEN and self._keys:
+        self._proven = self._proven or event is ConnectionEvent.UP
+        if event is ConnectionEvent.UNPROVEN and self._keys and not self._proven:
             # _is_zeromq dials the node and may block this thread for about a second.
             self._unproven = self._unproven + 1 if _is_zeromq(self._address) else 0
         elif event is not ConnectionEvent.DOWN:  # libzmq reports DOWN after each broken handshake, too

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
 import pytest
+import zmq
 
 from loader_service import Loader, defaults, status
-from loader_service.errors import OptionError
-from loader_service.wire.auth import generate
+from loader_service.client.connection import Connection
+from loader_service.errors import KeyRefused, OptionError
+from loader_service.wire.auth import client_keys, generate
 
 CONNECTIONS = 3
 EPOCHS = 3
@@ -117,3 +120,56 @@ def _bytes_received(descriptor: int) -> int:
     with socket.socket(fileno=os.dup(descriptor)) as connection:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     return int.from_bytes(info[128:136], "little")
+
+
+@pytest.fixture
+def breaking(start_node: Callable[..., Any], tmp_path: Path) -> Iterator[Callable[[], str]]:
+    """Provide ``breaking()``: the address of a relay that ends each connection of a peer in its handshake, but lets one be greeted."""
+    generate(tmp_path / "keys")
+    node = start_node(options=("--keys", str(tmp_path / "keys")))
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def relay() -> None:
+        while True:
+            try:
+                peer = server.accept()[0]
+            except OSError:  # the test is over
+                return
+            with peer, socket.create_connection(("127.0.0.1", urlsplit(node.address).port)) as there:
+                peer.settimeout(5)
+                peer.sendall(there.recv(64))  # the node's signature, so that a ZeroMQ peer is seen to listen
+                peer.recv(64)
+
+    thread = threading.Thread(target=relay, daemon=True)
+    thread.start()
+    yield lambda: f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    server.shutdown(socket.SHUT_RDWR)
+    server.close()
+    thread.join(10)
+
+
+def test_a_lane_never_judges_its_node(
+    breaking: Callable[[], str], tmp_path: Path, eventually: Callable[[Callable[[], bool], str], None]
+) -> None:
+    """Broken handshakes of a lane say nothing about the node's key; the same ones of lane 0 refuse it."""
+    keys = client_keys(tmp_path / "keys" / "node.key", tmp_path / "keys" / "client.secret")
+    context: zmq.Context[Any] = zmq.Context()
+    connection = Connection(context, breaking(), os.urandom(16), keys)
+    connection.open_lanes(2)
+    losses: list[bool] = []
+    refused: list[KeyRefused] = []
+
+    def hear() -> bool:
+        losses.extend(connection.lanes[1].monitor.events())
+        try:
+            connection.lanes[0].monitor.events()
+        except KeyRefused as error:
+            refused.append(error)
+        return bool(refused) and len(losses) > 6
+
+    try:
+        eventually(hear, "lane 0 is refused, and lane 1 is lost again and again")
+    finally:
+        connection.close()
+        context.term()
+    assert not any(losses)

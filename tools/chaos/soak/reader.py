@@ -69,14 +69,13 @@ def read(
             address,
             transport=transport,
             batch_size=BATCH_SIZE,
-            epochs=2**31,
             timeout_s=PATIENCE_S,
             server_key=keys / "node.key",
             client_key=keys / "client.secret",
         ) as loader:
             records = loader.dataset.count
             seen, goal = np.zeros(records, np.int64), int(counts[number]) + each
-            for batch in loader:
+            for batch in loader.all_epochs():
                 seen[batch.ids] += 1
                 if batch.start + len(batch.ids) == records:
                     if not (seen == 1).all():

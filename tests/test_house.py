@@ -85,6 +85,14 @@ def test_every_guarantee_names_a_test() -> None:
     assert [part.splitlines()[0] for part in [*sections, *rows[1:]] if not named_tests(part)] == []
 
 
+def test_every_threat_names_a_test_or_is_not_defended() -> None:
+    """Each line of the threat model names the tests that try it, or says that nothing defends it or tests it."""
+    lines = [line for line in read("docs/design/threat-model.md").splitlines() if line.startswith("| ")]
+    threats = [line for line in lines if not line.startswith("| what may happen")]
+    assert len(threats) >= 35
+    assert [line for line in threats if not named_tests(line) and not re.search("not (defended|tested)", line)] == []
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_test_named_in_a_document_exists(document: str) -> None:
     """Each `tests/file.py::test` in a document is a test of that file."""

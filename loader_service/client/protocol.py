@@ -65,7 +65,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -104,6 +104,10 @@ MAX_PAUSE_S: Final = 30.0
 MAX_FAILURES: Final = 6
 """Failures of one part at one node that name no bad record, before the node has failed it for good. With the pauses between
 them that takes half a minute, in which a disk or a mount may come back."""
+
+EXPECT_S: Final = 5.0
+"""Seconds in which a node that was just found or lost is expected to work (again), before a record is called bad without it. A
+replaced record stays replaced, so the first node to answer, or the last one left for a moment, must not decide alone."""
 
 NO_SLOT: Final = -1
 
@@ -147,7 +151,7 @@ class Part:
         received: bytes of its pixels that have arrived, for a request that is answered in frames.
         failures: by node, how often it failed to make this part without naming a bad record, and the last reason.
         excluded: the records that the current request excludes, ascending.
-        refused_by: addresses of the nodes that called a record of it bad.
+        refused_by: by node, its refusal, which names a bad record of the part.
     """
 
     first: int
@@ -160,7 +164,7 @@ class Part:
     received: int = 0
     failures: dict[str, tuple[int, str]] = field(default_factory=dict)
     excluded: tuple[int, ...] = ()
-    refused_by: set[str] = field(default_factory=set)
+    refused_by: dict[str, messages.Failed] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -213,6 +217,8 @@ class NodeRecord:
         pauses: how often it was stood down since it last served; 0 if it is well.
         back_at: end of its pause, in seconds; it is past if it is not stood down.
         resting: True until the first ``advance`` after that time.
+        away_since: time of the first tick at which it was found or lost; None before that tick, and while it is WORKING.
+        refusals: slices that it refused because of a bad record.
     """
 
     address: str
@@ -234,6 +240,8 @@ class NodeRecord:
     pauses: int = 0
     back_at: float = -math.inf
     resting: bool = False
+    away_since: float | None = None
+    refusals: int = 0
 
     @property
     def load(self) -> float:
@@ -522,18 +530,29 @@ class Ledger:
                 f"each tried {MAX_FAILURES} times: {reasons}"
             )
 
-    def refuse(self, record: NodeRecord, number: int) -> bool:
+    def refuse(self, record: NodeRecord, failed: messages.Failed, now: float) -> tuple[str, messages.Failed] | None:
         """Mark a slice as wanted again because its node found a bad record in it.
 
         Returns:
-            True if every node that can be asked has refused this part, so that the record must be excluded or the run
-            must end. False if another node may still read it.
+            If every node that can be asked has refused this part: the address of one of them and its refusal, whose record
+            must be excluded, or the run must end. None if another node may still read the slice.
         """
-        batch, part = record.asks.pop(number)
-        part.refused_by.add(record.address)
+        batch, part = record.asks.pop(failed.id)
         self._want_again(batch, part)
-        # A superset: it may also name nodes that are gone.
-        return part.refused_by >= {node.address for node in self._askable()}
+        if failed.record in self.excluded:  # since this part was requested
+            return None
+        record.refusals += 1
+        part.refused_by[record.address] = failed
+        if not self._refused_by_all(part) or self._expecting(part, now):
+            return None
+        # They may name different records, since each names the first that it cannot read. The node with the fewest
+        # refusals is the most credible, since one that has lost its disk names good records, too; then the majority is.
+        votes = Counter(refusal.record for refusal in part.refused_by.values())
+        address, refusal = min(
+            part.refused_by.items(),
+            key=lambda item: (self._refusals_of(item[0]), -votes[item[1].record], item[0]),
+        )
+        return address, refusal
 
     def release(self, record: NodeRecord) -> None:
         """Mark all slices that a node owes as wanted again."""
@@ -626,7 +645,7 @@ class Ledger:
         for part in batch.parts:
             if part.state is not PartState.WANTED:
                 continue
-            node = self._choose(part)
+            node = self._choose(part, now)
             if node is None:  # no node with room may read this part; another part may have one
                 continue
             generation = self.run.arm(batch.slot, part.index)  # voids every earlier lease on this part
@@ -641,23 +660,44 @@ class Ledger:
             asks.append(Ask(node.address, node.instance, number, batch, part, generation, node.shared, lane))
         return asks
 
-    def _choose(self, part: Part) -> NodeRecord | None:
+    def _choose(self, part: Part, now: float) -> NodeRecord | None:
         """Return the node to ask for a part; None if no node has room for it.
 
         Nodes that failed the part less often come first; then those whose pause is over, since only a slice shows that they are
         well, and others may never be too busy for it; then those with the smallest load. A node that has called a record of it
         bad is not asked.
         """
-        askable = self._askable()
-        if part.refused_by and part.refused_by.issuperset(node.address for node in askable):
+        if part.refused_by and self._refused_by_all(part):
+            if self._expecting(part, now):
+                return None
             # The nodes that might have read it are gone: ask those that are left again, and judge again.
             part.refused_by.clear()
-        roomy = [node for node in askable if node.has_room and node.address not in part.refused_by]
+        roomy = [node for node in self._askable() if node.has_room and node.address not in part.refused_by]
         # Equal loads: by address, so that the choice is reproducible.
         return min(
             roomy,
             key=lambda node: (part.failures.get(node.address, (0,))[0], not node.pauses, node.load, node.address),
             default=None,
+        )
+
+    def _refused_by_all(self, part: Part) -> bool:
+        """Return whether every node that can be asked has called a record of a part bad."""
+        # A superset: it may also name nodes that are gone.
+        return part.refused_by.keys() >= {node.address for node in self._askable()}
+
+    def _refusals_of(self, address: str) -> float:
+        node = self._nodes.get(address)
+        return math.inf if node is None else node.refusals  # a node that is gone decides last
+
+    def _expecting(self, part: Part, now: float) -> bool:
+        """Return whether another node, which may read a part, is expected to work soon."""
+        return any(
+            node.state is not NodeState.WORKING
+            and node.listed
+            and node.refused is None
+            and node.address not in part.refused_by
+            and (node.away_since is None or now - node.away_since < EXPECT_S)
+            for node in self._nodes.values()
         )
 
     def _askable(self) -> list[NodeRecord]:
@@ -1062,7 +1102,7 @@ class ClientProtocol:
         return [Inform(text), *self._put_to_work(record, shared=False)]
 
     def _put_to_work(self, record: NodeRecord, *, shared: bool) -> Iterable[Action]:
-        record.state, record.shared = NodeState.WORKING, shared
+        record.state, record.shared, record.away_since = NodeState.WORKING, shared, None
         return () if shared else [OpenLanes(record.address, self._connections)]
 
     # Losing nodes
@@ -1147,7 +1187,8 @@ class ClientProtocol:
         if self._ledger is None or asked is None:  # late, or of an earlier run
             return ()
         if failed.record >= 0:  # -1: a reason other than a record
-            return self._judge(record, failed) if self._ledger.refuse(record, failed.id) else ()
+            judged = self._ledger.refuse(record, failed, now)
+            return self._judge(*judged) if judged else ()
         self._ledger.retry(record, failed.id, failed.reason)
         record.failures += 1
         if record.failures < SICK_AFTER and not record.pauses:
@@ -1158,12 +1199,10 @@ class ClientProtocol:
             Warn(f"node {record.address} is not asked for {pause_s:.0f} s, since slices fail there: {failed.reason}")
         ]
 
-    def _judge(self, record: NodeRecord, failed: messages.Failed) -> Iterable[Action]:
+    def _judge(self, address: str, failed: messages.Failed) -> Iterable[Action]:
         """Exclude a record that no node can read; raise an error if the caller's options do not allow that."""
         assert self._ledger is not None
-        if failed.record in self._ledger.excluded:  # since this part was requested
-            return ()
-        error = RecordError(f"{self._split} at {record.address}", failed.record, failed.reason, failed.source)
+        error = RecordError(f"{self._split} at {address}", failed.record, failed.reason, failed.source)
         if self._max_bad is None:
             raise error
         self.quarantine.append(Quarantined(error.record, error.source, error.reason))
@@ -1177,6 +1216,8 @@ class ClientProtocol:
 
     def _tick(self, record: NodeRecord, now: float) -> Iterable[Action]:
         """Greet, ping or lose one node."""
+        if record.away_since is None and record.state is not NodeState.WORKING:
+            record.away_since = now
         if record.state is NodeState.CONNECTING:
             due = now - record.greeted_at > GREET_AGAIN_S and now >= record.back_at
             return [self._greet(record, now)] if due else ()

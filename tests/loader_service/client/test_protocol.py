@@ -15,6 +15,7 @@ import pytest
 from loader_service import defaults
 from loader_service.client.plan import Schedule
 from loader_service.client.protocol import (
+    EXPECT_S,
     FIRST_PAUSE_S,
     GREET_AGAIN_S,
     MAX_FAILURES,
@@ -312,8 +313,64 @@ def test_a_bad_record_is_judged_only_when_every_node_refused_it() -> None:
     assert world.filled(third.node, third.number)
 
 
+def test_the_first_node_to_answer_does_not_judge_alone() -> None:
+    """A node that was just found is waited for before a record is called bad; it may read the record."""
+    world = World(3, max_bad=1)
+    world.resolve("a", "b")
+    world.node_up("a", 1)
+    world.tick(0.0)
+    world.advance()
+    ask = world.asked.pop()
+    assert world.failed(ask, record=1) == []
+    world.advance()
+    assert world.asked == []
+    world.node_up("b", 1)
+    world.advance()
+    (again,) = world.asked
+    assert again.node == "b"
+    assert world.filled("b", again.number)
+    assert world.core.excluded == ()
+
+
+def test_a_node_without_any_disk_does_not_have_good_records_replaced() -> None:
+    """Of two nodes that name different records, the one that refuses less is believed; the other's record is read after all."""
+    world = World(10, slice_samples=3, max_bad=1)
+    world.node_up("sound", 1)
+    world.node_up("without", 1)  # asked second, so that its refusal of the first slice is the last one
+    warnings: list[Action] = []
+    while not world.finished:
+        world.advance()
+        ask = max(world.asked, key=lambda ask: ask.node, default=None)  # the one without a disk answers at once
+        if ask is None:
+            break
+        world.asked.remove(ask)
+        if ask.node == "without":
+            warnings += world.failed(ask, record=ask.part.first)
+        elif ask.part.first == 0 and not ask.part.excluded:
+            warnings += world.failed(ask, record=2)  # the one record that no node can read
+        else:
+            assert world.filled(ask.node, ask.number)
+    assert world.core.excluded == (2,)
+    assert len([warning for warning in warnings if isinstance(warning, Warn)]) == 1
+    assert len(world.delivered) == 10
+
+
+def test_a_node_that_does_not_come_is_not_waited_for_again_and_again() -> None:
+    """Once a node has been away for EXPECT_S, the others judge each further record at once."""
+    world = World(6, slice_samples=3, max_bad=2)
+    world.resolve("a", "b")
+    world.node_up("a", 1)
+    world.tick(0.0)
+    world.tick(EXPECT_S)
+    world.advance()
+    first, second = world.asked
+    world.failed(first, record=1)
+    world.failed(second, record=4)
+    assert world.core.excluded == (1, 4)
+
+
 def test_a_part_refused_by_all_that_are_left_is_asked_again() -> None:
-    """If the only node that has not refused a part is lost, the others are asked again, and their refusal counts."""
+    """If the only node that has not refused a part is lost for a while, the others are asked again, and their refusal counts."""
     world = World(3, max_bad=1)
     world.node_up("a", 1)
     world.node_up("b", 1)
@@ -321,6 +378,10 @@ def test_a_part_refused_by_all_that_are_left_is_asked_again() -> None:
     ask = world.asked.pop()
     assert world.failed(ask, record=1) == []
     world.node_down("b" if ask.node == "a" else "a")
+    world.tick(0.0)
+    world.advance()
+    assert world.asked == []  # it may come back
+    world.tick(EXPECT_S)
     world.advance()
     again = world.asked.pop()
     assert again.node == ask.node

@@ -87,10 +87,11 @@ class Training:
             ToolFailed: a batch changed while the loop held it.
         """
         signals, ended = self._signals, False
+        batches = self._loader.all_epochs()  # goes on with the batch that an exception kept from being returned
         while not ended:
             try:
                 signals.interruptible = True
-                for batch in self._loader.all_epochs():  # a stream: it goes on where an interrupt ended it
+                for batch in batches:
                     # Nothing between next() and this line can be interrupted: CPython runs handlers at calls and jumps.
                     signals.interruptible = False
                     if ended := self._step(batch):

@@ -78,17 +78,28 @@ class Storm:
         if not self._deck:
             self._deck = self._rng.sample(self._names, len(self._names))
         for name in self._deck:
-            effect = FAULTS[name].begin(self._arena, self._rng) if name in names else None
-            if effect is not None:
-                lasts_s = self._rng.uniform(*FAULTS[name].lasts_s)
-                # A string times False is empty.
-                click.echo(f"{self.seconds:6.1f} s  {name}" + f" for {lasts_s:.1f} s" * (lasts_s > 0))
-                self._active.append(Active(name, effect, lasts_s))
+            if name in names and self._begin(name):
                 self._deck.remove(name)  # safe during iteration, because the loop ends here
                 return
-        # The rest of the deck finds no victim. The first round tries it again later; any later round ends here.
+        # The rest of the deck finds no victim. The first round tries it again later, and other kinds meanwhile, which may make
+        # victims: a node is added, for instance. Any later round ends here.
         if not self.missing:
             self._deck = []
+            return
+        for name in self._rng.sample(names, len(names)):
+            if name not in self._deck and self._begin(name):
+                return
+
+    def _begin(self, name: str) -> bool:
+        """Inject a fault; return False if it finds no victim."""
+        effect = FAULTS[name].begin(self._arena, self._rng)
+        if effect is None:
+            return False
+        lasts_s = self._rng.uniform(*FAULTS[name].lasts_s)
+        # A string times False is empty.
+        click.echo(f"{self.seconds:6.1f} s  {name}" + f" for {lasts_s:.1f} s" * (lasts_s > 0))
+        self._active.append(Active(name, effect, lasts_s))
+        return True
 
     def end_due(self) -> None:
         """End the faults whose time is over."""

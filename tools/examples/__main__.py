@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import click
 
 from loader_service.cli.job import CONTEXT, Job
-from tools.examples.environment import FRAMEWORKS, ROOT, VENV, is_ready, make_environment
+from tools.examples.environment import FRAMEWORKS, ROOT, RUN, VENV, is_ready, make_environment
 
 
 @click.command(cls=Job, context_settings=CONTEXT | {"ignore_unknown_options": True})
@@ -19,7 +20,7 @@ def main(pytest_arguments: tuple[str, ...]) -> None:
         click.echo(f"examples: installing {', '.join(FRAMEWORKS)} into {VENV} (a few minutes)")
         make_environment()
     command = [sys.executable, "-m", "pytest", "tests/examples", *pytest_arguments]
-    sys.exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+    sys.exit(subprocess.run(command, cwd=ROOT, env={**os.environ, RUN: "1"}, check=False).returncode)
 
 
 if __name__ == "__main__":

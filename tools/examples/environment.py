@@ -26,6 +26,9 @@ ROOT: Final = Path(__file__).resolve().parent.parent.parent
 VENV: Final = Path(os.environ.get("LOADER_SERVICE_EXAMPLES_VENV") or ROOT / "build" / "examples-venv").absolute()
 CONSTRAINTS: Final = ROOT / "examples" / "constraints.txt"
 
+RUN: Final = "LOADER_SERVICE_RUN_EXAMPLES"
+"""The variable whose presence lets the tests of the examples run: they take minutes, and `make test` skips them."""
+
 FRAMEWORKS: Final = (
     "lightning",
     "accelerate",

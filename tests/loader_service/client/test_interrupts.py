@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import signal
@@ -92,6 +93,7 @@ class Bomb:
     def run(self, action: Callable[[], Any]) -> Any:
         """Run an action with the bomb; return its result, or None if the bomb exploded."""
         before = sys.gettrace()
+        gc.disable()  # what other tests left to collect is no part of the action
         sys.settrace(self)
         try:
             return action()
@@ -99,6 +101,7 @@ class Bomb:
             return None
         finally:
             sys.settrace(before)
+            gc.enable()
 
 
 def all_slots_are_back(loader: Loader, eventually: Eventually) -> None:
@@ -160,6 +163,7 @@ def test_thousands_of_signals_cost_nothing(
         stream = loops.all_epochs()
         seen: list[Key] = []
         caught = 0
+        gc.disable()  # else what other tests left may swallow one
         before = signal.signal(signal.SIGALRM, handle)
         signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.00013)
         try:
@@ -175,6 +179,7 @@ def test_thousands_of_signals_cost_nothing(
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+            gc.enable()
         assert swallowed == []
         assert seen == [pure(n) for n in range(len(seen))]
         loops.set_epoch(loops.epoch + 9)

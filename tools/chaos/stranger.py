@@ -45,18 +45,18 @@ def plant() -> list[Path]:
     return paths
 
 
-def pry(mine: set[Path]) -> tuple[int, int]:
-    """Try to open the segments of others; return how many were denied and how many opened."""
+def pry() -> tuple[int, int]:
+    """Try to open the segments of other users; return how many were denied and how many opened."""
     denied = opened = 0
     for path in SHARED.glob("loader-service-*"):
-        if path not in mine:
-            try:
+        try:
+            if path.lstat().st_uid != os.getuid():  # not this stranger's own, nor another's
                 os.close(os.open(path, os.O_RDWR))
                 opened += 1
-            except PermissionError:
-                denied += 1
-            except FileNotFoundError:  # its client has left
-                continue
+        except PermissionError:
+            denied += 1
+        except FileNotFoundError:  # its client has left
+            continue
     return denied, opened
 
 
@@ -116,7 +116,7 @@ def main() -> None:
         # The time-out is a stranger's own pace: it shall not starve two cores.
         while not select.select([sys.stdin], [], [], 0.01)[0]:
             flood.turn()
-            more = pry(set(planted))
+            more = pry()
             denied, opened = denied + more[0], opened + more[1]
     finally:
         for path in planted:

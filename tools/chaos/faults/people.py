@@ -27,6 +27,8 @@ MOST_BYTES: Final = 64 << 20
 def let_a_stranger_in(arena: Arena, _rng: Random) -> Effect | None:
     """Let another user of the machine plant files, pry segments open and flood the nodes."""
     running = [node for node in arena.nodes if node.runs]
+    if not running:  # nothing to flood
+        return None
     before = {node.dispatcher: processes.rss_bytes(node.dispatcher) for node in running}
     ports = [str(node.port) for node in running]
     stranger = subprocess.Popen(

@@ -40,23 +40,31 @@ def _digests(address: str) -> list[bytes]:
         return [_digest(batch) for batch in loader.all_epochs()]
 
 
+def _stopped_while_writing(worker: psutil.Process, segment: Path, locked_parts: LockedParts) -> bool:
+    """Look for the worker in a part, and stop it there; return whether it was found."""
+    for _ in range(LOOKS):
+        if not locked_parts(segment):
+            continue
+        worker.suspend()
+        while worker.status() != psutil.STATUS_STOPPED:
+            os.sched_yield()
+        if locked_parts(segment):
+            return True
+        worker.resume()
+    return False
+
+
 def _stop_while_writing(
     worker: psutil.Process, segment: Path, locked_parts: LockedParts, loader: Loader
 ) -> list[bytes]:
     """Stop the only worker while it holds a part; return the digests of the batches taken until then."""
     taken = []
-    for batch in loader.all_epochs():  # each batch frees a slot, and the loader requests its slices again
-        taken.append(_digest(batch))
+    for batch in loader.all_epochs():  # next() has returned a slot, and the loader requests its slices again
+        found = _stopped_while_writing(worker, segment, locked_parts)
+        taken.append(_digest(batch))  # after the search: a digest takes longer than a slice
+        if found:
+            return taken
         del batch
-        for _ in range(LOOKS):
-            if not locked_parts(segment):
-                continue
-            worker.suspend()
-            while worker.status() != psutil.STATUS_STOPPED:
-                os.sched_yield()
-            if locked_parts(segment):
-                return taken
-            worker.resume()
     pytest.fail("the worker was never found while it wrote a slice")
 
 

@@ -64,7 +64,7 @@ FORMS: dict[str, tuple[bytes, bytes]] = {
     "commands": (greeting(b"CURVE"), command(b"READY", READY) * 500),
     "PING": (greeting(b"CURVE"), command(b"PING", b"\x00\x00" + bytes(16)) * 2000),
 }
-"""What a peer sends once on each connection, and what it repeats until the node closes the connection."""
+"""Bytes that a peer sends once on each connection, and bytes that it repeats until the node closes the connection."""
 
 
 @pytest.fixture(scope="module")

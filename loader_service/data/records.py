@@ -10,8 +10,8 @@ sources  record number, 8 bytes BE   the source's name, UTF-8
 manifest ``manifest``                :class:`Manifest` as MessagePack; written last, so none means unfinished
 ======== =========================== =====================================================================
 
-See :mod:`codecs` for the payloads and :mod:`checksums` for the seal. Environments are opened without LMDB's lock file: a finished environment never changes,
-so readers need no locks, and read-only mounts work.
+See :mod:`codecs` for the payloads and :mod:`checksums` for the seal. Environments are opened without LMDB's lock file: a
+finished environment never changes, so readers need no locks, and read-only mounts work.
 """
 
 from __future__ import annotations

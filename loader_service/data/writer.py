@@ -9,8 +9,9 @@ progress number of the step, 8 bytes   :class:`Step` as MessagePack: what one co
 progress ``state``                     the caller's bytes, as of the last commit
 ======== ============================= ==========================================================================
 
-A step repeats its records' 16-byte headers, without their seals, so resuming reads a few pages instead of all records. The sub-database is
-emptied in the transaction that writes the manifest: an environment has either a manifest or progress, never both.
+A step repeats its records' 16-byte headers, without their seals, so resuming reads a few pages instead of all records. The
+sub-database is emptied in the transaction that writes the manifest: an environment has either a manifest or progress, never
+both.
 """
 
 from __future__ import annotations
